@@ -1,0 +1,109 @@
+/**
+ * The stable codes of {@link VarveError}. Every code has a section of the same name in
+ * docs/troubleshooting.md.
+ */
+export type ErrorCode =
+  // what was asked for
+  | 'INVALID_ARGUMENT'
+  | 'INVALID_CONFIG'
+  | 'INVALID_KEY'
+  | 'INSTANCE_NOT_FOUND'
+  | 'DISK_NOT_FOUND'
+  | 'DISK_UNSUPPORTED'
+  | 'BACKUP_NOT_ENABLED'
+  // state of a host
+  | 'DISK_BUSY'
+  | 'RUN_UNRESOLVED'
+  | 'OVERLAY_LEFT_OVER'
+  | 'COMMAND_FAILED'
+  | 'COMMAND_TIMEOUT'
+  | 'COMMAND_MISSING'
+  | 'NBD_SOCKET_MISSING'
+  | 'NBD_FAILED'
+  | 'SNAPSHOT_FAILED'
+  | 'BLOCK_COMMIT_FAILED'
+  | 'FREEZE_FAILED'
+  | 'POWER_OFF_FAILED'
+  // chains
+  | 'PARENT_MISSING'
+  | 'BACKUP_NOT_FOUND'
+  | 'CHAIN_BROKEN'
+  | 'CHAIN_DEPENDENCY'
+  | 'MANIFEST_INVALID'
+  | 'MANIFEST_VERSION'
+  | 'IMAGE_INVALID'
+  | 'SIZE_MISMATCH'
+  | 'DIGEST_MISMATCH'
+  // restore
+  | 'TARGET_EXISTS'
+  | 'TARGET_TOO_SMALL'
+  // storage
+  | 'STORAGE_UNREACHABLE'
+  | 'STORAGE_ACCESS_DENIED'
+  | 'STORAGE_NOT_FOUND'
+  | 'STORAGE_FULL'
+  | 'STORAGE_NOT_MOUNTED'
+  | 'STORAGE_FAILED'
+  | 'OBJECT_NOT_FOUND'
+  | 'UPLOAD_FAILED'
+  // life of a run
+  | 'ABORTED'
+  | 'TIMEOUT'
+
+/** Details of an error: names, paths, sizes, exit codes. Never a secret. */
+export type ErrorContext = Readonly<Record<string, string | number | boolean | readonly string[] | undefined>>
+
+/** How to make a {@link VarveError}. */
+export interface VarveErrorOptions {
+  /** Details for logs and for a panel. Never a secret. */
+  context?: ErrorContext
+  /** The error that led to this one. */
+  cause?: unknown
+  /** Whether the same call may succeed when it is simply made again. Default: false. */
+  retryable?: boolean
+}
+
+/**
+ * The one error class. Tell errors apart by {@link VarveError.code}, never by message or
+ * `instanceof`: two copies of this package may be loaded side by side.
+ *
+ * A message says what happened and, after it, what to do.
+ */
+export class VarveError extends Error {
+  /** What went wrong, as a stable word. */
+  readonly code: ErrorCode
+  /** Details: names, paths, sizes, exit codes. Never a secret. */
+  readonly context: ErrorContext
+  /** Whether the same call may succeed when it is simply made again. */
+  readonly retryable: boolean
+
+  constructor(code: ErrorCode, message: string, options: VarveErrorOptions = {}) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause })
+    this.name = 'VarveError'
+    this.code = code
+    this.context = options.context ?? {}
+    this.retryable = options.retryable ?? false
+  }
+}
+
+/** Whether `error` is a {@link VarveError}, also one of another copy of this package; with `code`, of that code. */
+export function isVarveError(error: unknown, code?: ErrorCode): error is VarveError {
+  return (
+    error instanceof Error &&
+    error.name === 'VarveError' &&
+    'code' in error &&
+    (code === undefined || error.code === code)
+  )
+}
+
+/** The text of anything thrown. */
+export function errorMessage(error: unknown): string {
+  return error instanceof Error ? error.message : String(error)
+}
+
+/** The error of a run that its caller gave up: `ABORTED`, with the signal's reason as its cause. */
+export function abortError(signal: AbortSignal): VarveError {
+  const { reason } = signal
+  if (isVarveError(reason)) return reason
+  return new VarveError('ABORTED', `Given up: ${errorMessage(reason)}`, { cause: reason })
+}

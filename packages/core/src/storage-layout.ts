@@ -1,0 +1,56 @@
+import { isBackupId } from './backup-id.ts'
+import { VarveError } from './errors.ts'
+
+/** The file name of a backup's record. */
+export const MANIFEST_FILE = 'manifest.json'
+
+/**
+ * The folder name of an instance: its name, with every byte outside `A-Z a-z 0-9 _ -` and inner dots
+ * percent-encoded, so that any name is one safe, reversible path part.
+ */
+export function instanceFolder(instance: string): string {
+  if (instance === '' || Buffer.byteLength(instance) > 80) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `Not an instance name: ${JSON.stringify(instance)}. It needs 1 to 80 bytes.`,
+      {
+        context: { instance },
+      },
+    )
+  }
+  const encoded = Array.from(Buffer.from(instance), byte => {
+    const char = String.fromCharCode(byte)
+    return /[A-Za-z0-9_.-]/.test(char) ? char : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`
+  }).join('')
+  return encoded.startsWith('.') ? `%2E${encoded.slice(1)}` : encoded
+}
+
+/** The instance of a folder name, or undefined where no instance has that folder. */
+export function instanceOfFolder(folder: string): string | undefined {
+  try {
+    const instance = decodeURIComponent(folder)
+    return instanceFolder(instance) === folder ? instance : undefined
+  } catch {
+    return undefined // not percent-encoded UTF-8, so not ours
+  }
+}
+
+/** The folder of a backup: `<instance>/<chain>/<backup>`. Refuses ids that are not of Varve's form. */
+export function backupFolder(instance: string, chain: string, backup: string): string {
+  for (const id of [chain, backup]) {
+    if (!isBackupId(id))
+      throw new VarveError('INVALID_ARGUMENT', `Not a backup id: ${JSON.stringify(id)}.`, { context: { id } })
+  }
+  return `${instanceFolder(instance)}/${chain}/${backup}`
+}
+
+/** Where a manifest's key says that it is, or undefined for any other key. */
+export function parseManifestKey(
+  key: string,
+): { instance: string; chain: string; backup: string } | undefined {
+  const [folder, chain, backup, file, ...rest] = key.split('/')
+  if (folder === undefined || chain === undefined || backup === undefined) return undefined
+  if (file !== MANIFEST_FILE || rest.length > 0 || !isBackupId(chain) || !isBackupId(backup)) return undefined
+  const instance = instanceOfFolder(folder)
+  return instance === undefined ? undefined : { instance, chain, backup }
+}
