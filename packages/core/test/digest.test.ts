@@ -74,6 +74,13 @@ describe('digests', () => {
     )
   })
 
+  it('keep the digests of as many blocks as there are', () => {
+    const input = vectorInput(1000)
+    const digester = new BlockDigester(1)
+    digester.update(input)
+    expect(digester.finish().blocks).toEqual(digestAtOnce(input, 1).blocks)
+  })
+
   it.each([0, -1, 1.5, Number.NaN])('refuse the block size %d', blockSize => {
     expect(() => new BlockDigester(blockSize)).toThrow(expect.objectContaining({ code: 'INVALID_ARGUMENT' }))
   })
