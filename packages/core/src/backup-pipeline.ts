@@ -1,0 +1,201 @@
+import { newBackupId } from './backup-id.ts'
+import {
+  bitmapsToRetire,
+  chooseDisks,
+  DEFAULT_MAX_INCREMENTAL_CHAIN,
+  type DiskSelection,
+  fallbackMessage,
+  instancePrefix,
+  planBackup,
+} from './backup-plan.ts'
+import { type BackupContext, describe, freeze, mark, publish, stage, stream } from './backup-stages.ts'
+import { listBackups } from './backups.ts'
+import { DiskLock } from './disk-lock.ts'
+import { VarveError } from './errors.ts'
+import type { Host } from './host.ts'
+import { RunJournal } from './journal.ts'
+import type { BackupManifest } from './manifest.ts'
+import { emit, type RunOptions } from './run-options.ts'
+import { settleBackup, settleError } from './settle-backup.ts'
+import type { StorageDriver } from './storage.ts'
+import { backupFolder } from './storage-layout.ts'
+import { assertNoUnsettledRun } from './unsettled.ts'
+
+/** What a {@link BackupPipeline} works with. */
+export interface BackupPipelineOptions {
+  /** Where the instance lives. */
+  host: Host
+  /** Where the backup goes. Without one every run fails with BACKUP_NOT_ENABLED. */
+  storage: StorageDriver | undefined
+  /** A folder on this machine's own disk for the journals of runs, such as `/var/lib/varve`. */
+  stateDir: string
+}
+
+/** One backup to take. */
+export interface BackupRequest {
+  /** The instance's name. */
+  instance: string
+  /**
+   * `auto`: incremental where there is a backup to build on. `incremental`: the same, but an error where
+   * there has been no backup at all. Either falls back to a full image, disk by disk, for a typed reason.
+   * Default: `auto`.
+   */
+  type?: 'auto' | 'full' | 'incremental'
+  /** Default: `all`. */
+  disks?: DiskSelection
+  /** Increments in a chain before a new full backup. Default: 30. */
+  maxIncrementalChain?: number
+  /**
+   * Whether the guest agent flushes and freezes the file systems for the moment of the snapshot. `try`: a
+   * failure is a warning and the backup is crash-consistent. `require`: a failure ends the run. Default: `off`.
+   */
+  freeze?: 'off' | 'try' | 'require'
+  /** Bytes a second for all disks together. Default: no limit. */
+  bandwidth?: number
+  /** Disks that are streamed at the same time. Default: 2. */
+  concurrency?: number
+  /** Bytes of a cluster of the images: a power of two from 4096 to 2 MiB. Default: 65,536. */
+  clusterSize?: number
+  /**
+   * What is checked at the storage before the backup is published. `size`: that every object is there with
+   * its size. `digest`: every image is also read back and digested. Default: `size`.
+   */
+  verifyUpload?: 'size' | 'digest'
+}
+
+/**
+ * Backs up instances to one storage. A run is a list of stages. What it changes on the host is journalled
+ * before, and settled afterwards by the same code whether it succeeded, failed or died; see
+ * docs/architecture.md.
+ */
+export class BackupPipeline {
+  readonly #options: BackupPipelineOptions
+
+  constructor(options: BackupPipelineOptions) {
+    this.#options = options
+  }
+
+  /**
+   * Takes one backup and resolves with its published manifest.
+   *
+   * @throws any {@link VarveError}. Where its `context.published` is the backup's id, the backup is good but
+   * the host needs attention, such as after BLOCK_COMMIT_FAILED.
+   */
+  async run(request: BackupRequest, run: RunOptions = {}): Promise<BackupManifest> {
+    const { host, storage, stateDir } = this.#options
+    if (!storage) {
+      throw new VarveError(
+        'BACKUP_NOT_ENABLED',
+        'Hypervisor backup not enabled: no backup storage is assigned to it. Assign one and enable it.',
+      )
+    }
+    checkRequest(request)
+    const startedAt = new Date()
+
+    stage(run, 'plan', `Looking at ${request.instance}`)
+    const selection = request.disks ?? 'all'
+    const before = await host.instance(request.instance, run)
+    await using _lock = await DiskLock.acquire(chooseDisks(before, selection).map(({ path }) => path))
+    // The disks are held now: what is read from here on stays true.
+    const instance = await host.instance(request.instance, run)
+    const disks = chooseDisks(instance, selection)
+    await assertNoUnsettledRun(stateDir, disks)
+    const { backups, objects } = await readStorage(storage, instance.name, run)
+    const plan = planBackup({
+      type: request.type ?? 'auto',
+      disks,
+      backups,
+      objects,
+      maxIncrementalChain: request.maxIncrementalChain ?? DEFAULT_MAX_INCREMENTAL_CHAIN,
+    })
+    for (const { disk, ...decided } of plan.disks) {
+      if (decided.kind === 'full' && decided.fallback) {
+        emit(run, {
+          type: 'fallback',
+          disk: disk.name,
+          reason: decided.fallback,
+          message: fallbackMessage(disk.name, decided.fallback),
+        })
+      }
+    }
+
+    const id = newBackupId(backups.at(-1)?.manifest.id, startedAt)
+    const journal = await RunJournal.begin(stateDir, {
+      version: 1,
+      id,
+      kind: 'backup',
+      instance: instance.name,
+      host: host.reference,
+      storage: { type: storage.type, location: storage.location },
+      disks: disks.map(({ name, path }) => ({ name, path })),
+      startedAt: startedAt.toISOString(),
+    })
+    const folder = backupFolder(instance.name, plan.parent?.manifest.chain ?? id, id)
+    const backup: BackupContext = {
+      id,
+      folder,
+      host,
+      storage,
+      instance,
+      request,
+      plan,
+      journal,
+      run,
+      startedAt,
+    }
+    let manifest: BackupManifest | undefined
+    let failure: unknown
+    try {
+      await mark(backup)
+      const frozen = await freeze(backup)
+      const images = await stream(backup)
+      manifest = await describe(backup, frozen, images)
+      await publish(backup, manifest, bitmapsToRetire(disks, backups, id))
+    } catch (error) {
+      failure = error
+    }
+    const { onEvent } = run // no signal: what is begun is undone also after an abort
+    const { published } = await settleBackup(journal, {
+      host,
+      storage,
+      run: onEvent ? { onEvent } : {},
+    }).catch(error => {
+      throw settleError(error, failure, failure === undefined ? id : undefined)
+    })
+    // A manifest that is there is a backup, also where its upload was answered with an error.
+    if (manifest && published) return manifest
+    throw failure
+  }
+}
+
+async function readStorage(storage: StorageDriver, instance: string, run: RunOptions) {
+  const options = run.signal ? { signal: run.signal } : {}
+  const { backups, damaged } = await listBackups(storage, { instance, ...options })
+  for (const { key, error } of damaged)
+    emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })
+  const objects = new Map<string, number>()
+  for await (const { key, size } of storage.list(instancePrefix(instance), options)) objects.set(key, size)
+  return { backups, objects }
+}
+
+function checkRequest(request: BackupRequest): void {
+  const least = { maxIncrementalChain: 0, bandwidth: 1, concurrency: 1 } as const
+  for (const name of ['maxIncrementalChain', 'bandwidth', 'concurrency'] as const) {
+    const value = request[name]
+    if (value !== undefined && (!Number.isSafeInteger(value) || value < least[name])) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `${name} is ${value}; it needs a whole number of at least ${least[name]}.`,
+        { context: { [name]: value } },
+      )
+    }
+  }
+  const { clusterSize = 65_536 } = request
+  if (!Number.isInteger(Math.log2(clusterSize)) || clusterSize < 4096 || clusterSize > 2 * 1024 * 1024) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `clusterSize is ${clusterSize}; it needs a power of two from 4096 to 2097152.`,
+      { context: { clusterSize } },
+    )
+  }
+}

@@ -1,0 +1,220 @@
+import type { StoredBackup } from './backups.ts'
+import { VarveError } from './errors.ts'
+import type { HostDisk, Instance } from './host.ts'
+import type { FallbackReason } from './manifest.ts'
+import { instanceFolder } from './storage-layout.ts'
+
+/** Bytes that one bit of a new bitmap stands for. */
+export const BITMAP_GRANULARITY = 65_536
+/** Increments in a chain before a new full backup, unless a request says otherwise. */
+export const DEFAULT_MAX_INCREMENTAL_CHAIN = 30
+
+/** The bitmap that records what changes after a backup. */
+export function bitmapName(backupId: string): string {
+  return `varve-${backupId}`
+}
+
+/** The backup that a bitmap of Varve's belongs to. */
+export function backupOfBitmap(bitmap: string): string | undefined {
+  return bitmap.startsWith('varve-') ? bitmap.slice('varve-'.length) : undefined
+}
+
+/** Which disks: every one, the first one, or those named. */
+export type DiskSelection = 'all' | 'primary' | readonly string[]
+
+/**
+ * The disks that a request means.
+ *
+ * @throws DISK_NOT_FOUND, DISK_UNSUPPORTED
+ */
+export function chooseDisks(instance: Instance, selection: DiskSelection): HostDisk[] {
+  const names = instance.disks.map(({ name }) => name)
+  const has = `It has ${names.join(', ') || 'none that can be backed up'}.`
+  const context = { instance: instance.name, disks: names }
+  if (selection === 'all') {
+    for (const [disk, reason] of instance.unsupported) throw unsupported(instance, disk, reason)
+  }
+  const primary = instance.disks[0]
+  if (primary === undefined) {
+    const [first] = instance.unsupported
+    if (first) throw unsupported(instance, ...first)
+    throw new VarveError('DISK_NOT_FOUND', `${instance.name} has no disk to back up.`, { context })
+  }
+  if (selection === 'all') return [...instance.disks]
+  if (selection === 'primary') return [primary]
+  if (selection.length === 0)
+    throw new VarveError('INVALID_ARGUMENT', 'No disk was chosen. Name one, or use "all" or "primary".', {
+      context,
+    })
+  return [...new Set(selection)].map(name => {
+    const reason = instance.unsupported.get(name)
+    if (reason !== undefined) throw unsupported(instance, name, reason)
+    const disk = instance.disks.find(disk => disk.name === name)
+    if (!disk)
+      throw new VarveError('DISK_NOT_FOUND', `${instance.name} has no disk ${name}. ${has}`, {
+        context: { ...context, disk: name },
+      })
+    return disk
+  })
+}
+
+function unsupported(instance: Instance, disk: string, reason: string): VarveError {
+  return new VarveError(
+    'DISK_UNSUPPORTED',
+    `The disk ${disk} of ${instance.name} cannot be backed up: ${reason}. Name the disks to back up without it.`,
+    {
+      context: { instance: instance.name, disk },
+    },
+  )
+}
+
+/** What one disk gets. */
+export type DiskPlan =
+  | { readonly disk: HostDisk; readonly kind: 'full'; readonly fallback?: FallbackReason }
+  | {
+      readonly disk: HostDisk
+      readonly kind: 'incremental'
+      readonly bitmap: string
+      readonly parentSize: number
+      readonly backing: string
+    }
+
+/** What a backup gets. */
+export interface BackupPlan {
+  /** Absent when every disk gets a full image: the backup then begins a chain. */
+  readonly parent?: StoredBackup
+  readonly disks: readonly DiskPlan[]
+}
+
+/** What {@link planBackup} decides by. */
+export interface PlanInput {
+  readonly type: 'auto' | 'full' | 'incremental'
+  readonly disks: readonly HostDisk[]
+  /** The instance's backups on this storage, oldest first. */
+  readonly backups: readonly StoredBackup[]
+  /** Size of every object of the instance on this storage, by key. */
+  readonly objects: ReadonlyMap<string, number>
+  readonly maxIncrementalChain: number
+}
+
+/**
+ * Decides between a full and an incremental image for each disk. The parent is the newest backup on this
+ * storage whose bitmap at least one of the disks carries: so a chain goes on from the backup that was
+ * restored, and a bitmap never serves another backup than its own.
+ *
+ * @throws PARENT_MISSING when an increment was asked for and this storage holds no backup at all
+ */
+export function planBackup(input: PlanInput): BackupPlan {
+  const { type, disks, backups } = input
+  const full = (fallback?: FallbackReason): BackupPlan => ({
+    disks: disks.map(disk => ({ disk, kind: 'full', ...(fallback && { fallback }) })),
+  })
+  if (type === 'full') return full()
+  const newest = backups.at(-1)
+  if (!newest) {
+    if (type === 'auto') return full('no-parent')
+    throw new VarveError(
+      'PARENT_MISSING',
+      'There is no backup of this instance on the storage that an increment could rest on. Take a full backup first, or use the type auto.',
+    )
+  }
+  const usable = [...backups]
+    .reverse()
+    .find(backup => disks.some(disk => obstacle(disk, backup) === undefined))
+  const parent = usable ?? newest
+  if (usable) {
+    const chain = chainOf(usable, backups)
+    if (!chain || !chain.every(link => isWhole(link, input.objects))) return full('parent-broken')
+    if (chain.length - 1 >= input.maxIncrementalChain) return full('chain-limit')
+  }
+  const plans = disks.map((disk): DiskPlan => {
+    const before = parent.manifest.disks.find(({ name }) => name === disk.name)
+    const fallback = obstacle(disk, parent)
+    if (fallback !== undefined || !before) return { disk, kind: 'full', fallback: fallback ?? 'disk-new' }
+    const backing = `../${parent.manifest.id}/${before.image}`
+    return {
+      disk,
+      kind: 'incremental',
+      bitmap: bitmapName(parent.manifest.id),
+      parentSize: before.virtualSize,
+      backing,
+    }
+  })
+  return plans.some(({ kind }) => kind === 'incremental') ? { parent, disks: plans } : { disks: plans }
+}
+
+/** Why a disk cannot get an increment on a backup; undefined when it can. */
+function obstacle(disk: HostDisk, parent: StoredBackup): FallbackReason | undefined {
+  if (disk.format === 'raw') return 'format-raw'
+  const before = parent.manifest.disks.find(({ name }) => name === disk.name)
+  if (!before) return 'disk-new'
+  const bitmap = disk.bitmaps.find(({ name }) => name === bitmapName(parent.manifest.id))
+  if (!bitmap || !before.bitmap) return 'bitmap-missing'
+  if (bitmap.inconsistent) return 'bitmap-inconsistent'
+  if (!bitmap.enabled) return 'bitmap-disabled'
+  if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'
+  if (disk.virtualSize < before.virtualSize) return 'disk-shrunk'
+  return undefined
+}
+
+/** From a backup back to its full one, or undefined where a link is missing. */
+function chainOf(backup: StoredBackup, backups: readonly StoredBackup[]): StoredBackup[] | undefined {
+  const byId = new Map(backups.map(stored => [stored.manifest.id, stored]))
+  const chain = [backup]
+  for (let link = backup; link.manifest.parent !== undefined; ) {
+    const parent = byId.get(link.manifest.parent)
+    if (!parent || parent.manifest.chain !== backup.manifest.chain || chain.length > backups.length)
+      return undefined
+    chain.push(parent)
+    link = parent
+  }
+  return chain
+}
+
+/** Whether every image and its digests are on the storage with the size that was recorded. */
+function isWhole({ manifest, folder }: StoredBackup, objects: ReadonlyMap<string, number>): boolean {
+  return manifest.disks.every(
+    disk =>
+      objects.get(`${folder}/${disk.image}`) === disk.storedSize && objects.has(`${folder}/${disk.blocks}`),
+  )
+}
+
+/** The bitmaps that a finished backup replaces: of each disk, those of other backups on the same storage. */
+export function bitmapsToRetire(
+  disks: readonly HostDisk[],
+  backups: readonly StoredBackup[],
+  newId: string,
+): Record<string, string[]> {
+  const known = new Set(backups.map(({ manifest }) => manifest.id))
+  return Object.fromEntries(
+    disks.map(disk => {
+      const old = disk.bitmaps
+        .map(({ name }) => name)
+        .filter(name => name !== bitmapName(newId) && known.has(backupOfBitmap(name) ?? ''))
+      return [disk.name, old]
+    }),
+  )
+}
+
+/** One sentence for a fallback. */
+export function fallbackMessage(disk: string, reason: FallbackReason): string {
+  const why: Record<FallbackReason, string> = {
+    'no-parent': 'No backup to build on, taking a full backup',
+    'chain-limit': 'The chain has reached its length, starting a new one with a full backup',
+    'parent-broken': 'The parent backup is not whole on the storage, falling back to full backup',
+    'disk-new': 'The disk is not in the parent backup, falling back to full backup',
+    'disk-shrunk': 'The disk is smaller than in the parent backup, falling back to full backup',
+    'format-raw': 'A raw disk holds no bitmap, taking a full backup',
+    'bitmap-missing': 'Bitmap not found, falling back to full backup',
+    'bitmap-inconsistent':
+      'Bitmap is inconsistent since QEMU did not end cleanly, falling back to full backup',
+    'bitmap-disabled': 'Bitmap was disabled, falling back to full backup',
+    'bitmap-granularity': 'Bitmap has another granularity, falling back to full backup',
+  }
+  return `${why[reason]} (disk ${disk}).`
+}
+
+/** The prefix of everything that a storage holds of an instance. */
+export function instancePrefix(instance: string): string {
+  return `${instanceFolder(instance)}/`
+}

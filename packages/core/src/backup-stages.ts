@@ -1,0 +1,294 @@
+import { mkdtemp, readFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { NbdClient } from '@varve/nbd'
+import { ComposedImage, planImage } from '@varve/qcow2'
+import PQueue from 'p-queue'
+import type { BackupRequest } from './backup-pipeline.ts'
+import { type BackupPlan, BITMAP_GRANULARITY, bitmapName, type DiskPlan } from './backup-plan.ts'
+import { runCommand } from './command.ts'
+import { blake3Hex } from './digest.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { BackupStage } from './events.ts'
+import type { DiskOverlay, Host, Instance } from './host.ts'
+import { imageExtents } from './image-extents.ts'
+import { ImageUpload } from './image-upload.ts'
+import type { RunJournal } from './journal.ts'
+import {
+  type BackupManifest,
+  type Consistency,
+  MANIFEST_VERSION,
+  type ManifestDisk,
+  type ManifestFile,
+  serializeManifest,
+} from './manifest.ts'
+import { Progress } from './progress.ts'
+import { exportDisk } from './qemu-nbd.ts'
+import { RateLimit } from './rate-limit.ts'
+import { emit, type RunOptions } from './run-options.ts'
+import { bytesBody, type StorageDriver } from './storage.ts'
+import { MANIFEST_FILE } from './storage-layout.ts'
+import { verifyUpload } from './verify-upload.ts'
+import { VERSION } from './version.ts'
+
+/** What the stages of one backup share. */
+export interface BackupContext {
+  readonly id: string
+  /** Where it goes on the storage. */
+  readonly folder: string
+  readonly host: Host
+  readonly storage: StorageDriver
+  readonly instance: Instance
+  readonly request: BackupRequest
+  readonly plan: BackupPlan
+  readonly journal: RunJournal
+  readonly run: RunOptions
+  readonly startedAt: Date
+}
+
+/** Tells that a stage begins, unless the run was given up. */
+export function stage(run: RunOptions, name: BackupStage, message: string): void {
+  if (run.signal?.aborted) throw abortError(run.signal)
+  emit(run, { type: 'stage', stage: name, message })
+}
+
+/** Begins a bitmap of this backup's on every qcow2 disk, before the freeze: no write falls between the two. */
+export async function mark({ id, host, instance, plan, journal, run }: BackupContext): Promise<void> {
+  const disks = plan.disks.map(({ disk }) => disk).filter(({ format }) => format === 'qcow2')
+  if (disks.length === 0) return
+  const bitmap = bitmapName(id)
+  stage(run, 'mark', `Adding the bitmap ${bitmap}`)
+  await journal.record({ step: 'bitmap-add', bitmap, disks: disks.map(({ name }) => name) })
+  await host.addBitmap(instance.name, disks, bitmap, BITMAP_GRANULARITY, run)
+}
+
+/** The moment that a backup shows. */
+export interface Frozen {
+  readonly at: Date
+  readonly consistency: Consistency
+}
+
+/** Freezes the disks of a running instance by one snapshot; those of a stopped one are still anyway. */
+export async function freeze(backup: BackupContext): Promise<Frozen> {
+  const { id, host, instance, plan, journal, run, request } = backup
+  if (!instance.running) return { at: new Date(), consistency: 'offline' }
+  stage(
+    run,
+    'freeze',
+    `Freezing ${plan.disks.length === 1 ? 'one disk' : `${plan.disks.length} disks`} by a snapshot`,
+  )
+  const overlays = await Promise.all(
+    plan.disks.map(
+      async ({ disk }): Promise<DiskOverlay> => ({
+        disk: disk.name,
+        base: disk.path,
+        baseFormat: disk.format,
+        overlay: await host.overlayPath(disk, id),
+      }),
+    ),
+  )
+  const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
+  try {
+    await journal.record({ step: 'snapshot', overlays })
+    await host.snapshot(instance.name, overlays, run)
+    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash' }
+  } finally {
+    const { onEvent } = run // thawed also after an abort
+    if (frozen) await host.thawFilesystems(instance.name, onEvent ? { onEvent } : {})
+  }
+}
+
+async function freezeFilesystems({ host, instance, journal, run, request }: BackupContext): Promise<boolean> {
+  await journal.record({ step: 'filesystem-freeze' })
+  try {
+    await host.freezeFilesystems(instance.name, run)
+    return true
+  } catch (error) {
+    const { onEvent } = run
+    await host.thawFilesystems(instance.name, onEvent ? { onEvent } : {}) // it may have frozen some before it failed
+    if (request.freeze !== 'try' || !isVarveError(error, 'FREEZE_FAILED')) throw error
+    emit(run, { type: 'warning', message: `${error.message} The backup is crash-consistent.` })
+    return false
+  }
+}
+
+/** Streams the image of every disk to the storage, several at once; the first failure ends the others. */
+export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
+  const { plan, journal, run, request, folder } = backup
+  stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
+  const sockets = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
+  await journal.record({ step: 'export', folder: sockets })
+  await journal.record({ step: 'upload', folder })
+  stage(run, 'stream', 'Reading what is to be stored')
+
+  const failed = new AbortController()
+  const signal = run.signal ? AbortSignal.any([run.signal, failed.signal]) : failed.signal
+  const limit = request.bandwidth === undefined ? undefined : new RateLimit(request.bandwidth)
+  const queue = new PQueue({ concurrency: request.concurrency ?? 2 })
+  const results = await Promise.allSettled(
+    plan.disks.map(disk =>
+      queue.add(async () => {
+        try {
+          return await streamDisk({ ...backup, run: { ...run, signal } }, disk, sockets, limit)
+        } catch (error) {
+          failed.abort(error)
+          throw error
+        }
+      }),
+    ),
+  )
+  if (failed.signal.aborted) throw run.signal?.aborted ? abortError(run.signal) : failed.signal.reason
+  return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
+}
+
+async function streamDisk(
+  backup: BackupContext,
+  plan: DiskPlan,
+  sockets: string,
+  limit: RateLimit | undefined,
+): Promise<ManifestDisk> {
+  const { id, storage, folder, run, request } = backup
+  const { signal = new AbortController().signal } = run
+  const { disk } = plan
+  signal.throwIfAborted()
+  const dirtyContext = plan.kind === 'incremental' ? `qemu:dirty-bitmap:${plan.bitmap}` : undefined
+  await using server = await exportDisk({
+    ...run,
+    disk: disk.name,
+    path: disk.path,
+    format: disk.format,
+    writable: false,
+    folder: sockets,
+    ...(plan.kind === 'incremental' && { bitmap: plan.bitmap }),
+  })
+  await using client = await NbdClient.connect(
+    { socketPath: server.socketPath },
+    { metaContexts: ['base:allocation', ...(dirtyContext ? [dirtyContext] : [])], signal },
+  )
+  const maps = await client.mapExtents({ signal })
+  const allocation = maps.get('base:allocation')
+  const dirty = dirtyContext === undefined ? undefined : maps.get(dirtyContext)
+  if (!allocation || (plan.kind === 'incremental' && !dirty)) {
+    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
+      context: { disk: disk.name },
+    })
+  }
+  const clusterSize = request.clusterSize ?? 65_536
+  const extents = imageExtents({
+    size: client.size,
+    clusterSize,
+    allocation,
+    ...(plan.kind === 'incremental' && dirty && { since: { dirty, size: plan.parentSize } }),
+  })
+  const layout = planImage(extents, {
+    clusterSize,
+    ...(plan.kind === 'incremental' && { backing: { name: plan.backing, format: 'qcow2' } }),
+  })
+
+  stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
+  const image = `${disk.name}.qcow2`
+  const blocks = `${disk.name}.blake3`
+  const upload = new ImageUpload(new ComposedImage(layout, client), { signal, ...(limit && { limit }) })
+  const progress = new Progress(run, disk.name, upload.size)
+  await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
+  const digested = await upload.digest()
+  await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
+  await verifyUpload(
+    storage,
+    `${folder}/${image}`,
+    upload.size,
+    digested.digest,
+    request.verifyUpload ?? 'size',
+    signal,
+  )
+  await verifyUpload(storage, `${folder}/${blocks}`, digested.blocks.byteLength, undefined, 'size', signal)
+  progress.finish()
+
+  return {
+    name: disk.name,
+    kind: plan.kind,
+    image,
+    blocks,
+    format: 'qcow2',
+    virtualSize: client.size,
+    storedSize: upload.size,
+    clusterSize,
+    digest: digested.digest,
+    ...(plan.kind === 'incremental' && { backing: plan.backing }),
+    ...(disk.format === 'qcow2' && { bitmap: { name: bitmapName(id), granularity: BITMAP_GRANULARITY } }),
+    ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
+    source: { path: disk.path, format: disk.format },
+  }
+}
+
+/** Stores the instance's definition and writes down what the backup is. */
+export async function describe(
+  backup: BackupContext,
+  frozen: Frozen,
+  disks: readonly ManifestDisk[],
+): Promise<BackupManifest> {
+  const { id, instance, plan, run, startedAt } = backup
+  const definition = instance.definition === undefined ? undefined : Buffer.from(instance.definition)
+  const nvram = instance.nvram === undefined ? undefined : await readNvram(instance.nvram, run)
+  const { name, uuid } = instance
+  return {
+    version: MANIFEST_VERSION,
+    id,
+    chain: plan.parent?.manifest.chain ?? id,
+    ...(plan.parent && { parent: plan.parent.manifest.id }),
+    kind: plan.parent ? 'incremental' : 'full',
+    instance: { name, ...(uuid !== undefined && { uuid }) },
+    startedAt: startedAt.toISOString(),
+    frozenAt: frozen.at.toISOString(),
+    finishedAt: new Date().toISOString(),
+    consistency: frozen.consistency,
+    running: instance.running,
+    disks,
+    ...(definition && { definition: await putFile(backup, 'domain.xml', definition) }),
+    ...(nvram && { nvram: await putFile(backup, 'nvram.fd', nvram) }),
+    tools: { varve: VERSION, node: process.version, qemu: await qemuVersion(run) },
+  }
+}
+
+/** Writes the manifest, last of all: from there on the backup exists. */
+export async function publish(
+  { folder, storage, journal, run }: BackupContext,
+  manifest: BackupManifest,
+  retire: Readonly<Record<string, readonly string[]>>,
+): Promise<void> {
+  stage(run, 'publish', 'Writing the manifest')
+  const key = `${folder}/${MANIFEST_FILE}`
+  await journal.record({ step: 'publish', manifest: key, retire })
+  await storage.put(key, bytesBody(serializeManifest(manifest)), signalOf(run))
+}
+
+async function putFile(
+  { storage, folder, run }: BackupContext,
+  key: string,
+  bytes: Uint8Array,
+): Promise<ManifestFile> {
+  await storage.put(`${folder}/${key}`, bytesBody(bytes), signalOf(run))
+  return { key, size: bytes.byteLength, blake3: blake3Hex(bytes) }
+}
+
+async function readNvram(path: string, run: RunOptions): Promise<Buffer | undefined> {
+  try {
+    return await readFile(path)
+  } catch (error) {
+    // libvirt makes it at the first start, so an instance that never ran has none.
+    emit(run, {
+      type: 'warning',
+      message: `The UEFI variables are not in the backup: ${errorMessage(error)}`,
+    })
+    return undefined
+  }
+}
+
+async function qemuVersion(run: RunOptions): Promise<string> {
+  const { stdout } = await runCommand('qemu-nbd', ['--version'], run)
+  return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
+}
+
+function signalOf({ signal }: RunOptions): { signal?: AbortSignal } {
+  return signal ? { signal } : {}
+}

@@ -1,0 +1,94 @@
+import { execa } from 'execa'
+import { abortError, VarveError } from './errors.ts'
+import { emit, type RunOptions } from './run-options.ts'
+
+/** How much of a command's output is kept in events and errors, in characters. */
+const OUTPUT_LIMIT = 16_384
+
+/** Where the programs come from, for the error of a missing one. */
+const PACKAGES: Readonly<Record<string, string>> = {
+  virsh: 'libvirt-clients',
+  'qemu-img': 'qemu-utils',
+  'qemu-nbd': 'qemu-utils',
+}
+
+/** Options of {@link runCommand}. */
+export interface CommandOptions extends RunOptions {
+  /** The command is ended after this many milliseconds. Default: 60,000. */
+  timeoutMs?: number
+}
+
+/** What a command that succeeded printed. */
+export interface CommandResult {
+  readonly stdout: string
+  readonly stderr: string
+}
+
+/**
+ * Runs an external program and tells of it in a `command` event.
+ *
+ * @throws COMMAND_MISSING, COMMAND_TIMEOUT, COMMAND_FAILED with its exit code and what it printed, ABORTED.
+ */
+export async function runCommand(
+  command: string,
+  args: readonly string[],
+  options: CommandOptions = {},
+): Promise<CommandResult> {
+  const { signal, timeoutMs = 60_000 } = options
+  if (signal?.aborted) throw abortError(signal)
+  const result = await execa(command, args, {
+    stdin: 'ignore',
+    env: { LC_ALL: 'C' }, // messages are looked at
+    reject: false,
+    timeout: timeoutMs,
+    forceKillAfterDelay: 5_000,
+    maxBuffer: 64 * 1024 * 1024,
+    stripFinalNewline: true,
+    ...(signal && { cancelSignal: signal }),
+  })
+  emit(options, {
+    type: 'command',
+    command,
+    args,
+    exitCode: result.exitCode,
+    stdout: result.stdout.slice(0, OUTPUT_LIMIT),
+    stderr: result.stderr.slice(0, OUTPUT_LIMIT),
+    durationMs: Math.round(result.durationMs),
+  })
+  if (!result.failed) return { stdout: result.stdout, stderr: result.stderr }
+  if (result.isCanceled && signal) throw abortError(signal)
+
+  const context = { command, args, exitCode: result.exitCode, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
+  if (result.code === 'ENOENT') {
+    const from = PACKAGES[command]
+    throw new VarveError(
+      'COMMAND_MISSING',
+      `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
+      { context, cause: result },
+    )
+  }
+  if (result.timedOut) {
+    throw new VarveError(
+      'COMMAND_TIMEOUT',
+      `${command} ${args[0] ?? ''} did not end within ${timeoutMs / 1000} s and was stopped.`,
+      {
+        context,
+        cause: result,
+        retryable: true,
+      },
+    )
+  }
+  const said = lastLine(result.stderr) || lastLine(result.stdout) || result.shortMessage
+  throw new VarveError(
+    'COMMAND_FAILED',
+    `${command} ${args[0] ?? ''} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
+    {
+      context,
+      cause: result,
+    },
+  )
+}
+
+function lastLine(text: string): string {
+  return text.trim().split('\n').at(-1) ?? ''
+}

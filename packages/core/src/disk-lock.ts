@@ -1,0 +1,60 @@
+import { createHash } from 'node:crypto'
+import { once } from 'node:events'
+import { createServer, type Server } from 'node:net'
+import { VarveError } from './errors.ts'
+
+/**
+ * Holds disks against every other run on this machine, whatever its state folder. The lock is a Unix socket
+ * in Linux's abstract name space: taking it is atomic and the kernel gives it back when the process ends,
+ * however it ends, so a lock is never stale. It reaches as far as the network name space does.
+ */
+export class DiskLock implements AsyncDisposable {
+  readonly #servers: Server[] = []
+
+  /**
+   * Takes the lock of every path, or of none.
+   *
+   * @param paths files or block devices, with symbolic links resolved
+   * @throws DISK_BUSY
+   */
+  static async acquire(paths: readonly string[]): Promise<DiskLock> {
+    const lock = new DiskLock()
+    try {
+      for (const path of [...new Set(paths)].sort()) await lock.#add(path)
+    } catch (error) {
+      await lock.release()
+      throw error
+    }
+    return lock
+  }
+
+  async #add(path: string): Promise<void> {
+    const name = createHash('sha256').update(path).digest('hex').slice(0, 40)
+    const server = createServer(socket => socket.destroy())
+    server.unref() // a lock does not keep a process alive
+    try {
+      server.listen({ path: `\0varve-disk-${name}` })
+      await once(server, 'listening')
+    } catch (error) {
+      if (!(error instanceof Error && 'code' in error && error.code === 'EADDRINUSE')) throw error
+      throw new VarveError(
+        'DISK_BUSY',
+        `The disk ${path} is held by another backup or restore. Wait for it to end, or stop it, and try again.`,
+        { context: { path }, cause: error, retryable: true },
+      )
+    }
+    this.#servers.push(server)
+  }
+
+  /** Gives the locks back. May be called more than once. */
+  async release(): Promise<void> {
+    for (const server of this.#servers.splice(0)) {
+      server.close()
+      await once(server, 'close')
+    }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.release()
+  }
+}

@@ -1,0 +1,94 @@
+import type { ImageDisk } from './image-host.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** A bitmap that an image carries. */
+export interface DiskBitmap {
+  readonly name: string
+  /** Bytes that one bit stands for. */
+  readonly granularity: number
+  /** Whether it records writes. */
+  readonly enabled: boolean
+  /** QEMU did not store it when it ended: what it says cannot be trusted. It can only be removed. */
+  readonly inconsistent: boolean
+}
+
+/** A disk of an instance, as it is now. */
+export interface HostDisk {
+  /** The target name, such as `vda`. */
+  readonly name: string
+  /** The file or block device that the instance writes to, with symbolic links resolved. */
+  readonly path: string
+  readonly format: 'qcow2' | 'raw'
+  /** Whether `path` is a block device. */
+  readonly blockDevice: boolean
+  /** Size of the guest's disk in bytes. */
+  readonly virtualSize: number
+  readonly bitmaps: readonly DiskBitmap[]
+}
+
+/** An instance, as it is now. */
+export interface Instance {
+  readonly name: string
+  readonly uuid?: string
+  readonly running: boolean
+  /** The disks that can be backed up, the primary one first. */
+  readonly disks: readonly HostDisk[]
+  /** The disks that cannot, by name, and why. */
+  readonly unsupported: ReadonlyMap<string, string>
+  /** libvirt's XML of the instance, as it is defined. */
+  readonly definition?: string
+  /** Path of the UEFI variables. */
+  readonly nvram?: string
+}
+
+/** A disk whose writes go to an overlay while its base is read. */
+export interface DiskOverlay {
+  /** The target name, such as `vda`. */
+  readonly disk: string
+  /** The disk's own file, read-only while the overlay is active. */
+  readonly base: string
+  readonly baseFormat: 'qcow2' | 'raw'
+  /** The overlay file. */
+  readonly overlay: string
+}
+
+/** Enough to make the same host again, when another process cleans up after one that died. */
+export type HostReference =
+  | { readonly kind: 'libvirt'; readonly uri: string }
+  | { readonly kind: 'image'; readonly instance: string; readonly disks: Readonly<Record<string, ImageDisk>> }
+
+/**
+ * Where instances live. Everything that changes the host can be called again after it was cut short: it
+ * looks at the state first.
+ */
+export interface Host {
+  readonly reference: HostReference
+  /** @throws INSTANCE_NOT_FOUND */
+  instance(name: string, run?: RunOptions): Promise<Instance>
+  /** Adds a persistent, recording bitmap to every disk: for a running instance in one transaction. */
+  addBitmap(
+    instance: string,
+    disks: readonly HostDisk[],
+    bitmap: string,
+    granularity: number,
+    run?: RunOptions,
+  ): Promise<void>
+  /** Removes bitmaps from a disk; those that are not there are left out. */
+  removeBitmaps(instance: string, disk: string, bitmaps: readonly string[], run?: RunOptions): Promise<void>
+  /** Where the overlay of a disk goes. */
+  overlayPath(disk: HostDisk, backupId: string): Promise<string>
+  /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */
+  snapshot(instance: string, overlays: readonly DiskOverlay[], run?: RunOptions): Promise<void>
+  /** Brings what was written to an overlay back into its base, and the instance back onto the base. */
+  commitOverlay(instance: string, overlay: DiskOverlay, run?: RunOptions): Promise<void>
+  /** Has the guest agent flush and freeze the file systems. */
+  freezeFilesystems(instance: string, run?: RunOptions): Promise<void>
+  /** Thaws them; no error when they are not frozen. */
+  thawFilesystems(instance: string, run?: RunOptions): Promise<void>
+  /** Shuts the guest down; after `timeoutMs` it is switched off. */
+  powerOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<void>
+  /** Starts the instance; no error when it runs. */
+  start(instance: string, run?: RunOptions): Promise<void>
+  /** Defines an instance from libvirt's XML. */
+  define(xml: string, run?: RunOptions): Promise<void>
+}

@@ -1,0 +1,128 @@
+import { VarveError } from './errors.ts'
+import type { Host, HostDisk, HostReference, Instance } from './host.ts'
+import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** Options of {@link ImageHost}. */
+export interface ImageHostOptions {
+  /** The name under which the backups are kept. */
+  instance: string
+  /**
+   * Each disk's image by disk name, such as `{ vda: '/srv/web-1.qcow2' }`. Without a format it is told from
+   * the content; an image with a backing file needs it stated, since a guest can write a header of its
+   * choice into a raw disk.
+   */
+  disks: Readonly<Record<string, ImageDisk>>
+}
+
+/** A disk image: its path, or its path and format. */
+export type ImageDisk = string | { readonly path: string; readonly format: 'qcow2' | 'raw' }
+
+/** Disk images that no virtual machine uses while they are backed up or restored; libvirt is not needed. */
+export class ImageHost implements Host {
+  readonly reference: HostReference
+  readonly #instance: string
+  readonly #disks: Readonly<Record<string, ImageDisk>>
+
+  constructor(options: ImageHostOptions) {
+    this.#instance = options.instance
+    this.#disks = options.disks
+    this.reference = { kind: 'image', instance: options.instance, disks: options.disks }
+  }
+
+  async instance(name: string, run: RunOptions = {}): Promise<Instance> {
+    if (name !== this.#instance) {
+      throw new VarveError(
+        'INSTANCE_NOT_FOUND',
+        `These images are the instance ${this.#instance}, not ${name}.`,
+        {
+          context: { instance: name },
+        },
+      )
+    }
+    const disks: HostDisk[] = []
+    for (const [name, disk] of Object.entries(this.#disks)) disks.push(await readDisk(name, disk, run))
+    return { name, running: false, disks, unsupported: new Map() }
+  }
+
+  async addBitmap(
+    _instance: string,
+    disks: readonly HostDisk[],
+    bitmap: string,
+    granularity: number,
+    run: RunOptions = {},
+  ): Promise<void> {
+    for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
+  }
+
+  async removeBitmaps(
+    _instance: string,
+    disk: string,
+    bitmaps: readonly string[],
+    run: RunOptions = {},
+  ): Promise<void> {
+    const image = this.#disks[disk]
+    if (image !== undefined)
+      await removeImageBitmaps(typeof image === 'string' ? image : image.path, bitmaps, run)
+  }
+
+  overlayPath(): Promise<string> {
+    return Promise.reject(notRunning())
+  }
+
+  snapshot(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+
+  commitOverlay(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+
+  freezeFilesystems(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+
+  async thawFilesystems(): Promise<void> {
+    // nothing runs, so nothing is frozen
+  }
+
+  async powerOff(): Promise<void> {
+    // nothing runs
+  }
+
+  start(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+
+  define(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+}
+
+async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise<HostDisk> {
+  if (typeof disk !== 'string') return readOfflineDisk(name, disk.path, disk.format, run)
+  const info = await readImageInfo(disk, undefined, run)
+  const context = { disk: name, path: disk, format: info.format }
+  if (info.format !== 'qcow2' && info.format !== 'raw') {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The disk ${name} (${disk}) has the format ${info.format}. Varve backs up qcow2 and raw.`,
+      { context },
+    )
+  }
+  if (info.backing !== undefined || info.dataFile !== undefined) {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The disk ${name} (${disk}) looks like a qcow2 image with a backing or data file. State its format, so that no raw disk can pass for one.`,
+      { context },
+    )
+  }
+  return readOfflineDisk(name, disk, info.format, run)
+}
+
+function notRunning(): VarveError {
+  return new VarveError(
+    'INVALID_ARGUMENT',
+    'Plain disk images do not run. Use LibvirtHost for a virtual machine.',
+  )
+}

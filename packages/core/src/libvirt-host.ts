@@ -1,0 +1,379 @@
+import { realpath, rm, stat, writeFile } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { runCommand } from './command.ts'
+import { type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
+import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import { Qmp } from './qmp.ts'
+import type { RunOptions } from './run-options.ts'
+import { withTemporaryFolder } from './temporary-folder.ts'
+
+/** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
+const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
+/** How long the guest agent may take to flush and freeze, in milliseconds. */
+const FREEZE_TIMEOUT_MS = 60_000
+/** An overlay of Varve's, and the backup that it was made for. */
+const OVERLAY = /\.varve-(\d{8}-\d{6}-\d{3}-[0-9a-f]{6})$/
+
+/** Options of {@link LibvirtHost}. */
+export interface LibvirtHostOptions {
+  /** libvirt's connection URI. Default: `qemu:///system`. */
+  uri?: string
+  /**
+   * Folder of the overlays while a backup runs. Default: the folder of each disk's file. Disks that are
+   * block devices need it.
+   */
+  overlayFolder?: string
+}
+
+/** The domains of a libvirt daemon, through `virsh`. */
+export class LibvirtHost implements Host {
+  readonly reference: HostReference
+  readonly #uri: string
+  readonly #overlayFolder: string | undefined
+
+  constructor(options: LibvirtHostOptions = {}) {
+    this.#uri = options.uri ?? 'qemu:///system'
+    this.#overlayFolder = options.overlayFolder
+    this.reference = { kind: 'libvirt', uri: this.#uri }
+  }
+
+  async instance(name: string, run: RunOptions = {}): Promise<Instance> {
+    const running = await this.#isRunning(name, run)
+    const domain = readDomainXml(await this.#virsh(run, 'dumpxml', name))
+    const definition = await this.#virsh(run, 'dumpxml', '--inactive', name)
+    const qmp = running ? await Qmp.open(args => this.#virsh(run, ...args), name) : undefined
+    const disks: HostDisk[] = []
+    const unsupported = new Map<string, string>()
+    for (const disk of domain.disks) {
+      if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
+      const path = await this.#diskPath(disk, run)
+      const reason = unsupportedReason(disk, path)
+      if (path === undefined || reason !== undefined) unsupported.set(disk.name, reason ?? 'it has no source')
+      else disks.push(await readDisk(disk, path, qmp, run))
+    }
+    return {
+      name: domain.name,
+      ...(domain.uuid !== undefined && { uuid: domain.uuid }),
+      running,
+      disks,
+      unsupported,
+      definition,
+      ...(domain.nvram !== undefined && { nvram: domain.nvram }),
+    }
+  }
+
+  async addBitmap(
+    instance: string,
+    disks: readonly HostDisk[],
+    bitmap: string,
+    granularity: number,
+    run: RunOptions = {},
+  ): Promise<void> {
+    if (!(await this.#isRunning(instance, run))) {
+      for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
+      return
+    }
+    const qmp = await Qmp.open(args => this.#virsh(run, ...args), instance)
+    await qmp.transaction(
+      disks.map(disk => ({
+        type: 'block-dirty-bitmap-add',
+        data: { node: qmp.node(disk.path, disk.format).name, name: bitmap, granularity, persistent: true },
+      })),
+    )
+  }
+
+  async removeBitmaps(
+    instance: string,
+    disk: string,
+    bitmaps: readonly string[],
+    run: RunOptions = {},
+  ): Promise<void> {
+    const state = await this.#diskState(instance, disk, run)
+    if (state === undefined || state.format !== 'qcow2') return
+    if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
+    const qmp = await Qmp.open(args => this.#virsh(run, ...args), instance)
+    const node = qmp.node(state.path, state.format)
+    const present = bitmaps.filter(name => node.bitmaps.some(bitmap => bitmap.name === name))
+    await qmp.transaction(
+      present.map(name => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
+    )
+  }
+
+  async overlayPath(disk: HostDisk, backupId: string): Promise<string> {
+    if (this.#overlayFolder === undefined && disk.blockDevice) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `The disk ${disk.name} (${disk.path}) is a block device, so its overlay needs a folder. Set overlayFolder to one with enough room for what the guest writes during a backup.`,
+        { context: { disk: disk.name, path: disk.path } },
+      )
+    }
+    const folder = await realpath(this.#overlayFolder ?? dirname(disk.path))
+    return join(folder, `${basename(disk.path)}.${disk.name}.varve-${backupId}`)
+  }
+
+  async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
+    const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
+    const { disks } = readDomainXml(await this.#virsh(run, 'dumpxml', instance))
+    const specs = disks.flatMap(({ name }) => {
+      const overlay = byDisk.get(name)
+      // In a diskspec a comma is written twice.
+      return [
+        '--diskspec',
+        overlay
+          ? `${name},snapshot=external,driver=qcow2,file=${overlay.replaceAll(',', ',,')}`
+          : `${name},snapshot=no`,
+      ]
+    })
+    try {
+      await this.#virsh(
+        run,
+        'snapshot-create-as',
+        instance,
+        '--disk-only',
+        '--atomic',
+        '--no-metadata',
+        ...specs,
+      )
+    } catch (error) {
+      if (!isVarveError(error, 'COMMAND_FAILED')) throw error
+      throw new VarveError(
+        'SNAPSHOT_FAILED',
+        `The disks of ${instance} could not be frozen: ${error.message}. Nothing was changed; look for a running block job or snapshot of the instance and for free space beside its disks.`,
+        {
+          context: { instance, disks: overlays.map(({ disk }) => disk) },
+          cause: error,
+        },
+      )
+    }
+  }
+
+  async commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
+    try {
+      const state = await this.#diskState(instance, overlay.disk, run)
+      if (state?.running && state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
+      else if (!state?.running && (state === undefined || state.path === overlay.overlay)) {
+        await this.#commitOffline(instance, overlay, run)
+      }
+      await rm(overlay.overlay, { force: true })
+    } catch (error) {
+      throw new VarveError(
+        'BLOCK_COMMIT_FAILED',
+        `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). The instance ${instance} goes on writing to the overlay and nothing is lost: do not delete it. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
+        {
+          context: { instance, disk: overlay.disk, overlay: overlay.overlay, base: overlay.base },
+          cause: error,
+          retryable: true,
+        },
+      )
+    }
+  }
+
+  async #commitLive(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
+    // A job that a former try left behind refuses a new one.
+    const job = await this.#virsh(run, 'blockjob', instance, overlay.disk, '--info')
+    if (/commit/i.test(job)) await this.#virsh(run, 'blockjob', instance, overlay.disk, '--abort')
+    // --shallow: into the overlay's own base, never further down a chain that the instance has of its own.
+    await this.#virsh(
+      { ...run, timeoutMs: COMMIT_TIMEOUT_MS },
+      ...['blockcommit', instance, overlay.disk, '--active', '--shallow', '--pivot', '--wait'],
+    )
+    const after = await this.#diskState(instance, overlay.disk, run)
+    if (after?.path !== overlay.base) {
+      throw new VarveError(
+        'BLOCK_COMMIT_FAILED',
+        `${overlay.disk} is on ${after?.path ?? 'no file'} instead of ${overlay.base}`,
+      )
+    }
+  }
+
+  /** The domain does not run (any more), or is gone. */
+  async #commitOffline(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
+    if (!(await exists(overlay.overlay))) return
+    const info = await readImageInfo(overlay.overlay, 'qcow2', run)
+    if (info.backing === undefined || (await realpath(info.backing)) !== overlay.base) {
+      throw new VarveError(
+        'OVERLAY_LEFT_OVER',
+        `its backing file is ${info.backing ?? 'none'}, not ${overlay.base}`,
+      )
+    }
+    await runCommand('qemu-img', ['commit', '-f', 'qcow2', '-d', overlay.overlay], {
+      ...run,
+      timeoutMs: COMMIT_TIMEOUT_MS,
+    })
+    const xml = await this.#virsh(run, 'dumpxml', '--inactive', instance).catch(error => {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined // a transient domain is gone once it stops
+      throw error
+    })
+    if (xml === undefined) return
+    const base = { path: overlay.base, format: overlay.baseFormat }
+    await this.define(rewriteDomainXml(xml, { disks: { [overlay.disk]: base } }), run)
+  }
+
+  async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
+    try {
+      await this.#virsh({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, 'domfsfreeze', instance)
+    } catch (error) {
+      if (isVarveError(error, 'ABORTED')) throw error
+      throw new VarveError(
+        'FREEZE_FAILED',
+        `The guest agent of ${instance} did not freeze its file systems: ${errorMessage(error)}. Check that qemu-guest-agent runs in the guest, or back up without a freeze.`,
+        {
+          context: { instance },
+          cause: error,
+          retryable: true,
+        },
+      )
+    }
+  }
+
+  async thawFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
+    // A guest that stays frozen is worse than a failed backup, so this is tried for a while.
+    for (let attempt = 1; ; attempt++) {
+      try {
+        if (await this.#isRunning(instance, run))
+          await this.#virsh({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, 'domfsthaw', instance)
+        return
+      } catch (error) {
+        if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
+        if (attempt === 5) {
+          throw new VarveError(
+            'FREEZE_FAILED',
+            `The file systems of ${instance} could not be thawed: ${errorMessage(error)}. Run "virsh domfsthaw ${instance}" at once: the guest cannot write until then.`,
+            {
+              context: { instance },
+              cause: error,
+              retryable: true,
+            },
+          )
+        }
+        await sleep(attempt * 500)
+      }
+    }
+  }
+
+  async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
+    const deadline = Date.now() + timeoutMs
+    if (!(await this.#isRunning(instance, run))) return
+    await this.#virsh(run, 'shutdown', instance)
+    while (await this.#isRunning(instance, run)) {
+      if (Date.now() >= deadline) {
+        await this.#virsh(run, 'destroy', instance)
+        return
+      }
+      await sleep(250, undefined, run.signal && { signal: run.signal })
+    }
+  }
+
+  async start(instance: string, run: RunOptions = {}): Promise<void> {
+    if (!(await this.#isRunning(instance, run))) await this.#virsh(run, 'start', instance)
+  }
+
+  define(xml: string, run: RunOptions = {}): Promise<void> {
+    return withTemporaryFolder(async folder => {
+      const file = join(folder, 'domain.xml')
+      await writeFile(file, xml, { mode: 0o600 })
+      await this.#virsh(run, 'define', file)
+    })
+  }
+
+  async #isRunning(instance: string, run: RunOptions): Promise<boolean> {
+    const state = await this.#virsh(run, 'domstate', instance)
+    return state.trim() !== 'shut off' && state.trim() !== 'crashed'
+  }
+
+  /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
+  async #diskState(
+    instance: string,
+    disk: string,
+    run: RunOptions,
+  ): Promise<{ running: boolean; path: string; format: string } | undefined> {
+    try {
+      const running = await this.#isRunning(instance, run)
+      const domain = readDomainXml(await this.#virsh(run, 'dumpxml', instance))
+      const found = domain.disks.find(({ name }) => name === disk)
+      const path = found && (await this.#diskPath(found, run))
+      return found && path !== undefined ? { running, path, format: found.format } : undefined
+    } catch (error) {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    }
+  }
+
+  async #diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
+    const path = disk.volume
+      ? (await this.#virsh(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
+      : disk.source
+    return path === undefined ? undefined : realpath(path).catch(() => path)
+  }
+
+  async #virsh(run: RunOptions & { timeoutMs?: number }, ...args: string[]): Promise<string> {
+    try {
+      return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], run)).stdout
+    } catch (error) {
+      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context['stderr']) : ''
+      if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
+        const instance = args.find(arg => stderr.includes(`'${arg}'`)) ?? ''
+        throw new VarveError(
+          'INSTANCE_NOT_FOUND',
+          `libvirt (${this.#uri}) has no domain ${instance}. "virsh --connect ${this.#uri} list --all" shows those it has.`,
+          {
+            context: { instance, uri: this.#uri },
+            cause: error,
+          },
+        )
+      }
+      throw error
+    }
+  }
+}
+
+function unsupportedReason(disk: DomainDisk, path: string | undefined): string | undefined {
+  if (path === undefined || !['file', 'block', 'volume'].includes(disk.type))
+    return `its type is ${disk.type}`
+  if (disk.encrypted) return 'libvirt encrypts it'
+  if (disk.shareable) return 'it is shared between instances'
+  if (disk.format !== 'qcow2' && disk.format !== 'raw') return `its format is ${disk.format}`
+  return undefined
+}
+
+async function readDisk(
+  disk: DomainDisk,
+  path: string,
+  qmp: Qmp | undefined,
+  run: RunOptions,
+): Promise<HostDisk> {
+  const format = disk.format === 'qcow2' ? 'qcow2' : 'raw'
+  const backup = OVERLAY.exec(path)?.[1]
+  if (backup !== undefined) {
+    throw new VarveError(
+      'OVERLAY_LEFT_OVER',
+      `The disk ${disk.name} still writes to the overlay ${path} of backup ${backup}. Run "varve recover" to merge it back; no backup of this instance starts before.`,
+      {
+        context: { disk: disk.name, path, backup },
+      },
+    )
+  }
+  if (!qmp) return readOfflineDisk(disk.name, path, format, run)
+  const node = qmp.node(path, format)
+  return {
+    name: disk.name,
+    path,
+    format,
+    blockDevice: (await stat(path)).isBlockDevice(),
+    virtualSize: node.virtualSize,
+    bitmaps: node.bitmaps,
+  }
+}
+
+async function exists(path: string): Promise<boolean> {
+  try {
+    await stat(path)
+    return true
+  } catch (error) {
+    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return false
+    throw error
+  }
+}

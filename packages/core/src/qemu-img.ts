@@ -1,0 +1,145 @@
+import { realpath, stat } from 'node:fs/promises'
+import { z } from 'zod'
+import { runCommand } from './command.ts'
+import { isVarveError, VarveError } from './errors.ts'
+import type { DiskBitmap, HostDisk } from './host.ts'
+import type { RunOptions } from './run-options.ts'
+
+const imageInfo = z.object({
+  format: z.string(),
+  'virtual-size': z.number().int().nonnegative(),
+  'backing-filename': z.string().optional(),
+  'full-backing-filename': z.string().optional(),
+  'format-specific': z
+    .object({
+      data: z.object({
+        compat: z.string().optional(),
+        'data-file': z.string().optional(),
+        bitmaps: z
+          .array(z.object({ name: z.string(), granularity: z.number(), flags: z.array(z.string()) }))
+          .optional(),
+      }),
+    })
+    .optional(),
+})
+
+/** What `qemu-img info` says of an image that nobody writes to. */
+export interface ImageInfo {
+  readonly format: string
+  readonly virtualSize: number
+  readonly backing?: string
+  readonly dataFile?: string
+  readonly bitmaps: readonly DiskBitmap[]
+}
+
+/**
+ * Looks at an image.
+ *
+ * @param format the image's format; without one QEMU guesses from its content
+ * @throws DISK_BUSY when a running instance writes to it, DISK_NOT_FOUND, DISK_UNSUPPORTED
+ */
+export async function readImageInfo(
+  path: string,
+  format: string | undefined,
+  run: RunOptions,
+): Promise<ImageInfo> {
+  const args = ['info', '--output=json', ...(format ? ['-f', format] : []), path]
+  const { stdout } = await runCommand('qemu-img', args, run).catch(error => {
+    throw imageError(path, error)
+  })
+  const info = imageInfo.parse(JSON.parse(stdout))
+  const data = info['format-specific']?.data
+  const backing = info['full-backing-filename'] ?? info['backing-filename']
+  return {
+    format: info.format,
+    virtualSize: info['virtual-size'],
+    ...(backing !== undefined && { backing }),
+    ...(data?.['data-file'] !== undefined && { dataFile: data['data-file'] }),
+    bitmaps: (data?.bitmaps ?? []).map(bitmap => ({
+      name: bitmap.name,
+      granularity: bitmap.granularity,
+      enabled: bitmap.flags.includes('auto'),
+      inconsistent: bitmap.flags.includes('in-use'),
+    })),
+  }
+}
+
+function imageError(path: string, error: unknown): unknown {
+  if (!isVarveError(error, 'COMMAND_FAILED')) return error
+  const stderr = String(error.context['stderr'] ?? '')
+  const context = { path, stderr }
+  if (stderr.includes('lock')) {
+    return new VarveError(
+      'DISK_BUSY',
+      `The image ${path} is in use by another process. Stop the virtual machine that uses it, or back it up by its libvirt name.`,
+      {
+        context,
+        cause: error,
+        retryable: true,
+      },
+    )
+  }
+  if (stderr.includes('No such file')) {
+    return new VarveError('DISK_NOT_FOUND', `There is no image ${path}. Check the path.`, {
+      context,
+      cause: error,
+    })
+  }
+  return new VarveError('DISK_UNSUPPORTED', `The image ${path} cannot be read: ${error.message}`, {
+    context,
+    cause: error,
+  })
+}
+
+/** A disk of an instance that does not run. */
+export async function readOfflineDisk(
+  name: string,
+  path: string,
+  format: 'qcow2' | 'raw',
+  run: RunOptions,
+): Promise<HostDisk> {
+  const resolved = await realpath(path).catch(error => {
+    throw new VarveError('DISK_NOT_FOUND', `The disk ${name} has no file at ${path}. Check the path.`, {
+      context: { disk: name, path },
+      cause: error,
+    })
+  })
+  const [info, status] = await Promise.all([readImageInfo(resolved, format, run), stat(resolved)])
+  return {
+    name,
+    path: resolved,
+    format,
+    blockDevice: status.isBlockDevice(),
+    virtualSize: info.virtualSize,
+    bitmaps: info.bitmaps,
+  }
+}
+
+/** Adds a persistent, recording bitmap to an image that nobody has open. One that is there already is kept. */
+export async function addImageBitmap(
+  path: string,
+  bitmap: string,
+  granularity: number,
+  run: RunOptions,
+): Promise<void> {
+  const { bitmaps } = await readImageInfo(path, 'qcow2', run)
+  if (bitmaps.some(({ name }) => name === bitmap)) return
+  await runCommand(
+    'qemu-img',
+    ['bitmap', '--add', '-g', String(granularity), '-f', 'qcow2', path, bitmap],
+    run,
+  )
+}
+
+/** Removes bitmaps from an image that nobody has open; those that are not there are left out. */
+export async function removeImageBitmaps(
+  path: string,
+  bitmaps: readonly string[],
+  run: RunOptions,
+): Promise<void> {
+  const present = new Set((await readImageInfo(path, 'qcow2', run)).bitmaps.map(({ name }) => name))
+  for (const bitmap of bitmaps) {
+    if (present.has(bitmap))
+      await runCommand('qemu-img', ['bitmap', '--remove', '-f', 'qcow2', path, bitmap], run)
+  }
+}

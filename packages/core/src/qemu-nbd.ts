@@ -1,0 +1,129 @@
+import { readFile, rm, stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { execa } from 'execa'
+import { errorMessage, VarveError } from './errors.ts'
+import { emit, type RunOptions } from './run-options.ts'
+
+const SOCKET_TIMEOUT_MS = 15_000
+
+/** What to export. */
+export interface ExportOptions extends RunOptions {
+  /** The disk's name; also that of the socket. */
+  disk: string
+  /** Image file or block device. */
+  path: string
+  format: 'qcow2' | 'raw'
+  /** Whether clients may write. */
+  writable: boolean
+  /** The bitmap to show as `qemu:dirty-bitmap:<name>`. */
+  bitmap?: string
+  /** A private folder for the socket and the process id; see {@link stopExports}. */
+  folder: string
+}
+
+/** A running `qemu-nbd`. */
+export interface NbdExport extends AsyncDisposable {
+  readonly socketPath: string
+  /** Ends it, and tells of it in a `command` event. */
+  stop(): Promise<void>
+}
+
+/**
+ * Serves one disk on a Unix socket of its own. The process ends by itself when its last client has gone, so
+ * that it does not outlive a run that died.
+ *
+ * @throws NBD_SOCKET_MISSING with what qemu-nbd said
+ */
+export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
+  const { disk, path, format, writable, bitmap, folder } = options
+  const socketPath = join(folder, `${disk}.sock`)
+  const args = [
+    ...['--format', format, '--socket', socketPath, '--pid-file', join(folder, `${disk}.pid`)],
+    ...(writable ? ['--discard', 'unmap'] : ['--read-only', '--shared', '8']),
+    ...(bitmap === undefined ? [] : ['--bitmap', bitmap]),
+    path,
+  ]
+  const startedAt = Date.now()
+  const child = execa('qemu-nbd', args, {
+    stdin: 'ignore',
+    stdout: 'ignore',
+    env: { LC_ALL: 'C' },
+    reject: false,
+    detached: true, // a Ctrl-C in the terminal is for Varve, which ends it when it is done with it
+    maxBuffer: 1024 * 1024,
+    forceKillAfterDelay: 5_000,
+  })
+  let stopping = false
+  const ended = child.then(result => {
+    emit(options, {
+      type: 'command',
+      command: 'qemu-nbd',
+      args,
+      exitCode: stopping && result.isTerminated ? 0 : result.exitCode,
+      stdout: '',
+      stderr: result.stderr,
+      durationMs: Date.now() - startedAt,
+    })
+    return result
+  })
+  const stop = async () => {
+    stopping = true
+    child.kill('SIGTERM')
+    await ended
+    await rm(socketPath, { force: true })
+  }
+
+  try {
+    for (let alive = true; !(await exists(socketPath)); ) {
+      if (!alive) {
+        const { stderr, shortMessage } = await ended
+        throw new Error(stderr.trim() || shortMessage)
+      }
+      if (Date.now() - startedAt > SOCKET_TIMEOUT_MS)
+        throw new Error(`none after ${SOCKET_TIMEOUT_MS / 1000} s`)
+      options.signal?.throwIfAborted()
+      alive = await Promise.race([ended.then(() => false), sleep(10).then(() => true)])
+    }
+  } catch (error) {
+    await stop()
+    if (options.signal?.aborted) throw error
+    throw new VarveError(
+      'NBD_SOCKET_MISSING',
+      `NBD socket did not appear: qemu-nbd could not serve ${path}: ${errorMessage(error)}. Check that the image is there, whole and readable, and that no other process writes to it.`,
+      {
+        context: { disk, path },
+        cause: error,
+      },
+    )
+  }
+  return { socketPath, stop, [Symbol.asyncDispose]: stop }
+}
+
+/** Ends every `qemu-nbd` that a run which died left with its socket in `folder`, and removes the folder. */
+export async function stopExports(folder: string, disks: readonly string[]): Promise<void> {
+  for (const disk of disks) {
+    const pid = Number(await readFile(join(folder, `${disk}.pid`), 'utf8').catch(() => ''))
+    if (Number.isSafeInteger(pid) && pid > 1 && (await runsWith(pid, join(folder, `${disk}.sock`)))) {
+      process.kill(pid, 'SIGTERM')
+      for (let waited = 0; await runsWith(pid, join(folder, `${disk}.sock`)); waited += 20) {
+        if (waited === 5_000) process.kill(pid, 'SIGKILL')
+        await sleep(20)
+      }
+    }
+  }
+  await rm(folder, { recursive: true, force: true })
+}
+
+/** Whether the process is still the one that was started with this argument: process ids are used again. */
+async function runsWith(pid: number, argument: string): Promise<boolean> {
+  const commandLine = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
+  return commandLine.split('\0').includes(argument)
+}
+
+async function exists(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    () => false,
+  )
+}

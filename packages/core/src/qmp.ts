@@ -1,0 +1,113 @@
+import { realpath } from 'node:fs/promises'
+import { z } from 'zod'
+import { VarveError } from './errors.ts'
+import type { DiskBitmap } from './host.ts'
+
+/** The parts of QMP's `BlockDeviceInfo` that are used; see QEMU's "QMP Reference Manual", query-named-block-nodes. */
+const blockNodes = z.array(
+  z.object({
+    'node-name': z.string(),
+    drv: z.string(),
+    file: z.string(),
+    image: z.object({ 'virtual-size': z.number().int().nonnegative() }),
+    'dirty-bitmaps': z
+      .array(
+        z.object({
+          name: z.string().default(''),
+          granularity: z.number(),
+          recording: z.boolean(),
+          inconsistent: z.boolean().default(false),
+        }),
+      )
+      .default([]),
+  }),
+)
+
+/** A block node of a running instance. */
+export interface BlockNode {
+  readonly name: string
+  readonly virtualSize: number
+  readonly bitmaps: readonly DiskBitmap[]
+}
+
+/** QEMU's monitor of a running domain, through `virsh qemu-monitor-command`. */
+export class Qmp {
+  readonly #virsh: (args: string[]) => Promise<string>
+  readonly #domain: string
+  readonly #nodes: z.infer<typeof blockNodes>
+
+  private constructor(
+    virsh: (args: string[]) => Promise<string>,
+    domain: string,
+    nodes: z.infer<typeof blockNodes>,
+  ) {
+    this.#virsh = virsh
+    this.#domain = domain
+    this.#nodes = nodes
+  }
+
+  /** Reads the block nodes. Their state is the one at this moment. */
+  static async open(virsh: (args: string[]) => Promise<string>, domain: string): Promise<Qmp> {
+    const reply = await execute(virsh, domain, 'query-named-block-nodes', { flat: true })
+    const nodes = blockNodes.parse(reply)
+    const resolved = nodes.map(async node => ({
+      ...node,
+      file: await realpath(node.file).catch(() => node.file),
+    }))
+    return new Qmp(virsh, domain, await Promise.all(resolved))
+  }
+
+  /** The node of an image by its path, symbolic links resolved, and format. */
+  node(path: string, format: string): BlockNode {
+    const node = this.#nodes.find(({ drv, file }) => drv === format && file === path)
+    if (!node) {
+      throw new VarveError(
+        'DISK_UNSUPPORTED',
+        `QEMU has no block node of ${path} (${format}) in ${this.#domain}.`,
+        {
+          context: { instance: this.#domain, path, format },
+        },
+      )
+    }
+    return {
+      name: node['node-name'],
+      virtualSize: node.image['virtual-size'],
+      bitmaps: node['dirty-bitmaps'].map(bitmap => ({
+        name: bitmap.name,
+        granularity: bitmap.granularity,
+        enabled: bitmap.recording,
+        inconsistent: bitmap.inconsistent,
+      })),
+    }
+  }
+
+  /** Carries out all the actions at one point in time, or none. */
+  async transaction(actions: readonly { type: string; data: object }[]): Promise<void> {
+    if (actions.length > 0) await execute(this.#virsh, this.#domain, 'transaction', { actions })
+  }
+}
+
+const monitorReply = z.object({
+  return: z.unknown().optional(),
+  error: z.object({ class: z.string(), desc: z.string() }).optional(),
+})
+
+async function execute(
+  virsh: (args: string[]) => Promise<string>,
+  domain: string,
+  command: string,
+  args: object,
+): Promise<unknown> {
+  const output = await virsh([
+    'qemu-monitor-command',
+    domain,
+    JSON.stringify({ execute: command, arguments: args }),
+  ])
+  const reply = monitorReply.parse(JSON.parse(output))
+  if (reply.error) {
+    throw new VarveError('COMMAND_FAILED', `QEMU refused ${command} for ${domain}: ${reply.error.desc}`, {
+      context: { instance: domain, command, reason: reply.error.desc },
+    })
+  }
+  return reply.return
+}

@@ -1,0 +1,126 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { Host } from './host.ts'
+import type { RunJournal } from './journal.ts'
+import { stopExports } from './qemu-nbd.ts'
+import { emit, type RunOptions } from './run-options.ts'
+import type { StorageDriver } from './storage.ts'
+
+/** How long the storage may take for each call of a clean-up, in milliseconds. */
+const STORAGE_TIMEOUT_MS = 60_000
+
+/** What {@link settleBackup} works with. */
+export interface SettleOptions {
+  readonly host: Host
+  readonly storage: StorageDriver
+  /** Without a signal: a clean-up is not given up half-way. */
+  readonly run: Omit<RunOptions, 'signal'>
+}
+
+/**
+ * Ends a backup: after success, failure or, by `recover`, the death of its process. Brings the instance back
+ * onto its disks; then, if the manifest is on the storage, removes the bitmaps that the backup replaces,
+ * else the bitmap and the objects that it had begun. Every step looks at what is there first, so that this
+ * may be cut short and called again.
+ */
+export async function settleBackup(
+  journal: RunJournal,
+  options: SettleOptions,
+): Promise<{ published: boolean }> {
+  const { host, storage, run } = options
+  const { instance, disks } = journal.header
+  const names = disks.map(({ name }) => name)
+
+  for (const { folder } of journal.of('export')) await stopExports(folder, names)
+  if (journal.of('filesystem-freeze').length > 0) await host.thawFilesystems(instance, run)
+  const overlays = journal.of('snapshot').flatMap(step => step.overlays)
+  if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
+  for (const overlay of overlays) await commitWithRetry(host, instance, overlay, run)
+
+  const publish = journal.of('publish').at(-1)
+  const published = publish !== undefined && (await isPublished(storage, publish.manifest))
+  if (published) {
+    emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
+    for (const [disk, bitmaps] of Object.entries(publish.retire))
+      await removeBitmaps(host, instance, disk, bitmaps, run)
+  } else {
+    for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
+      for (const disk of marked) await removeBitmaps(host, instance, disk, [bitmap], run)
+    }
+    for (const { folder } of journal.of('upload')) await removeObjects(storage, `${folder}/`, run)
+  }
+  await journal.settled()
+  return { published }
+}
+
+async function commitWithRetry(
+  host: Host,
+  instance: string,
+  overlay: Parameters<Host['commitOverlay']>[1],
+  run: RunOptions,
+): Promise<void> {
+  try {
+    await host.commitOverlay(instance, overlay, run)
+  } catch (error) {
+    emit(run, { type: 'warning', message: `${errorMessage(error)} Trying once more.` })
+    await sleep(1_000) // QEMU may still be ending the job that failed
+    await host.commitOverlay(instance, overlay, run)
+  }
+}
+
+async function removeBitmaps(
+  host: Host,
+  instance: string,
+  disk: string,
+  bitmaps: readonly string[],
+  run: RunOptions,
+): Promise<void> {
+  if (bitmaps.length === 0) return
+  try {
+    await host.removeBitmaps(instance, disk, bitmaps, run)
+  } catch (error) {
+    // An instance, or a disk of it, that is gone took its bitmaps along.
+    if (!isVarveError(error, 'INSTANCE_NOT_FOUND') && !isVarveError(error, 'DISK_NOT_FOUND')) throw error
+  }
+}
+
+async function isPublished(storage: StorageDriver, manifest: string): Promise<boolean> {
+  try {
+    return (await storage.stat(manifest, { signal: AbortSignal.timeout(STORAGE_TIMEOUT_MS) })) !== undefined
+  } catch (error) {
+    throw new VarveError(
+      'RUN_UNRESOLVED',
+      `Whether the backup was published cannot be told, as the storage does not answer: ${errorMessage(error)} The instance is back on its disks. Run "varve recover" once the storage is there.`,
+      {
+        context: { manifest, storage: storage.location },
+        cause: error,
+        retryable: true,
+      },
+    )
+  }
+}
+
+/** Without a manifest the objects are no backup: what cannot be removed now is left to `prune`, which knows such folders. */
+async function removeObjects(storage: StorageDriver, prefix: string, run: RunOptions): Promise<void> {
+  const signal = AbortSignal.timeout(STORAGE_TIMEOUT_MS)
+  try {
+    for await (const { key } of storage.list(prefix, { signal })) await storage.delete(key, { signal })
+  } catch (error) {
+    emit(run, {
+      type: 'warning',
+      message: `Unfinished objects stay under ${prefix} until the next prune: ${errorMessage(error)}`,
+    })
+  }
+}
+
+/** The error of a run whose clean-up failed too: the host needs someone to look at it. */
+export function settleError(error: unknown, failure: unknown, published: string | undefined): VarveError {
+  const code = isVarveError(error) ? error.code : 'RUN_UNRESOLVED'
+  const context = { ...(isVarveError(error) && error.context), ...(published !== undefined && { published }) }
+  const before = failure === undefined ? '' : ` It was being undone after: ${errorMessage(failure)}`
+  return new VarveError(code, `${errorMessage(error)}${before}`, {
+    context,
+    cause: failure === undefined ? error : new AggregateError([error, failure]),
+    retryable: isVarveError(error) && error.retryable,
+  })
+}
