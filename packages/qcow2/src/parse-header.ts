@@ -143,6 +143,7 @@ function parseBacking(bytes: Uint8Array, view: DataView, headerLength: number): 
   }
 
   if (nameOffset === 0) {
+    if (nameLength !== 0) throw invalid(`A backing file name of ${nameLength} bytes that is nowhere.`)
     if (format !== undefined) throw invalid('It has a backing format and no backing file.')
     return undefined
   }
