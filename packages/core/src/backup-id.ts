@@ -1,6 +1,7 @@
 import { randomBytes } from 'node:crypto'
 
-const BACKUP_ID = /^\d{8}-\d{6}-\d{3}-[0-9a-f]{6}$/
+/** The form of a backup id. {@link isBackupId} looks at the date and time in it as well. */
+export const BACKUP_ID_FORM: RegExp = /^\d{8}-\d{6}-\d{3}-[0-9a-f]{6}$/
 
 /**
  * A new id, such as `20261123-231543-123-9f3a1c`: UTC date, time and milliseconds, then six random hex
@@ -13,12 +14,14 @@ export function newBackupId(after?: string, now: Date = new Date()): string {
   return `${timestamp(time)}-${randomBytes(3).toString('hex')}`
 }
 
-/** Whether `text` has the form of a backup id, and so is safe in a key or a file name. */
+/** Whether `text` is a backup id, with a real date and time in it, and so is safe in a key or a file name. */
 export function isBackupId(text: string): boolean {
-  return BACKUP_ID.test(text)
+  if (!BACKUP_ID_FORM.test(text)) return false
+  const time = backupTime(text)
+  return !Number.isNaN(time.getTime()) && text.startsWith(timestamp(time)) // neither month 13 nor 30 February
 }
 
-/** The time in an id. */
+/** The time in an id, for one that {@link isBackupId} accepts. */
 export function backupTime(id: string): Date {
   const [d = '', t = '', ms = ''] = id.split('-')
   return new Date(

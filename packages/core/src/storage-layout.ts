@@ -7,22 +7,28 @@ export const MANIFEST_FILE = 'manifest.json'
 /**
  * The folder name of an instance: its name, with every byte outside `A-Z a-z 0-9 _ -` and inner dots
  * percent-encoded, so that any name is one safe, reversible path part.
+ *
+ * @throws INVALID_ARGUMENT for a name that is empty, over 80 bytes of UTF-8, no valid Unicode, or that holds
+ * control characters
  */
 export function instanceFolder(instance: string): string {
-  if (instance === '' || Buffer.byteLength(instance) > 80) {
+  if (!isInstanceName(instance)) {
     throw new VarveError(
       'INVALID_ARGUMENT',
-      `Not an instance name: ${JSON.stringify(instance)}. It needs 1 to 80 bytes.`,
-      {
-        context: { instance },
-      },
+      `Not an instance name: ${JSON.stringify(instance)}. It needs 1 to 80 bytes, without control characters.`,
+      { context: { instance } },
     )
   }
   const encoded = Array.from(Buffer.from(instance), byte => {
     const char = String.fromCharCode(byte)
     return /[A-Za-z0-9_.-]/.test(char) ? char : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`
   }).join('')
-  return encoded.startsWith('.') ? `%2E${encoded.slice(1)}` : encoded
+  return encoded.replace(/^\.|\.$/g, '%2E') // a folder `..`, and one ending in a dot on SMB, is another one
+}
+
+/** Whether an instance can have this name. */
+export function isInstanceName(text: string): boolean {
+  return text !== '' && Buffer.byteLength(text) <= 80 && text.isWellFormed() && !/\p{Cc}/u.test(text)
 }
 
 /** The instance of a folder name, or undefined where no instance has that folder. */
