@@ -47,6 +47,11 @@ describe('a backup id', () => {
     )
   })
 
+  it('sorts after one of the same millisecond that it was given', () => {
+    const now = new Date('2026-11-23T23:15:43.123Z')
+    expect(newBackupId(newBackupId(undefined, now), now)).toMatch(/^20261123-231543-124-/)
+  })
+
   it('differs from others of the same millisecond', () => {
     const now = new Date('2026-11-23T23:15:43.123Z')
     expect(new Set(Array.from({ length: 50 }, () => newBackupId(undefined, now))).size).toBeGreaterThan(45)
