@@ -40,17 +40,22 @@ export type JournalStep =
     }
   // restore
   | { readonly step: 'target-create'; readonly temporary: string }
-  | { readonly step: 'power-off' }
+  | {
+      readonly step: 'power-off'
+      readonly instance: string
+      readonly wasRunning: boolean
+      readonly start: boolean
+    }
   | { readonly step: 'write-in-place'; readonly disk: string; readonly path: string }
-  | {
-      readonly step: 'swap'
-      readonly renames: readonly { readonly temporary: string; readonly target: string }[]
-    }
-  | {
-      readonly step: 'define'
-      readonly xml: string
-      readonly nvram?: { readonly temporary: string; readonly target: string }
-    }
+  | { readonly step: 'written-in-place' }
+  | { readonly step: 'define'; readonly xml: string; readonly nvram?: Rename }
+  | { readonly step: 'finish'; readonly renames: readonly Rename[] }
+
+/** A complete new file and the name that it takes. */
+export interface Rename {
+  readonly temporary: string
+  readonly target: string
+}
 
 /** A step of one name. */
 export type JournalStepOf<S extends JournalStep['step']> = Extract<JournalStep, { step: S }>

@@ -12,7 +12,8 @@ const STORAGE_TIMEOUT_MS = 60_000
 /** What {@link settleBackup} works with. */
 export interface SettleOptions {
   readonly host: Host
-  readonly storage: StorageDriver
+  /** The storage of the backup. Without it the instance is brought back onto its disks all the same. */
+  readonly storage: StorageDriver | undefined
   /** Without a signal: a clean-up is not given up half-way. */
   readonly run: Omit<RunOptions, 'signal'>
 }
@@ -38,7 +39,7 @@ export async function settleBackup(
   for (const overlay of overlays) await commitWithRetry(host, instance, overlay, run)
 
   const publish = journal.of('publish').at(-1)
-  const published = publish !== undefined && (await isPublished(storage, publish.manifest))
+  const published = publish !== undefined && (await isPublished(journal, storage, publish.manifest))
   if (published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     for (const [disk, bitmaps] of Object.entries(publish.retire))
@@ -84,7 +85,20 @@ async function removeBitmaps(
   }
 }
 
-async function isPublished(storage: StorageDriver, manifest: string): Promise<boolean> {
+async function isPublished(
+  { header }: RunJournal,
+  storage: StorageDriver | undefined,
+  manifest: string,
+): Promise<boolean> {
+  if (!storage) {
+    throw new VarveError(
+      'RUN_UNRESOLVED',
+      `Whether the backup ${header.id} was published cannot be told without its storage (${header.storage.type}, ${header.storage.location}). The instance is back on its disks. Run "varve recover" with that storage configured.`,
+      {
+        context: { manifest, storage: header.storage.location },
+      },
+    )
+  }
   try {
     return (await storage.stat(manifest, { signal: AbortSignal.timeout(STORAGE_TIMEOUT_MS) })) !== undefined
   } catch (error) {
@@ -101,7 +115,16 @@ async function isPublished(storage: StorageDriver, manifest: string): Promise<bo
 }
 
 /** Without a manifest the objects are no backup: what cannot be removed now is left to `prune`, which knows such folders. */
-async function removeObjects(storage: StorageDriver, prefix: string, run: RunOptions): Promise<void> {
+async function removeObjects(
+  storage: StorageDriver | undefined,
+  prefix: string,
+  run: RunOptions,
+): Promise<void> {
+  if (!storage)
+    return emit(run, {
+      type: 'warning',
+      message: `Unfinished objects may stay under ${prefix} until the next prune of their storage.`,
+    })
   const signal = AbortSignal.timeout(STORAGE_TIMEOUT_MS)
   try {
     for await (const { key } of storage.list(prefix, { signal })) await storage.delete(key, { signal })

@@ -1,0 +1,91 @@
+import { DiskLock } from './disk-lock.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { Host, HostReference } from './host.ts'
+import { ImageHost } from './image-host.ts'
+import { RunJournal } from './journal.ts'
+import { LibvirtHost } from './libvirt-host.ts'
+import type { RunOptions } from './run-options.ts'
+import { settleBackup } from './settle-backup.ts'
+import { settleRestore } from './settle-restore.ts'
+import type { StorageDriver } from './storage.ts'
+
+/** What {@link recover} works with. */
+export interface RecoverOptions {
+  /** The state folder of the pipelines. */
+  stateDir: string
+  /** The storages at hand; a backup that was cut short is settled with the one that it used. */
+  storages: readonly StorageDriver[]
+  /** The host of all the runs. Default: the one that each run recorded. */
+  host?: Host
+}
+
+/** A run that was cut short, and what became of it. */
+export interface RecoveredRun {
+  readonly id: string
+  readonly kind: 'backup' | 'restore'
+  readonly instance: string
+  /**
+   * `finished`: it had reached the point from which it is carried through. `undone`: everything is as
+   * before it. `incomplete`: a restore in place was cut short; the disk must be restored again.
+   * `running`: its process lives. `unresolved`: see `error`.
+   */
+  readonly outcome: 'finished' | 'undone' | 'incomplete' | 'running' | 'unresolved'
+  /** Why it is unresolved. */
+  readonly error?: VarveError
+}
+
+/** The outcome of {@link recover}. */
+export interface RecoverReport {
+  readonly runs: readonly RecoveredRun[]
+  /** Whether nothing is left to look at. */
+  readonly ok: boolean
+}
+
+/**
+ * Settles every run that was cut short: overlays are merged back, servers ended, bitmaps and files of
+ * unfinished runs removed. May itself be cut short and called again; runs whose process lives are left
+ * alone.
+ */
+export async function recover(
+  options: RecoverOptions,
+  run: Pick<RunOptions, 'onEvent'> = {},
+): Promise<RecoverReport> {
+  const runs: RecoveredRun[] = []
+  for (const journal of await RunJournal.unsettled(options.stateDir)) {
+    const { id, kind, instance } = journal.header
+    const outcome = await recoverRun(journal, options, run)
+    runs.push({ id, kind, instance, ...outcome })
+  }
+  return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
+}
+
+async function recoverRun(
+  journal: RunJournal,
+  options: RecoverOptions,
+  run: Pick<RunOptions, 'onEvent'>,
+): Promise<Pick<RecoveredRun, 'outcome' | 'error'>> {
+  const { header } = journal
+  try {
+    await using _lock = await DiskLock.acquire(header.disks.map(({ path }) => path))
+    const host = options.host ?? hostOf(header.host)
+    if (header.kind === 'restore') {
+      const { finished, incomplete } = await settleRestore(journal, host, run)
+      return { outcome: incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone' }
+    }
+    const storage = options.storages.find(
+      ({ type, location }) => type === header.storage.type && location === header.storage.location,
+    )
+    const { published } = await settleBackup(journal, { host, storage, run })
+    return { outcome: published ? 'finished' : 'undone' }
+  } catch (error) {
+    if (isVarveError(error, 'DISK_BUSY')) return { outcome: 'running' }
+    const reason = isVarveError(error)
+      ? error
+      : new VarveError('RUN_UNRESOLVED', errorMessage(error), { cause: error })
+    return { outcome: 'unresolved', error: reason }
+  }
+}
+
+function hostOf(reference: HostReference): Host {
+  return reference.kind === 'libvirt' ? new LibvirtHost({ uri: reference.uri }) : new ImageHost(reference)
+}

@@ -1,0 +1,169 @@
+import { newBackupId } from './backup-id.ts'
+import { listBackups } from './backups.ts'
+import { ChainManager } from './chain-manager.ts'
+import { DiskLock } from './disk-lock.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { Host } from './host.ts'
+import { type Rename, RunJournal } from './journal.ts'
+import { planRestore } from './restore-plan.ts'
+import {
+  assertObjects,
+  define,
+  mark,
+  powerOff,
+  type RestoreContext,
+  stage,
+  writeDisks,
+} from './restore-stages.ts'
+import type { RunOptions } from './run-options.ts'
+import { settleError } from './settle-backup.ts'
+import { settleRestore } from './settle-restore.ts'
+import type { StorageDriver } from './storage.ts'
+import { assertNoUnsettledRun } from './unsettled.ts'
+
+/** What a {@link RestorePipeline} works with. */
+export interface RestorePipelineOptions {
+  /** Where the instance lives. A restore to files does not use it. */
+  host: Host
+  /** Where the backup is. */
+  storage: StorageDriver
+  /** A folder on this machine's own disk for the journals of runs, such as `/var/lib/varve`. */
+  stateDir: string
+}
+
+/** Where a backup is restored to. */
+export type RestoreDestination =
+  /** The disks of an instance that is defined; it is switched off for it. */
+  | { readonly instance: string }
+  /** New files, by disk name. Those that exist are refused unless `overwrite` is set. Format: `qcow2` unless stated. */
+  | {
+      readonly disks: Readonly<Record<string, string>>
+      readonly format?: 'qcow2' | 'raw'
+      readonly overwrite?: boolean
+    }
+  /** A new instance from the stored definition, its disks `<directory>/<name>-<disk>.<format>`. */
+  | { readonly newInstance: string; readonly directory: string; readonly format?: 'qcow2' | 'raw' }
+
+/** One restore. */
+export interface RestoreRequest {
+  /** The backup's id. */
+  backup: string
+  to: RestoreDestination
+  /** Which of the backup's disks. Default: all of them; with files as the target, those named there. */
+  disks?: readonly string[]
+  /**
+   * Writes over the target instead of replacing it by a new file. Needed for block devices. A restore in
+   * place that fails leaves the target incomplete. Default: false.
+   */
+  inPlace?: boolean
+  /** Whether the instance is started afterwards. Default: if it ran before; a new instance is not started. */
+  start?: boolean
+  /** How long the guest may take to shut down before it is switched off, in milliseconds. Default: 60,000. */
+  powerOffTimeoutMs?: number
+  /**
+   * Whether an existing instance's definition and UEFI variables are put back too. Default: `keep`.
+   */
+  definition?: 'keep' | 'restore'
+}
+
+/** A disk that was restored. */
+export interface RestoredDisk {
+  readonly name: string
+  readonly path: string
+  readonly format: 'qcow2' | 'raw'
+  /** Size of the guest's disk in bytes. */
+  readonly virtualSize: number
+  /** Bytes of data written. */
+  readonly bytesWritten: number
+}
+
+/** The outcome of a restore. */
+export interface RestoreResult {
+  readonly backup: string
+  readonly disks: readonly RestoredDisk[]
+  /** The instance whose disks they are. */
+  readonly instance?: string
+  /** Whether it was started. */
+  readonly started: boolean
+}
+
+/**
+ * Puts backups back. A new image is written and checked beside the old one while the instance still runs;
+ * only then is the instance switched off, the image swapped in by a rename and the instance started: a
+ * restore that fails leaves everything as it was.
+ */
+export class RestorePipeline {
+  readonly #options: RestorePipelineOptions
+
+  constructor(options: RestorePipelineOptions) {
+    this.#options = options
+  }
+
+  /** Restores one backup. @throws any {@link VarveError} */
+  async run(request: RestoreRequest, run: RunOptions = {}): Promise<RestoreResult> {
+    const { host, storage, stateDir } = this.#options
+    const signal = run.signal ? { signal: run.signal } : {}
+    stage(run, 'preflight', `Looking at backup ${request.backup}`)
+    const chain = await new ChainManager({ storage }).resolve(request.backup, signal)
+    const [backup] = chain.slice(-1)
+    if (!backup) throw new Error('a chain has at least one backup')
+    const runId = newBackupId()
+    const found = await planRestore(request, backup, host, runId, run)
+    const paths = found.disks.map(({ target }) => target)
+    await using _lock = await DiskLock.acquire(paths)
+    await assertNoUnsettledRun(
+      stateDir,
+      paths.map(path => ({ path })),
+    )
+    const plan = await planRestore(request, backup, host, runId, run) // what is true now that the disks are held
+    await assertObjects(storage, chain, plan, run)
+    const { backups } = await listBackups(storage, { instance: backup.manifest.instance.name, ...signal })
+
+    const journal = await RunJournal.begin(stateDir, {
+      version: 1,
+      id: runId,
+      kind: 'restore',
+      instance: plan.instance?.name ?? plan.newInstance?.name ?? backup.manifest.instance.name,
+      host: host.reference,
+      storage: { type: storage.type, location: storage.location },
+      disks: plan.disks.map(({ disk, target }) => ({ name: disk.name, path: target })),
+      startedAt: new Date().toISOString(),
+    })
+    const restore: RestoreContext = { backup, chain, host, storage, request, plan, journal, run }
+    let disks: RestoredDisk[] = []
+    let failure: unknown
+    try {
+      if (request.inPlace) await powerOff(restore)
+      disks = await writeDisks(restore)
+      await mark(restore, backups)
+      if (!request.inPlace) await powerOff(restore)
+      await define(restore)
+      await journal.record({ step: 'finish', renames: renames(plan.disks) })
+    } catch (error) {
+      failure = error
+    }
+    const { onEvent } = run
+    const { started, incomplete } = await settleRestore(journal, host, onEvent ? { onEvent } : {}).catch(
+      error => {
+        throw settleError(error, failure, undefined)
+      },
+    )
+    if (incomplete.length > 0) throw incompleteError(failure, incomplete)
+    if (failure !== undefined) throw failure
+    const instance = plan.instance?.name ?? plan.newInstance?.name
+    return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
+  }
+}
+
+function renames(disks: readonly { target: string; temporary?: string }[]): Rename[] {
+  return disks.flatMap(({ target, temporary }) => (temporary === undefined ? [] : [{ temporary, target }]))
+}
+
+function incompleteError(failure: unknown, disks: readonly string[]): VarveError {
+  const message = `${errorMessage(failure)} The restore in place was cut short: ${disks.join(', ')} holds neither the old nor the restored content. Restore again before the instance is started.`
+  const known = isVarveError(failure) ? failure : undefined
+  return new VarveError(known?.code ?? 'ABORTED', message, {
+    context: { ...known?.context, incomplete: disks },
+    cause: failure,
+  })
+}

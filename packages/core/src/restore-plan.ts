@@ -1,0 +1,240 @@
+import { realpath, stat } from 'node:fs/promises'
+import { basename, dirname, isAbsolute, join, resolve } from 'node:path'
+import { chooseDisks } from './backup-plan.ts'
+import type { StoredBackup } from './backups.ts'
+import { isVarveError, VarveError } from './errors.ts'
+import type { Host, HostDisk, Instance } from './host.ts'
+import type { ManifestDisk } from './manifest.ts'
+import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
+import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
+import type { RunOptions } from './run-options.ts'
+import { instanceFolder } from './storage-layout.ts'
+
+/** How one disk is written. */
+export interface DiskRestore {
+  readonly disk: ManifestDisk
+  readonly format: 'qcow2' | 'raw'
+  /** The file or device that holds the disk in the end, symbolic links resolved. */
+  readonly target: string
+  /** The new file that takes the target's place once it is complete; absent for a restore in place. */
+  readonly temporary?: string
+}
+
+/** What a restore does to a host. */
+export interface RestorePlan {
+  readonly disks: readonly DiskRestore[]
+  /** The instance that is switched off for it. */
+  readonly instance?: Instance
+  /** The instance that is defined anew. */
+  readonly newInstance?: { readonly name: string; readonly directory: string }
+}
+
+/**
+ * Finds the targets and refuses what cannot work, before anything is touched.
+ *
+ * @throws DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, TARGET_EXISTS, TARGET_TOO_SMALL, INVALID_ARGUMENT
+ */
+export async function planRestore(
+  request: RestoreRequest,
+  backup: StoredBackup,
+  host: Host,
+  runId: string,
+  run: RunOptions,
+): Promise<RestorePlan> {
+  const { to } = request
+  if ('instance' in to) return planInstance(request, to.instance, backup, host, runId, run)
+  if ('newInstance' in to) return planNewInstance(request, to, backup, host, runId, run)
+  const disks: DiskRestore[] = []
+  const wanted = request.disks ?? Object.keys(to.disks)
+  for (const name of wanted) {
+    const path = to.disks[name]
+    if (path === undefined)
+      throw new VarveError('INVALID_ARGUMENT', `No target was given for the disk ${name}.`, {
+        context: { disk: name },
+      })
+    const disk = diskOf(backup, name)
+    disks.push(
+      await (request.inPlace
+        ? planInPlacePath(disk, path, to.format, run)
+        : planNewFile(disk, path, to, runId)),
+    )
+  }
+  if (disks.length === 0)
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      'No disk was chosen to restore. Name at least one and its target.',
+    )
+  if (new Set(disks.map(({ target }) => target)).size < disks.length) {
+    throw new VarveError('INVALID_ARGUMENT', 'Two disks have the same target. Give each a file of its own.')
+  }
+  return { disks }
+}
+
+async function planInstance(
+  request: RestoreRequest,
+  name: string,
+  backup: StoredBackup,
+  host: Host,
+  runId: string,
+  run: RunOptions,
+): Promise<RestorePlan> {
+  const instance = await host.instance(name, run)
+  const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
+  const disks = chooseDisks(instance, names).map((target): DiskRestore => {
+    const disk = diskOf(backup, target.name)
+    const { path, format } = target
+    if (request.inPlace) {
+      assertFits(disk, target)
+      return { disk, format, target: path }
+    }
+    if (target.blockDevice) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `The disk ${target.name} of ${name} is the block device ${path}, which cannot be replaced by a new file. Restore it in place.`,
+        {
+          context: { disk: target.name, path },
+        },
+      )
+    }
+    return { disk, format, target: path, temporary: temporaryOf(path, runId) }
+  })
+  return { disks, instance }
+}
+
+async function planNewInstance(
+  request: RestoreRequest,
+  to: Extract<RestoreDestination, { newInstance: string }>,
+  backup: StoredBackup,
+  host: Host,
+  runId: string,
+  run: RunOptions,
+): Promise<RestorePlan> {
+  const { newInstance: name, directory } = to
+  instanceFolder(name) // refuses names that are none
+  if (name.includes('/'))
+    throw new VarveError('INVALID_ARGUMENT', `Not an instance name: ${name}.`, {
+      context: { instance: name },
+    })
+  if (!backup.manifest.definition) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `The backup ${backup.manifest.id} holds no definition of its instance. Restore its disks to files instead.`,
+    )
+  }
+  await host.instance(name, run).then(
+    () => {
+      throw new VarveError(
+        'TARGET_EXISTS',
+        `There is an instance ${name} already. Choose another name, or restore to that instance.`,
+        { context: { instance: name } },
+      )
+    },
+    error => {
+      if (!isVarveError(error, 'INSTANCE_NOT_FOUND')) throw error
+    },
+  )
+  const format = to.format ?? 'qcow2'
+  const disks: DiskRestore[] = []
+  for (const diskName of request.disks ?? backup.manifest.disks.map(disk => disk.name)) {
+    const disk = diskOf(backup, diskName)
+    const path = join(directory, `${name}-${diskName}.${format}`)
+    disks.push(await planNewFile(disk, path, { format }, runId))
+  }
+  return { disks, newInstance: { name, directory: await realpath(directory) } }
+}
+
+async function planNewFile(
+  disk: ManifestDisk,
+  path: string,
+  options: { format?: 'qcow2' | 'raw'; overwrite?: boolean },
+  runId: string,
+): Promise<DiskRestore> {
+  const target = await resolveTarget(path)
+  const status = await stat(target).catch(() => undefined)
+  const context = { disk: disk.name, path: target }
+  if (status?.isDirectory())
+    throw new VarveError('INVALID_ARGUMENT', `${target} is a folder. Name a file in it.`, { context })
+  if (status && !status.isFile()) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `${target} is no ordinary file. Restore to a block device in place.`,
+      { context },
+    )
+  }
+  if (status && !options.overwrite) {
+    throw new VarveError(
+      'TARGET_EXISTS',
+      `${target} is there already. Choose another path, or say that it is to be overwritten.`,
+      { context },
+    )
+  }
+  return { disk, format: options.format ?? 'qcow2', target, temporary: temporaryOf(target, runId) }
+}
+
+async function planInPlacePath(
+  disk: ManifestDisk,
+  path: string,
+  format: 'qcow2' | 'raw' | undefined,
+  run: RunOptions,
+): Promise<DiskRestore> {
+  const found = format ?? (await readImageInfo(path, undefined, run)).format
+  if (found !== 'qcow2' && found !== 'raw') {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `${path} has the format ${found}. Varve writes qcow2 and raw in place.`,
+      { context: { path, format: found } },
+    )
+  }
+  const target = await readOfflineDisk(disk.name, path, found, run)
+  assertFits(disk, target)
+  return { disk, format: found, target: target.path }
+}
+
+function assertFits(disk: ManifestDisk, target: HostDisk): void {
+  if (target.virtualSize >= disk.virtualSize) return
+  throw new VarveError(
+    'TARGET_TOO_SMALL',
+    `The disk ${disk.name} has ${disk.virtualSize} bytes in the backup, its target ${target.path} only ${target.virtualSize}. Enlarge the target, or restore to a new file.`,
+    {
+      context: {
+        disk: disk.name,
+        path: target.path,
+        needed: disk.virtualSize,
+        available: target.virtualSize,
+      },
+    },
+  )
+}
+
+function diskOf({ manifest }: StoredBackup, name: string): ManifestDisk {
+  const disk = manifest.disks.find(disk => disk.name === name)
+  if (disk) return disk
+  const names = manifest.disks.map(disk => disk.name)
+  throw new VarveError(
+    'DISK_NOT_FOUND',
+    `The backup ${manifest.id} has no disk ${name}. It has ${names.join(', ')}.`,
+    {
+      context: { backup: manifest.id, disk: name, disks: names },
+    },
+  )
+}
+
+/** The file that a path means: the end of a symbolic link, or a new name in a folder that is there. */
+async function resolveTarget(path: string): Promise<string> {
+  const absolute = isAbsolute(path) ? path : resolve(path)
+  const existing = await realpath(absolute).catch(() => undefined)
+  if (existing !== undefined) return existing
+  const folder = await realpath(dirname(absolute)).catch(error => {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `There is no folder ${dirname(absolute)} for the restored disk. Make it first.`,
+      { context: { path: absolute }, cause: error },
+    )
+  })
+  return join(folder, basename(absolute))
+}
+
+/** Beside the target, so that a rename takes its place at once. */
+function temporaryOf(target: string, runId: string): string {
+  return `${target}.varve-restore-${runId}`
+}

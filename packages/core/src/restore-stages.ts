@@ -1,0 +1,269 @@
+import { chmod, chown, mkdtemp, stat, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { NbdClient } from '@varve/nbd'
+import type { LayeredExtents } from '@varve/qcow2'
+import { backupOfBitmap, bitmapName } from './backup-plan.ts'
+import type { StoredBackup } from './backups.ts'
+import { blake3Hex } from './digest.ts'
+import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { abortError, VarveError } from './errors.ts'
+import type { RestoreStage } from './events.ts'
+import type { Host } from './host.ts'
+import type { RunJournal } from './journal.ts'
+import type { ManifestFile } from './manifest.ts'
+import { NbdTarget } from './nbd-target.ts'
+import { Progress } from './progress.ts'
+import { Qcow2FileTarget } from './qcow2-file-target.ts'
+import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
+import { exportDisk } from './qemu-nbd.ts'
+import { RawFileTarget } from './raw-file-target.ts'
+import { restoreDisk } from './restore-disk.ts'
+import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
+import type { DiskRestore, RestorePlan } from './restore-plan.ts'
+import type { RestoreTarget } from './restore-target.ts'
+import { emit, type RunOptions } from './run-options.ts'
+import type { StorageDriver } from './storage.ts'
+
+/** What the stages of one restore share. */
+export interface RestoreContext {
+  readonly backup: StoredBackup
+  /** The full backup first, the one to restore last. */
+  readonly chain: readonly StoredBackup[]
+  readonly host: Host
+  readonly storage: StorageDriver
+  readonly request: RestoreRequest
+  readonly plan: RestorePlan
+  readonly journal: RunJournal
+  readonly run: RunOptions
+}
+
+/** Tells that a stage begins, unless the run was given up. */
+export function stage(run: RunOptions, name: RestoreStage, message: string): void {
+  if (run.signal?.aborted) throw abortError(run.signal)
+  emit(run, { type: 'stage', stage: name, message })
+}
+
+/**
+ * Makes sure that every object of the chain is there with its recorded size, before anything is touched.
+ *
+ * @throws CHAIN_BROKEN, SIZE_MISMATCH
+ */
+export async function assertObjects(
+  storage: StorageDriver,
+  chain: readonly StoredBackup[],
+  plan: RestorePlan,
+  run: RunOptions,
+): Promise<void> {
+  const wanted = new Set(plan.disks.map(({ disk }) => disk.name))
+  for (const { manifest, folder } of chain) {
+    const sizes = new Map<string, number>()
+    for await (const { key, size } of storage.list(`${folder}/`, run.signal && { signal: run.signal }))
+      sizes.set(key, size)
+    for (const disk of manifest.disks.filter(({ name }) => wanted.has(name))) {
+      const key = `${folder}/${disk.image}`
+      const actual = sizes.get(key)
+      const context = { backup: manifest.id, key, expected: disk.storedSize, actual }
+      if (actual === undefined) {
+        throw new VarveError(
+          'CHAIN_BROKEN',
+          `The image ${key} is not on the storage. Restore a backup that does not rest on ${manifest.id}.`,
+          { context },
+        )
+      }
+      if (actual !== disk.storedSize) {
+        throw new VarveError(
+          'SIZE_MISMATCH',
+          `The image ${key} has ${actual} bytes instead of ${disk.storedSize}. Restore a backup that does not rest on ${manifest.id}.`,
+          { context },
+        )
+      }
+    }
+  }
+}
+
+/** Writes every disk, one after the other: each uses the whole of the storage's rate. */
+export async function writeDisks(restore: RestoreContext): Promise<RestoredDisk[]> {
+  const { plan, journal, run } = restore
+  const restored: RestoredDisk[] = []
+  for (const disk of plan.disks) {
+    stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
+    if (disk.temporary !== undefined) {
+      await journal.record({ step: 'target-create', temporary: disk.temporary })
+      const { temporary } = disk
+      restored.push(await writeDisk(restore, disk, merged => newFile(disk, temporary, merged)))
+      await takeOwnership(temporary, disk.target)
+    } else restored.push(await writeInPlace(restore, disk))
+  }
+  if (restore.request.inPlace) await journal.record({ step: 'written-in-place' })
+  return restored
+}
+
+function newFile(disk: DiskRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
+  if (disk.format === 'raw') return RawFileTarget.create({ path }, merged)
+  return Qcow2FileTarget.create({ path, clusterSize: disk.disk.clusterSize }, merged)
+}
+
+async function writeInPlace(restore: RestoreContext, disk: DiskRestore): Promise<RestoredDisk> {
+  const { journal, run } = restore
+  const folder = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
+  await journal.record({ step: 'export', folder })
+  await journal.record({ step: 'write-in-place', disk: disk.disk.name, path: disk.target })
+  const { format, target: path } = disk
+  await using server = await exportDisk({
+    ...run,
+    disk: disk.disk.name,
+    path,
+    format,
+    writable: true,
+    folder,
+  })
+  await using client = await NbdClient.connect(
+    { socketPath: server.socketPath },
+    run.signal && { signal: run.signal },
+  )
+  return await writeDisk(restore, disk, merged => Promise.resolve(new NbdTarget(client, merged)))
+}
+
+async function writeDisk(
+  { storage, chain, run }: RestoreContext,
+  { disk, format, target }: DiskRestore,
+  createTarget: (merged: LayeredExtents) => Promise<RestoreTarget>,
+): Promise<RestoredDisk> {
+  let progress: Progress | undefined
+  let bytesWritten = 0
+  await restoreDisk({
+    storage,
+    chain,
+    disk: disk.name,
+    createTarget,
+    ...(run.signal && { signal: run.signal }),
+    onProgress: (bytesDone, bytesTotal) => {
+      progress ??= new Progress(run, disk.name, bytesTotal)
+      progress.update(bytesDone)
+      bytesWritten = bytesTotal
+    },
+  })
+  progress?.finish()
+  return { name: disk.name, path: target, format, virtualSize: disk.virtualSize, bytesWritten }
+}
+
+/** The new file belongs to whom the old one did. */
+async function takeOwnership(temporary: string, target: string): Promise<void> {
+  const old = await stat(target).catch(() => undefined)
+  if (!old) return
+  await chmod(temporary, old.mode & 0o7777)
+  await chown(temporary, old.uid, old.gid)
+}
+
+/**
+ * Gives each qcow2 target a fresh bitmap of the restored backup, so that the chain goes on from it; a disk of
+ * another instance has no part in the chain. In place, the bitmaps of the instance's other backups on this
+ * storage go: all that they would tell is that everything was written.
+ */
+export async function mark(
+  { backup, plan, request, run }: RestoreContext,
+  backups: readonly StoredBackup[],
+): Promise<void> {
+  const { manifest } = backup
+  const elsewhere = plan.newInstance ?? (plan.instance && plan.instance.name !== manifest.instance.name)
+  if (elsewhere) return
+  stage(run, 'mark', `Adding the bitmap ${bitmapName(manifest.id)}`)
+  const known = new Set(backups.map(stored => stored.manifest.id))
+  for (const { disk, format, target, temporary } of plan.disks) {
+    if (format !== 'qcow2' || !disk.bitmap) continue
+    const path = temporary ?? target
+    if (request.inPlace) {
+      const { bitmaps } = await readImageInfo(path, 'qcow2', run)
+      const old = bitmaps.map(({ name }) => name).filter(name => known.has(backupOfBitmap(name) ?? ''))
+      await removeImageBitmaps(path, old, run)
+    }
+    await addImageBitmap(path, disk.bitmap.name, disk.bitmap.granularity, run)
+  }
+}
+
+/** Switches the instance off, if there is one; `settleRestore` starts it again. */
+export async function powerOff({ host, plan, journal, request, run }: RestoreContext): Promise<void> {
+  const { instance, newInstance } = plan
+  if (newInstance && request.start)
+    await journal.record({ step: 'power-off', instance: newInstance.name, wasRunning: false, start: true })
+  if (!instance) return
+  stage(run, 'power-off', `Shutting ${instance.name} down`)
+  const { name, running } = instance
+  await journal.record({
+    step: 'power-off',
+    instance: name,
+    wasRunning: running,
+    start: request.start ?? running,
+  })
+  await host.powerOff(instance.name, request.powerOffTimeoutMs ?? 60_000, run)
+}
+
+/** Prepares the definition that `settleRestore` puts in place: of a new instance, or where it is asked for. */
+export async function define({
+  backup,
+  storage,
+  plan,
+  request,
+  journal,
+  run,
+}: RestoreContext): Promise<void> {
+  const { definition, nvram } = backup.manifest
+  const { newInstance, instance } = plan
+  if (!newInstance && !(instance && request.definition === 'restore')) return
+  if (!definition) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `The backup ${backup.manifest.id} holds no definition of its instance. Restore its disks alone.`,
+    )
+  }
+  const stored = (await fetchFile(storage, backup.folder, definition, run)).toString('utf8')
+  const disks = Object.fromEntries(
+    plan.disks.map(({ disk, target: path, format }) => [disk.name, { path, format }]),
+  )
+  const nvramTarget = newInstance
+    ? join(newInstance.directory, `${newInstance.name}-nvram.fd`)
+    : (instance?.nvram ?? readDomainXml(stored).nvram)
+  const renamed = newInstance && newInstance.name !== backup.manifest.instance.name
+  const xml = rewriteDomainXml(stored, {
+    disks,
+    onlyTheseDisks: newInstance !== undefined,
+    ...(renamed && { name: newInstance.name }),
+    ...(nvram && nvramTarget !== undefined && { nvram: nvramTarget }),
+  })
+  if (!nvram || nvramTarget === undefined) return journal.record({ step: 'define', xml })
+  const temporary = `${nvramTarget}.varve-restore-${journal.header.id}`
+  await journal.record({ step: 'target-create', temporary })
+  await writeFile(temporary, await fetchFile(storage, backup.folder, nvram, run), {
+    mode: 0o600,
+    flush: true,
+  })
+  await takeOwnership(temporary, nvramTarget)
+  await journal.record({ step: 'define', xml, nvram: { temporary, target: nvramTarget } })
+}
+
+async function fetchFile(
+  storage: StorageDriver,
+  folder: string,
+  file: ManifestFile,
+  run: RunOptions,
+): Promise<Buffer> {
+  const key = `${folder}/${file.key}`
+  const chunks: Buffer[] = []
+  let size = 0
+  for await (const chunk of (await storage.get(
+    key,
+    run.signal && { signal: run.signal },
+  )) as AsyncIterable<Buffer>) {
+    size += chunk.length
+    if (size > file.size) break
+    chunks.push(chunk)
+  }
+  const bytes = Buffer.concat(chunks)
+  if (size === file.size && blake3Hex(bytes) === file.blake3) return bytes
+  throw new VarveError(
+    'DIGEST_MISMATCH',
+    `${key} is not what was stored with the backup. Restore the disks alone, or another backup.`,
+    { context: { key } },
+  )
+}

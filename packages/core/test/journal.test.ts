@@ -1,0 +1,86 @@
+import { appendFile, mkdtemp, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { newBackupId } from '../src/backup-id.ts'
+import { type JournalHeader, RunJournal } from '../src/journal.ts'
+import { assertNoUnsettledRun } from '../src/unsettled.ts'
+
+let stateDir: string
+beforeEach(async () => {
+  stateDir = await mkdtemp(join(tmpdir(), 'varve-journal-'))
+})
+afterEach(() => rm(stateDir, { recursive: true }))
+
+function header(path = '/img/a.qcow2'): JournalHeader {
+  return {
+    version: 1,
+    id: newBackupId(),
+    kind: 'backup',
+    instance: 'web-1',
+    host: { kind: 'libvirt', uri: 'qemu:///system' },
+    storage: { type: 'local', location: '/mnt/backup' },
+    disks: [{ name: 'vda', path }],
+    startedAt: new Date().toISOString(),
+  }
+}
+
+test('another process reads every step that was recorded, in order', async () => {
+  const head = header()
+  const journal = await RunJournal.begin(stateDir, head)
+  await journal.record({ step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] })
+  await journal.record({ step: 'export', folder: '/tmp/x' })
+  const [found] = await RunJournal.unsettled(stateDir)
+  expect(found?.header).toEqual(head)
+  expect(found?.steps).toEqual([
+    { step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] },
+    { step: 'export', folder: '/tmp/x' },
+  ])
+  expect(found?.of('export')).toEqual([{ step: 'export', folder: '/tmp/x' }])
+})
+
+test('a step whose record was cut short at any byte was never begun', async () => {
+  const head = header()
+  const journal = await RunJournal.begin(stateDir, head)
+  await journal.record({ step: 'export', folder: '/tmp/x' })
+  const file = join(stateDir, 'runs', `${head.id}.jsonl`)
+  const whole = await readFile(file)
+  const firstLine = whole.indexOf('\n') + 1
+  for (let length = whole.length - 1; length >= firstLine; length--) {
+    await truncate(file, length)
+    const [found] = await RunJournal.unsettled(stateDir)
+    expect(found?.steps).toEqual([])
+  }
+  await truncate(file, firstLine - 1)
+  expect(await RunJournal.unsettled(stateDir)).toEqual([])
+})
+
+test('a settled run leaves nothing', async () => {
+  const journal = await RunJournal.begin(stateDir, header())
+  await journal.settled()
+  expect(await readdir(join(stateDir, 'runs'))).toEqual([])
+  expect(await RunJournal.unsettled(stateDir)).toEqual([])
+})
+
+test('a disk with an unsettled run is refused, another disk is not', async () => {
+  const journal = await RunJournal.begin(stateDir, header('/img/a.qcow2'))
+  await expect(assertNoUnsettledRun(stateDir, [{ path: '/img/a.qcow2' }])).rejects.toMatchObject({
+    code: 'RUN_UNRESOLVED',
+  })
+  await assertNoUnsettledRun(stateDir, [{ path: '/img/b.qcow2' }])
+  await journal.settled()
+  await assertNoUnsettledRun(stateDir, [{ path: '/img/a.qcow2' }])
+})
+
+test('a journal that cannot be read is an error and not an empty list', async () => {
+  const head = header()
+  await RunJournal.begin(stateDir, head)
+  await appendFile(join(stateDir, 'runs', `${head.id}.jsonl`), 'not json\n')
+  await expect(RunJournal.unsettled(stateDir)).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+})
+
+test('files that are no journals are left alone', async () => {
+  await RunJournal.begin(stateDir, header())
+  await writeFile(join(stateDir, 'runs', 'notes.txt'), 'x')
+  expect(await RunJournal.unsettled(stateDir)).toHaveLength(1)
+})
