@@ -124,7 +124,7 @@ export function planBackup(input: PlanInput): BackupPlan {
   const parent = usable ?? newest
   if (usable) {
     const chain = chainOf(usable, backups)
-    if (!chain || !chain.every(link => isWhole(link, input.objects))) return full('parent-broken')
+    if (!chain?.every(link => isWhole(link, input.objects))) return full('parent-broken')
     if (chain.length - 1 >= input.maxIncrementalChain) return full('chain-limit')
   }
   const plans = disks.map((disk): DiskPlan => {
@@ -146,6 +146,7 @@ export function planBackup(input: PlanInput): BackupPlan {
 /** Why a disk cannot get an increment on a backup; undefined when it can. */
 function obstacle(disk: HostDisk, parent: StoredBackup): FallbackReason | undefined {
   if (disk.format === 'raw') return 'format-raw'
+  if (!disk.holdsBitmaps) return 'format-qcow2-v2'
   const before = parent.manifest.disks.find(({ name }) => name === disk.name)
   if (!before) return 'disk-new'
   const bitmap = disk.bitmaps.find(({ name }) => name === bitmapName(parent.manifest.id))
@@ -205,6 +206,7 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'disk-new': 'The disk is not in the parent backup, falling back to full backup',
     'disk-shrunk': 'The disk is smaller than in the parent backup, falling back to full backup',
     'format-raw': 'A raw disk holds no bitmap, taking a full backup',
+    'format-qcow2-v2': 'A qcow2 image of version 2 holds no bitmap, taking a full backup',
     'bitmap-missing': 'Bitmap not found, falling back to full backup',
     'bitmap-inconsistent':
       'Bitmap is inconsistent since QEMU did not end cleanly, falling back to full backup',

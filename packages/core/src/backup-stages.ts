@@ -54,7 +54,7 @@ export function stage(run: RunOptions, name: BackupStage, message: string): void
 
 /** Begins a bitmap of this backup's on every qcow2 disk, before the freeze: no write falls between the two. */
 export async function mark({ id, host, instance, plan, journal, run }: BackupContext): Promise<void> {
-  const disks = plan.disks.map(({ disk }) => disk).filter(({ format }) => format === 'qcow2')
+  const disks = plan.disks.map(({ disk }) => disk).filter(({ holdsBitmaps }) => holdsBitmaps)
   if (disks.length === 0) return
   const bitmap = bitmapName(id)
   stage(run, 'mark', `Adding the bitmap ${bitmap}`)
@@ -215,7 +215,7 @@ async function streamDisk(
     clusterSize,
     digest: digested.digest,
     ...(plan.kind === 'incremental' && { backing: plan.backing }),
-    ...(disk.format === 'qcow2' && { bitmap: { name: bitmapName(id), granularity: BITMAP_GRANULARITY } }),
+    ...(disk.holdsBitmaps && { bitmap: { name: bitmapName(id), granularity: BITMAP_GRANULARITY } }),
     ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
     source: { path: disk.path, format: disk.format },
   }

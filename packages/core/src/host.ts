@@ -24,6 +24,8 @@ export interface HostDisk {
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
   readonly bitmaps: readonly DiskBitmap[]
+  /** Whether the image can carry bitmaps: qcow2 from version 3 (compat 1.1) on. */
+  readonly holdsBitmaps: boolean
 }
 
 /** An instance, as it is now. */

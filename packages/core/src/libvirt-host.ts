@@ -313,7 +313,7 @@ export class LibvirtHost implements Host {
     try {
       return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], run)).stdout
     } catch (error) {
-      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context['stderr']) : ''
+      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
       if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
         const instance = args.find(arg => stderr.includes(`'${arg}'`)) ?? ''
         throw new VarveError(
@@ -365,6 +365,7 @@ async function readDisk(
     blockDevice: (await stat(path)).isBlockDevice(),
     virtualSize: node.virtualSize,
     bitmaps: node.bitmaps,
+    holdsBitmaps: node.holdsBitmaps,
   }
 }
 

@@ -29,6 +29,8 @@ export interface ImageInfo {
   readonly virtualSize: number
   readonly backing?: string
   readonly dataFile?: string
+  /** The qcow2 version: `0.10` or `1.1`. */
+  readonly compat?: string
   readonly bitmaps: readonly DiskBitmap[]
 }
 
@@ -55,6 +57,7 @@ export async function readImageInfo(
     virtualSize: info['virtual-size'],
     ...(backing !== undefined && { backing }),
     ...(data?.['data-file'] !== undefined && { dataFile: data['data-file'] }),
+    ...(data?.compat !== undefined && { compat: data.compat }),
     bitmaps: (data?.bitmaps ?? []).map(bitmap => ({
       name: bitmap.name,
       granularity: bitmap.granularity,
@@ -66,7 +69,7 @@ export async function readImageInfo(
 
 function imageError(path: string, error: unknown): unknown {
   if (!isVarveError(error, 'COMMAND_FAILED')) return error
-  const stderr = String(error.context['stderr'] ?? '')
+  const stderr = String(error.context.stderr ?? '')
   const context = { path, stderr }
   if (stderr.includes('lock')) {
     return new VarveError(
@@ -112,6 +115,7 @@ export async function readOfflineDisk(
     blockDevice: status.isBlockDevice(),
     virtualSize: info.virtualSize,
     bitmaps: info.bitmaps,
+    holdsBitmaps: format === 'qcow2' && info.compat !== '0.10',
   }
 }
 

@@ -9,7 +9,10 @@ const blockNodes = z.array(
     'node-name': z.string(),
     drv: z.string(),
     file: z.string(),
-    image: z.object({ 'virtual-size': z.number().int().nonnegative() }),
+    image: z.object({
+      'virtual-size': z.number().int().nonnegative(),
+      'format-specific': z.object({ data: z.object({ compat: z.string().optional() }) }).optional(),
+    }),
     'dirty-bitmaps': z
       .array(
         z.object({
@@ -28,6 +31,7 @@ export interface BlockNode {
   readonly name: string
   readonly virtualSize: number
   readonly bitmaps: readonly DiskBitmap[]
+  readonly holdsBitmaps: boolean
 }
 
 /** QEMU's monitor of a running domain, through `virsh qemu-monitor-command`. */
@@ -72,6 +76,7 @@ export class Qmp {
     return {
       name: node['node-name'],
       virtualSize: node.image['virtual-size'],
+      holdsBitmaps: format === 'qcow2' && node.image['format-specific']?.data.compat !== '0.10',
       bitmaps: node['dirty-bitmaps'].map(bitmap => ({
         name: bitmap.name,
         granularity: bitmap.granularity,

@@ -1,0 +1,196 @@
+import { expect, test } from 'vitest'
+import { bitmapName, bitmapsToRetire, chooseDisks, type PlanInput, planBackup } from '../src/backup-plan.ts'
+import type { StoredBackup } from '../src/backups.ts'
+import type { DiskBitmap, HostDisk, Instance } from '../src/host.ts'
+import type { BackupManifest, ManifestDisk } from '../src/manifest.ts'
+
+const GiB = 2 ** 30
+const id = (n: number) => `20260101-00000${n}-000-00000${n}`
+
+function bitmap(n: number, change: Partial<DiskBitmap> = {}): DiskBitmap {
+  return { name: bitmapName(id(n)), granularity: 65_536, enabled: true, inconsistent: false, ...change }
+}
+
+function hostDisk(name: string, bitmaps: DiskBitmap[], change: Partial<HostDisk> = {}): HostDisk {
+  return {
+    name,
+    path: `/img/${name}`,
+    format: 'qcow2',
+    blockDevice: false,
+    virtualSize: GiB,
+    bitmaps,
+    holdsBitmaps: true,
+    ...change,
+  }
+}
+
+function manifestDisk(n: number, name: string, parent?: number): ManifestDisk {
+  return {
+    name,
+    kind: parent === undefined ? 'full' : 'incremental',
+    image: `${name}.qcow2`,
+    blocks: `${name}.blake3`,
+    format: 'qcow2',
+    virtualSize: GiB,
+    storedSize: 1000 + n,
+    clusterSize: 65_536,
+    digest: { root: '0'.repeat(64), blockSize: 4_194_304 },
+    ...(parent !== undefined && { backing: `../${id(parent)}/${name}.qcow2` }),
+    bitmap: { name: bitmapName(id(n)), granularity: 65_536 },
+    source: { path: `/img/${name}`, format: 'qcow2' },
+  }
+}
+
+/** A backup `n` on `parent`, of the chain that backup `chain` began. */
+function backup(n: number, chain: number, parent?: number, disks: string[] = ['vda']): StoredBackup {
+  const manifest: BackupManifest = {
+    version: 1,
+    id: id(n),
+    chain: id(chain),
+    ...(parent !== undefined && { parent: id(parent) }),
+    kind: parent === undefined ? 'full' : 'incremental',
+    instance: { name: 'web-1' },
+    startedAt: '2026-01-01T00:00:00.000Z',
+    frozenAt: '2026-01-01T00:00:00.000Z',
+    finishedAt: '2026-01-01T00:00:00.000Z',
+    consistency: 'crash',
+    running: true,
+    disks: disks.map(name => manifestDisk(n, name, parent)),
+    tools: {},
+  }
+  return { manifest, folder: `web-1/${id(chain)}/${id(n)}` }
+}
+
+function objectsOf(backups: readonly StoredBackup[]): Map<string, number> {
+  return new Map(
+    backups.flatMap(({ manifest, folder }) =>
+      manifest.disks.flatMap((disk): [string, number][] => [
+        [`${folder}/${disk.image}`, disk.storedSize],
+        [`${folder}/${disk.blocks}`, 32],
+      ]),
+    ),
+  )
+}
+
+function plan(disks: HostDisk[], backups: StoredBackup[], change: Partial<PlanInput> = {}) {
+  const result = planBackup({
+    type: 'auto',
+    disks,
+    backups,
+    objects: objectsOf(backups),
+    maxIncrementalChain: 14,
+    ...change,
+  })
+  return {
+    parent: result.parent?.manifest.id,
+    disks: result.disks.map(planned =>
+      planned.kind === 'full' ? (planned.fallback ?? 'full') : planned.bitmap,
+    ),
+  }
+}
+
+const chain = [backup(1, 1), backup(2, 1, 1)]
+
+test('a disk that carries the bitmap of the newest backup gets an increment on it', () => {
+  expect(plan([hostDisk('vda', [bitmap(2)])], chain)).toEqual({ parent: id(2), disks: [bitmapName(id(2))] })
+})
+
+test('the chain goes on from the newest backup whose bitmap the disk carries, as after a restore of an older one', () => {
+  expect(plan([hostDisk('vda', [bitmap(1)])], chain)).toEqual({ parent: id(1), disks: [bitmapName(id(1))] })
+})
+
+test.each([
+  ['bitmap-missing', {}, []],
+  ['bitmap-missing', {}, [bitmap(7)]],
+  ['bitmap-inconsistent', {}, [bitmap(2, { inconsistent: true })]],
+  ['bitmap-disabled', {}, [bitmap(2, { enabled: false })]],
+  ['bitmap-granularity', {}, [bitmap(2, { granularity: 4096 })]],
+  ['disk-shrunk', { virtualSize: GiB - 512 }, [bitmap(2)]],
+  ['format-raw', { format: 'raw', holdsBitmaps: false }, []],
+  ['format-qcow2-v2', { holdsBitmaps: false }, []],
+  ['disk-new', { name: 'vdb' }, [bitmap(2)]],
+] as const)('a disk falls back to a full image: %s', (reason, change, bitmaps) => {
+  expect(plan([hostDisk('vda', [...bitmaps], change)], chain)).toEqual({ parent: undefined, disks: [reason] })
+})
+
+test('a disk that has grown gets an increment', () => {
+  expect(plan([hostDisk('vda', [bitmap(2)], { virtualSize: 2 * GiB })], chain).parent).toBe(id(2))
+})
+
+test('each disk falls back by itself', () => {
+  const both = [backup(1, 1, undefined, ['vda', 'vdb'])]
+  expect(plan([hostDisk('vda', []), hostDisk('vdb', [bitmap(1)]), hostDisk('vdc', [])], both)).toEqual({
+    parent: id(1),
+    disks: ['bitmap-missing', bitmapName(id(1)), 'disk-new'],
+  })
+})
+
+test('a full backup is one without a fallback, and a first one says that there is no parent', () => {
+  expect(plan([hostDisk('vda', [bitmap(2)])], chain, { type: 'full' })).toEqual({
+    parent: undefined,
+    disks: ['full'],
+  })
+  expect(plan([hostDisk('vda', [])], [])).toEqual({ parent: undefined, disks: ['no-parent'] })
+})
+
+test('an increment with no backup at all is an error', () => {
+  expect(() => plan([hostDisk('vda', [])], [], { type: 'incremental' })).toThrow(
+    expect.objectContaining({ code: 'PARENT_MISSING' }),
+  )
+})
+
+test('a chain that has its length is followed by a full backup', () => {
+  const disks = [hostDisk('vda', [bitmap(2)])]
+  expect(plan(disks, chain, { maxIncrementalChain: 2 }).parent).toBe(id(2))
+  expect(plan(disks, chain, { maxIncrementalChain: 1 }).disks).toEqual(['chain-limit'])
+  expect(plan([hostDisk('vda', [bitmap(1)])], chain, { maxIncrementalChain: 0 }).disks).toEqual([
+    'chain-limit',
+  ])
+})
+
+test('a parent that is not whole on the storage, itself or further up, is not built on', () => {
+  const disks = [hostDisk('vda', [bitmap(2)])]
+  for (const broken of chain) {
+    const key = `${broken.folder}/vda.qcow2`
+    const missing = objectsOf(chain)
+    missing.delete(key)
+    expect(plan(disks, chain, { objects: missing }).disks).toEqual(['parent-broken'])
+    expect(plan(disks, chain, { objects: objectsOf(chain).set(key, 7) }).disks).toEqual(['parent-broken'])
+    const noDigests = objectsOf(chain)
+    noDigests.delete(`${broken.folder}/vda.blake3`)
+    expect(plan(disks, chain, { objects: noDigests }).disks).toEqual(['parent-broken'])
+  }
+  expect(plan(disks, [backup(2, 1, 1)]).disks).toEqual(['parent-broken'])
+  expect(plan(disks, [backup(1, 1, 2), backup(2, 1, 1)]).disks).toEqual(['parent-broken']) // a cycle
+})
+
+test('only bitmaps of backups on this storage are retired, and never the new one', () => {
+  const disks = [
+    hostDisk('vda', [bitmap(1), bitmap(2), bitmap(3), bitmap(9), { ...bitmap(1), name: 'other' }]),
+  ]
+  expect(bitmapsToRetire(disks, chain, id(3))).toEqual({ vda: [bitmapName(id(1)), bitmapName(id(2))] })
+})
+
+function instance(disks: HostDisk[], unsupported: [string, string][] = []): Instance {
+  return { name: 'web-1', running: true, disks, unsupported: new Map(unsupported) }
+}
+
+test('disks are chosen all, primary or by name', () => {
+  const found = instance([hostDisk('vda', []), hostDisk('vdb', [])])
+  const names = (selection: Parameters<typeof chooseDisks>[1]) =>
+    chooseDisks(found, selection).map(disk => disk.name)
+  expect(names('all')).toEqual(['vda', 'vdb'])
+  expect(names('primary')).toEqual(['vda'])
+  expect(names(['vdb', 'vdb'])).toEqual(['vdb'])
+  expect(() => names(['vdx'])).toThrow(
+    expect.objectContaining({ code: 'DISK_NOT_FOUND', message: expect.stringContaining('It has vda, vdb') }),
+  )
+  expect(() => names([])).toThrow(expect.objectContaining({ code: 'INVALID_ARGUMENT' }))
+})
+
+test('a disk that cannot be backed up is never left out silently', () => {
+  const found = instance([hostDisk('vda', [])], [['vdb', 'its type is network']])
+  expect(() => chooseDisks(found, 'all')).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
+  expect(() => chooseDisks(found, ['vdb'])).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
+  expect(chooseDisks(found, ['vda'])).toHaveLength(1)
+})
