@@ -41,9 +41,9 @@ export interface ImageOptions {
  * Without a backing file a run of zeros needs no space and is left unallocated; with one it becomes explicit
  * zero clusters, which hide what the backing file holds.
  *
- * Throws `QCOW2_ARGUMENT` for options outside their limits, for extents inside a cluster, and for a disk that
- * needs an L1 table over 32 MiB or a refcount table over 8 MiB, which QEMU would not open: both need a larger
- * cluster size.
+ * Throws `QCOW2_ARGUMENT` for options outside their limits, for extents inside a cluster, for a disk that
+ * needs an L1 table over 32 MiB or a refcount table over 8 MiB, which QEMU would not open (both need a larger
+ * cluster size), and for one over 2^53 bytes.
  */
 export function planImage(extents: ExtentList, options: ImageOptions = {}): ImageLayout {
   const { clusterSize = 65536, backing } = options
@@ -78,6 +78,8 @@ export function planImage(extents: ExtentList, options: ImageOptions = {}): Imag
   const l1 = refcountBlocks + refcounts.blocks * clusterSize
   const l2 = l1 + l1Clusters * clusterSize
   const data = l2 + tables.tables * clusterSize
+  if (!Number.isSafeInteger(Math.max(virtualSize, data + map.dataClusters * clusterSize)))
+    throw new Qcow2Error('QCOW2_ARGUMENT', 'The disk or its image is over 2^53 bytes.', { virtualSize })
   return new ImageLayout({
     clusterSize,
     virtualSize,

@@ -1,5 +1,16 @@
-import type { LayeredExtents } from '../src/index.ts'
-import { ExtentKind, ExtentList, type GuestReader, type ImageFile, type Qcow2Image } from '../src/index.ts'
+import fc from 'fast-check'
+import {
+  type BackingFile,
+  ComposedImage,
+  ExtentKind,
+  ExtentList,
+  type GuestReader,
+  type ImageExtents,
+  type ImageFile,
+  type ImageLayout,
+  type LayeredExtents,
+  planImage,
+} from '../src/index.ts'
 
 /** A guest whose disk is in memory. */
 export function memoryGuest(disk: Uint8Array): GuestReader {
@@ -25,6 +36,38 @@ export interface LayerPlan {
   /** Kind and length in clusters of each run. */
   readonly runs: readonly (readonly [ExtentKind, number])[]
   readonly seed: number
+}
+
+/** Random layers of at most `maxBytes`, with clusters of 2^12 to 2^`maxBits` bytes and sizes that end anywhere. */
+export function layerPlans(maxBits: number, maxBytes: number): fc.Arbitrary<LayerPlan> {
+  return fc
+    .record({
+      bits: fc.integer({ min: 12, max: maxBits }),
+      clusters: fc.integer({ min: 0, max: 40 }),
+      cut: fc.oneof(fc.constant(0), fc.integer({ min: 0, max: 2 ** maxBits })),
+      runs: fc.array(fc.tuple(fc.constantFrom<ExtentKind[]>(0, 1, 2), fc.integer({ min: 1, max: 8 })), {
+        maxLength: 12,
+      }),
+      seed: fc.nat(),
+    })
+    .map(({ bits, clusters, cut, runs, seed }) => {
+      const clusterSize = 2 ** bits
+      const most = Math.min(clusters, maxBytes / clusterSize) * clusterSize
+      return { clusterSize, size: Math.max(0, most - (cut % clusterSize)), runs, seed }
+    })
+}
+
+/** The whole file of a layer after which the guest's disk is `disk`. */
+export async function compose(
+  layer: LayerPlan,
+  disk: Uint8Array,
+  backing?: BackingFile,
+): Promise<{ layout: ImageLayout; file: Buffer }> {
+  const { clusterSize } = layer
+  const layout = planImage(extentsOf(layer), backing ? { clusterSize, backing } : { clusterSize })
+  const file = Buffer.alloc(layout.fileSize, 0xee)
+  await new ComposedImage(layout, memoryGuest(disk.subarray(0, layer.size))).read(0, file)
+  return { layout, file }
 }
 
 /**
@@ -77,7 +120,7 @@ export function readMerged(merged: LayeredExtents, files: readonly Uint8Array[])
 
 /** The extents of an image as plain objects. */
 export function extentsAsArray(
-  extents: ExtentList | Qcow2Image['extents'],
+  extents: ExtentList | ImageExtents,
 ): { start: number; length: number; kind: ExtentKind }[] {
   return Array.from({ length: extents.count }, (_, i) => ({
     start: extents.start(i),
