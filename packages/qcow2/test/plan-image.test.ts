@@ -1,0 +1,364 @@
+import fc from 'fast-check'
+import { describe, expect, test } from 'vitest'
+import { ComposedImage, ExtentKind, ExtentList, type ImageOptions, planImage } from '../src/index.ts'
+import { compose, extentsOf, type LayerPlan, layerPlans, memoryGuest, nextDisk } from './chain-model.ts'
+import { checkRefcounts, walk } from './spec-walk.ts'
+
+const { unallocated, zero, data } = ExtentKind
+const KIB = 1024
+const MIB = 1024 * KIB
+const TIB = 1024 * 1024 * MIB
+const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
+
+function listOf(...runs: [number, ExtentKind][]): ExtentList {
+  const list = new ExtentList()
+  for (const [length, kind] of runs) list.append(length, kind)
+  return list
+}
+
+function refused(extents: ExtentList, options: ImageOptions, message: RegExp): void {
+  expect(() => planImage(extents, options)).toThrow(
+    expect.objectContaining({ code: 'QCOW2_ARGUMENT', message: expect.stringMatching(message) }),
+  )
+}
+
+test('every random image reads back as the disk, counts each cluster once, and holds no table it does not need', async () => {
+  await fc.assert(
+    fc.asyncProperty(
+      layerPlans(16, MIB),
+      layerPlans(16, MIB),
+      fc.boolean(),
+      async (plan, older, hasParent) => {
+        const parent = hasParent ? nextDisk(undefined, older) : undefined
+        const disk = nextDisk(parent, plan)
+        const { layout, file } = await compose(plan, disk, hasParent ? BACKING : undefined)
+        const read = walk(file, parent)
+        expect(read.disk.equals(disk)).toBe(true)
+        expect(read.backingName).toBe(hasParent ? BACKING.name : undefined)
+        expect(checkRefcounts(file)).toEqual([])
+        expect([layout.virtualSize, layout.clusterSize]).toEqual([disk.length, plan.clusterSize])
+      },
+    ),
+    { numRuns: 200 },
+  )
+})
+
+test('data lies in ascending guest order right after the metadata, and the layout says where', async () => {
+  await fc.assert(
+    fc.asyncProperty(layerPlans(14, MIB), async plan => {
+      const { layout, file } = await compose(plan, nextDisk(undefined, plan), BACKING)
+      let next = layout.dataStart
+      for (const [cluster, place] of walk(file).clusters.entries()) {
+        const at = cluster * layout.clusterSize
+        const last = Math.min(at + layout.clusterSize, layout.virtualSize) - 1
+        if (typeof place === 'number') {
+          expect(place).toBe(next)
+          next += layout.clusterSize
+          expect([layout.fileOffset(at), layout.fileOffset(last)]).toEqual([place, place + last - at])
+        } else expect([layout.fileOffset(at), layout.fileOffset(last)]).toEqual([undefined, undefined])
+      }
+      expect([layout.fileSize, layout.dataLength]).toEqual([next, next - layout.dataStart])
+      expect(layout.fileOffset(layout.virtualSize)).toBeUndefined()
+      expect(layout.fileOffset(-1)).toBeUndefined()
+    }),
+  )
+})
+
+test('the same extents give the same bytes, however they were appended', async () => {
+  const plan: LayerPlan = {
+    clusterSize: 4096,
+    size: 100_000,
+    runs: [
+      [data, 3],
+      [zero, 2],
+      [data, 9],
+    ],
+    seed: 1,
+  }
+  const disk = nextDisk(undefined, plan)
+  const { file } = await compose(plan, disk, BACKING)
+  const list = new ExtentList(1)
+  const whole = extentsOf(plan)
+  for (let i = 0; i < whole.count; i++) {
+    for (let at = 0; at < whole.length(i); at += 4096)
+      list.append(Math.min(4096, whole.length(i) - at), whole.kind(i))
+  }
+  const again = Buffer.alloc(file.length)
+  await new ComposedImage(planImage(list, { clusterSize: 4096, backing: BACKING }), memoryGuest(disk)).read(
+    0,
+    again,
+  )
+  expect(again.equals(file)).toBe(true)
+})
+
+test('a layout does not change when the list that it was planned from goes on', () => {
+  const list = listOf([65536, data])
+  const layout = planImage(list)
+  const before = Buffer.alloc(layout.dataStart)
+  layout.readMetadata(0, before)
+  list.append(10 * 65536, data)
+  const after = Buffer.alloc(layout.dataStart)
+  layout.readMetadata(0, after)
+  expect(after.equals(before)).toBe(true)
+})
+
+describe('the header', () => {
+  function headerOf(extents: ExtentList, options: ImageOptions): Buffer {
+    const layout = planImage(extents, options)
+    const cluster = Buffer.alloc(layout.clusterSize, 0xee)
+    layout.readMetadata(0, cluster)
+    return cluster
+  }
+
+  test('is, for a full image, that of the specification', () => {
+    const header = headerOf(listOf([200_000, data]), {})
+    const expected = Buffer.alloc(65536)
+    expected.write('QFI\xfb', 0, 'latin1')
+    expected.writeUInt32BE(3, 4) // version
+    expected.writeUInt32BE(16, 20) // cluster bits
+    expected.writeBigUInt64BE(200_192n, 24) // size, whole sectors
+    expected.writeUInt32BE(1, 36) // L1 entries
+    expected.writeBigUInt64BE(3n * 65536n, 40) // L1 table
+    expected.writeBigUInt64BE(65536n, 48) // refcount table
+    expected.writeUInt32BE(1, 56) // its clusters
+    expected.writeUInt32BE(4, 96) // 16-bit refcounts
+    expected.writeUInt32BE(112, 100) // header length
+    expect(header.equals(expected)).toBe(true)
+  })
+
+  test.each([
+    { format: 'qcow2', extension: 'e2792aca0000000571636f7732000000' },
+    { format: 'raw', extension: 'e2792aca000000037261770000000000' },
+  ] as const)('names a backing file and its format $format', ({ format, extension }) => {
+    const header = headerOf(listOf([4096, data]), {
+      clusterSize: 4096,
+      backing: { name: '../é/vda', format },
+    })
+    expect(header.toString('hex', 112, 136)).toBe(`${extension}${'00'.repeat(8)}`)
+    expect(header.readBigUInt64BE(8)).toBe(136n)
+    expect(header.readUInt32BE(16)).toBe(9)
+    expect(header.toString('utf8', 136, 145)).toBe('../é/vda')
+    expect(header.subarray(145).every(byte => byte === 0)).toBe(true)
+  })
+})
+
+describe('zeros', () => {
+  const runs = [
+    [65536, data],
+    [65536, zero],
+    [65536, unallocated],
+    [65536, data],
+  ] as [number, ExtentKind][]
+
+  test('need no space in a full image', () => {
+    const layout = planImage(listOf(...runs))
+    expect(layout.dataLength).toBe(2 * 65536)
+    expect(planImage(listOf([TIB, zero])).dataStart).toBe(planImage(listOf([TIB, unallocated])).dataStart)
+  })
+
+  test('are explicit zero clusters over a backing file', async () => {
+    const plan: LayerPlan = {
+      clusterSize: 65536,
+      size: 262_144,
+      runs: runs.map(([, kind]) => [kind, 1]),
+      seed: 1,
+    }
+    const { file, layout } = await compose(plan, nextDisk(undefined, plan), BACKING)
+    const { dataStart } = layout
+    expect(walk(file).clusters).toEqual([dataStart, 'zero', 'unallocated', dataStart + 65536])
+    expect(file.readBigUInt64BE(dataStart - 65536 + 8)).toBe(1n) // bit 0 and nothing else
+  })
+})
+
+describe('sizes', () => {
+  test.each([
+    [0, 0],
+    [1, 512],
+    [511, 512],
+    [512, 512],
+    [513, 1024],
+    [65535, 65536],
+    [65537, 66048],
+  ])('a disk of %i bytes is one of %i in the image', (size, virtualSize) => {
+    expect(planImage(listOf([size, data])).virtualSize).toBe(virtualSize)
+  })
+
+  test('the image of no disk has a header, a refcount table and a refcount block', () => {
+    const layout = planImage(new ExtentList())
+    expect([layout.fileSize, layout.dataStart, layout.dataLength]).toEqual([3 * 65536, 3 * 65536, 0])
+  })
+
+  // clusters: header, refcount table, refcount block, L1 table, L2 tables, data
+  test.each([
+    { name: 'one cluster', size: 4096, clusters: 1 + 1 + 1 + 1 + 1 + 1 },
+    { name: 'a full L2 table', size: 2 * MIB, clusters: 1 + 1 + 1 + 1 + 1 + 512 },
+    { name: 'one byte more than an L2 table', size: 2 * MIB + 1, clusters: 1 + 1 + 1 + 1 + 2 + 513 },
+    { name: 'a full refcount block', size: 2040 * 4096, clusters: 2048 },
+    { name: 'one cluster more than a refcount block', size: 2041 * 4096, clusters: 2050 },
+    { name: 'a full L1 cluster', size: 512 * 2 * MIB, clusters: 1 + 1 + 129 + 1 + 512 + 512 * 512 },
+    {
+      name: 'one byte more than an L1 cluster',
+      size: 512 * 2 * MIB + 1,
+      clusters: 1 + 1 + 129 + 2 + 513 + 512 * 512 + 1,
+    },
+  ])('$name of 4 KiB clusters makes a file of $clusters clusters', ({ size, clusters }) => {
+    expect(planImage(listOf([size, data]), { clusterSize: 4096 }).fileSize / 4096).toBe(clusters)
+  })
+
+  test('the refcount table grows to a second cluster when its first is full', () => {
+    // 512 blocks of 2048 counts: 1,048,576 clusters; 1 + 1 + 512 + 4 (L1 of 4 GiB) + L2 tables + data
+    const sizes = [1_046_015, 1_046_016].map(clusters => {
+      const layout = planImage(listOf([clusters * 4096, data], [4096 * MIB - clusters * 4096, unallocated]), {
+        clusterSize: 4096,
+      })
+      const header = Buffer.alloc(4096)
+      layout.readMetadata(0, header)
+      return { total: layout.fileSize / 4096, tableClusters: header.readUInt32BE(56) }
+    })
+    expect(sizes).toEqual([
+      { total: 1 + 1 + 512 + 4 + 2043 + 1_046_015, tableClusters: 1 },
+      { total: 1 + 2 + 513 + 4 + 2043 + 1_046_016, tableClusters: 2 },
+    ])
+  })
+})
+
+describe('limits', () => {
+  test.each([4096, 8192, 65536, 2 * MIB])('clusters of %i bytes are fine', clusterSize => {
+    expect(planImage(listOf([clusterSize, data]), { clusterSize }).clusterSize).toBe(clusterSize)
+  })
+
+  test.each([0, 1, 512, 2048, 4095, 4097, 65535, 3 * 65536, 4 * MIB, -4096, Number.NaN])(
+    'clusters of %d bytes are refused',
+    clusterSize => refused(new ExtentList(), { clusterSize }, /^Not a cluster size/),
+  )
+
+  test('the L1 table ends at 32 MiB', () => {
+    const clusterSize = 4096
+    expect(planImage(listOf([8 * TIB, unallocated]), { clusterSize }).virtualSize).toBe(8 * TIB)
+    refused(listOf([8 * TIB + 1, unallocated]), { clusterSize }, /L1 table over 32 MiB/)
+    expect(planImage(listOf([2048 * TIB, unallocated])).virtualSize).toBe(2048 * TIB)
+    refused(listOf([2048 * TIB + 1, unallocated]), {}, /L1 table over 32 MiB/)
+  })
+
+  test('the refcount table ends at 8 MiB', () => {
+    // 2^20 blocks of 2^11 counts; from their clusters: header, table, blocks, L1 table and L2 tables
+    const most = 2 ** 31 - (1 + 2048 + 2 ** 20 + 8192)
+    const clusters = Math.floor((most * 512) / 513)
+    const full = (count: number): ExtentList =>
+      listOf([count * 4096, data], [8 * TIB - count * 4096, unallocated])
+    const layout = planImage(full(clusters), { clusterSize: 4096 })
+    expect(layout.fileSize / 4096).toBeGreaterThan(2 ** 31 - 2)
+    refused(full(clusters + 1), { clusterSize: 4096 }, /refcount table over 8 MiB/)
+  })
+
+  test('a disk or an image over 2^53 bytes is refused', () => {
+    const clusterSize = 2 * MIB
+    const most = 2 ** 53 - clusterSize
+    expect(planImage(listOf([most, unallocated]), { clusterSize }).virtualSize).toBe(most)
+    refused(listOf([2 ** 53 - 1, unallocated]), { clusterSize }, /over 2\^53/)
+    refused(listOf([most, data]), { clusterSize }, /over 2\^53/)
+  })
+
+  test('a run that begins inside a cluster is refused, whatever its kind', () => {
+    refused(listOf([65536, data], [100, zero], [65436, data]), {}, /Extent 2 begins at 65636/)
+    refused(listOf([512, data], [65024, unallocated]), {}, /Extent 1 begins at 512/)
+    expect(planImage(listOf([65536, data], [100, zero])).virtualSize).toBe(66048)
+  })
+
+  test('a backing file name has 1 to 1023 bytes and no zero byte', () => {
+    const name = (text: string): ImageOptions => ({ backing: { name: text, format: 'qcow2' } })
+    expect(() => planImage(new ExtentList(), name('a'.repeat(1023)))).not.toThrow()
+    expect(() => planImage(new ExtentList(), name(`${'é'.repeat(511)}a`))).not.toThrow()
+    for (const text of ['', 'a'.repeat(1024), 'é'.repeat(512), 'a\0b'])
+      refused(new ExtentList(), name(text), /^Not a backing file name/)
+  })
+
+  test.each(['nbd://host/x', 'json:{}', 'disk:1.qcow2'])(
+    'QEMU would take %s for an address: refused',
+    name => {
+      refused(new ExtentList(), { backing: { name, format: 'raw' } }, /for an address/)
+      expect(() =>
+        planImage(new ExtentList(), { backing: { name: `./${name}`, format: 'raw' } }),
+      ).not.toThrow()
+    },
+  )
+
+  test('a backing format is qcow2 or raw', () => {
+    const backing = { name: 'a', format: 'vmdk' as 'raw' }
+    refused(new ExtentList(), { backing }, /^Not a backing format: vmdk/)
+  })
+})
+
+describe('metadata on demand', () => {
+  test('any range of it is a slice of the whole', () => {
+    fc.assert(
+      fc.property(layerPlans(13, MIB), fc.nat(), fc.nat(), fc.boolean(), (plan, a, b, hasParent) => {
+        const options = { clusterSize: plan.clusterSize, ...(hasParent ? { backing: BACKING } : {}) }
+        const layout = planImage(extentsOf(plan), options)
+        const whole = Buffer.alloc(layout.dataStart, 0xee)
+        layout.readMetadata(0, whole)
+        const start = a % layout.dataStart
+        const part = Buffer.alloc(b % (layout.dataStart - start + 1), 0xee)
+        layout.readMetadata(start, part)
+        expect(part.equals(whole.subarray(start, start + part.length))).toBe(true)
+      }),
+      { numRuns: 500 },
+    )
+  })
+
+  test('pieces of any few bytes make up the whole', () => {
+    const layout = planImage(listOf([4096 * 700, data], [4096 * 3, unallocated], [4096, zero], [9, data]), {
+      clusterSize: 4096,
+      backing: BACKING,
+    })
+    const whole = Buffer.alloc(layout.dataStart)
+    layout.readMetadata(0, whole)
+    for (const size of [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097]) {
+      const pieces = Buffer.alloc(layout.dataStart, 0xee)
+      for (let at = 0; at < pieces.length; at += size) layout.readMetadata(at, pieces.subarray(at, at + size))
+      expect(pieces.equals(whole), `pieces of ${size}`).toBe(true)
+    }
+  })
+
+  test('it ends where the data begins', () => {
+    const layout = planImage(listOf([65536, data]))
+    layout.readMetadata(layout.dataStart - 1, Buffer.alloc(1))
+    layout.readMetadata(layout.dataStart, Buffer.alloc(0))
+    for (const [start, length] of [
+      [layout.dataStart, 1],
+      [layout.dataStart - 1, 2],
+      [-1, 1],
+      [0.5, 1],
+    ] as const)
+      expect(() => layout.readMetadata(start, Buffer.alloc(length))).toThrow(
+        expect.objectContaining({ code: 'QCOW2_ARGUMENT' }),
+      )
+  })
+
+  test('the tables of a disk that is spread thin are found among millions of L1 entries', () => {
+    const gap = 64 * 1024 * MIB
+    const list = new ExtentList()
+    for (let i = 0; i < 100; i++) {
+      list.append(8192, i % 3 === 0 ? zero : data)
+      list.append(gap - 8192, unallocated)
+    }
+    const layout = planImage(list, { clusterSize: 4096, backing: BACKING })
+    const read = (at: number): bigint => {
+      const entry = Buffer.alloc(8)
+      layout.readMetadata(at, entry)
+      return entry.readBigUInt64BE() & 0x00fffffffffffe00n
+    }
+    const header = Buffer.alloc(4096)
+    layout.readMetadata(0, header)
+    const l1 = Number(header.readBigUInt64BE(40))
+    for (let i = 0; i < 100; i++) {
+      const index = (i * gap) / (2 * MIB)
+      const l2 = Number(read(l1 + index * 8))
+      expect(l2).toBe(layout.dataStart - (100 - i) * 4096)
+      expect([read(l1 + index * 8 - 8), read(l1 + index * 8 + 8)].slice(i === 0 ? 1 : 0)).toEqual(
+        i === 0 ? [0n] : [0n, 0n],
+      )
+      expect(Number(read(l2 + 8))).toBe(layout.fileOffset(i * gap + 4096) ?? 0)
+    }
+  })
+})
