@@ -1,0 +1,205 @@
+import { randomBytes } from 'node:crypto'
+import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import path from 'node:path'
+import { GuestChannel, GuestCommandError, type GuestResult } from './guest-channel.ts'
+import type { GuestImage } from './guest-image.ts'
+import { GuestWriter, type GuestWriterOptions } from './guest-writer.ts'
+import { type DomainFiles, labDomainXml } from './lab-domain-xml.ts'
+import { pollUntil } from './lab-poll.ts'
+import { findProcess } from './lab-process.ts'
+import { ovmfFirmware } from './ovmf-firmware.ts'
+
+/** A disk of a lab domain. */
+export interface LabDisk {
+  /** Its name in libvirt and in the guest, such as `vda`. */
+  readonly target: string
+  /** Absolute path of the image. */
+  readonly path: string
+  readonly format: 'qcow2' | 'raw'
+  /** `unmap` passes the guest's discards on to the image. Default: QEMU's, which is to ignore them. */
+  readonly discard?: 'unmap' | 'ignore'
+  /** The serial number that the guest sees. */
+  readonly serial?: string
+}
+
+/** What {@link LibvirtLab.createDomain} is to define. */
+export interface LabDomainOptions {
+  readonly name: string
+  /** Default: 256. */
+  readonly memoryMiB?: number
+  readonly disks: readonly LabDisk[]
+  /** Run the guest agent, for `domfsfreeze` and the like. Default: false. */
+  readonly agent?: boolean
+  /** Boot by UEFI firmware, with an NVRAM file of the domain's own. Default: false. */
+  readonly uefi?: boolean
+  /** Start together with the libvirt daemon. Default: false. */
+  readonly autostart?: boolean
+}
+
+/** Options of {@link LabDomain.run}. */
+export interface GuestRunOptions {
+  /** Milliseconds until the command is killed and the call rejects. Default: 60,000. */
+  readonly timeoutMs?: number
+  /** Whether an exit code other than 0 rejects, with a {@link GuestCommandError}. Default: true. */
+  readonly reject?: boolean
+}
+
+/** A command that runs in the guest, as {@link LabDomain.spawn} started it. */
+export interface GuestProcess {
+  /** Resolves at its end, whatever the exit code; rejects when the guest goes away. */
+  readonly result: Promise<GuestResult>
+  /** Kills it and what it started. */
+  kill(): void
+}
+
+/** What a domain needs of its lab. */
+export interface DomainLab {
+  readonly root: string
+  readonly guest: GuestImage
+  virsh(args: readonly string[], timeoutMs?: number): Promise<string>
+}
+
+const dayMs = 24 * 60 * 60 * 1000
+
+/** A libvirt domain whose guest takes commands from the test. */
+export class LabDomain {
+  readonly name: string
+  /** UEFI only: the file with the domain's firmware variables. It exists from the first start on. */
+  readonly nvram: string | undefined
+  readonly #lab: DomainLab
+  readonly #files: DomainFiles
+  readonly #channel: GuestChannel
+
+  constructor(lab: DomainLab, name: string, files: DomainFiles) {
+    this.name = name
+    this.nvram = files.firmware?.nvram
+    this.#lab = lab
+    this.#files = files
+    this.#channel = new GuestChannel(files.commandSocket)
+  }
+
+  /** Starts the domain; resolves when QEMU runs, not when the guest is up. */
+  async start(): Promise<void> {
+    await this.#virsh('start')
+  }
+
+  /** Waits until the guest takes commands. */
+  async waitForBoot(timeoutMs = 60_000): Promise<void> {
+    try {
+      await this.run('true', { timeoutMs })
+    } catch (cause) {
+      const console = await readFile(this.#files.consoleLog, 'utf8').catch(() => '')
+      throw new Error(`The guest of ${this.name} did not boot. Its console says:\n${console}`, { cause })
+    }
+  }
+
+  /** Starts the domain and waits until the guest takes commands. */
+  async boot(timeoutMs?: number): Promise<void> {
+    await this.start()
+    await this.waitForBoot(timeoutMs)
+  }
+
+  /** Presses the power button and waits until the domain is off. The guest flushes and unmounts its disks. */
+  async shutdown(timeoutMs = 60_000): Promise<void> {
+    await this.#virsh('shutdown', '--mode', 'acpi')
+    await this.waitForState('shut off', timeoutMs)
+  }
+
+  /** Pulls the plug: the guest's unflushed writes are lost. */
+  async destroy(): Promise<void> {
+    await this.#virsh('destroy')
+  }
+
+  /** Ends QEMU with SIGKILL, as the kernel does when memory runs out, and waits until libvirt has seen it. */
+  async killQemu(): Promise<void> {
+    process.kill(await this.qemuPid(), 'SIGKILL')
+    await this.waitForState('shut off')
+  }
+
+  /** The id of the domain's QEMU process, as seen from outside of the lab's process namespace. */
+  async qemuPid(): Promise<number> {
+    const pid = await findProcess(this.#files.commandSocket)
+    if (pid === undefined) throw new Error(`${this.name} has no QEMU process.`)
+    return pid
+  }
+
+  /** What `virsh domstate` says, such as `running` or `shut off`. */
+  async state(): Promise<string> {
+    return (await this.#virsh('domstate')).trim()
+  }
+
+  /** Waits until {@link LabDomain.state} is `state`. */
+  async waitForState(state: string, timeoutMs = 60_000): Promise<void> {
+    await pollUntil(
+      async () => ((await this.state()) === state ? true : undefined),
+      timeoutMs,
+      async () => `${this.name} is ${await this.state()} and not ${state} after ${timeoutMs} ms.`,
+    )
+  }
+
+  /** The definition: of the running domain, where it runs. */
+  async xml(): Promise<string> {
+    return this.#virsh('dumpxml')
+  }
+
+  /** Removes the domain from libvirt, with its NVRAM file and its checkpoints' metadata; the disks stay. */
+  async undefine(): Promise<void> {
+    this.#channel.close()
+    await this.#virsh('undefine', '--nvram', '--snapshots-metadata', '--checkpoints-metadata')
+  }
+
+  /**
+   * Runs a shell command in the guest. Commands sent before the guest is up wait for it; several may run at
+   * once. Rejects after the timeout, when the guest goes away, and with {@link GuestCommandError} for an exit
+   * code other than 0.
+   */
+  async run(command: string, options: GuestRunOptions = {}): Promise<GuestResult> {
+    const result = await this.#channel.run(command, options.timeoutMs ?? 60_000).result
+    if (result.exitCode !== 0 && options.reject !== false) throw new GuestCommandError(command, result)
+    return result
+  }
+
+  /** Starts a shell command in the guest that goes on while the test does something else, for a day at most. */
+  spawn(command: string): GuestProcess {
+    const { id, result } = this.#channel.run(command, dayMs)
+    // The guest may be powered off before anyone looks at the result.
+    result.catch(() => undefined)
+    return { result, kill: () => this.#channel.kill(id) }
+  }
+
+  /** Starts to write marked blocks all over a device of the guest, until the writer is stopped. */
+  startWriter(options: GuestWriterOptions): GuestWriter {
+    return new GuestWriter(this, options)
+  }
+
+  /** Sends a QMP command to QEMU and returns what its `return` holds. */
+  async qmp(execute: string, args: object = {}): Promise<unknown> {
+    const reply: unknown = JSON.parse(
+      await this.#virsh('qemu-monitor-command', JSON.stringify({ execute, arguments: args })),
+    )
+    if (typeof reply === 'object' && reply !== null && 'return' in reply) return reply.return
+    throw new Error(`QMP ${execute} failed: ${JSON.stringify(reply)}`)
+  }
+
+  #virsh(verb: string, ...args: string[]): Promise<string> {
+    return this.#lab.virsh([verb, this.name, ...args])
+  }
+}
+
+/** Defines a domain in the lab's libvirt; it is not started. */
+export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions): Promise<LabDomain> {
+  // Not named after the domain: a socket's path has room for 107 bytes only.
+  const folder = path.join(lab.root, 'domains', randomBytes(4).toString('hex'))
+  await mkdir(folder, { recursive: true })
+  const files: DomainFiles = {
+    guest: lab.guest,
+    commandSocket: path.join(folder, 'command'),
+    consoleLog: path.join(folder, 'console.log'),
+    ...(options.uefi && { firmware: { ...(await ovmfFirmware()), nvram: path.join(folder, 'nvram') } }),
+  }
+  const definition = path.join(folder, 'domain.xml')
+  await writeFile(definition, labDomainXml(options, files))
+  await lab.virsh(['define', definition])
+  if (options.autostart) await lab.virsh(['autostart', options.name])
+  return new LabDomain(lab, options.name, files)
+}

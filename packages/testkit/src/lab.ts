@@ -1,0 +1,33 @@
+/**
+ * The lab: a libvirt of its own for a test, and a small Linux guest that takes commands.
+ *
+ * ```ts
+ * await using lab = await startLibvirt()
+ * await createQcow2('/tmp/x/vda.qcow2', 64 * 1024 * 1024)
+ * const vm = await lab.createDomain({
+ *   name: 'web-1',
+ *   disks: [{ target: 'vda', path: '/tmp/x/vda.qcow2', format: 'qcow2', discard: 'unmap' }],
+ * })
+ * await vm.boot()
+ * await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
+ * const { stdout } = await vm.run('sha256sum /dev/vda')
+ * await vm.shutdown()
+ * ```
+ *
+ * It needs root and the Debian packages qemu-system-x86, qemu-utils, libvirt-daemon-system, libvirt-clients,
+ * libnbd-bin, linux-image-cloud-amd64, busybox-static, qemu-guest-agent, and ovmf for UEFI.
+ *
+ * @packageDocumentation
+ */
+export * from './disk-image.ts'
+export { GuestCommandError, type GuestResult } from './guest-channel.ts'
+export { buildGuest, type GuestImage } from './guest-image.ts'
+export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize } from './guest-writer.ts'
+export {
+  type GuestProcess,
+  type GuestRunOptions,
+  type LabDisk,
+  LabDomain,
+  type LabDomainOptions,
+} from './lab-domain.ts'
+export { type LibvirtAvailability, LibvirtLab, libvirtAvailable, startLibvirt } from './libvirt-lab.ts'

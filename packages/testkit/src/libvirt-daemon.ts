@@ -1,0 +1,124 @@
+import { type ChildProcessByStdio, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { closeSync, openSync } from 'node:fs'
+import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import path from 'node:path'
+import type { Writable } from 'node:stream'
+import { execa } from 'execa'
+import { pollUntil } from './lab-poll.ts'
+
+/**
+ * The first process of the namespaces that libvirtd and its QEMUs live in. It binds private folders over the
+ * fixed paths that the privileged libvirtd uses, and over /run, so that neither the system's libvirt nor its
+ * D-Bus is seen. /dev/kvm, which hangs guests on some machines, becomes a read-only file: that is what makes
+ * libvirt take it for unusable, and not probe it again and again. Its standard input is the lifeline: that ends with the process that started the lab, however
+ * that comes about, and once the first process of a process namespace is gone, the kernel kills all others.
+ *
+ * The word `stop` ends everything and leaves the folder; the end of the input removes it too.
+ */
+const supervisor = `
+root=$1
+hide_kvm() {
+  [ -e /dev/kvm ] || return 0
+  : > "$root/no-kvm"
+  mount --bind "$root/no-kvm" /dev/kvm && mount -o remount,bind,ro /dev/kvm
+}
+mount --bind "$root/etc" /etc/libvirt &&
+mount --bind "$root/lib" /var/lib/libvirt &&
+mount --bind "$root/log" /var/log/libvirt &&
+mount --bind "$root/cache" /var/cache/libvirt &&
+mount --bind "$root/run" /run &&
+hide_kvm || exit
+(libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirtd.pid; echo "libvirtd: $?" > "$root/exit") &
+# Not the shell's own read: only while it waits for a child does it reap the orphans, such as every QEMU.
+head -n 1 > "$root/verb"
+[ "$(cat "$root/verb")" = stop ] || rm -rf "$root"
+`
+
+const libvirtdConfig = `auth_unix_rw = "none"
+auth_unix_ro = "none"
+unix_sock_rw_perms = "0700"
+`
+
+// No mount namespace for each QEMU and no cgroups, which the host would share; no virtlogd.
+const qemuConfig = `user = "root"
+group = "root"
+security_driver = "none"
+namespaces = []
+cgroup_controllers = []
+stdio_handler = "file"
+`
+
+/** A libvirtd and its QEMUs in namespaces of their own. */
+export interface LibvirtDaemon {
+  /** The URI for libvirt's clients, which live outside of the namespaces. */
+  readonly uri: string
+  /** Ends the daemon and its domains at once, as a power cut does. With `keep` the folder stays. */
+  stop(folder: 'keep' | 'remove'): Promise<void>
+}
+
+/** Starts a libvirtd whose configuration, state, sockets and logs are all below the folder `root`. */
+export async function startLibvirtDaemon(root: string): Promise<LibvirtDaemon> {
+  for (const name of ['etc', 'lib', 'log', 'cache', 'run']) {
+    await mkdir(path.join(root, name), { recursive: true })
+  }
+  await writeFile(path.join(root, 'etc/libvirtd.conf'), libvirtdConfig)
+  await writeFile(path.join(root, 'etc/qemu.conf'), qemuConfig)
+
+  const child = spawnSupervisor(root)
+  const stop = async (folder: 'keep' | 'remove'): Promise<void> => {
+    await endSupervisor(child, folder)
+    if (folder === 'remove') await rm(root, { recursive: true, force: true })
+  }
+  const uri = `qemu+unix:///system?socket=${root}/run/libvirt/libvirt-sock`
+  try {
+    await answer(uri, child, root)
+  } catch (error) {
+    await stop('remove')
+    throw error
+  }
+  return { uri, stop }
+}
+
+type Supervisor = ChildProcessByStdio<Writable, null, null>
+
+function spawnSupervisor(root: string): Supervisor {
+  const log = openSync(path.join(root, 'supervisor.log'), 'a')
+  const namespaces = ['--mount', '--pid', '--fork', '--kill-child', '--mount-proc']
+  // Detached: Ctrl-C in a terminal is for the test, which then stops the lab.
+  const child = spawn('unshare', [...namespaces, 'sh', '-c', supervisor, 'sh', root], {
+    stdio: ['pipe', log, log],
+    detached: true,
+  })
+  closeSync(log)
+  child.on('error', () => undefined) // seen in answer(), which has the log
+  child.stdin.on('error', () => undefined) // the supervisor has ended by itself
+  // A lab that nobody stops keeps no process alive: it ends with it.
+  child.unref()
+  if ('unref' in child.stdin && typeof child.stdin.unref === 'function') child.stdin.unref()
+  return child
+}
+
+/** Waits until the daemon answers. */
+async function answer(uri: string, child: Supervisor, root: string): Promise<void> {
+  const log = (): Promise<string> => readFile(path.join(root, 'supervisor.log'), 'utf8').catch(() => '')
+  await pollUntil(
+    async () => {
+      const exited = await readFile(path.join(root, 'exit'), 'utf8').catch(() => '')
+      if (child.pid === undefined || child.exitCode !== null || exited)
+        throw new Error(`libvirtd did not start. ${exited}${await log()}`)
+      const { exitCode } = await execa('virsh', ['--connect', uri, 'uri'], { reject: false, timeout: 10_000 })
+      return exitCode === 0 ? true : undefined
+    },
+    30_000,
+    async () => `libvirtd does not answer after 30 s. ${await log()}`,
+  )
+}
+
+async function endSupervisor(child: Supervisor, folder: 'keep' | 'remove'): Promise<void> {
+  if (child.pid === undefined || child.exitCode !== null || child.signalCode !== null) return
+  child.ref()
+  const exit = once(child, 'exit', { signal: AbortSignal.timeout(30_000) })
+  child.stdin.end(folder === 'keep' ? 'stop\n' : '')
+  await exit.catch(() => child.kill('SIGKILL')) // --kill-child: the namespace goes with it
+}
