@@ -37,6 +37,8 @@ export type ErrorCode =
   // restore
   | 'TARGET_EXISTS'
   | 'TARGET_TOO_SMALL'
+  | 'TARGET_FULL'
+  | 'TARGET_FAILED'
   // storage
   | 'STORAGE_UNREACHABLE'
   | 'STORAGE_ACCESS_DENIED'

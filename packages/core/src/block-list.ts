@@ -1,0 +1,44 @@
+import { DIGEST_LENGTH, rootDigest } from './digest.ts'
+import type { DownloadRetry } from './download.ts'
+import { VarveError } from './errors.ts'
+import { loadObject } from './load-object.ts'
+import type { ObjectDigest } from './manifest.ts'
+import type { StorageDriver } from './storage.ts'
+import { assertStoredSize } from './stored-size.ts'
+
+/** What {@link loadBlockList} reads. */
+export interface BlockListOptions {
+  readonly storage: StorageDriver
+  /** Key of the list. */
+  readonly key: string
+  /** Size in bytes of the object that the list belongs to. */
+  readonly size: number
+  readonly digest: ObjectDigest
+  readonly signal: AbortSignal
+  readonly retry?: DownloadRetry | undefined
+}
+
+/**
+ * The digests of an object's blocks, 32 bytes each, one after the other; checked against the object's root
+ * digest. `SIZE_MISMATCH` where it is too short or too long, `DIGEST_MISMATCH` where it is another list.
+ */
+export async function loadBlockList(options: BlockListOptions): Promise<Uint8Array> {
+  const { storage, key, size, digest, signal } = options
+  const length = Math.ceil(size / digest.blockSize) * DIGEST_LENGTH
+  await assertStoredSize(storage, key, length, signal)
+  const list = await loadObject({
+    storage,
+    key,
+    range: { start: 0, end: length },
+    signal,
+    retry: options.retry,
+  })
+  if (rootDigest(list) !== digest.root) {
+    throw new VarveError(
+      'DIGEST_MISMATCH',
+      `${key} is not what was stored: its digest is not the one in the manifest. Restore another backup.`,
+      { context: { key } },
+    )
+  }
+  return list
+}

@@ -1,0 +1,101 @@
+import { openImage, type Qcow2Image } from '@varve/qcow2'
+import { BlockPool } from './block-pool.ts'
+import type { DiskLayer } from './disk-chain.ts'
+import type { DownloadRetry } from './download.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { fanOut } from './fan-out.ts'
+import type { StorageDriver } from './storage.ts'
+import { VerifiedObject } from './verified-object.ts'
+
+/** Layers whose lists of digests are fetched at one time. */
+const OPENING = 4
+
+/** What {@link openLayers} opens. */
+export interface OpenLayersOptions {
+  readonly storage: StorageDriver
+  /** The newest first. */
+  readonly layers: readonly DiskLayer[]
+  /** Bytes of memory for blocks. */
+  readonly memory: number
+  readonly signal: AbortSignal
+  readonly retry?: DownloadRetry | undefined
+}
+
+/** The stored images of a disk's layers, the newest first. */
+export interface OpenedLayers {
+  readonly objects: readonly VerifiedObject[]
+  readonly images: readonly Qcow2Image[]
+  /** The memory for their blocks. */
+  readonly pool: BlockPool
+}
+
+/**
+ * Opens the image of every layer and reads its tables; each must be what its manifest says. All objects are
+ * looked at before any table is read.
+ */
+export async function openLayers(options: OpenLayersOptions): Promise<OpenedLayers> {
+  const pool = blockPool(options)
+  const objects = await openObjects(options, pool)
+  const images: Qcow2Image[] = []
+  for (const [index, object] of objects.entries()) {
+    const layer = options.layers[index]
+    if (!layer) continue // never: there is an object for each layer
+    const image = await readImage(object, layer, options.signal)
+    assertRecorded(image, layer, object.key)
+    images.push(image)
+  }
+  return { objects, images, pool }
+}
+
+function blockPool({ layers, memory }: OpenLayersOptions): BlockPool {
+  const blockSize = Math.max(...layers.map(({ disk }) => disk.digest.blockSize))
+  const needed = blockSize * BlockPool.leastBlocks
+  if (needed > memory) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `The backup is stored in blocks of ${blockSize} bytes: its restore needs ${needed} bytes of memory and may use ${memory}. Allow it more.`,
+      { context: { blockSize, needed, memory } },
+    )
+  }
+  return new BlockPool(memory, blockSize)
+}
+
+function openObjects(options: OpenLayersOptions, pool: BlockPool): Promise<VerifiedObject[]> {
+  const { storage, layers, signal, retry } = options
+  return fanOut(layers, { concurrency: OPENING, signal }, ({ backup, disk }, signal) => {
+    const key = `${backup.folder}/${disk.image}`
+    const blocksKey = `${backup.folder}/${disk.blocks}`
+    const { storedSize: size, digest } = disk
+    return VerifiedObject.open({ storage, key, size, digest, blocksKey, pool, retry }, { signal })
+  })
+}
+
+async function readImage(
+  object: VerifiedObject,
+  { backup, disk }: DiskLayer,
+  signal: AbortSignal,
+): Promise<Qcow2Image> {
+  try {
+    return await openImage(object, { signal })
+  } catch (error) {
+    if (isVarveError(error)) throw error
+    throw new VarveError(
+      'IMAGE_INVALID',
+      `${object.key} cannot be restored: ${errorMessage(error)} Restore another backup.`,
+      { context: { key: object.key, backup: backup.manifest.id, disk: disk.name }, cause: error },
+    )
+  }
+}
+
+/** A whole image that is not the one of the manifest would give a wrong disk without any other error. */
+function assertRecorded(image: Qcow2Image, { backup, disk }: DiskLayer, key: string): void {
+  const found = { size: image.virtualSize, backing: image.backing?.name, format: image.backing?.format }
+  const format = disk.backing === undefined ? undefined : 'qcow2'
+  if (found.size === disk.virtualSize && found.backing === disk.backing && found.format === format) return
+  const { id } = backup.manifest
+  throw new VarveError(
+    'IMAGE_INVALID',
+    `${key} is not the image of the manifest: it has a disk of ${found.size} bytes on ${found.backing ?? 'nothing'} instead of ${disk.virtualSize} on ${disk.backing ?? 'nothing'}. Restore another backup.`,
+    { context: { key, backup: id, disk: disk.name, ...found } },
+  )
+}
