@@ -1,8 +1,12 @@
-import { z } from 'zod'
 import { VarveError } from './errors.ts'
+import { manifestFieldsJsonSchema, manifestSchema } from './manifest-schema.ts'
+import { backupFolder, MANIFEST_FILE, parseManifestKey } from './storage-layout.ts'
 
 /** The version of the manifest that this code writes. */
 export const MANIFEST_VERSION = 1
+
+/** The largest manifest that is read, in bytes. One disk takes about 600. */
+export const MANIFEST_MAX_BYTES: number = 1024 * 1024
 
 /** Why a disk was backed up in full where an increment was wanted. */
 export type FallbackReason =
@@ -12,6 +16,7 @@ export type FallbackReason =
   | 'disk-new'
   | 'disk-shrunk'
   | 'format-raw'
+  | 'format-qcow2-v2'
   | 'bitmap-missing'
   | 'bitmap-inconsistent'
   | 'bitmap-disabled'
@@ -47,9 +52,9 @@ export interface ManifestDisk {
   /** Cluster size of the image in bytes. */
   readonly clusterSize: number
   readonly digest: ObjectDigest
-  /** The backing file name written in the image, where it is incremental. */
+  /** The backing file name written in the image, where it is incremental: `../<parent>/<image of the parent>`. */
   readonly backing?: string
-  /** The bitmap that records what changes after this backup; none on raw disks. */
+  /** The bitmap that records what changes after this backup, `varve-<id>`; none on raw disks. */
   readonly bitmap?: { readonly name: string; readonly granularity: number }
   /** Why it is full though an increment was wanted. */
   readonly fallback?: FallbackReason
@@ -92,4 +97,87 @@ export interface BackupManifest {
   readonly nvram?: ManifestFile
   /** The programs that made it, by name. */
   readonly tools: Readonly<Record<string, string>>
+}
+
+/**
+ * Reads a manifest that came from a storage. Nothing in it is trusted: every field, and what must hold
+ * between them, is checked, also against `where.key`, the key that it was read from. Unknown fields are
+ * dropped.
+ *
+ * @throws MANIFEST_VERSION for one of a newer version
+ * @throws MANIFEST_INVALID for anything else that is wrong, with the first wrong field in `context.field`
+ */
+export function parseManifest(bytes: Uint8Array, where: { key: string }): BackupManifest {
+  const { key } = where
+  const place = parseManifestKey(key)
+  if (place === undefined) throw invalidManifest(key, 'key', 'is no key of a manifest')
+
+  const json = parseJson(bytes, key)
+  const version = typeof json === 'object' && json !== null && 'version' in json ? json.version : undefined
+  if (Number.isSafeInteger(version) && Number(version) > MANIFEST_VERSION) {
+    throw new VarveError(
+      'MANIFEST_VERSION',
+      `The manifest ${key} has version ${version}; this Varve reads up to version ${MANIFEST_VERSION}. Upgrade Varve to use this backup.`,
+      { context: { key, version: Number(version) } },
+    )
+  }
+
+  const { success, data: manifest, error } = manifestSchema.safeParse(json)
+  if (!success) {
+    const [issue] = error.issues
+    throw invalidManifest(key, issue?.path.join('.') || 'manifest', issue?.message ?? error.message)
+  }
+  if (manifest.id !== place.backup) throw invalidManifest(key, 'id', 'is not that of its folder')
+  if (manifest.chain !== place.chain) throw invalidManifest(key, 'chain', 'is not that of its folder')
+  if (manifest.instance.name !== place.instance) {
+    throw invalidManifest(key, 'instance.name', 'is not that of its folder')
+  }
+  return manifest
+}
+
+/**
+ * The bytes to store for a manifest: indented JSON, the fields always in the same order.
+ *
+ * @throws MANIFEST_INVALID where {@link parseManifest} would refuse them: such a manifest is never written
+ */
+export function serializeManifest(manifest: BackupManifest): Uint8Array {
+  const { instance, chain, id } = manifest
+  const key = `${backupFolder(instance.name, chain, id)}/${MANIFEST_FILE}`
+  const ordered = parseManifest(encodeJson(manifest), { key })
+  return encodeJson(ordered)
+}
+
+/**
+ * The JSON schema of a manifest, draft 2020-12; it is also in the package as `schema/manifest.v1.json`. It
+ * says what each field may be. The rules between fields are in docs/storage-format.md.
+ */
+export function manifestJsonSchema(): object {
+  return {
+    $id: `urn:varve:manifest:${MANIFEST_VERSION}`,
+    title: 'Varve backup manifest',
+    ...manifestFieldsJsonSchema(),
+  }
+}
+
+function encodeJson(value: BackupManifest): Uint8Array {
+  return new TextEncoder().encode(`${JSON.stringify(value, undefined, 2)}\n`)
+}
+
+function parseJson(bytes: Uint8Array, key: string): unknown {
+  if (bytes.byteLength > MANIFEST_MAX_BYTES) {
+    throw invalidManifest(key, 'size', `is over ${MANIFEST_MAX_BYTES} bytes`)
+  }
+  try {
+    return JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes))
+  } catch (cause) {
+    throw invalidManifest(key, 'manifest', 'is not JSON in UTF-8', cause)
+  }
+}
+
+function invalidManifest(key: string, field: string, what: string, cause?: unknown): VarveError {
+  return new VarveError(
+    'MANIFEST_INVALID',
+    `The manifest ${key} is broken (${field}: ${what}). Put the file back from a copy of the storage, or delete the backup.`,
+    { context: { key, field }, cause },
+  )
 }

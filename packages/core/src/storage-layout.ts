@@ -50,13 +50,28 @@ export function backupFolder(instance: string, chain: string, backup: string): s
   return `${instanceFolder(instance)}/${chain}/${backup}`
 }
 
-/** Where a manifest's key says that it is, or undefined for any other key. */
-export function parseManifestKey(
-  key: string,
-): { instance: string; chain: string; backup: string } | undefined {
-  const [folder, chain, backup, file, ...rest] = key.split('/')
-  if (folder === undefined || chain === undefined || backup === undefined) return undefined
-  if (file !== MANIFEST_FILE || rest.length > 0 || !isBackupId(chain) || !isBackupId(backup)) return undefined
-  const instance = instanceOfFolder(folder)
-  return instance === undefined ? undefined : { instance, chain, backup }
+/** A backup's place on a storage, as a key tells it. */
+export interface BackupPlace {
+  /** The instance's name. */
+  readonly instance: string
+  readonly chain: string
+  readonly backup: string
+  /** `<instance>/<chain>/<backup>` */
+  readonly folder: string
+}
+
+/** The backup in whose folder a key is, or undefined where it is in none. */
+export function backupOfKey(key: string): BackupPlace | undefined {
+  const [instancePart, chain, backup, ...file] = key.split('/')
+  if (instancePart === undefined || chain === undefined || backup === undefined) return undefined
+  if (file.length === 0 || !isBackupId(chain) || !isBackupId(backup)) return undefined
+  const instance = instanceOfFolder(instancePart)
+  if (instance === undefined) return undefined
+  return { instance, chain, backup, folder: `${instancePart}/${chain}/${backup}` }
+}
+
+/** The backup whose manifest has this key, or undefined for any other key. */
+export function parseManifestKey(key: string): BackupPlace | undefined {
+  const place = backupOfKey(key)
+  return place && key === `${place.folder}/${MANIFEST_FILE}` ? place : undefined
 }

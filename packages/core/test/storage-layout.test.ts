@@ -1,7 +1,13 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { assertKey } from '../src/storage.ts'
-import { backupFolder, instanceFolder, instanceOfFolder, parseManifestKey } from '../src/storage-layout.ts'
+import {
+  backupFolder,
+  backupOfKey,
+  instanceFolder,
+  instanceOfFolder,
+  parseManifestKey,
+} from '../src/storage-layout.ts'
 
 const FULL = '20261123-231543-123-9f3a1c'
 const NEXT = '20261124-231543-123-77aa01'
@@ -85,6 +91,7 @@ describe("a manifest's key", () => {
       instance: 'café',
       chain: FULL,
       backup: NEXT,
+      folder: `caf%C3%A9/${FULL}/${NEXT}`,
     })
   })
 
@@ -100,5 +107,27 @@ describe("a manifest's key", () => {
     '',
   ])('is not %j', key => {
     expect(parseManifestKey(key)).toBeUndefined()
+  })
+})
+
+describe('a key', () => {
+  it.each(['vda.qcow2', 'manifest.json', 'deep/down/file'])('tells the backup that %j is in', file => {
+    expect(backupOfKey(`web-1/${FULL}/${NEXT}/${file}`)).toEqual({
+      instance: 'web-1',
+      chain: FULL,
+      backup: NEXT,
+      folder: `web-1/${FULL}/${NEXT}`,
+    })
+  })
+
+  it.each([
+    `web-1/${FULL}/${NEXT}`,
+    `web-1/${FULL}/notes.txt`,
+    `web-1/${FULL}/other/vda.qcow2`,
+    `web-1/other/${NEXT}/vda.qcow2`,
+    `../${FULL}/${NEXT}/vda.qcow2`,
+    '',
+  ])('is in no backup: %j', key => {
+    expect(backupOfKey(key)).toBeUndefined()
   })
 })

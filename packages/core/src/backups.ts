@@ -1,0 +1,177 @@
+import { isBackupId } from './backup-id.ts'
+import { abortError, isVarveError, VarveError } from './errors.ts'
+import { fanOut } from './fan-out.ts'
+import { loadObject } from './load-object.ts'
+import { type BackupManifest, MANIFEST_MAX_BYTES, parseManifest } from './manifest.ts'
+import type { StorageDriver, StoredObject } from './storage.ts'
+import { backupOfKey, instanceFolder, MANIFEST_FILE, parseManifestKey } from './storage-layout.ts'
+
+/** Manifests that are read at the same time. */
+const MANIFESTS_AT_ONCE = 8
+
+const never: AbortSignal = new AbortController().signal
+
+/** A backup on a storage. */
+export interface StoredBackup {
+  readonly manifest: BackupManifest
+  /** Where its objects are: `<instance>/<chain>/<id>`. */
+  readonly folder: string
+}
+
+/** A manifest on a storage that cannot be used. */
+export interface DamagedManifest {
+  readonly key: string
+  /** MANIFEST_INVALID or MANIFEST_VERSION. */
+  readonly error: VarveError
+}
+
+/** The backups that a storage holds. */
+export interface BackupListing {
+  /** Oldest first. */
+  readonly backups: StoredBackup[]
+  /** What is there but cannot be read as a backup, by key. */
+  readonly damaged: DamagedManifest[]
+}
+
+/** Everything under a prefix of a storage: the backups, and every object with its size. */
+export interface Catalog extends BackupListing {
+  /** By key. */
+  readonly objects: ReadonlyMap<string, StoredObject>
+}
+
+/** Which backups are meant. */
+export interface FindOptions {
+  /** Only those of this instance. Default: of any. */
+  instance?: string
+  /** Gives the call up. */
+  signal?: AbortSignal
+}
+
+/** The backups on a storage. Damaged manifests are told of, not thrown; a storage that fails is thrown. */
+export async function listBackups(storage: StorageDriver, options: FindOptions = {}): Promise<BackupListing> {
+  const { backups, damaged } = await readCatalog(storage, prefixOf(options), options.signal)
+  return { backups, damaged }
+}
+
+/**
+ * The backup of an id.
+ *
+ * @throws INVALID_ARGUMENT for what is no id
+ * @throws BACKUP_NOT_FOUND
+ * @throws MANIFEST_INVALID, MANIFEST_VERSION where its manifest cannot be used
+ */
+export async function findBackup(
+  storage: StorageDriver,
+  id: string,
+  options: FindOptions = {},
+): Promise<StoredBackup> {
+  assertBackupId(id)
+  const { signal = never } = options
+  let damage: VarveError | undefined
+  for (const object of (await listObjects(storage, prefixOf(options), signal)).values()) {
+    if (parseManifestKey(object.key)?.backup !== id) continue
+    const found = await readBackup(storage, object, signal)
+    if (found && !('error' in found)) return found
+    damage ??= found?.error // a copy of the backup in another folder does not hide the real one
+  }
+  throw damage ?? backupNotFound(storage, id)
+}
+
+/** Everything under a prefix of a storage. */
+export async function readCatalog(
+  storage: StorageDriver,
+  prefix: string,
+  signal: AbortSignal = never,
+): Promise<Catalog> {
+  const objects = await listObjects(storage, prefix, signal)
+  const manifests = [...objects.values()].filter(({ key }) => parseManifestKey(key))
+  const read = await fanOut(manifests, { concurrency: MANIFESTS_AT_ONCE, signal }, (object, signal) =>
+    readBackup(storage, object, signal),
+  )
+  const backups: StoredBackup[] = []
+  const damaged: DamagedManifest[] = []
+  for (const entry of read) {
+    if (entry === undefined) continue
+    if ('error' in entry) damaged.push(entry)
+    else backups.push(entry)
+  }
+  backups.sort((a, b) => compareText(a.manifest.id, b.manifest.id))
+  damaged.sort((a, b) => compareText(a.key, b.key))
+  return { backups, damaged, objects }
+}
+
+/**
+ * The folders of a backup that hold anything at all, with or without a manifest: one, unless someone copied it.
+ *
+ * @throws INVALID_ARGUMENT for what is no id
+ */
+export async function findBackupFolders(
+  storage: StorageDriver,
+  id: string,
+  signal: AbortSignal,
+): Promise<string[]> {
+  assertBackupId(id)
+  const folders = new Set<string>()
+  for (const key of (await listObjects(storage, '', signal)).keys()) {
+    const place = backupOfKey(key)
+    if (place?.backup === id) folders.add(place.folder)
+  }
+  return [...folders]
+}
+
+/** The error for a backup that a storage does not hold. */
+export function backupNotFound(storage: StorageDriver, id: string): VarveError {
+  const { location } = storage
+  const message = `There is no backup ${id} on ${location}. List the backups that are there.`
+  return new VarveError('BACKUP_NOT_FOUND', message, { context: { backup: id, location } })
+}
+
+/** A manifest's backup, or what is wrong with it; undefined where it was deleted since it was listed. */
+async function readBackup(
+  storage: StorageDriver,
+  { key, size }: StoredObject,
+  signal: AbortSignal,
+): Promise<StoredBackup | DamagedManifest | undefined> {
+  try {
+    // One byte more than is allowed is enough for the parser to refuse it.
+    const range = { start: 0, end: Math.min(size, MANIFEST_MAX_BYTES + 1) }
+    const bytes = await loadObject({ storage, key, range, signal })
+    return { manifest: parseManifest(bytes, { key }), folder: key.slice(0, -MANIFEST_FILE.length - 1) }
+  } catch (error) {
+    if (isVarveError(error, 'OBJECT_NOT_FOUND')) return undefined
+    if (isVarveError(error, 'MANIFEST_INVALID') || isVarveError(error, 'MANIFEST_VERSION')) {
+      return { key, error }
+    }
+    throw error
+  }
+}
+
+function assertBackupId(id: string): void {
+  if (isBackupId(id)) return
+  throw new VarveError(
+    'INVALID_ARGUMENT',
+    `Not a backup id: ${JSON.stringify(id)}. An id reads like 20261123-231543-123-9f3a1c.`,
+    { context: { id } },
+  )
+}
+
+async function listObjects(
+  storage: StorageDriver,
+  prefix: string,
+  signal: AbortSignal,
+): Promise<Map<string, StoredObject>> {
+  const objects = new Map<string, StoredObject>()
+  for await (const object of storage.list(prefix, { signal })) {
+    if (signal.aborted) throw abortError(signal)
+    objects.set(object.key, object)
+  }
+  return objects
+}
+
+function prefixOf({ instance }: FindOptions): string {
+  return instance === undefined ? '' : `${instanceFolder(instance)}/`
+}
+
+function compareText(a: string, b: string): number {
+  return a < b ? -1 : a > b ? 1 : 0
+}

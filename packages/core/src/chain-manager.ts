@@ -1,0 +1,128 @@
+import {
+  type BackupListing,
+  backupNotFound,
+  type Catalog,
+  type FindOptions,
+  findBackupFolders,
+  listBackups,
+  readCatalog,
+  type StoredBackup,
+} from './backups.ts'
+import { type ChainWalk, chainOf, indexChains, walkChain } from './chain.ts'
+import { deleteBackup } from './delete-backup.ts'
+import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
+import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
+import type { CallOptions, StorageDriver } from './storage.ts'
+import { instanceFolder, MANIFEST_FILE } from './storage-layout.ts'
+import { type VerifyProgress, type VerifyReport, verifyChain } from './verify-chain.ts'
+
+const never: AbortSignal = new AbortController().signal
+
+/** What a {@link ChainManager} works with. */
+export interface ChainManagerOptions {
+  /** Where the backups are. */
+  storage: StorageDriver
+}
+
+/** How to verify. */
+export interface VerifyOptions {
+  /** Read every byte and compare it with its digest. Default: false, only sizes and manifests. */
+  deep?: boolean
+  /** Gives up. */
+  signal?: AbortSignal
+  /** Is told how far a deep verification is, a few times a second and at its end. What it throws is ignored. */
+  onProgress?: (progress: VerifyProgress) => void
+}
+
+/**
+ * The backups on one storage and the chains that they form. The storage is all that it looks at: a lost
+ * database loses no backup. Every method throws what the storage throws, and ABORTED after an abort.
+ */
+export class ChainManager {
+  readonly #storage: StorageDriver
+
+  constructor(options: ChainManagerOptions) {
+    this.#storage = options.storage
+  }
+
+  /** The backups on the storage, oldest first, and the manifests that cannot be used. */
+  list(options: FindOptions = {}): Promise<BackupListing> {
+    return listBackups(this.#storage, options)
+  }
+
+  /**
+   * A backup and all that it rests on: the full backup first, the backup itself last.
+   *
+   * @throws BACKUP_NOT_FOUND
+   * @throws MANIFEST_INVALID, MANIFEST_VERSION where the backup's own manifest cannot be used
+   * @throws CHAIN_BROKEN where a link is missing, cannot be used, or is not what the next one rests on
+   */
+  async resolve(backupId: string, options: CallOptions = {}): Promise<StoredBackup[]> {
+    const { links, problem } = (await this.#walk(backupId, options.signal)).walk
+    if (problem) throw problem
+    return links
+  }
+
+  /**
+   * What the next backup of an instance is, as far as the storage tells; the host's bitmaps may still ask for
+   * a full image. See the reasons for what keeps it from being an increment.
+   *
+   * @throws INVALID_ARGUMENT
+   */
+  async nextKind(instance: string, policy: ChainPolicy = {}, options: CallOptions = {}): Promise<NextKind> {
+    return nextKind(await readCatalog(this.#storage, `${instanceFolder(instance)}/`, options.signal), policy)
+  }
+
+  /**
+   * Looks for damage to a backup and all that it rests on, and collects every problem. Without `deep`: the
+   * manifests are valid and form a chain, and every object is there with its recorded size. With `deep` also:
+   * every byte has its recorded digest, and each image is what its manifest says, down to its backing file.
+   *
+   * @throws BACKUP_NOT_FOUND; damage is reported, not thrown
+   */
+  async verify(backupId: string, options: VerifyOptions = {}): Promise<VerifyReport> {
+    const { deep = false, signal = never, onProgress } = options
+    const { walk, objects } = await this.#walk(backupId, signal)
+    const storage = this.#storage
+    return verifyChain({ storage, backup: backupId, walk, objects, deep, signal, onProgress })
+  }
+
+  /**
+   * Removes a backup. Its manifest goes first: a deletion that breaks off leaves garbage and no broken backup.
+   * A manifest that cannot be read does not tell its parent, so it protects every older backup of its chain.
+   *
+   * @throws BACKUP_NOT_FOUND, also for an upload under way
+   * @throws CHAIN_DEPENDENCY where other backups rest on it: `context.children` has their ids, newest first
+   */
+  async delete(backupId: string, options: CallOptions = {}): Promise<void> {
+    await deleteBackup(this.#storage, backupId, options.signal ?? never)
+  }
+
+  /**
+   * Removes the backups that a policy does not keep, then the folders that were left over without a manifest.
+   * A backup on which a kept one rests is kept. A chain in which anything is damaged is left alone and
+   * reported, and does not count towards what is kept.
+   *
+   * @throws INVALID_ARGUMENT for a policy that keeps nothing
+   */
+  prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
+    return prune(this.#storage, policy, options.dryRun ?? false, options.signal ?? never)
+  }
+
+  async #walk(
+    backupId: string,
+    signal: AbortSignal = never,
+  ): Promise<{ walk: ChainWalk; objects: Catalog['objects'] }> {
+    const folders = await findBackupFolders(this.#storage, backupId, signal)
+    const walks: { walk: ChainWalk; objects: Catalog['objects'] }[] = []
+    for (const folder of folders) {
+      const catalog = await readCatalog(this.#storage, `${chainOf(folder)}/`, signal)
+      if (!catalog.objects.has(`${folder}/${MANIFEST_FILE}`)) continue
+      walks.push({ walk: walkChain(folder, indexChains(catalog)), objects: catalog.objects })
+    }
+    // A copy of the backup in a folder that is not its own does not hide the real one.
+    const found = walks.find(({ walk }) => walk.links.length > 0) ?? walks[0]
+    if (!found) throw backupNotFound(this.#storage, backupId)
+    return found
+  }
+}

@@ -1,0 +1,44 @@
+import { backupNotFound, findBackupFolders, readCatalog } from './backups.ts'
+import { chainOf, dependentsOf, indexChains } from './chain.ts'
+import { VarveError } from './errors.ts'
+import { DEFAULT_GARBAGE_AGE_MS, isStillGarbage } from './garbage.ts'
+import { removeFolder } from './remove-folder.ts'
+import type { StorageDriver } from './storage.ts'
+import { MANIFEST_FILE } from './storage-layout.ts'
+
+/** Removes one backup, unless another rests on it. See `ChainManager.delete`. */
+export async function deleteBackup(storage: StorageDriver, id: string, signal: AbortSignal): Promise<void> {
+  const folders = await findBackupFolders(storage, id, signal)
+  if (folders.length === 0) throw backupNotFound(storage, id)
+
+  for (const folder of folders) {
+    const catalog = await readCatalog(storage, `${chainOf(folder)}/`, signal)
+    const children = dependentsOf(folder, indexChains(catalog))
+    if (children.length > 0) throw chainDependency(id, children)
+    if (!catalog.objects.has(`${folder}/${MANIFEST_FILE}`)) await assertLeftover(storage, id, folder, signal)
+    await removeFolder(storage, folder, signal)
+  }
+}
+
+/** A folder without a manifest is no backup: it is being written now, or it was left over. */
+async function assertLeftover(
+  storage: StorageDriver,
+  id: string,
+  folder: string,
+  signal: AbortSignal,
+): Promise<void> {
+  if (await isStillGarbage(storage, folder, DEFAULT_GARBAGE_AGE_MS, signal)) return
+  throw new VarveError(
+    'BACKUP_NOT_FOUND',
+    `${id} is no backup: its folder ${folder} on ${storage.location} has no manifest. It is being written now, or was left over by a run or a deletion that broke off; then it can be removed after 24 hours.`,
+    { context: { backup: id, folder, location: storage.location } },
+  )
+}
+
+function chainDependency(id: string, children: readonly string[]): VarveError {
+  return new VarveError(
+    'CHAIN_DEPENDENCY',
+    `Backup ${id} cannot be deleted: others rest on it. Delete them first, in this order: ${children.join(', ')}.`,
+    { context: { backup: id, children } },
+  )
+}

@@ -1,0 +1,170 @@
+import { type Catalog, readCatalog, type StoredBackup } from './backups.ts'
+import { chainOf, indexChains, missingObjects, walkChain } from './chain.ts'
+import type { VarveError } from './errors.ts'
+import {
+  assertGarbageAge,
+  DEFAULT_GARBAGE_AGE_MS,
+  findGarbage,
+  type GarbageFolder,
+  isStillGarbage,
+} from './garbage.ts'
+import { removeFolder } from './remove-folder.ts'
+import { planRetention, type RetentionPolicy, type RetentionReason } from './retention.ts'
+import type { StorageDriver } from './storage.ts'
+import { instanceFolder, parseManifestKey } from './storage-layout.ts'
+
+/** What to prune, and what to keep of each instance. */
+export interface PrunePolicy extends RetentionPolicy {
+  /** Only this instance. Default: every one on the storage. */
+  instance?: string
+  /**
+   * Milliseconds without a write after which a folder that has no manifest is garbage; at least an hour, and
+   * above the time that the longest backup takes. Default: 24 hours.
+   */
+  garbageAgeMs?: number
+}
+
+/** How to prune. */
+export interface PruneOptions {
+  /** Only tell what would be removed. Default: false. */
+  dryRun?: boolean
+  /** Gives up between two backups, or within one: what is left of it is garbage. */
+  signal?: AbortSignal
+}
+
+/** A backup that is kept, and why. */
+export interface KeptBackup {
+  readonly backup: StoredBackup
+  readonly reasons: readonly RetentionReason[]
+}
+
+/** A backup that is damaged. */
+export interface DamagedBackup {
+  /** `<instance>/<chain>/<id>` */
+  readonly folder: string
+  readonly error: VarveError
+}
+
+/** What was pruned, or would be. */
+export interface PruneReport {
+  /** Whether nothing was removed in truth. */
+  readonly dryRun: boolean
+  /** Oldest first within an instance. */
+  readonly kept: readonly KeptBackup[]
+  /** In the order of removal: newest first within an instance. */
+  readonly removed: readonly StoredBackup[]
+  /** What is broken: the whole chain of each is kept until someone has looked at it. */
+  readonly damaged: readonly DamagedBackup[]
+  /** Leftovers that were removed. */
+  readonly garbage: readonly GarbageFolder[]
+}
+
+/** Removes what a policy does not keep, children before their parents; then garbage. */
+export async function prune(
+  storage: StorageDriver,
+  policy: PrunePolicy,
+  dryRun: boolean,
+  signal: AbortSignal,
+): Promise<PruneReport> {
+  const { instance, garbageAgeMs = DEFAULT_GARBAGE_AGE_MS } = policy
+  planRetention([], policy) // refuses a bad policy before anything is read
+  assertGarbageAge(garbageAgeMs)
+
+  const catalog = await readCatalog(
+    storage,
+    instance === undefined ? '' : `${instanceFolder(instance)}/`,
+    signal,
+  )
+  const damaged = findDamage(catalog)
+  const damagedChains = new Set(damaged.map(({ folder }) => chainOf(folder)))
+  const { kept, removed } = applyPolicy(catalog.backups, damagedChains, policy)
+  // A folder in a damaged chain may be a link that has lost its manifest.
+  const garbage = findGarbage(catalog, garbageAgeMs).filter(
+    ({ folder }) => !damagedChains.has(chainOf(folder)),
+  )
+
+  const plan = { dryRun, kept, removed, damaged, garbage }
+  return dryRun ? plan : carryOut(storage, plan, catalog, garbageAgeMs, signal)
+}
+
+/** Removes what is planned, as far as it is still as it was when it was planned; reports what was removed. */
+async function carryOut(
+  storage: StorageDriver,
+  plan: PruneReport,
+  catalog: Catalog,
+  garbageAgeMs: number,
+  signal: AbortSignal,
+): Promise<PruneReport> {
+  const removed: StoredBackup[] = []
+  const spared: KeptBackup[] = []
+  for (const backup of plan.removed) {
+    if (await hasNewBackup(storage, chainOf(backup.folder), catalog, signal)) {
+      spared.push({ backup, reasons: ['ancestor'] })
+    } else {
+      await removeFolder(storage, backup.folder, signal)
+      removed.push(backup)
+    }
+  }
+  const garbage: GarbageFolder[] = []
+  for (const leftover of plan.garbage) {
+    if (!(await isStillGarbage(storage, leftover.folder, garbageAgeMs, signal))) continue
+    await removeFolder(storage, leftover.folder, signal)
+    garbage.push(leftover)
+  }
+  return { ...plan, kept: [...plan.kept, ...spared], removed, garbage }
+}
+
+/** Whether a backup was published in a chain since it was read: it may rest on one that is about to go. */
+async function hasNewBackup(
+  storage: StorageDriver,
+  chain: string,
+  catalog: Catalog,
+  signal: AbortSignal,
+): Promise<boolean> {
+  for await (const { key } of storage.list(`${chain}/`, { signal })) {
+    if (parseManifestKey(key) && !catalog.objects.has(key)) return true
+  }
+  return false
+}
+
+/** Backups whose manifest, chain or objects are not as they should be. */
+function findDamage(catalog: Catalog): DamagedBackup[] {
+  const index = indexChains(catalog)
+  return [
+    ...[...index.damaged].map(([folder, error]) => ({ folder, error })),
+    ...catalog.backups.flatMap(backup => {
+      const [error] = [
+        walkChain(backup.folder, index).problem,
+        ...missingObjects(backup, catalog.objects),
+      ].filter(error => error !== undefined)
+      return error ? [{ folder: backup.folder, error }] : []
+    }),
+  ]
+}
+
+function applyPolicy(
+  backups: readonly StoredBackup[],
+  damagedChains: ReadonlySet<string>,
+  policy: RetentionPolicy,
+): Pick<PruneReport, 'kept' | 'removed'> {
+  const kept: KeptBackup[] = []
+  const removed: StoredBackup[] = []
+  for (const [, ofInstance] of Map.groupBy(backups, ({ manifest }) => manifest.instance.name)) {
+    const byId = new Map(ofInstance.map(backup => [backup.manifest.id, backup]))
+    const items = ofInstance.map(({ manifest, folder }) => ({
+      id: manifest.id,
+      ...(manifest.parent !== undefined && { parent: manifest.parent }),
+      damaged: damagedChains.has(chainOf(folder)),
+    }))
+    const plan = planRetention(items, policy)
+    for (const { id, reasons } of plan.keep) {
+      const backup = byId.get(id)
+      if (backup) kept.push({ backup, reasons })
+    }
+    for (const id of plan.remove) {
+      const backup = byId.get(id)
+      if (backup) removed.push(backup)
+    }
+  }
+  return { kept, removed }
+}
