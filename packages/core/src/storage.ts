@@ -61,13 +61,13 @@ export interface PutOptions {
 export interface GetOptions {
   /** Only these bytes; cut off at the object's end. Default: all. */
   range?: ByteRange
-  /** Ends the download: the stream fails with the signal's reason. */
+  /** Ends the download: the stream fails with `ABORTED`. */
   signal?: AbortSignal
 }
 
 /** Options of the calls that move no data. */
 export interface CallOptions {
-  /** Ends the call with the signal's reason. */
+  /** Ends the call with `ABORTED`. */
   signal?: AbortSignal
 }
 
@@ -94,13 +94,33 @@ export interface StorageHealth {
 }
 
 /**
+ * The beginning of the names under which uploads are written before they are whole. Such a name is no key,
+ * so it can be told from an object, also by a person who looks at the storage.
+ */
+export const TEMPORARY_PREFIX = '.varve-part-'
+
+/** Options of {@link StorageDriver.cleanUp}. */
+export interface CleanUpOptions extends CallOptions {
+  /**
+   * Only what was last written before this time is removed. An upload that runs is written to all the time;
+   * leave a margin of hours for a slow source and for clocks that differ.
+   */
+  olderThan: Date
+}
+
+/**
  * A place where backups are kept. What every driver promises:
  *
- * - Keys are `/`-separated names relative to the driver's prefix. A key that is absolute, empty or holds an
- *   empty, `.` or `..` name, a control character or a backslash is refused with `INVALID_KEY`.
+ * - Keys are `/`-separated names relative to the driver's prefix; {@link assertKey} has the rules. What breaks
+ *   them is refused with `INVALID_KEY`, and nothing outside the prefix is ever read or written.
  * - `put` resolves only when the object is whole and durable. Until then nothing is seen under the key, or
- *   the former object is; after a failure or an abort nothing is left behind.
- * - A source that fails, ends early or runs over its size is a failed upload, never a short object.
+ *   the former object is, also by a download that has begun; after a failure or an abort nothing is left
+ *   behind. A `Readable` given to `put` is destroyed, whatever comes of the upload.
+ * - A source that fails, ends early or runs over its size is a failed upload, never a short object:
+ *   {@link readUpload} sees to that.
+ * - An object that ends early while it is read fails the stream of `get`; it is never a short end.
+ * - A process that is killed may leave what it had uploaded under a temporary name, which no other method
+ *   shows; `cleanUp` removes it.
  * - Errors are {@link VarveError}s without secrets.
  *
  * `@varve/testkit` has the suite that every driver passes against a real server.
@@ -112,18 +132,29 @@ export interface StorageDriver extends AsyncDisposable {
   readonly location: string
   /** What it can do beyond the least. */
   readonly capabilities: DriverCapabilities
-  /** Stores an object, replacing one of the same key. */
+  /**
+   * Stores an object, replacing one of the same key. A `VarveError` of the source is thrown as it is, any
+   * other as the cause of `UPLOAD_FAILED`.
+   */
   put(key: string, body: UploadBody | Readable, options?: PutOptions): Promise<StoredObject>
-  /** Opens an object, or a range of it. `OBJECT_NOT_FOUND` where there is none. */
+  /** Opens an object, or a range of it. `OBJECT_NOT_FOUND` where there is none. The caller ends or destroys the stream. */
   get(key: string, options?: GetOptions): Promise<Readable>
   /** The object's size and time, or undefined where there is none. */
   stat(key: string, options?: CallOptions): Promise<StoredObject | undefined>
-  /** All objects whose key begins with `prefix`, in no particular order; temporary ones of uploads are left out. */
+  /**
+   * All objects whose key begins with `prefix`, in no particular order; temporary ones of uploads are left out.
+   * The prefix is a string and no folder: `a/b` finds `a/b`, `a/bc` and `a/b/c`. Nothing found is no error.
+   */
   list(prefix: string, options?: CallOptions): AsyncIterable<StoredObject>
   /** Removes an object. One that is not there is no error. */
   delete(key: string, options?: CallOptions): Promise<void>
-  /** Writes, reads back, lists and deletes a probe. Never throws for a storage that is not well: it says so. */
+  /**
+   * Writes, reads back, lists and deletes a probe: {@link checkStorage} does it for any driver. Never throws
+   * for a storage that is not well: it says so.
+   */
   check(options?: CallOptions): Promise<StorageHealth>
+  /** Removes what killed processes left of unfinished uploads and returns how many. Absent where nothing can be left. */
+  cleanUp?(options: CleanUpOptions): Promise<number>
 }
 
 /** A replayable body of bytes that are in memory. */
@@ -143,7 +174,8 @@ export function toUploadBody(body: UploadBody | Readable): UploadBody {
   return {
     replayable: false,
     open(range) {
-      if (opened || range)
+      // An exhausted stream would read as an empty object.
+      if (opened || range || body.readableEnded)
         throw new VarveError('INVALID_ARGUMENT', 'A stream can be uploaded only once and as a whole.')
       opened = true
       return body
@@ -151,18 +183,49 @@ export function toUploadBody(body: UploadBody | Readable): UploadBody {
   }
 }
 
-/** Refuses a key that is no plain relative path; see {@link StorageDriver}. An empty `prefix` of a listing is allowed. */
+/**
+ * Refuses a key that is no plain relative path. A key is 1 to 1024 bytes of UTF-8: names of 1 to 255 bytes
+ * joined by `/`. No name is `.` or `..`, holds a control character or a backslash, or begins with
+ * {@link TEMPORARY_PREFIX}. The prefix of a listing may also be empty or end with `/`.
+ *
+ * @throws INVALID_KEY
+ */
 export function assertKey(key: string, what: 'key' | 'prefix' = 'key'): void {
-  if (what === 'prefix' && key === '') return
-  const names = key.split('/')
-  if (what === 'prefix' && names.at(-1) === '') names.pop()
-  const bad = names.some(name => name === '' || name === '.' || name === '..')
+  const fault = keyFault(what === 'prefix' ? key.replace(/\/$/, '') : key)
+  if (fault === undefined || (what === 'prefix' && key === '')) return
+  throw new VarveError('INVALID_KEY', `Not a storage ${what}: ${JSON.stringify(key)} ${fault}.`, {
+    context: { key },
+  })
+}
+
+/** Whether `text` is a key that {@link assertKey} accepts: for names that come from a storage. */
+export function isKey(text: string): boolean {
+  return keyFault(text) === undefined
+}
+
+function keyFault(key: string): string | undefined {
+  if (key === '') return 'is empty'
+  if (!key.isWellFormed()) return 'is not Unicode'
   // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is looked for
-  if (bad || /[\u0000-\u001f\u007f\\]/.test(key) || Buffer.byteLength(key) > 1024) {
-    throw new VarveError(
-      'INVALID_KEY',
-      `Not a storage ${what}: ${JSON.stringify(key)}. Use names joined by "/", without ".", "..", control characters or backslashes, at most 1024 bytes.`,
-      { context: { key } },
-    )
+  if (/[\u0000-\u001f\u007f\\]/.test(key)) return 'holds a control character or a backslash'
+  if (Buffer.byteLength(key) > 1024) return 'is longer than 1024 bytes'
+  for (const name of key.split('/')) {
+    if (name === '') return 'begins or ends with "/" or has "//" in it'
+    if (name === '.' || name === '..') return 'has "." or ".." in it'
+    if (Buffer.byteLength(name) > 255) return 'has a name of more than 255 bytes in it'
+    if (name.startsWith(TEMPORARY_PREFIX)) return `has a name in it that is kept for unfinished uploads`
   }
+  return undefined
+}
+
+/**
+ * Refuses a range that is not one.
+ *
+ * @throws INVALID_ARGUMENT
+ */
+export function assertRange({ start, end }: ByteRange): void {
+  if (Number.isSafeInteger(start) && Number.isSafeInteger(end) && start >= 0 && end >= start) return
+  throw new VarveError('INVALID_ARGUMENT', `Not a range of bytes: ${start} to ${end}.`, {
+    context: { start, end },
+  })
 }

@@ -1,0 +1,94 @@
+import { randomBytes } from 'node:crypto'
+import { buffer } from 'node:stream/consumers'
+import { abortError, errorMessage, VarveError } from './errors.ts'
+import {
+  bytesBody,
+  type CallOptions,
+  type StorageCheck,
+  type StorageDriver,
+  type StorageHealth,
+} from './storage.ts'
+
+const PROBE_PREFIX = '.varve-check-'
+const DAY_MS = 24 * 3_600_000
+/** For the removal of a probe after a check that failed or was given up. */
+const REMOVAL_TIMEOUT_MS = 10_000
+
+/** Options of {@link checkStorage}. */
+export interface CheckStorageOptions extends CallOptions {
+  /** Tries to reach the storage and tells how many bytes can still be written, where it knows. */
+  connect: () => Promise<{ freeBytes?: number }>
+}
+
+/**
+ * {@link StorageDriver.check} for any driver: connects, then writes, reads back, lists and deletes a probe by
+ * the driver's own methods. The probe does not stay, whichever of them fails; one that a killed process left
+ * more than a day ago is removed as well.
+ *
+ * @throws ABORTED
+ */
+export async function checkStorage(
+  driver: StorageDriver,
+  { connect, signal }: CheckStorageOptions,
+): Promise<StorageHealth> {
+  const call: CallOptions = signal ? { signal } : {}
+  const began = performance.now()
+  const key = PROBE_PREFIX + randomBytes(8).toString('hex')
+  const probe = randomBytes(1024)
+  const checks: StorageCheck[] = []
+  let capacity: { freeBytes?: number } = {}
+
+  const steps: [StorageCheck['name'], () => Promise<unknown>][] = [
+    [
+      'connect',
+      async () => {
+        capacity = await connect()
+      },
+    ],
+    ['write', () => driver.put(key, bytesBody(probe), call)],
+    [
+      'read',
+      async () => {
+        if (!probe.equals(await buffer(await driver.get(key, call)))) throw damaged('other bytes came back')
+      },
+    ],
+    ['list', () => listProbes(driver, key, call)],
+    ['delete', () => driver.delete(key, call)],
+  ]
+  for (const [name, step] of steps) {
+    try {
+      await step()
+      checks.push({ name, ok: true })
+    } catch (error) {
+      checks.push({ name, ok: false, message: errorMessage(error) })
+      if (name !== 'connect' && name !== 'write') await removeProbe(driver, key)
+      if (signal?.aborted) throw abortError(signal)
+      break
+    }
+  }
+  const ok = checks.every(check => check.ok)
+  return { ok, checks, ...capacity, durationMs: performance.now() - began }
+}
+
+async function listProbes(driver: StorageDriver, key: string, call: CallOptions): Promise<void> {
+  let found = false
+  for await (const object of driver.list(PROBE_PREFIX, call)) {
+    if (object.key === key) found = true
+    else if (object.modifiedAt && Date.now() - object.modifiedAt.getTime() > DAY_MS) {
+      await driver.delete(object.key, call)
+    }
+  }
+  if (!found) throw damaged('an object that was just written is not listed')
+}
+
+async function removeProbe(driver: StorageDriver, key: string): Promise<void> {
+  try {
+    await driver.delete(key, { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) })
+  } catch {
+    // the step that failed is what is told; a probe that stays is 1 KiB, and a later check removes it
+  }
+}
+
+function damaged(what: string): VarveError {
+  return new VarveError('STORAGE_FAILED', `The storage does not keep what is written to it: ${what}.`)
+}

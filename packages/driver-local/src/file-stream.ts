@@ -1,0 +1,64 @@
+import type { FileHandle } from 'node:fs/promises'
+import { Readable } from 'node:stream'
+import { abortError, type ByteRange, VarveError } from '@varve/core'
+import { localError } from './local-error.ts'
+
+const CHUNK_SIZE = 1024 * 1024
+
+/**
+ * The bytes of an open file as a stream, which owns the file from here on. Unlike a stream of `node:fs` it
+ * fails when the file ends before the range does.
+ */
+export class FileStream extends Readable {
+  readonly #file: FileHandle
+  readonly #path: string
+  readonly #end: number
+  #position: number
+
+  constructor(file: FileHandle, path: string, range: ByteRange, signal?: AbortSignal) {
+    super({ highWaterMark: 2 * CHUNK_SIZE })
+    if (signal) {
+      const giveUp = () => this.destroy(abortError(signal))
+      signal.addEventListener('abort', giveUp, { once: true })
+      this.once('close', () => signal.removeEventListener('abort', giveUp))
+    }
+    this.#file = file
+    this.#path = path
+    this.#position = range.start
+    this.#end = range.end
+  }
+
+  override _read(): void {
+    this.#readChunk().then(
+      chunk => this.push(chunk),
+      error => this.destroy(localError(error, 'Reading', this.#path)),
+    )
+  }
+
+  async #readChunk(): Promise<Uint8Array | null> {
+    const length = Math.min(CHUNK_SIZE, this.#end - this.#position)
+    if (length <= 0) return null
+    const { bytesRead, buffer } = await this.#file.read(
+      Buffer.allocUnsafeSlow(length),
+      0,
+      length,
+      this.#position,
+    )
+    if (bytesRead === 0) {
+      throw new VarveError(
+        'STORAGE_FAILED',
+        `${this.#path} ended after ${this.#position} bytes while it was read; ${this.#end} were expected. Was it changed on the storage?`,
+        { context: { path: this.#path, position: this.#position, end: this.#end } },
+      )
+    }
+    this.#position += bytesRead
+    return buffer.subarray(0, bytesRead)
+  }
+
+  override _destroy(error: Error | null, done: (error?: Error | null) => void): void {
+    // Not awaited: it waits for a read that a hanging mount may never answer. Closing what was only read
+    // tells nothing of the bytes.
+    this.#file.close().catch(() => undefined)
+    done(error)
+  }
+}

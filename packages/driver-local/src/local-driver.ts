@@ -1,0 +1,246 @@
+import { constants, type Stats } from 'node:fs'
+import { type FileHandle, lstat, open, unlink } from 'node:fs/promises'
+import { Readable } from 'node:stream'
+import {
+  abortError,
+  assertKey,
+  assertRange,
+  type CallOptions,
+  type CleanUpOptions,
+  checkStorage,
+  type DriverCapabilities,
+  type GetOptions,
+  isKey,
+  type PutOptions,
+  type StorageDriver,
+  type StorageHealth,
+  type StoredObject,
+  TEMPORARY_PREFIX,
+  toUploadBody,
+  type UploadBody,
+  VarveError,
+} from '@varve/core'
+import { FileStream } from './file-stream.ts'
+import { FolderPath } from './folder.ts'
+import { isErrno, isMissing, localError } from './local-error.ts'
+import { PendingFile } from './pending-file.ts'
+import { settled, unlessAborted, untilAborted } from './settling.ts'
+import { type LocalDriverOptions, StorageRoot } from './storage-root.ts'
+import { type FoundFile, walkFiles } from './walk-files.ts'
+import { writeFile } from './write-file.ts'
+
+/**
+ * Keeps backups in a folder of this machine: a disk, or a mounted share (NFS, SMB). Linux only.
+ *
+ * An object is written under a temporary name beside its place, made durable (fsync), given its name in one
+ * step, and the folders on the way are made durable too. Folders are made as they are needed (mode 0700,
+ * files 0600, less the umask) and removed when they are empty.
+ *
+ * Symbolic links inside the folder are never followed and are no objects: who can write to the storage cannot
+ * make the driver read or write outside of it.
+ */
+export class LocalDriver implements StorageDriver {
+  readonly type = 'local'
+  readonly location: string
+  readonly capabilities: DriverCapabilities = {
+    rangeRead: true,
+    atomicPublish: true,
+    resume: false,
+    parallelParts: false,
+  }
+  readonly #root: StorageRoot
+
+  /** @throws INVALID_CONFIG for a path that is not absolute, or a marker that is no file name */
+  constructor(options: LocalDriverOptions) {
+    this.#root = new StorageRoot(options)
+    this.location = this.#root.path
+  }
+
+  async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
+    try {
+      this.#assertKey(key)
+      return await settled(this.#store(key, toUploadBody(body), options), options.signal)
+    } finally {
+      if (body instanceof Readable) body.destroy()
+    }
+  }
+
+  async get(key: string, options: GetOptions = {}): Promise<Readable> {
+    const { range, signal } = options
+    if (range) assertRange(range)
+    const stream = await this.#at(key, 'Reading', signal, async path => {
+      const file = await openPlainFile(path)
+      try {
+        const stats = await file.stat()
+        if (stats.isFile() && !signal?.aborted) {
+          const end = Math.min(range?.end ?? stats.size, stats.size)
+          return new FileStream(file, this.#pathOf(key), { start: range?.start ?? 0, end }, signal)
+        }
+      } catch (error) {
+        await file.close()
+        throw error
+      }
+      await file.close()
+      return undefined
+    })
+    if (stream) return stream
+    throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
+      context: { key, path: this.#pathOf(key) },
+    })
+  }
+
+  async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
+    return this.#at(key, 'Looking up', options.signal, async path => {
+      const stats = await lstat(path)
+      return stats.isFile() ? toObject(key, stats) : undefined
+    })
+  }
+
+  async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
+    assertKey(prefix, 'prefix')
+    const wanted = (path: string) => path.startsWith(prefix) && isKey(path) && path !== this.#root.marker
+    const files = this.#files(prefix, wanted, wanted)
+    for await (const { path, stats } of untilAborted(files, options.signal)) yield toObject(path, stats)
+  }
+
+  async delete(key: string, options: CallOptions = {}): Promise<void> {
+    await this.#at(key, 'Deleting', options.signal, async (path, folders) => {
+      await unlinkFile(path)
+      await folders.last.sync()
+      await folders.removeEmpty()
+    })
+  }
+
+  async check(options: CallOptions = {}): Promise<StorageHealth> {
+    const connect = async () => ({ freeBytes: await unlessAborted(this.#root.freeBytes(), options.signal) })
+    return checkStorage(this, { ...options, connect })
+  }
+
+  /**
+   * Removes the temporary files that killed processes left of their uploads. A running upload whose file is
+   * removed, for having been idle so long, fails.
+   */
+  async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
+    const isTemporary = (path: string) => split(path).name.startsWith(TEMPORARY_PREFIX)
+    let removed = 0
+    for await (const { path, stats } of untilAborted(this.#files('', isKey, isTemporary), signal)) {
+      if (stats.mtime >= olderThan) continue
+      await this.#inFolderOf(path, 'Deleting', async (file, folders) => {
+        await unlink(file)
+        await folders.removeEmpty()
+        removed++
+      })
+    }
+    return removed
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    // nothing to end: no file stays open between calls
+  }
+
+  async #store(key: string, body: UploadBody, options: PutOptions): Promise<StoredObject> {
+    const { signal } = options
+    if (signal?.aborted) throw abortError(signal)
+    const { folders, name } = split(key)
+    let pending: PendingFile | undefined
+    try {
+      pending = await PendingFile.create(() => this.#root.open(), folders)
+      const size = await writeFile(pending.file, body, { ...options, key })
+      return toObject(key, await pending.publish(name, size, signal))
+    } catch (error) {
+      const failure = signal?.aborted ? abortError(signal) : localError(error, 'Writing', this.#pathOf(key))
+      throw pending ? await discarded(pending, failure) : failure
+    }
+  }
+
+  /** Does something at the place of a key. Undefined where the place, or what was looked for, is not there. */
+  async #at<T>(
+    key: string,
+    doing: string,
+    signal: AbortSignal | undefined,
+    work: (path: string, folders: FolderPath) => Promise<T>,
+  ): Promise<T | undefined> {
+    this.#assertKey(key)
+    if (signal?.aborted) throw abortError(signal)
+    return unlessAborted(this.#inFolderOf(key, doing, work), signal)
+  }
+
+  async #inFolderOf<T>(
+    path: string,
+    doing: string,
+    work: (path: string, folders: FolderPath) => Promise<T>,
+  ): Promise<T | undefined> {
+    const { folders: names, name } = split(path)
+    const root = await this.#root.open()
+    try {
+      await using folders = await FolderPath.walk(root, names)
+      return await work(folders.last.at(name), folders)
+    } catch (error) {
+      if (isMissing(error)) return undefined
+      throw localError(error, doing, this.#pathOf(path))
+    }
+  }
+
+  /** The files in the folder that a prefix leads to. */
+  async *#files(
+    prefix: string,
+    enters: (path: string) => boolean,
+    takes: (path: string) => boolean,
+  ): AsyncGenerator<FoundFile> {
+    const { folders: names } = split(prefix)
+    const root = await this.#root.open()
+    try {
+      await using folders = await FolderPath.walk(root, names)
+      yield* walkFiles(folders.last, { base: prefix.slice(0, prefix.lastIndexOf('/') + 1), enters, takes })
+    } catch (error) {
+      if (!isMissing(error)) throw localError(error, 'Listing', this.#pathOf(prefix))
+    }
+  }
+
+  #assertKey(key: string): void {
+    assertKey(key)
+    if (key !== this.#root.marker) return
+    throw new VarveError('INVALID_KEY', `Not a storage key: ${key} is the marker of ${this.location}.`, {
+      context: { key },
+    })
+  }
+
+  #pathOf(key: string): string {
+    return `${this.location.replace(/\/$/, '')}/${key}`
+  }
+}
+
+function split(key: string): { folders: string[]; name: string } {
+  const names = key.split('/')
+  return { folders: names.slice(0, -1), name: names.at(-1) ?? '' }
+}
+
+function toObject(key: string, { size, mtime }: Stats): StoredObject {
+  return { key, size, modifiedAt: mtime }
+}
+
+/** Opens what may be a plain file, without being held up by a FIFO that somebody put there. */
+async function openPlainFile(path: string): Promise<FileHandle> {
+  return open(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK)
+}
+
+async function unlinkFile(path: string): Promise<void> {
+  try {
+    await unlink(path)
+  } catch (error) {
+    // a folder is no object
+    if (!isMissing(error) && !isErrno(error, 'EISDIR')) throw error
+  }
+}
+
+/** Discards what there is of an upload and returns the error to throw, which tells if something stays. */
+async function discarded(pending: PendingFile, failure: VarveError): Promise<VarveError> {
+  try {
+    await pending.discard()
+    return failure
+  } catch (error) {
+    const { code, message, context, cause, retryable } = failure
+    const left = localError(error, 'Removing', 'what was written so far')
+    return new VarveError(code, `${message} ${left.message}`, { context, cause, retryable })
+  }
+}
