@@ -7,7 +7,7 @@ import type { Operation } from './operation.ts'
 import { COMMAND, COMMAND_FLAG } from './protocol.ts'
 import { isMutation, type Request } from './request.ts'
 
-/** How long to wait before each try to open a lost connection again: about six seconds in all. */
+/** How long to wait before each try to open a lost connection again, until one has brought a reply: six seconds in all. */
 const REOPEN_DELAYS_MS: readonly number[] = [0, 50, 100, 200, 400, 800, 1600, 3200]
 /** A request that was on so many lost connections is taken for what ends them. */
 const MAX_LOSSES = REOPEN_DELAYS_MS.length
@@ -31,6 +31,10 @@ export class Dispatcher implements ConnectionOwner {
   readonly #connections: Connection[] = []
   #maxConnections: number
   #opening: Promise<void> | undefined
+  /** Gives up the opening of an additional connection. */
+  #additional = new AbortController()
+  /** Tries to open a lost connection since the last reply. */
+  #tries = 0
   readonly #closing = new AbortController()
 
   readonly #queue: Operation[] = []
@@ -89,6 +93,7 @@ export class Dispatcher implements ConnectionOwner {
 
   replied(request: Request): void {
     const { command, flags, error } = request
+    this.#tries = 0
     if (!error && isMutation(command) && (flags & COMMAND_FLAG.fua) === 0) this.#acknowledgedWrites++
     request.operation.finish(request, error)
   }
@@ -107,6 +112,8 @@ export class Dispatcher implements ConnectionOwner {
         { cause: error },
       )
     }
+    // A server may leave an additional connection waiting for as long as it likes: the first one matters more.
+    if (this.#connections.length === 0) this.#additional.abort()
     for (const request of outstanding) this.#recover(request, error)
     if (error.code === 'NBD_PROTOCOL') this.#fail(error)
     this.#schedulePump()
@@ -184,12 +191,14 @@ export class Dispatcher implements ConnectionOwner {
   }
 
   async #openAnother(): Promise<void> {
+    this.#additional = new AbortController()
+    const { signal } = this.#additional
     try {
-      await this.#open(this.#closing.signal)
+      await this.#open(AbortSignal.any([signal, this.#closing.signal]))
     } catch (error) {
       if (isFinal(error)) throw error
       // The server takes no more of them: the ones that are open do the work.
-      this.#maxConnections = this.#connections.length
+      if (!signal.aborted) this.#maxConnections = Math.max(1, this.#connections.length)
     }
   }
 
@@ -197,23 +206,22 @@ export class Dispatcher implements ConnectionOwner {
     const deadline = AbortSignal.timeout(this.#options.connection.timeoutMs)
     const signal = AbortSignal.any([deadline, this.#closing.signal])
     let last: unknown
-    for (const delay of REOPEN_DELAYS_MS) {
+    while (this.#tries < REOPEN_DELAYS_MS.length && !signal.aborted) {
       if (!this.#hasWork()) return
       try {
-        await sleep(delay, undefined, { signal })
-        return await this.#open(signal)
+        await sleep(REOPEN_DELAYS_MS[this.#tries++], undefined, { signal })
+        await this.#open(signal)
+        return
       } catch (error) {
         if (isFinal(error)) throw error
-        if (signal.aborted) break
         last = error
       }
     }
     if (this.#closing.signal.aborted) return
+    this.#tries = 0
     const why = last instanceof Error ? ` ${last.message}` : ''
-    const error = new NbdError('NBD_DISCONNECTED', `The connection to the NBD server is lost.${why}`, {
-      cause: last,
-    })
-    this.#rejectWaiting(error)
+    const text = `The connection to the NBD server is lost and could not be opened again.${why}`
+    this.#rejectWaiting(new NbdError('NBD_DISCONNECTED', text, { cause: last }))
   }
 
   async #open(signal: AbortSignal): Promise<void> {
@@ -228,7 +236,7 @@ export class Dispatcher implements ConnectionOwner {
   }
 
   #adopt(connection: Connection): void {
-    if (connection.isLost) return
+    if (connection.isLost) throw new NbdError('NBD_CONNECT', 'The NBD server hung up after the negotiation.')
     this.#connections.push(connection)
     connection.start(this)
   }

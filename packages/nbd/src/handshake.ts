@@ -67,32 +67,40 @@ export async function negotiate(
 ): Promise<NbdExport> {
   await greet(incoming, send)
 
-  const ask = (option: number, payload: Uint8Array) => {
+  /** Sends an option, hands over the replies as they come, and tells why it was refused, if it was. */
+  const ask = (option: number, payload: Uint8Array, onReply: (reply: OptionReply) => void) => {
     const header = Buffer.alloc(16)
     header.writeBigUInt64BE(MAGIC_OPTION, 0)
     header.writeUInt32BE(option, 8)
     header.writeUInt32BE(payload.length, 12)
     send(Buffer.concat([header, payload]))
-    return replies(incoming, option)
+    return receiveReplies(incoming, option, onReply)
   }
 
-  const structuredReplies = (await ask(OPTION.structuredReply, Buffer.alloc(0))).refusal === undefined
-  let metaContexts: ReadonlyMap<number, string> = new Map()
+  const refusal = await ask(OPTION.structuredReply, Buffer.alloc(0), ({ type, payload }) => {
+    throw protocolError('a wrong reply to structured replies', { type, length: payload.length })
+  })
+  const structuredReplies = refusal === undefined
+
+  const metaContexts = new Map<number, string>()
   if (structuredReplies && request.metaContexts.length > 0) {
-    const answer = await ask(OPTION.setMetaContext, metaContextQuery(request))
+    const none = await ask(OPTION.setMetaContext, metaContextQuery(request), reply =>
+      addMetaContext(metaContexts, reply, request.metaContexts),
+    )
     // A server without contexts refuses the option; the caller sees that none was agreed to.
-    if (!answer.refusal) metaContexts = parseMetaContexts(answer.replies, request.metaContexts)
+    if (none) metaContexts.clear()
   }
 
-  const go = await ask(OPTION.go, goRequest(request.exportName))
-  if (go.refusal) {
-    throw new NbdError(
-      'NBD_CONNECT',
-      `The NBD server refused the export "${request.exportName}": ${go.refusal}.`,
-      { context: { exportName: request.exportName } },
-    )
+  const found: ExportInfo = { blockSize: { minimum: 1, preferred: 4096, maximum: DEFAULT_MAX_PAYLOAD } }
+  const refused = await ask(OPTION.go, goRequest(request.exportName), reply => addExportInfo(found, reply))
+  if (refused) {
+    const text = `The NBD server refused the export "${request.exportName}": ${refused}.`
+    throw new NbdError('NBD_CONNECT', text, { context: { exportName: request.exportName } })
   }
-  return { ...parseExport(go.replies), structuredReplies, metaContexts }
+  const { size, flags, blockSize } = found
+  if (size === undefined || flags === undefined)
+    throw protocolError('it does not tell the size of the export')
+  return { size, flags, blockSize, structuredReplies, metaContexts }
 }
 
 async function greet(incoming: ByteQueue, send: (bytes: Uint8Array) => void): Promise<void> {
@@ -110,13 +118,13 @@ async function greet(incoming: ByteQueue, send: (bytes: Uint8Array) => void): Pr
   send(answer)
 }
 
-/** All replies to one option up to its ACK, or why it was refused. */
-async function replies(
+/** Receives the replies to one option up to its ACK; returns why it was refused, if it was. */
+async function receiveReplies(
   incoming: ByteQueue,
   option: number,
-): Promise<{ replies: OptionReply[]; refusal?: string }> {
-  const found: OptionReply[] = []
-  for (;;) {
+  onReply: (reply: OptionReply) => void,
+): Promise<string | undefined> {
+  for (let count = 0; count <= MAX_REPLIES_PER_OPTION; count++) {
     const header = await incoming.take(20)
     if (header.readBigUInt64BE(0) !== MAGIC_OPTION_REPLY)
       throw protocolError('an option reply has a wrong magic')
@@ -124,22 +132,20 @@ async function replies(
     const type = header.readUInt32BE(12)
     const length = header.readUInt32BE(16)
     if (length > MAX_OPTION_REPLY) throw protocolError('an option reply is too long', { option, length })
+    if (type === OPTION_REPLY.ack && length > 0)
+      throw protocolError('an ACK has a payload', { option, length })
     const payload = await incoming.take(length)
-
-    if (type >= OPTION_ERROR_BIT) {
-      const number = type - OPTION_ERROR_BIT
-      const text = serverText(payload)
-      const reason = OPTION_ERROR[number] ?? `error ${number}`
-      return { replies: [], refusal: text ? `${reason} (${text})` : reason }
-    }
-    if (type === OPTION_REPLY.ack) {
-      if (length !== 0) throw protocolError('an ACK has a payload', { option, length })
-      return { replies: found }
-    }
-    if (found.length === MAX_REPLIES_PER_OPTION)
-      throw protocolError('an option has too many replies', { option })
-    found.push({ type, payload })
+    if (type === OPTION_REPLY.ack) return undefined
+    if (type >= OPTION_ERROR_BIT) return describeRefusal(type - OPTION_ERROR_BIT, payload)
+    onReply({ type, payload })
   }
+  throw protocolError('an option has too many replies', { option })
+}
+
+function describeRefusal(number: number, payload: Buffer): string {
+  const text = serverText(payload)
+  const reason = OPTION_ERROR[number] ?? `error ${number}`
+  return text ? `${reason} (${text})` : reason
 }
 
 function metaContextQuery(request: NegotiationRequest): Buffer {
@@ -162,41 +168,35 @@ function prefixed(text: string): Buffer {
   return Buffer.concat([length, bytes])
 }
 
-function parseMetaContexts(
-  found: readonly OptionReply[],
+function addMetaContext(
+  contexts: Map<number, string>,
+  { type, payload }: OptionReply,
   wanted: readonly string[],
-): ReadonlyMap<number, string> {
-  const contexts = new Map<number, string>()
-  const names = new Set<string>()
-  for (const { type, payload } of found) {
-    if (type !== OPTION_REPLY.metaContext || payload.length < 4)
-      throw protocolError('a wrong reply to the choice of metadata contexts', {
-        type,
-        length: payload.length,
-      })
-    const id = payload.readUInt32BE(0)
-    const name = payload.toString('utf8', 4)
-    if (!wanted.includes(name)) throw protocolError('it agrees to a metadata context that was not asked for')
-    if (contexts.has(id) || names.has(name)) throw protocolError('it names a metadata context twice')
-    contexts.set(id, name)
-    names.add(name)
-  }
-  return contexts
+): void {
+  if (type !== OPTION_REPLY.metaContext || payload.length < 4)
+    throw protocolError('a wrong reply to the choice of metadata contexts', { type, length: payload.length })
+  const id = payload.readUInt32BE(0)
+  const name = payload.toString('utf8', 4)
+  if (!wanted.includes(name)) throw protocolError('it agrees to a metadata context that was not asked for')
+  if (contexts.has(id) || [...contexts.values()].includes(name))
+    throw protocolError('it names a metadata context twice')
+  contexts.set(id, name)
 }
 
-function parseExport(found: readonly OptionReply[]): Pick<NbdExport, 'size' | 'flags' | 'blockSize'> {
-  let sizeAndFlags: { size: number; flags: number } | undefined
-  let blockSize: NbdBlockSize = { minimum: 1, preferred: 4096, maximum: DEFAULT_MAX_PAYLOAD }
-  for (const { type, payload } of found) {
-    if (type !== OPTION_REPLY.info || payload.length < 2)
-      throw protocolError('a wrong reply to the choice of the export', { type, length: payload.length })
-    const kind = payload.readUInt16BE(0)
-    if (kind === INFO.export) sizeAndFlags = parseSizeAndFlags(payload)
-    else if (kind === INFO.blockSize) blockSize = parseBlockSize(payload)
-    // Other kinds may be sent unasked and mean nothing here.
-  }
-  if (!sizeAndFlags) throw protocolError('it does not tell the size of the export')
-  return { ...sizeAndFlags, blockSize }
+/** What the replies to `OPT_GO` have told. */
+interface ExportInfo {
+  size?: number
+  flags?: number
+  blockSize: NbdBlockSize
+}
+
+function addExportInfo(found: ExportInfo, { type, payload }: OptionReply): void {
+  if (type !== OPTION_REPLY.info || payload.length < 2)
+    throw protocolError('a wrong reply to the choice of the export', { type, length: payload.length })
+  const kind = payload.readUInt16BE(0)
+  if (kind === INFO.export) Object.assign(found, parseSizeAndFlags(payload))
+  else if (kind === INFO.blockSize) found.blockSize = parseBlockSize(payload)
+  // Other kinds may be sent unasked and mean nothing here.
 }
 
 function parseSizeAndFlags(payload: Buffer): { size: number; flags: number } {

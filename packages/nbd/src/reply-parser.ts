@@ -1,4 +1,4 @@
-import { NbdError, protocolError, serverText } from './errors.ts'
+import { protocolError, serverText } from './errors.ts'
 import type { NbdExport } from './handshake.ts'
 import type { Operation } from './operation.ts'
 import {
@@ -6,13 +6,13 @@ import {
   CHUNK_DONE,
   CHUNK_ERROR_BIT,
   COMMAND,
-  ERRNO,
   MAGIC_SIMPLE_REPLY,
   MAGIC_STRUCTURED_REPLY,
   MAX_EXTENTS_PER_REPLY,
   MAX_STRING,
 } from './protocol.ts'
 import type { Request } from './request.ts'
+import { describeRequest, serverError } from './server-error.ts'
 import { appendStatus, emptyStatus, type StatusExtents } from './status-reply.ts'
 
 /** Who sent the requests that the replies are for. */
@@ -275,9 +275,9 @@ export class ReplyParser {
 
   #checkWhole(request: Request): void {
     if (request.command === COMMAND.read && !request.coverage.isComplete(request.length))
-      throw protocolError('a reply ended before all bytes were sent', errorContext(request))
+      throw protocolError('a reply ended before all bytes were sent', describeRequest(request))
     if (request.command === COMMAND.blockStatus && request.status?.size !== this.#export.metaContexts.size)
-      throw protocolError('a block status reply leaves a context out', errorContext(request))
+      throw protocolError('a block status reply leaves a context out', describeRequest(request))
   }
 
   #currentRequest(): Request {
@@ -290,31 +290,16 @@ function cover(request: Request, start: number, length: number): void {
   const from = start - request.offset
   const inside = from >= 0 && from + length <= request.length
   if (!inside)
-    throw protocolError('a chunk lies outside its request', { ...errorContext(request), start, size: length })
+    throw protocolError('a chunk lies outside its request', {
+      ...describeRequest(request),
+      start,
+      size: length,
+    })
   if (!request.coverage.add(from, from + length))
-    throw protocolError('bytes of a read came twice or too scattered', errorContext(request))
+    throw protocolError('bytes of a read came twice or too scattered', describeRequest(request))
 }
 
 /** An offset of 64 bits; one above 2^53 is not exact, but outside of every request just the same. */
 function readOffset(bytes: Buffer, at: number): number {
   return bytes.readUInt32BE(at) * 2 ** 32 + bytes.readUInt32BE(at + 4)
-}
-
-function errorContext(request: Request): { command: string; offset: number; length: number } {
-  return { command: commandName(request.command), offset: request.offset, length: request.length }
-}
-
-function serverError(request: Request, number: number, text = ''): NbdError {
-  const errno = ERRNO[number] ?? 'EINVAL'
-  const { command, offset, length } = errorContext(request)
-  const said = text ? ` (${text})` : ''
-  return new NbdError(
-    'NBD_SERVER',
-    `The NBD server failed a ${command} of ${length} bytes at ${offset} with ${errno}${said}.`,
-    { errno, context: { command, offset, length, errorNumber: number } },
-  )
-}
-
-function commandName(command: number): string {
-  return Object.entries(COMMAND).find(([, value]) => value === command)?.[0] ?? String(command)
 }
