@@ -5,11 +5,10 @@ import {
   DEFAULT_MAX_INCREMENTAL_CHAIN,
   type DiskSelection,
   fallbackMessage,
-  instancePrefix,
   planBackup,
 } from './backup-plan.ts'
 import { type BackupContext, describe, freeze, mark, publish, stage, stream } from './backup-stages.ts'
-import { listBackups } from './backups.ts'
+import { readCatalog } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
 import type { Host } from './host.ts'
@@ -18,7 +17,7 @@ import type { BackupManifest } from './manifest.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
 import type { StorageDriver } from './storage.ts'
-import { backupFolder } from './storage-layout.ts'
+import { backupFolder, instanceFolder } from './storage-layout.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 
 /** What a {@link BackupPipeline} works with. */
@@ -100,12 +99,14 @@ export class BackupPipeline {
     const instance = await host.instance(request.instance, run)
     const disks = chooseDisks(instance, selection)
     await assertNoUnsettledRun(stateDir, disks)
-    const { backups, objects } = await readStorage(storage, instance.name, run)
+    const catalog = await readCatalog(storage, `${instanceFolder(instance.name)}/`, run.signal)
+    for (const { key, error } of catalog.damaged)
+      emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })
+    const { backups } = catalog
     const plan = planBackup({
       type: request.type ?? 'auto',
       disks,
-      backups,
-      objects,
+      catalog,
       maxIncrementalChain: request.maxIncrementalChain ?? DEFAULT_MAX_INCREMENTAL_CHAIN,
     })
     for (const { disk, ...decided } of plan.disks) {
@@ -166,16 +167,6 @@ export class BackupPipeline {
     if (manifest && published) return manifest
     throw failure
   }
-}
-
-async function readStorage(storage: StorageDriver, instance: string, run: RunOptions) {
-  const options = run.signal ? { signal: run.signal } : {}
-  const { backups, damaged } = await listBackups(storage, { instance, ...options })
-  for (const { key, error } of damaged)
-    emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })
-  const objects = new Map<string, number>()
-  for await (const { key, size } of storage.list(instancePrefix(instance), options)) objects.set(key, size)
-  return { backups, objects }
 }
 
 function checkRequest(request: BackupRequest): void {

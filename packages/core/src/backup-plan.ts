@@ -1,8 +1,8 @@
-import type { StoredBackup } from './backups.ts'
+import type { Catalog, StoredBackup } from './backups.ts'
+import { indexChains, missingObjects, walkChain } from './chain.ts'
 import { VarveError } from './errors.ts'
 import type { HostDisk, Instance } from './host.ts'
 import type { FallbackReason } from './manifest.ts'
-import { instanceFolder } from './storage-layout.ts'
 
 /** Bytes that one bit of a new bitmap stands for. */
 export const BITMAP_GRANULARITY = 65_536
@@ -90,10 +90,8 @@ export interface BackupPlan {
 export interface PlanInput {
   readonly type: 'auto' | 'full' | 'incremental'
   readonly disks: readonly HostDisk[]
-  /** The instance's backups on this storage, oldest first. */
-  readonly backups: readonly StoredBackup[]
-  /** Size of every object of the instance on this storage, by key. */
-  readonly objects: ReadonlyMap<string, number>
+  /** All that this storage holds of the instance. */
+  readonly catalog: Catalog
   readonly maxIncrementalChain: number
 }
 
@@ -105,7 +103,8 @@ export interface PlanInput {
  * @throws PARENT_MISSING when an increment was asked for and this storage holds no backup at all
  */
 export function planBackup(input: PlanInput): BackupPlan {
-  const { type, disks, backups } = input
+  const { type, disks, catalog } = input
+  const { backups } = catalog
   const full = (fallback?: FallbackReason): BackupPlan => ({
     disks: disks.map(disk => ({ disk, kind: 'full', ...(fallback && { fallback }) })),
   })
@@ -123,9 +122,10 @@ export function planBackup(input: PlanInput): BackupPlan {
     .find(backup => disks.some(disk => obstacle(disk, backup) === undefined))
   const parent = usable ?? newest
   if (usable) {
-    const chain = chainOf(usable, backups)
-    if (!chain?.every(link => isWhole(link, input.objects))) return full('parent-broken')
-    if (chain.length - 1 >= input.maxIncrementalChain) return full('chain-limit')
+    const { links, problem } = walkChain(usable.folder, indexChains(catalog))
+    if (problem || links.some(link => missingObjects(link, catalog.objects).length > 0))
+      return full('parent-broken')
+    if (links.length - 1 >= input.maxIncrementalChain) return full('chain-limit')
   }
   const plans = disks.map((disk): DiskPlan => {
     const before = parent.manifest.disks.find(({ name }) => name === disk.name)
@@ -156,28 +156,6 @@ function obstacle(disk: HostDisk, parent: StoredBackup): FallbackReason | undefi
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'
   if (disk.virtualSize < before.virtualSize) return 'disk-shrunk'
   return undefined
-}
-
-/** From a backup back to its full one, or undefined where a link is missing. */
-function chainOf(backup: StoredBackup, backups: readonly StoredBackup[]): StoredBackup[] | undefined {
-  const byId = new Map(backups.map(stored => [stored.manifest.id, stored]))
-  const chain = [backup]
-  for (let link = backup; link.manifest.parent !== undefined; ) {
-    const parent = byId.get(link.manifest.parent)
-    if (!parent || parent.manifest.chain !== backup.manifest.chain || chain.length > backups.length)
-      return undefined
-    chain.push(parent)
-    link = parent
-  }
-  return chain
-}
-
-/** Whether every image and its digests are on the storage with the size that was recorded. */
-function isWhole({ manifest, folder }: StoredBackup, objects: ReadonlyMap<string, number>): boolean {
-  return manifest.disks.every(
-    disk =>
-      objects.get(`${folder}/${disk.image}`) === disk.storedSize && objects.has(`${folder}/${disk.blocks}`),
-  )
 }
 
 /** The bitmaps that a finished backup replaces: of each disk, those of other backups on the same storage. */
@@ -214,9 +192,4 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'bitmap-granularity': 'Bitmap has another granularity, falling back to full backup',
   }
   return `${why[reason]} (disk ${disk}).`
-}
-
-/** The prefix of everything that a storage holds of an instance. */
-export function instancePrefix(instance: string): string {
-  return `${instanceFolder(instance)}/`
 }

@@ -93,23 +93,29 @@ export async function freeze(backup: BackupContext): Promise<Frozen> {
     await host.snapshot(instance.name, overlays, run)
     return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash' }
   } finally {
-    const { onEvent } = run // thawed also after an abort
-    if (frozen) await host.thawFilesystems(instance.name, onEvent ? { onEvent } : {})
+    if (frozen) await thaw(backup)
   }
 }
 
-async function freezeFilesystems({ host, instance, journal, run, request }: BackupContext): Promise<boolean> {
+async function freezeFilesystems(backup: BackupContext): Promise<boolean> {
+  const { host, instance, journal, run, request } = backup
   await journal.record({ step: 'filesystem-freeze' })
   try {
     await host.freezeFilesystems(instance.name, run)
     return true
   } catch (error) {
-    const { onEvent } = run
-    await host.thawFilesystems(instance.name, onEvent ? { onEvent } : {}) // it may have frozen some before it failed
+    const unreached = isVarveError(error, 'FREEZE_FAILED') && error.context.agent === false
+    if (unreached) await journal.record({ step: 'filesystem-thawed' })
+    else await thaw(backup) // it may have frozen some file systems before it failed
     if (request.freeze !== 'try' || !isVarveError(error, 'FREEZE_FAILED')) throw error
     emit(run, { type: 'warning', message: `${error.message} The backup is crash-consistent.` })
     return false
   }
+}
+
+async function thaw({ host, instance, journal, run: { onEvent } }: BackupContext): Promise<void> {
+  await host.thawFilesystems(instance.name, onEvent ? { onEvent } : {}) // without the signal: also after an abort
+  await journal.record({ step: 'filesystem-thawed' })
 }
 
 /** Streams the image of every disk to the storage, several at once; the first failure ends the others. */

@@ -83,7 +83,11 @@ export interface Host {
   snapshot(instance: string, overlays: readonly DiskOverlay[], run?: RunOptions): Promise<void>
   /** Brings what was written to an overlay back into its base, and the instance back onto the base. */
   commitOverlay(instance: string, overlay: DiskOverlay, run?: RunOptions): Promise<void>
-  /** Has the guest agent flush and freeze the file systems. */
+  /**
+   * Has the guest agent flush and freeze the file systems.
+   *
+   * @throws FREEZE_FAILED, with `context.agent` false where no agent was reached and so nothing is frozen
+   */
   freezeFilesystems(instance: string, run?: RunOptions): Promise<void>
   /** Thaws them; no error when they are not frozen. */
   thawFilesystems(instance: string, run?: RunOptions): Promise<void>

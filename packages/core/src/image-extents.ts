@@ -6,6 +6,9 @@ const STATE_ZERO = 2
 /** QEMU's NBD interop document, "qemu:dirty-bitmap:": written since the bitmap began. */
 const STATE_DIRTY = 1
 
+/** Runs that cover a disk, as {@link ExtentMap} holds them. */
+type Runs = Pick<ExtentMap, 'count' | 'start' | 'length' | 'flags'>
+
 /** What {@link imageExtents} is given. */
 export interface ImageExtentsOptions {
   /** The disk's size in bytes. */
@@ -13,9 +16,9 @@ export interface ImageExtentsOptions {
   /** Bytes of a cluster of the image. */
   clusterSize: number
   /** The context `base:allocation`. */
-  allocation: ExtentMap
+  allocation: Runs
   /** For an increment: the parent's bitmap, and the size that the disk had then. */
-  since?: { dirty: ExtentMap; size: number }
+  since?: { dirty: Runs; size: number }
 }
 
 /**
@@ -57,10 +60,7 @@ interface Coverage {
 }
 
 /** Looks at ascending ranges of a map, each extent once. */
-function cursor(
-  map: ExtentMap,
-  matches: (flags: number) => boolean,
-): (start: number, end: number) => Coverage {
+function cursor(map: Runs, matches: (flags: number) => boolean): (start: number, end: number) => Coverage {
   let i = 0
   const endOf = (index: number) => map.start(index) + map.length(index)
   return (start, end) => {
@@ -73,7 +73,7 @@ function cursor(
 }
 
 function dirtyCursor(
-  dirty: ExtentMap,
+  dirty: Runs,
   parentSize: number,
   size: number,
 ): (start: number, end: number) => Coverage {

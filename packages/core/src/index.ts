@@ -1,8 +1,38 @@
 export * from './backup-id.ts'
+export {
+  BackupPipeline,
+  type BackupPipelineOptions,
+  type BackupRequest,
+} from './backup-pipeline.ts'
+export type { DiskSelection } from './backup-plan.ts'
+export {
+  type BackupListing,
+  type DamagedManifest,
+  type FindOptions,
+  findBackup,
+  listBackups,
+  type StoredBackup,
+} from './backups.ts'
+export * from './chain-manager.ts'
 export * from './errors.ts'
 export * from './events.ts'
+export type { DiskBitmap, DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
+export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'
+export { LibvirtHost, type LibvirtHostOptions } from './libvirt-host.ts'
 export * from './manifest.ts'
+export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
+export {
+  type RestoreDestination,
+  type RestoredDisk,
+  RestorePipeline,
+  type RestorePipelineOptions,
+  type RestoreRequest,
+  type RestoreResult,
+} from './restore-pipeline.ts'
+export type { RetentionPolicy, RetentionReason } from './retention.ts'
+export type { RunOptions } from './run-options.ts'
 export * from './storage.ts'
 export * from './storage-check.ts'
 export * from './storage-layout.ts'
 export * from './upload-source.ts'
+export type { VerifyProblem, VerifyProgress, VerifyReport } from './verify-chain.ts'

@@ -30,6 +30,7 @@ export type JournalStep =
   // backup
   | { readonly step: 'bitmap-add'; readonly bitmap: string; readonly disks: readonly string[] }
   | { readonly step: 'filesystem-freeze' }
+  | { readonly step: 'filesystem-thawed' }
   | { readonly step: 'snapshot'; readonly overlays: readonly DiskOverlay[] }
   | { readonly step: 'export'; readonly folder: string }
   | { readonly step: 'upload'; readonly folder: string }

@@ -217,14 +217,12 @@ export class LibvirtHost implements Host {
       await this.#virsh({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, 'domfsfreeze', instance)
     } catch (error) {
       if (isVarveError(error, 'ABORTED')) throw error
+      const stderr = isVarveError(error) ? String(error.context.stderr) : ''
+      const agent = !/agent is not (configured|connected)/i.test(stderr)
       throw new VarveError(
         'FREEZE_FAILED',
         `The guest agent of ${instance} did not freeze its file systems: ${errorMessage(error)}. Check that qemu-guest-agent runs in the guest, or back up without a freeze.`,
-        {
-          context: { instance },
-          cause: error,
-          retryable: true,
-        },
+        { context: { instance, agent }, cause: error, retryable: true },
       )
     }
   }

@@ -1,24 +1,17 @@
 import { newBackupId } from './backup-id.ts'
-import { listBackups } from './backups.ts'
-import { ChainManager } from './chain-manager.ts'
+import { type Catalog, findBackup, readCatalog, type StoredBackup } from './backups.ts'
+import { indexChains, missingObjects, walkChain } from './chain.ts'
 import { DiskLock } from './disk-lock.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { type Rename, RunJournal } from './journal.ts'
 import { planRestore } from './restore-plan.ts'
-import {
-  assertObjects,
-  define,
-  mark,
-  powerOff,
-  type RestoreContext,
-  stage,
-  writeDisks,
-} from './restore-stages.ts'
+import { define, mark, powerOff, type RestoreContext, stage, writeDisks } from './restore-stages.ts'
 import type { RunOptions } from './run-options.ts'
 import { settleError } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
+import { instanceFolder } from './storage-layout.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 
 /** What a {@link RestorePipeline} works with. */
@@ -104,38 +97,35 @@ export class RestorePipeline {
     const { host, storage, stateDir } = this.#options
     const signal = run.signal ? { signal: run.signal } : {}
     stage(run, 'preflight', `Looking at backup ${request.backup}`)
-    const chain = await new ChainManager({ storage }).resolve(request.backup, signal)
-    const [backup] = chain.slice(-1)
-    if (!backup) throw new Error('a chain has at least one backup')
+    const found = await findBackup(storage, request.backup, signal)
+    const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
+    const chain = wholeChain(found, catalog)
     const runId = newBackupId()
-    const found = await planRestore(request, backup, host, runId, run)
-    const paths = found.disks.map(({ target }) => target)
+    const paths = (await planRestore(request, found, host, runId, run)).disks.map(({ target }) => target)
     await using _lock = await DiskLock.acquire(paths)
     await assertNoUnsettledRun(
       stateDir,
       paths.map(path => ({ path })),
     )
-    const plan = await planRestore(request, backup, host, runId, run) // what is true now that the disks are held
-    await assertObjects(storage, chain, plan, run)
-    const { backups } = await listBackups(storage, { instance: backup.manifest.instance.name, ...signal })
-
+    const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
+    const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
       id: runId,
       kind: 'restore',
-      instance: plan.instance?.name ?? plan.newInstance?.name ?? backup.manifest.instance.name,
+      instance: instance ?? found.manifest.instance.name,
       host: host.reference,
       storage: { type: storage.type, location: storage.location },
       disks: plan.disks.map(({ disk, target }) => ({ name: disk.name, path: target })),
       startedAt: new Date().toISOString(),
     })
-    const restore: RestoreContext = { backup, chain, host, storage, request, plan, journal, run }
+    const restore: RestoreContext = { backup: found, chain, host, storage, request, plan, journal, run }
     let disks: RestoredDisk[] = []
     let failure: unknown
     try {
       if (request.inPlace) await powerOff(restore)
       disks = await writeDisks(restore)
-      await mark(restore, backups)
+      await mark(restore, catalog.backups)
       if (!request.inPlace) await powerOff(restore)
       await define(restore)
       await journal.record({ step: 'finish', renames: renames(plan.disks) })
@@ -150,9 +140,17 @@ export class RestorePipeline {
     )
     if (incomplete.length > 0) throw incompleteError(failure, incomplete)
     if (failure !== undefined) throw failure
-    const instance = plan.instance?.name ?? plan.newInstance?.name
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
+}
+
+/** The chain of a backup, full backup first, with every object there in its recorded size. */
+function wholeChain(backup: StoredBackup, catalog: Catalog): StoredBackup[] {
+  const { links, problem } = walkChain(backup.folder, indexChains(catalog))
+  if (problem) throw problem
+  const [damage] = links.flatMap(link => missingObjects(link, catalog.objects))
+  if (damage) throw damage
+  return links
 }
 
 function renames(disks: readonly { target: string; temporary?: string }[]): Rename[] {

@@ -44,44 +44,6 @@ export function stage(run: RunOptions, name: RestoreStage, message: string): voi
   emit(run, { type: 'stage', stage: name, message })
 }
 
-/**
- * Makes sure that every object of the chain is there with its recorded size, before anything is touched.
- *
- * @throws CHAIN_BROKEN, SIZE_MISMATCH
- */
-export async function assertObjects(
-  storage: StorageDriver,
-  chain: readonly StoredBackup[],
-  plan: RestorePlan,
-  run: RunOptions,
-): Promise<void> {
-  const wanted = new Set(plan.disks.map(({ disk }) => disk.name))
-  for (const { manifest, folder } of chain) {
-    const sizes = new Map<string, number>()
-    for await (const { key, size } of storage.list(`${folder}/`, run.signal && { signal: run.signal }))
-      sizes.set(key, size)
-    for (const disk of manifest.disks.filter(({ name }) => wanted.has(name))) {
-      const key = `${folder}/${disk.image}`
-      const actual = sizes.get(key)
-      const context = { backup: manifest.id, key, expected: disk.storedSize, actual }
-      if (actual === undefined) {
-        throw new VarveError(
-          'CHAIN_BROKEN',
-          `The image ${key} is not on the storage. Restore a backup that does not rest on ${manifest.id}.`,
-          { context },
-        )
-      }
-      if (actual !== disk.storedSize) {
-        throw new VarveError(
-          'SIZE_MISMATCH',
-          `The image ${key} has ${actual} bytes instead of ${disk.storedSize}. Restore a backup that does not rest on ${manifest.id}.`,
-          { context },
-        )
-      }
-    }
-  }
-}
-
 /** Writes every disk, one after the other: each uses the whole of the storage's rate. */
 export async function writeDisks(restore: RestoreContext): Promise<RestoredDisk[]> {
   const { plan, journal, run } = restore
@@ -122,7 +84,7 @@ async function writeInPlace(restore: RestoreContext, disk: DiskRestore): Promise
     { socketPath: server.socketPath },
     run.signal && { signal: run.signal },
   )
-  return await writeDisk(restore, disk, merged => Promise.resolve(new NbdTarget(client, merged)))
+  return await writeDisk(restore, disk, merged => Promise.resolve(new NbdTarget(client, merged, path)))
 }
 
 async function writeDisk(

@@ -33,7 +33,8 @@ export async function settleBackup(
   const names = disks.map(({ name }) => name)
 
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
-  if (journal.of('filesystem-freeze').length > 0) await host.thawFilesystems(instance, run)
+  const frozen = journal.of('filesystem-freeze').length > journal.of('filesystem-thawed').length
+  if (frozen) await host.thawFilesystems(instance, run)
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
   for (const overlay of overlays) await commitWithRetry(host, instance, overlay, run)

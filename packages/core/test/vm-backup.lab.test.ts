@@ -1,0 +1,451 @@
+import { createHash } from 'node:crypto'
+import { mkdir, mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import {
+  checkQcow2,
+  compareImages,
+  createQcow2,
+  createRaw,
+  type GuestWriter,
+  type LabDomain,
+  type LibvirtLab,
+  sha256Content,
+  startLibvirt,
+  writerBlockSize,
+} from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { LibvirtHost } from '../src/libvirt-host.ts'
+import type { BackupManifest } from '../src/manifest.ts'
+import { recover } from '../src/recover.ts'
+import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
+
+const MiB = 1024 * 1024
+
+let lab: LibvirtLab
+let folder: string
+let storagePath: string
+let storage: LocalDriver
+let host: LibvirtHost
+let vm: LabDomain
+let events: VarveEvent[]
+let domains = 0
+
+beforeAll(async () => {
+  lab = await startLibvirt()
+})
+afterAll(() => lab.stop())
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-vm-'))
+  storagePath = join(folder, 'storage')
+  await mkdir(storagePath)
+  storage = new LocalDriver({ path: storagePath })
+  host = new LibvirtHost({ uri: lab.uri })
+  events = []
+})
+afterEach(async () => {
+  if ((await vm.state()) !== 'shut off') await vm.destroy()
+  await vm.undefine()
+  await rm(folder, { recursive: true })
+})
+
+const image = (name: string) => join(folder, name)
+const stateDir = () => join(folder, 'state')
+const stored = (backup: BackupManifest, name: string) =>
+  join(storagePath, backup.instance.name, backup.chain, backup.id, name)
+
+async function createVm(
+  disks: { target: string; size: number; format?: 'qcow2' | 'raw' }[],
+  agent = false,
+): Promise<void> {
+  for (const { target, size, format } of disks) {
+    await (format === 'raw' ? createRaw : createQcow2)(image(target), size)
+  }
+  domains += 1
+  vm = await lab.createDomain({
+    name: `web-${domains}`,
+    agent,
+    disks: disks.map(({ target, format = 'qcow2' }) => ({
+      target,
+      path: image(target),
+      format,
+      discard: 'unmap',
+    })),
+  })
+}
+
+function backup(request: Partial<BackupRequest> = {}): Promise<BackupManifest> {
+  const pipeline = new BackupPipeline({ host, storage, stateDir: stateDir() })
+  return pipeline.run({ instance: vm.name, ...request }, { onEvent: event => events.push(event) })
+}
+
+function restore(request: RestoreRequest) {
+  const pipeline = new RestorePipeline({ host, storage, stateDir: stateDir() })
+  return pipeline.run(request, { onEvent: event => events.push(event) })
+}
+
+async function sum(device: string): Promise<string> {
+  const { stdout } = await vm.run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)
+  return stdout.slice(0, 64)
+}
+
+/** Restores to new files and returns the SHA-256 of what a guest would read in each. */
+async function restoredSums(manifest: BackupManifest): Promise<Record<string, string>> {
+  const target = await mkdtemp(join(folder, 'restored-'))
+  const disks = Object.fromEntries(
+    manifest.disks.map(disk => [disk.name, join(target, `${disk.name}.qcow2`)]),
+  )
+  await restore({ backup: manifest.id, to: { disks } })
+  const sums: Record<string, string> = {}
+  for (const [name, path] of Object.entries(disks)) {
+    await checkQcow2(path)
+    // The stored chain is readable without Varve and says the same.
+    const plain = join(target, `${name}-plain.qcow2`)
+    await execa('qemu-img', [
+      'convert',
+      '-f',
+      'qcow2',
+      '-O',
+      'qcow2',
+      stored(manifest, `${name}.qcow2`),
+      plain,
+    ])
+    const { identical, message } = await compareImages(
+      { path, format: 'qcow2' },
+      { path: plain, format: 'qcow2' },
+    )
+    expect(identical, message).toBe(true)
+    await checkQcow2(stored(manifest, `${name}.qcow2`))
+    sums[name] = await sha256Content(path, 'qcow2')
+  }
+  return sums
+}
+
+/** The state of the host is as it was before: no overlay, no server, no open journal; one bitmap a storage. */
+async function expectCleanHost(bitmaps: string[]): Promise<void> {
+  expect((await readdir(folder)).filter(name => name.includes('.varve-'))).toEqual([])
+  expect(await readdir(join(stateDir(), 'runs'))).toEqual([])
+  const { disks } = await host.instance(vm.name)
+  for (const disk of disks) {
+    expect(disk.path).toBe(image(disk.name))
+    if (disk.format === 'qcow2') expect(disk.bitmaps.map(({ name }) => name).sort()).toEqual(bitmaps)
+  }
+  const { stdout } = await execa('pgrep', ['-af', `qemu-nbd.*${folder}`], { reject: false })
+  expect(stdout).toBe('')
+}
+
+/** Blocks of a restored disk must be what a prefix of the writer's writes left; returns that prefix's length. */
+async function consistentPrefix(writer: GuestWriter, path: string): Promise<number> {
+  const raw = `${path}.raw`
+  await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', path, raw])
+  const bytes = await readFile(raw)
+  const digest = (content: Buffer) => createHash('sha256').update(content).digest('hex')
+  const actual = new Map<number, string>()
+  for (let block = 0; block * writerBlockSize < bytes.length; block++) {
+    actual.set(block, digest(bytes.subarray(block * writerBlockSize, (block + 1) * writerBlockSize)))
+  }
+  const zero = digest(Buffer.alloc(writerBlockSize))
+  const state = new Map([...actual.keys()].map(block => [block, zero]))
+  let differing = [...actual].filter(([block, content]) => state.get(block) !== content).length
+  if (differing === 0) return 0
+  for (const write of await writer.writes()) {
+    const was = state.get(write.block) === actual.get(write.block)
+    state.set(write.block, digest(writer.content(write)))
+    const is = state.get(write.block) === actual.get(write.block)
+    differing += Number(was) - Number(is)
+    if (differing === 0) return write.number
+  }
+  throw new Error("no prefix of the guest's writes is what the backup holds")
+}
+
+test('a guest that writes, zeroes and trims during full and incremental backups restores exactly', async () => {
+  await createVm([
+    { target: 'vda', size: 96 * MiB },
+    { target: 'vdb', size: 24 * MiB },
+  ])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=64 conv=fsync')
+  const writer = vm.startWriter({ device: '/dev/vdb', blocks: (24 * MiB) / writerBlockSize })
+  await writer.waitForWrites(5)
+
+  const sum1 = await sum('/dev/vda')
+  const writesBefore = (await writer.writes()).length
+  const full = await backup()
+  expect(full).toMatchObject({ kind: 'full', consistency: 'crash', running: true })
+  await expectCleanHost([`varve-${full.id}`])
+
+  // The prefix that the guest had flushed before the backup is in it.
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=64k count=40 seek=100 conv=fsync')
+  await vm.run('dd if=/dev/zero of=/dev/vda bs=1M count=4 seek=20 conv=fsync')
+  await vm.run('blkdiscard -o 41943040 -l 8388608 /dev/vda')
+  const sum2 = await sum('/dev/vda')
+  await writer.waitForWrites(5)
+  const first = await backup({ type: 'incremental' })
+  expect(first).toMatchObject({ kind: 'incremental', parent: full.id, chain: full.id })
+  await expectCleanHost([`varve-${first.id}`])
+
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=5121 conv=fsync') // inside what was zeroed
+  const sum3 = await sum('/dev/vda')
+  await writer.waitForWrites(5)
+  const second = await backup()
+  expect(second).toMatchObject({ kind: 'incremental', parent: first.id, chain: full.id })
+
+  // What was written during the backups is in the next one.
+  const writes = await writer.stop()
+  const sumB = await sum('/dev/vdb')
+  const third = await backup()
+  await expectCleanHost([`varve-${third.id}`])
+  expect(writes.length).toBeGreaterThan(writesBefore)
+
+  expect((await restoredSums(full)).vda).toBe(sum1)
+  expect((await restoredSums(first)).vda).toBe(sum2)
+  expect((await restoredSums(second)).vda).toBe(sum3)
+  expect(await restoredSums(third)).toEqual({ vda: sum3, vdb: sumB })
+
+  // Increments hold what changed and not more than the overlap of clusters explains.
+  const stored = (manifest: BackupManifest) =>
+    manifest.disks.find(disk => disk.name === 'vda')?.storedSize ?? 0
+  expect(stored(full)).toBeGreaterThan(64 * MiB)
+  expect(stored(first)).toBeLessThan(4 * MiB)
+  expect(stored(second)).toBeLessThan(MiB)
+})
+
+test('each backup of a disk under constant writes holds what the guest had flushed up to one moment', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  const writer = vm.startWriter({ device: '/dev/vda', blocks: (32 * MiB) / writerBlockSize })
+  let before = 0
+  for (const kind of ['full', 'incremental', 'incremental']) {
+    before = (await writer.waitForWrites(4)).length
+    const manifest = await backup()
+    expect(manifest.kind).toBe(kind)
+    const after = (await writer.writes()).length
+    const path = join(folder, `${manifest.id}.qcow2`)
+    await restore({ backup: manifest.id, to: { disks: { vda: path } } })
+    const prefix = await consistentPrefix(writer, path)
+    expect(prefix).toBeGreaterThanOrEqual(before)
+    expect(prefix).toBeLessThanOrEqual(after + 1)
+  }
+  await writer.stop()
+})
+
+test('a restore over the instance brings it back as it was, and the chain goes on without a full backup', async () => {
+  await createVm([{ target: 'vda', size: 64 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  const full = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=2 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  const first = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync')
+  await backup()
+
+  const result = await restore({ backup: first.id, to: { instance: vm.name }, powerOffTimeoutMs: 30_000 })
+  expect(result).toMatchObject({
+    started: true,
+    instance: vm.name,
+    disks: [{ name: 'vda', path: image('vda') }],
+  })
+  await vm.waitForBoot()
+  expect(await sum('/dev/vda')).toBe(wanted)
+  await expectCleanHost([`varve-${first.id}`])
+
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=64k count=2 seek=9 conv=fsync')
+  const after = await sum('/dev/vda')
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: first.id, chain: full.id })
+  expect(await restoredSums(next)).toEqual({ vda: after })
+})
+
+test('a restore in place brings the instance back too, and the chain goes on', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  const full = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=20 seek=4 conv=fsync')
+  await restore({ backup: full.id, to: { instance: vm.name }, inPlace: true })
+  await vm.waitForBoot()
+  expect(await sum('/dev/vda')).toBe(wanted)
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=64k count=2 seek=300 conv=fsync')
+  const after = await sum('/dev/vda')
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
+  expect(await restoredSums(next)).toEqual({ vda: after })
+})
+
+test('a stopped instance is backed up offline in the same chain', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
+  const full = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=3 conv=fsync')
+  await vm.shutdown()
+  const offline = await backup()
+  expect(offline).toMatchObject({
+    kind: 'incremental',
+    parent: full.id,
+    consistency: 'offline',
+    running: false,
+  })
+  expect(await restoredSums(offline)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=30 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  const again = await backup()
+  expect(again).toMatchObject({ kind: 'incremental', parent: offline.id, running: true })
+  expect(await restoredSums(again)).toEqual({ vda: wanted })
+})
+
+test('raw disks are backed up in full each time, with the reason, beside increments of the others', async () => {
+  await createVm([
+    { target: 'vda', size: 16 * MiB },
+    { target: 'vdb', size: 16 * MiB, format: 'raw' },
+  ])
+  await vm.boot()
+  await vm.run('for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=3 conv=fsync; done')
+  await backup()
+  await vm.run('for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=1 seek=2 conv=fsync; done')
+  const wanted = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  const next = await backup()
+  expect(next.disks).toMatchObject([{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }])
+  expect(next.disks[1]).not.toHaveProperty('bitmap')
+  expect(events).toContainEqual(
+    expect.objectContaining({ type: 'fallback', disk: 'vdb', reason: 'format-raw' }),
+  )
+  expect(await restoredSums(next)).toEqual(wanted)
+})
+
+test('a missing bitmap makes a full backup and says so in the words that operators know', async () => {
+  await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  const full = await backup()
+  await host.removeBitmaps(vm.name, 'vda', [`varve-${full.id}`])
+  const next = await backup({ type: 'incremental' })
+  expect(next).toMatchObject({ kind: 'full', disks: [{ fallback: 'bitmap-missing' }] })
+  expect(events).toContainEqual({
+    type: 'fallback',
+    disk: 'vda',
+    reason: 'bitmap-missing',
+    message: expect.stringContaining('Bitmap not found, falling back to full backup'),
+  })
+})
+
+test('the guest agent freezes the file systems around the snapshot and thaws them', async () => {
+  await createVm([{ target: 'vda', size: 64 * MiB }], true)
+  await vm.boot()
+  await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
+  const manifest = await backup({ freeze: 'require' })
+  expect(manifest.consistency).toBe('filesystem')
+  const { stdout } = await execa('virsh', [
+    '-c',
+    lab.uri,
+    'qemu-agent-command',
+    vm.name,
+    '{"execute":"guest-fsfreeze-status"}',
+  ])
+  expect(JSON.parse(stdout)).toEqual({ return: 'thawed' })
+  await vm.run('echo more > /mnt/more && sync')
+})
+
+test('without an agent a required freeze ends the backup and leaves no trace, a tried one is a warning', async () => {
+  await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  await expect(backup({ freeze: 'require' })).rejects.toMatchObject({ code: 'FREEZE_FAILED' })
+  await expectCleanHost([])
+  expect(await readdir(storagePath)).toEqual([])
+  expect(await backup({ freeze: 'try' })).toMatchObject({ consistency: 'crash' })
+  expect(events.some(event => event.type === 'warning' && event.message.includes('crash-consistent'))).toBe(
+    true,
+  )
+})
+
+test('an aborted backup leaves the instance, its bitmaps and the storage as they were', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  const full = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  const aborter = new AbortController()
+  const pipeline = new BackupPipeline({ host, storage, stateDir: stateDir() })
+  const running = pipeline.run(
+    { instance: vm.name, bandwidth: MiB },
+    {
+      signal: aborter.signal,
+      onEvent: event => {
+        if (event.type === 'progress' && event.bytesDone > 0)
+          aborter.abort(new Error('the operator pressed stop'))
+      },
+    },
+  )
+  await expect(running).rejects.toMatchObject({ code: 'ABORTED' })
+  await expectCleanHost([`varve-${full.id}`])
+  expect(await readdir(join(storagePath, vm.name, full.chain))).toEqual([full.id])
+
+  const wanted = await sum('/dev/vda')
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
+  expect(await restoredSums(next)).toEqual({ vda: wanted })
+})
+
+test('one instance keeps a chain on each of two storages', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const secondPath = join(folder, 'second')
+  await mkdir(secondPath)
+  const second = new LocalDriver({ path: secondPath })
+  const toSecond = () =>
+    new BackupPipeline({ host, storage: second, stateDir: stateDir() }).run({ instance: vm.name })
+  await vm.boot()
+  const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=${at} conv=fsync`)
+  await write(1)
+  const a1 = await backup()
+  await write(2)
+  const b1 = await toSecond()
+  await write(3)
+  const a2 = await backup()
+  await write(4)
+  const wanted = await sum('/dev/vda')
+  const b2 = await toSecond()
+  expect([a2.parent, b2.parent]).toEqual([a1.id, b1.id])
+  await expectCleanHost([`varve-${a2.id}`, `varve-${b2.id}`].sort())
+  const target = join(folder, 'from-second.qcow2')
+  await new RestorePipeline({ host, storage: second, stateDir: stateDir() }).run({
+    backup: b2.id,
+    to: { disks: { vda: target } },
+  })
+  expect(await sha256Content(target, 'qcow2')).toBe(wanted)
+})
+
+test('a run whose process died is settled by recover, and until then no backup starts', async () => {
+  await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  const child = execa(
+    process.execPath,
+    ['--import', 'tsx', new URL('./die-mid-backup.ts', import.meta.url).pathname],
+    {
+      env: {
+        VARVE_TEST: JSON.stringify({ uri: lab.uri, storagePath, stateDir: stateDir(), instance: vm.name }),
+      },
+      reject: false,
+    },
+  )
+  expect((await child).signal).toBe('SIGKILL')
+  expect((await readdir(folder)).some(name => name.includes('.varve-'))).toBe(true)
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=7 conv=fsync') // to the overlay
+  const wanted = await sum('/dev/vda')
+  await expect(backup()).rejects.toMatchObject({
+    code: expect.stringMatching(/RUN_UNRESOLVED|OVERLAY_LEFT_OVER/),
+  })
+
+  const report = await recover({ stateDir: stateDir(), storages: [storage] })
+  expect(report).toMatchObject({ ok: true, runs: [{ kind: 'backup', outcome: 'undone' }] })
+  await expectCleanHost([])
+  expect(await sum('/dev/vda')).toBe(wanted)
+  expect(await restoredSums(await backup())).toEqual({ vda: wanted })
+})
