@@ -26,7 +26,7 @@ export default defineConfig({
           name: 'lab',
           include: ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'],
           fileParallelism: false,
-          testTimeout: 120_000,
+          testTimeout: 300_000,
           hookTimeout: 120_000,
         },
       },

@@ -38,8 +38,9 @@ export interface NbdExport extends AsyncDisposable {
 export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
   const { disk, path, format, writable, bitmap, folder } = options
   const socketPath = join(folder, `${disk}.sock`)
+  const pidFile = join(folder, `${disk}.pid`)
   const args = [
-    ...['--format', format, '--socket', socketPath, '--pid-file', join(folder, `${disk}.pid`)],
+    ...['--format', format, '--socket', socketPath, '--pid-file', pidFile],
     ...(writable ? ['--discard', 'unmap'] : ['--read-only', '--shared', '8']),
     ...(bitmap === undefined ? [] : ['--bitmap', bitmap]),
     path,
@@ -75,7 +76,8 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
   }
 
   try {
-    for (let alive = true; !(await exists(socketPath)); ) {
+    // The socket file is there before it listens; the process id is written after.
+    for (let alive = true; !(await isWritten(pidFile)); ) {
       if (!alive) {
         const { stderr, shortMessage } = await ended
         throw new Error(stderr.trim() || shortMessage)
@@ -121,9 +123,9 @@ async function runsWith(pid: number, argument: string): Promise<boolean> {
   return commandLine.split('\0').includes(argument)
 }
 
-async function exists(path: string): Promise<boolean> {
+async function isWritten(path: string): Promise<boolean> {
   return stat(path).then(
-    () => true,
+    ({ size }) => size > 0,
     () => false,
   )
 }

@@ -1,0 +1,59 @@
+// One measured piece of work in a process of its own; see runTask.
+import { mkdir } from 'node:fs/promises'
+import { BackupPipeline, ImageHost, RestorePipeline } from '@varve/core'
+import { LocalDriver } from '@varve/driver-local'
+import { NbdClient } from '@varve/nbd'
+
+interface Places {
+  readonly storage: string
+  readonly stateDir: string
+}
+
+async function backup(input: Places & { disk: string; type: 'full' | 'incremental' }): Promise<object> {
+  await mkdir(input.storage, { recursive: true })
+  const storage = new LocalDriver({ path: input.storage })
+  const host = new ImageHost({ instance: 'bench', disks: { vda: input.disk } })
+  const pipeline = new BackupPipeline({ host, storage, stateDir: input.stateDir })
+  const manifest = await pipeline.run({ instance: 'bench', type: input.type })
+  return {
+    id: manifest.id,
+    chain: manifest.chain,
+    storedSize: manifest.disks[0]?.storedSize,
+    kind: manifest.kind,
+  }
+}
+
+async function restore(input: Places & { backup: string; target: string }): Promise<object> {
+  const storage = new LocalDriver({ path: input.storage })
+  const host = new ImageHost({ instance: 'bench', disks: {} })
+  const pipeline = new RestorePipeline({ host, storage, stateDir: input.stateDir })
+  await pipeline.run({ backup: input.backup, to: { disks: { vda: input.target } } })
+  return {}
+}
+
+async function nbdRead(input: { socketPath: string }): Promise<object> {
+  await using client = await NbdClient.connect({ socketPath: input.socketPath })
+  // As many large reads in flight as the composer has, into memory that is used again.
+  const chunk = 1024 * 1024
+  let next = 0
+  const reader = async () => {
+    const into = new Uint8Array(chunk)
+    for (let at = next; at < client.size; at = next) {
+      next += chunk
+      await client.read(at, into.subarray(0, Math.min(chunk, client.size - at)))
+    }
+  }
+  await Promise.all(Array.from({ length: 16 }, reader))
+  return { bytes: client.size }
+}
+
+const tasks: Record<string, (input: never) => Promise<object>> = { backup, restore, 'nbd-read': nbdRead }
+const [, , name = '', input = '{}'] = process.argv
+const task = tasks[name]
+if (!task) throw new Error(`There is no task ${name}.`)
+const idleMiB = process.resourceUsage().maxRSS / 1024
+const start = performance.now()
+const result = await task(JSON.parse(input) as never)
+const seconds = (performance.now() - start) / 1000
+const peakMiB = process.resourceUsage().maxRSS / 1024
+console.log(JSON.stringify({ ...result, seconds, peakMiB, idleMiB }))
