@@ -40,7 +40,8 @@ async function readL1(
 ): Promise<TableList> {
   const { clusterSize, l1Offset, l1Entries } = header
   const tables: TableList = { count: 0, l1Index: new Uint32Array(16), offset: new Float64Array(16) }
-  let free = l1Offset + l1Entries * ENTRY_BYTES // the first byte that may be of an L2 table
+  // the first byte that may be of an L2 table
+  let free = l1Offset + Math.ceil((l1Entries * ENTRY_BYTES) / clusterSize) * clusterSize
   let index = 0
   await readWindows(file, split(l1Offset, l1Entries * ENTRY_BYTES), signal, view => {
     for (let at = 0; at < view.byteLength; at += ENTRY_BYTES, index++) {
@@ -133,7 +134,8 @@ function checkPlace(
       index,
       `points at ${offset}, and the file of ${size} bytes ends before its cluster does`,
     )
-  if (offset === free - clusterSize) throw invalid(table, index, `points at ${offset}, which is in use`)
+  if (offset === 0 || offset === free - clusterSize)
+    throw invalid(table, index, `points at ${offset}, which is in use`)
   if (offset < free)
     throw unsupported(table, index, `points at ${offset}; Varve writes tables and data in ascending order`)
 }

@@ -1,0 +1,207 @@
+import { setImmediate as turn } from 'node:timers/promises'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import {
+  ExtentKind,
+  ExtentList,
+  type ImageFile,
+  type ImageOptions,
+  openImage,
+  planImage,
+} from '../src/index.ts'
+import { compose, extentsAsArray, extentsOf, layerPlans, memoryFile, nextDisk } from './chain-model.ts'
+import { ControlledGuest } from './controlled-guest.ts'
+
+const { unallocated, zero, data } = ExtentKind
+const MIB = 2 ** 20
+const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
+
+/** The file of an image whose data nobody reads; notes what is read of it. */
+function metadataFile(
+  extents: ExtentList,
+  options: ImageOptions,
+): { file: ImageFile; reads: [number, number][] } {
+  const layout = planImage(extents, options)
+  const reads: [number, number][] = []
+  const file: ImageFile = {
+    size: layout.fileSize,
+    async read(offset, into) {
+      reads.push([offset, into.length])
+      const metadata = into.subarray(0, Math.max(0, layout.dataStart - offset))
+      layout.readMetadata(offset, metadata)
+    },
+  }
+  return { file, reads }
+}
+
+test('what was planned is what is read', async () => {
+  await fc.assert(
+    fc.asyncProperty(layerPlans(16, MIB), fc.boolean(), async (plan, hasParent) => {
+      const { file, layout } = await compose(plan, nextDisk(undefined, plan), hasParent ? BACKING : undefined)
+      const image = await openImage(memoryFile(file))
+      const wanted = new ExtentList()
+      const extents = extentsOf(plan)
+      for (let i = 0; i < extents.count; i++) {
+        const kind = extents.kind(i)
+        wanted.append(extents.length(i), kind === zero && !hasParent ? unallocated : kind)
+      }
+      const last = Math.max(0, wanted.count - 1)
+      const rounded = layout.virtualSize - wanted.size
+      if (rounded > 0) wanted.append(rounded, wanted.kind(last))
+      expect(extentsAsArray(image.extents)).toEqual(extentsAsArray(wanted))
+      for (let i = 0; i < image.extents.count; i++)
+        expect(image.extents.fileOffset(i)).toBe(layout.fileOffset(image.extents.start(i)) ?? -1)
+    }),
+    { numRuns: 200 },
+  )
+})
+
+test('tables that lie side by side are read in windows of 4 MiB', async () => {
+  // 65 L2 tables of 64 KiB, with data and holes by turns in each
+  const extents = new ExtentList()
+  while (extents.size < 65 * 512 * MIB) {
+    extents.append(100 * MIB, data)
+    extents.append(28 * MIB, unallocated)
+  }
+  const { file, reads } = metadataFile(extents, {})
+  const image = await openImage(file)
+  expect(extentsAsArray(image.extents)).toEqual(extentsAsArray(extents))
+  const l1 = reads[1]?.[0] ?? 0
+  expect(reads).toEqual([
+    [0, 4096],
+    [l1, 65 * 8],
+    [l1 + 65536, 4 * MIB],
+    [l1 + 65536 + 4 * MIB, 65536],
+  ])
+})
+
+test('a large L1 table is read in windows of 4 MiB too, and only the L2 tables that exist', async () => {
+  const extents = new ExtentList()
+  extents.append(4096, data)
+  extents.append(2.5 * MIB * MIB - 8192, unallocated)
+  extents.append(4096, zero)
+  const { file, reads } = metadataFile(extents, { clusterSize: 4096, backing: BACKING })
+  const image = await openImage(file)
+  expect(extentsAsArray(image.extents)).toEqual(extentsAsArray(extents))
+  const l1 = reads[1]?.[0] ?? 0
+  expect(reads).toEqual([
+    [0, 4096],
+    [l1, 4 * MIB],
+    [l1 + 4 * MIB, 4 * MIB],
+    [l1 + 8 * MIB, 2 * MIB],
+    [l1 + 10 * MIB, 8192],
+  ])
+})
+
+test('a table with a gap in the file before it is a window of its own', async () => {
+  // header, refcount table, block, L1, L2, a gap, L2, data, data
+  const file = Buffer.alloc(9 * 4096)
+  const { file: small } = await compose(
+    { clusterSize: 4096, size: 4 * MIB, runs: [], seed: 0 },
+    Buffer.alloc(0),
+  )
+  small.copy(file)
+  const copied = 1n << 63n
+  file.writeBigUInt64BE(copied | BigInt(4 * 4096), 3 * 4096)
+  file.writeBigUInt64BE(copied | BigInt(6 * 4096), 3 * 4096 + 8)
+  file.writeBigUInt64BE(copied | BigInt(7 * 4096), 4 * 4096)
+  file.writeBigUInt64BE(copied | BigInt(8 * 4096), 6 * 4096)
+  const reads: [number, number][] = []
+  const image = await openImage({
+    size: file.length,
+    async read(offset, into) {
+      reads.push([offset, into.length])
+      file.copy(into, 0, offset)
+    },
+  })
+  expect(reads.slice(2)).toEqual([
+    [4 * 4096, 4096],
+    [6 * 4096, 4096],
+  ])
+  expect(extentsAsArray(image.extents).map(run => [run.start, run.kind])).toEqual([
+    [0, data],
+    [4096, unallocated],
+    [2 * MIB, data],
+    [2 * MIB + 4096, unallocated],
+  ])
+})
+
+/** An image with twelve windows of L2 tables, whose reads the test settles. */
+function slowImage(): { guest: ControlledGuest; file: ImageFile } {
+  const extents = new ExtentList()
+  extents.append(12 * 32 * 1024 * MIB, zero)
+  const layout = planImage(extents, { backing: BACKING })
+  const bytes = Buffer.alloc(layout.fileSize)
+  layout.readMetadata(0, bytes)
+  const guest = new ControlledGuest(bytes)
+  return { guest, file: { size: bytes.length, read: guest.read.bind(guest) } }
+}
+
+test('four windows are read at a time, and visited in order', async () => {
+  const { guest, file } = slowImage()
+  const opened = openImage(file)
+  for (const index of [0, 1]) {
+    guest.at(index).complete() // the header, the L1 table
+    await turn()
+  }
+  expect(guest.reads.length).toBe(2 + 4)
+  for (const index of [3, 4, 5]) guest.at(index).complete()
+  await turn()
+  expect(guest.reads.length).toBe(2 + 4)
+  guest.at(2).complete()
+  await turn()
+  expect(guest.reads.length).toBe(2 + 8)
+  for (let i = 6; i < guest.reads.length; i++) {
+    guest.at(i).complete()
+    await turn()
+  }
+  expect(guest.reads.length).toBe(2 + 12)
+  const { extents } = await opened
+  expect([extents.count, extents.kind(0), extents.length(0)]).toEqual([1, zero, 12 * 32 * 1024 * MIB])
+})
+
+test('the error of a read is thrown as it is, once no other read is under way', async () => {
+  const { guest, file } = slowImage()
+  const failure = new Error('the storage is gone')
+  let over = false
+  const opened = openImage(file).finally(() => {
+    over = true
+  })
+  const outcome = expect(opened).rejects.toBe(failure)
+  for (const index of [0, 1]) {
+    guest.at(index).complete()
+    await turn()
+  }
+  guest.at(3).fail(new Error('a later one, seen first'))
+  await turn()
+  guest.at(2).fail(failure)
+  await turn()
+  expect([over, guest.reads.length]).toEqual([false, 6])
+  guest.at(4).complete()
+  guest.at(5).fail(new Error('another'))
+  await outcome
+})
+
+test('the signal is handed to every read', async () => {
+  const { guest, file } = slowImage()
+  const abort = new AbortController()
+  const opened = openImage(file, { signal: abort.signal })
+  const outcome = expect(opened).rejects.toThrow('given up')
+  for (const index of [0, 1]) {
+    guest.at(index).complete()
+    await turn()
+  }
+  expect(guest.reads.every(read => read.signal === abort.signal)).toBe(true)
+  for (const read of guest.reads.slice(2)) read.fail(new Error('given up'))
+  await outcome
+})
+
+test('without a signal reads get none', async () => {
+  const { guest, file } = slowImage()
+  const opened = expect(openImage(file)).rejects.toThrow('no more')
+  guest.at(0).complete()
+  await turn()
+  expect(guest.reads.map(read => read.signal)).toEqual([undefined, undefined])
+  guest.at(1).fail(new Error('no more'))
+  await opened
+})
