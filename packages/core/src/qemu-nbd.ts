@@ -72,7 +72,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     stopping = true
     child.kill('SIGTERM')
     await ended
-    await rm(socketPath, { force: true })
+    await Promise.all([rm(socketPath, { force: true }), rm(pidFile, { force: true })])
   }
 
   try {
