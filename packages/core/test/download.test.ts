@@ -1,0 +1,160 @@
+import { Readable } from 'node:stream'
+import { expect, test } from 'vitest'
+import { type DownloadRetry, download } from '../src/download.ts'
+import { VarveError } from '../src/errors.ts'
+import { MemoryStorage } from './memory-storage.ts'
+
+const BYTES = Buffer.from(Array.from({ length: 1000 }, (_, i) => i % 251))
+
+function storageWith(fault?: (key: string, offset: number) => 'end' | undefined): MemoryStorage {
+  const storage = new MemoryStorage({ chunkSize: 100, ...(fault && { fault }) })
+  storage.objects.set('object', BYTES)
+  return storage
+}
+
+/** Downloads bytes 50 to 950; a try begins at the last multiple of 50 before what has come. */
+async function fetch(
+  storage: MemoryStorage,
+  retry: DownloadRetry = { backoffMs: 0 },
+  signal: AbortSignal = new AbortController().signal,
+): Promise<Buffer> {
+  let got = Buffer.alloc(0)
+  const range = { start: 50, end: 950 }
+  await download(
+    { storage, key: 'object', range, signal, retry },
+    {
+      async write(chunk) {
+        got = Buffer.concat([got, chunk])
+      },
+      restart() {
+        got = got.subarray(0, Math.floor(got.length / 50) * 50)
+        return range.start + got.length
+      },
+    },
+  )
+  return got
+}
+
+/** Fails the first `times` chunks at or after `from`. */
+function failing(times: number, from: number, error?: Error): (key: string, at: number) => 'end' | undefined {
+  let left = times
+  return (_, at) => {
+    if (at < from || left-- <= 0) return undefined
+    if (error) throw error
+    return 'end'
+  }
+}
+
+test('a download that ends early goes on from where the sink says', async () => {
+  const storage = storageWith(failing(2, 400))
+  expect(await fetch(storage)).toStrictEqual(BYTES.subarray(50, 950))
+  expect(storage.downloads.map(({ range }) => range.start)).toStrictEqual([50, 450, 450])
+})
+
+test('a download that fails goes on where the error is one that may pass, or none of the driver', async () => {
+  const passing = new VarveError('STORAGE_UNREACHABLE', 'away', { retryable: true })
+  expect(await fetch(storageWith(failing(3, 0, passing)))).toStrictEqual(BYTES.subarray(50, 950))
+  expect(await fetch(storageWith(failing(3, 0, new Error('ECONNRESET'))))).toStrictEqual(
+    BYTES.subarray(50, 950),
+  )
+  const lasting = new VarveError('STORAGE_ACCESS_DENIED', 'no')
+  await expect(fetch(storageWith(failing(1, 0, lasting)))).rejects.toBe(lasting)
+})
+
+test('tries without progress are counted from the last progress, and bounded', async () => {
+  const storage = storageWith(failing(3, 700))
+  await expect(fetch(storage, { attempts: 3, backoffMs: 0 })).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    retryable: true,
+    context: { key: 'object', offset: 750, end: 950 },
+  })
+  expect(storage.downloads.map(({ range }) => range.start)).toStrictEqual([50, 750, 750])
+  let at = 0
+  const everyChunk = storageWith((_, offset) => {
+    if (offset <= at) return undefined
+    at = offset
+    return 'end'
+  })
+  expect(await fetch(everyChunk, { attempts: 2, backoffMs: 0 })).toStrictEqual(BYTES.subarray(50, 950))
+})
+
+test('a driver that sends more than was asked for is refused', async () => {
+  const storage = storageWith()
+  storage.get = async () => Readable.from([BYTES])
+  await expect(fetch(storage)).rejects.toMatchObject({ code: 'STORAGE_FAILED', retryable: false })
+})
+
+test('a download without a byte for the stall time is broken off and begun again', async () => {
+  const storage = storageWith()
+  const real = storage.get.bind(storage)
+  const stalled: Readable[] = []
+  storage.get = async (key, options) => {
+    const first = stalled.length === 0
+    if (!first) return real(key, options)
+    const stream = new Readable({ read: () => undefined })
+    stalled.push(stream)
+    return stream
+  }
+  expect(await fetch(storage, { backoffMs: 0, stallMs: 20 })).toStrictEqual(BYTES.subarray(50, 950))
+  expect(stalled[0]?.destroyed).toBe(true)
+  stalled.length = 0
+  await expect(fetch(storage, { attempts: 1, stallMs: 20 })).rejects.toMatchObject({
+    code: 'TIMEOUT',
+    context: { key: 'object', offset: 50 },
+  })
+})
+
+test('a sink that takes its time is no stall', async () => {
+  const storage = storageWith()
+  let waits = 0
+  const taken: Buffer[] = []
+  await download(
+    {
+      storage,
+      key: 'object',
+      range: { start: 0, end: 1000 },
+      signal: new AbortController().signal,
+      retry: { stallMs: 5, attempts: 1 },
+    },
+    {
+      async write(chunk) {
+        if (waits++ === 0) await new Promise(resolve => setTimeout(resolve, 50))
+        taken.push(Buffer.from(chunk))
+      },
+      restart: () => 0,
+    },
+  )
+  expect(Buffer.concat(taken)).toStrictEqual(BYTES)
+})
+
+test('a download that is given up ends with the reason: while it waits for bytes, and between two tries', async () => {
+  for (const retry of [{ stallMs: 60_000 }, { backoffMs: 60_000 }]) {
+    const storage = storageWith(failing(1, 0, new Error('ECONNRESET')))
+    const controller = new AbortController()
+    const reason = new Error('enough')
+    const get = storage.get.bind(storage)
+    storage.get = async (key, options) => {
+      setImmediate(() => setImmediate(() => controller.abort(reason)))
+      return 'stallMs' in retry ? new Readable({ read: () => undefined }) : get(key, options)
+    }
+    await expect(fetch(storage, retry, controller.signal)).rejects.toMatchObject({
+      code: 'ABORTED',
+      cause: reason,
+    })
+  }
+})
+
+test('nothing is left open after a download, whether it worked or failed', async () => {
+  for (const fault of [undefined, failing(1, 500, new VarveError('STORAGE_FAILED', 'no'))]) {
+    const storage = storageWith(fault)
+    const get = storage.get.bind(storage)
+    const streams: Readable[] = []
+    storage.get = async (key, options) => {
+      const stream = await get(key, options)
+      streams.push(stream)
+      return stream
+    }
+    await fetch(storage).catch(() => undefined)
+    expect(streams.map(({ destroyed }) => destroyed)).toStrictEqual([true])
+  }
+})
