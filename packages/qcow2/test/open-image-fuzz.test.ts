@@ -142,9 +142,9 @@ test('a mangled image is refused, or read as the specification says', async () =
         expect(readDisk(image, bytes, below).equals(walk(bytes, below).disk)).toBe(true)
       },
     ),
-    { numRuns: 2000 },
+    { numRuns: 1000 },
   )
-  expect(opened).toBeGreaterThan(100) // else this would show nothing
+  expect(opened).toBeGreaterThan(50) // else this would show nothing
 })
 
 test('a random header before random bytes is refused, or read within bounds', async () => {
@@ -193,7 +193,7 @@ test('a random header before random bytes is refused, or read within bounds', as
         await openMangled(file)
       },
     ),
-    { numRuns: 3000 },
+    { numRuns: 1500 },
   )
 })
 
