@@ -41,7 +41,7 @@ const LARGE_REPLY = 128 * 1024
 /** The timeout is looked at this often while it lasts. */
 const TICKS_PER_TIMEOUT = 8
 /** How long a server may take to hang up after it was told to. */
-const HANG_UP_MS = 2000
+const HANG_UP_MS = 1000
 
 /** One connection in its transmission phase: sends requests, matches replies, and notices when it is lost. */
 export class Connection {

@@ -1,5 +1,5 @@
 import { mkdtemp, rm } from 'node:fs/promises'
-import { createServer, type Server, type Socket } from 'node:net'
+import { connect, createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
@@ -75,6 +75,11 @@ export class FakeServer implements AsyncDisposable {
   /** All requests so far, over all connections. */
   get requests(): FakeRequest[] {
     return this.connections.flatMap(connection => connection.requests)
+  }
+
+  /** A client of it that knows nothing of the protocol. */
+  connect(): Socket {
+    return connect(this.socketPath)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -1,0 +1,229 @@
+import { afterEach, describe, expect, it, vi } from 'vitest'
+import { NbdClient } from '../src/index.ts'
+import { type FakeConnection, type FakeRequest, FakeServer, patternDisk, serveDisk } from './fake-server.ts'
+
+const disk = patternDisk(1 << 20)
+const serve = serveDisk(disk)
+
+/** A server that answers only when a test says so. */
+async function heldServer() {
+  const requests: FakeRequest[] = []
+  const waiting: (() => void)[] = []
+  const server = await FakeServer.start({
+    export: { size: disk.length },
+    onRequest: request => {
+      requests.push(request)
+      for (const wake of waiting.splice(0)) wake()
+    },
+  })
+  const connection = (): FakeConnection => {
+    const last = server.connections.at(-1)
+    if (!last) throw new Error('no client is connected')
+    return last
+  }
+  const received = async (count: number): Promise<void> => {
+    while (requests.length < count) await new Promise<void>(resolve => waiting.push(resolve))
+  }
+  return {
+    server,
+    requests,
+    connection,
+    received,
+    [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
+  }
+}
+
+describe('a signal', () => {
+  it('ends a call at once, whether it was sent, half sent or not sent', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const controller = new AbortController()
+    const reason = new Error('enough')
+    const options = { signal: controller.signal }
+    const calls = [
+      client.read(0, Buffer.alloc(512), options),
+      client.write(0, Buffer.alloc(512), options),
+      client.read(0, Buffer.alloc(disk.length), options),
+      ...Array.from({ length: 100 }, () => client.read(0, Buffer.alloc(512), options)),
+    ]
+    const outcomes = Promise.allSettled(calls)
+    await lab.received(3)
+    controller.abort(reason)
+    for (const outcome of await outcomes)
+      expect(outcome).toMatchObject({ reason: { name: 'NbdError', code: 'NBD_ABORTED', cause: reason } })
+  })
+
+  it('that is already aborted sends nothing', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const call = client.read(0, Buffer.alloc(512), { signal: AbortSignal.abort() })
+    await expect(call).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    expect(lab.requests).toEqual([])
+  })
+
+  it('leaves other calls and the connection alone, and the memory to its owner', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const controller = new AbortController()
+    const memory = Buffer.alloc(4096)
+    const given = client.read(0, memory, { signal: controller.signal })
+    const kept = Buffer.alloc(4096)
+    const other = client.read(8192, kept)
+    await lab.received(2)
+    controller.abort()
+    await expect(given).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    memory.fill(0xee)
+    for (const request of lab.requests) serve(request, lab.connection())
+    await other
+    expect(kept.equals(disk.subarray(8192, 12_288))).toBe(true)
+    expect(memory.every(byte => byte === 0xee)).toBe(true)
+    expect(lab.server.connections.length).toBe(1)
+  })
+
+  it('in the middle of a large chunk takes the memory back before the call ends', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const controller = new AbortController()
+    const memory = Buffer.alloc(disk.length)
+    const given = client.read(0, memory, { signal: controller.signal })
+    await lab.received(1)
+    const [request] = lab.requests
+    if (!request) throw new Error('no request')
+    // The socket is receiving right into the caller's memory, and the server stalls.
+    lab.connection().send(dataHeader(request))
+    lab.connection().send(disk.subarray(0, 300_000))
+    await vi.waitUntil(() => memory[299_999] === disk[299_999])
+    controller.abort()
+    await expect(given).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    const before = Buffer.from(memory)
+    lab.connection().send(disk.subarray(300_000))
+    const into = Buffer.alloc(512)
+    const next = client.read(0, into)
+    await lab.received(2)
+    const again = lab.requests[1]
+    if (again) serve(again, lab.connection())
+    await next
+    expect(memory.equals(before)).toBe(true)
+    expect(into.equals(disk.subarray(0, 512))).toBe(true)
+  })
+
+  it('in the middle of a large chunk keeps the connection when the server goes on', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const controller = new AbortController()
+    const memory = Buffer.alloc(disk.length)
+    const given = client.read(0, memory, { signal: controller.signal })
+    await lab.received(1)
+    const [request] = lab.requests
+    if (!request) throw new Error('no request')
+    lab.connection().send(dataHeader(request))
+    lab.connection().send(disk.subarray(0, 300_000))
+    await vi.waitUntil(() => memory[299_999] === disk[299_999])
+    controller.abort()
+    lab.connection().send(disk.subarray(300_000, 300_001))
+    await expect(given).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    memory.fill(0xee)
+    lab.connection().send(disk.subarray(300_001))
+    const into = Buffer.alloc(512)
+    const next = client.read(0, into)
+    await lab.received(2)
+    const again = lab.requests[1]
+    if (again) serve(again, lab.connection())
+    await next
+    expect(into.equals(disk.subarray(0, 512))).toBe(true)
+    expect(memory.every(byte => byte === 0xee)).toBe(true)
+    expect(lab.server.connections.length).toBe(1)
+  })
+})
+
+describe('the timeout', () => {
+  afterEach(() => {
+    vi.useRealTimers()
+  })
+
+  it('ends all calls on a connection whose oldest request makes no progress', async () => {
+    vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, { timeoutMs: 8000 })
+    const calls = [client.read(0, Buffer.alloc(512)), client.write(512, Buffer.alloc(512))]
+    const outcomes = Promise.allSettled(calls)
+    await lab.received(2)
+    vi.advanceTimersByTime(8500)
+    await new Promise(resolve => setImmediate(resolve))
+    expect(lab.server.connections[0]?.socket.destroyed).toBe(false)
+    vi.advanceTimersByTime(600)
+    for (const outcome of await outcomes) expect(outcome).toMatchObject({ reason: { code: 'NBD_TIMEOUT' } })
+  })
+
+  it('begins again with every part of a reply, and with every reply for the next request', async () => {
+    vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, { timeoutMs: 8000 })
+    const memory = Buffer.alloc(100_000)
+    const first = client.read(0, memory)
+    let isSecondDone = false
+    const second = client.read(0, Buffer.alloc(10)).then(() => {
+      isSecondDone = true
+    })
+    await lab.received(2)
+    const [one, two] = lab.requests
+    if (!one || !two) throw new Error('no requests')
+    for (let at = 0; at < 100_000; at += 20_000) {
+      vi.advanceTimersByTime(7000)
+      lab.connection().data(one, at, disk.subarray(at, at + 20_000), at === 80_000)
+      await vi.waitUntil(() => memory[at + 19_999] === disk[at + 19_999])
+    }
+    await first
+    expect(isSecondDone).toBe(false)
+    vi.advanceTimersByTime(7000)
+    serve(two, lab.connection())
+    await second
+  })
+
+  it('is not put off by replies to younger requests', async () => {
+    vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, { timeoutMs: 8000 })
+    const starved = expect(client.read(0, Buffer.alloc(512))).rejects.toMatchObject({ code: 'NBD_TIMEOUT' })
+    for (let round = 1; round <= 3; round++) {
+      const younger = client.read(512, Buffer.alloc(512))
+      await lab.received(1 + round)
+      vi.advanceTimersByTime(2900)
+      const request = lab.requests[round]
+      if (request) serve(request, lab.connection())
+      await younger
+    }
+    vi.advanceTimersByTime(500)
+    await starved
+  })
+
+  it('does not run while nothing is asked', async () => {
+    vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, { timeoutMs: 8000 })
+    const answer = async (count: number) => {
+      const call = client.read(0, Buffer.alloc(512))
+      await lab.received(count)
+      const request = lab.requests[count - 1]
+      if (request) serve(request, lab.connection())
+      await call
+    }
+    await answer(1)
+    vi.advanceTimersByTime(100_000)
+    expect(vi.getTimerCount()).toBe(0)
+    await answer(2)
+    expect(lab.server.connections.length).toBe(1)
+  })
+})
+
+/** The head of a reply that sends a whole read in one chunk. */
+function dataHeader(request: FakeRequest): Buffer {
+  const header = Buffer.alloc(28)
+  header.writeUInt32BE(0x668e33ef, 0)
+  header.writeUInt16BE(1, 4)
+  header.writeUInt16BE(1, 6)
+  request.cookie.copy(header, 8)
+  header.writeUInt32BE(request.length + 8, 16)
+  header.writeBigUInt64BE(BigInt(request.offset), 20)
+  return header
+}
