@@ -20,6 +20,7 @@ const modules = ['virtio_pci', 'virtio_blk', 'virtio_console', 'button', 'evdev'
 const folder = 0o040755
 const file = 0o100644
 const program = 0o100755
+const symbolicLink = 0o120777
 const characterDevice = 0o020600
 
 /**
@@ -45,6 +46,11 @@ export async function buildGuest(target: string): Promise<GuestImage> {
     { path: 'sbin/shutdown', mode: program, data: Buffer.from(guestShutdown) },
     { path: 'bin/writer', mode: program, data: Buffer.from(guestWriter) },
     { path: 'bin/busybox', mode: program, data: await readFile(busybox) },
+    ...(await applets(busybox)).map(name => ({
+      path: `bin/${name}`,
+      mode: symbolicLink,
+      data: Buffer.from('busybox'),
+    })),
     { path: 'usr/sbin/qemu-ga', mode: program, data: await readFile(agent) },
     {
       path: 'lib/guest-modules',
@@ -113,6 +119,12 @@ async function readModule(name: string): Promise<Uint8Array> {
   if (!name.endsWith('.xz')) return readFile(name)
   return (await execa('xz', ['--decompress', '--stdout', name], { encoding: 'buffer', timeout: 30_000 }))
     .stdout
+}
+
+/** The commands that busybox has. */
+async function applets(busybox: string): Promise<string[]> {
+  const { stdout } = await execa(busybox, ['--list'], { timeout: 30_000 })
+  return stdout.split('\n').filter(name => name !== 'busybox')
 }
 
 /** The shared libraries of a program, the dynamic linker among them. */

@@ -17,7 +17,6 @@ export const agentFlag = 'varve.agent'
  */
 export const guestInit: string = `#!/bin/busybox sh
 export PATH=/bin:/sbin:/usr/sbin
-/bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -30,9 +29,9 @@ mkfifo /run/done
 exec 4<>/run/done
 
 port() {
-  for name in /sys/class/virtio-ports/*/name; do
-    [ -e "$name" ] && [ "$(cat "$name")" = "$1" ] && basename "$(dirname "$name")" && return
-  done
+  for folder in /sys/class/virtio-ports/*; do
+    read -r name < "$folder/name" && [ "$name" = "$1" ] && echo "\${folder##*/}" && return
+  done 2> /dev/null
   return 1
 }
 

@@ -118,7 +118,7 @@ export class LabDomain {
 
   /** The id of the domain's QEMU process, as seen from outside of the lab's process namespace. */
   async qemuPid(): Promise<number> {
-    const pid = await findProcess(this.#files.commandSocket)
+    const pid = await findProcess(`\0guest=${this.name},`, this.#lab.guest.kernel)
     if (pid === undefined) throw new Error(`${this.name} has no QEMU process.`)
     return pid
   }

@@ -1,13 +1,13 @@
 import { readdir, readFile } from 'node:fs/promises'
 
-/** The id of the process that has `text` in its command line, other than this one. */
-export async function findProcess(text: string): Promise<number | undefined> {
+/** The id of the process that has all of `texts` in its command line, other than this one. */
+export async function findProcess(...texts: string[]): Promise<number | undefined> {
   for (const name of await readdir('/proc')) {
     const pid = Number(name)
     if (!Number.isInteger(pid) || pid === process.pid) continue
     // A process may end while we look.
     const commandLine = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
-    if (commandLine.includes(text)) return pid
+    if (texts.every(text => commandLine.includes(text))) return pid
   }
   return undefined
 }
