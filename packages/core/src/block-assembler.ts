@@ -17,8 +17,7 @@ export interface BlockRun {
 }
 
 /**
- * Cuts a download into blocks, in slots of a pool: it waits while the pool is empty. A chunk that is exactly a
- * block is passed on as it is; others are gathered.
+ * Cuts a download into blocks, in slots of a pool: it waits while the pool is empty.
  */
 export class BlockAssembler implements DownloadSink {
   readonly #run: BlockRun
@@ -56,12 +55,8 @@ export class BlockAssembler implements DownloadSink {
     const { blockSize, size, pool } = this.#run
     const length = Math.min(blockSize, size - this.#block * blockSize)
     const part = chunk.subarray(0, length - this.#filled)
-    if (part.length === length && chunk.buffer.byteLength === length) {
-      slot.adopt(chunk)
-    } else {
-      if (this.#filled === 0) slot.allocate(length, pool.blockSize)
-      slot.bytes.set(part, this.#filled)
-    }
+    if (this.#filled === 0) slot.allocate(length, pool.blockSize)
+    slot.bytes.set(part, this.#filled)
     this.#filled += part.length
     if (this.#filled === length) {
       const block = this.#block++

@@ -12,12 +12,6 @@ export class BlockSlot {
     this.bytes = this.#own.subarray(0, length)
     return this.bytes
   }
-
-  /** Holds somebody else's bytes instead of its own, so that they need not be copied. */
-  adopt(bytes: Uint8Array): void {
-    this.#own = undefined // never two blocks of memory in one slot
-    this.bytes = bytes
-  }
 }
 
 interface Waiting {

@@ -1,4 +1,4 @@
-import { addAbortSignal, type Readable } from 'node:stream'
+import { addAbortSignal } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { ByteRange, StorageDriver } from './storage.ts'
@@ -24,7 +24,7 @@ export interface DownloadOptions {
 
 /** Where the bytes of a download go. */
 export interface DownloadSink {
-  /** Takes the next chunk; the one after it is read when the promise resolves. */
+  /** Takes the next chunk, and is done with its memory when the promise resolves. */
   write(chunk: Uint8Array): Promise<void>
   /** Drops what is not complete; returns the offset in the object from which the next try begins. */
   restart(): number
@@ -65,13 +65,14 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
   }, stallMs)
   const signal = AbortSignal.any([options.signal, stall.signal])
   try {
-    const stream: Readable = addAbortSignal(signal, await storage.get(key, { range, signal }))
+    const stream = addAbortSignal(signal, await storage.get(key, { range, signal }))
     for await (const chunk of stream) {
       timer.refresh()
       received += chunk.length
       if (received > range.end - range.start) throw ranOver(key, range)
       writing = true
       await sink.write(chunk)
+      stream.recycle?.(chunk)
       writing = false
     }
   } catch (error) {

@@ -20,7 +20,7 @@ export async function loadObject(options: LoadOptions): Promise<Buffer> {
   let received = 0
   await download(options, {
     async write(chunk) {
-      chunks.push(chunk)
+      chunks.push(Uint8Array.prototype.slice.call(chunk)) // its memory is used again
       received += chunk.byteLength
       onBytes?.(chunk.byteLength)
     },

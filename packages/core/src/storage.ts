@@ -65,6 +65,15 @@ export interface GetOptions {
   signal?: AbortSignal
 }
 
+/** The bytes of an object, as {@link StorageDriver.get} opens them. */
+export interface ObjectStream extends Readable {
+  /**
+   * Optional: a consumer that is done with a chunk gives it back, so that its memory is used again. A chunk
+   * given back must not be touched any more.
+   */
+  recycle?(chunk: Uint8Array): void
+}
+
 /** Options of the calls that move no data. */
 export interface CallOptions {
   /** Ends the call with `ABORTED`. */
@@ -138,7 +147,7 @@ export interface StorageDriver extends AsyncDisposable {
    */
   put(key: string, body: UploadBody | Readable, options?: PutOptions): Promise<StoredObject>
   /** Opens an object, or a range of it. `OBJECT_NOT_FOUND` where there is none. The caller ends or destroys the stream. */
-  get(key: string, options?: GetOptions): Promise<Readable>
+  get(key: string, options?: GetOptions): Promise<ObjectStream>
   /** The object's size and time, or undefined where there is none. */
   stat(key: string, options?: CallOptions): Promise<StoredObject | undefined>
   /**

@@ -5,6 +5,7 @@ import {
   type ByteRange,
   type DriverCapabilities,
   type GetOptions,
+  type ObjectStream,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -44,7 +45,7 @@ export class MemoryStorage implements StorageDriver {
     return { key, size: bytes.length }
   }
 
-  async get(key: string, { range, signal }: GetOptions = {}): Promise<Readable> {
+  async get(key: string, { range, signal }: GetOptions = {}): Promise<ObjectStream> {
     signal?.throwIfAborted()
     const object = this.objects.get(key)
     if (!object) throw new VarveError('OBJECT_NOT_FOUND', `There is no ${key}.`, { context: { key } })
@@ -61,7 +62,9 @@ export class MemoryStorage implements StorageDriver {
         yield chunk
       }
     }
-    return Readable.from(chunks(object), { highWaterMark: 1, ...(signal && { signal }) })
+    const stream = Readable.from(chunks(object), { highWaterMark: 1, ...(signal && { signal }) })
+    // What is given back is overwritten at once, so that a late use of it is seen.
+    return Object.assign(stream, { recycle: (chunk: Uint8Array) => void chunk.fill(0xee) })
   }
 
   async stat(key: string): Promise<StoredObject | undefined> {

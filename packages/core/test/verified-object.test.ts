@@ -77,22 +77,6 @@ test('a run of blocks is one download, and the cached block is none', async () =
   ])
 })
 
-test('a chunk that is exactly a block is passed on without being copied', async () => {
-  const { storage, pool, open } = stored(3_500, { chunkSize: BLOCK })
-  const chunks = new Set<ArrayBufferLike>()
-  const object = await open()
-  const get = storage.get.bind(storage)
-  storage.get = async (key, options) =>
-    (await get(key, options)).on('data', (chunk: Buffer) => chunks.add(chunk.buffer)).pause()
-  const seen: ArrayBufferLike[] = []
-  const take = (_: number, slot: BlockSlot): void => {
-    seen.push(slot.bytes.buffer)
-    pool.release(slot)
-  }
-  await object.fetch(0, 4, take, signal)
-  expect(seen).toStrictEqual([...chunks])
-})
-
 test('a block that is not what was stored is named, and those before it are handed over', async () => {
   const { storage, pool, open } = stored(9_500)
   const object = await open()

@@ -1,6 +1,6 @@
 import type { FileHandle } from 'node:fs/promises'
 import { Readable } from 'node:stream'
-import { abortError, type ByteRange, VarveError } from '@varve/core'
+import { abortError, type ByteRange, type ObjectStream, VarveError } from '@varve/core'
 import { localError } from './local-error.ts'
 
 const CHUNK_SIZE = 1024 * 1024
@@ -9,14 +9,16 @@ const CHUNK_SIZE = 1024 * 1024
  * The bytes of an open file as a stream, which owns the file from here on. Unlike a stream of `node:fs` it
  * fails when the file ends before the range does.
  */
-export class FileStream extends Readable {
+export class FileStream extends Readable implements ObjectStream {
   readonly #file: FileHandle
   readonly #path: string
   readonly #end: number
+  readonly #lent = new WeakSet<ArrayBufferLike>()
+  readonly #free: Buffer[] = []
   #position: number
 
   constructor(file: FileHandle, path: string, range: ByteRange, signal?: AbortSignal) {
-    super({ highWaterMark: 2 * CHUNK_SIZE })
+    super({ highWaterMark: CHUNK_SIZE }) // one chunk waits while the next is read: none are joined, which copies
     if (signal) {
       const giveUp = () => this.destroy(abortError(signal))
       signal.addEventListener('abort', giveUp, { once: true })
@@ -35,15 +37,17 @@ export class FileStream extends Readable {
     )
   }
 
+  recycle(chunk: Uint8Array): void {
+    const { buffer } = chunk
+    if (!this.#lent.delete(buffer)) return // not ours, or given back before
+    this.#free.push(Buffer.from(buffer))
+  }
+
   async #readChunk(): Promise<Uint8Array | null> {
     const length = Math.min(CHUNK_SIZE, this.#end - this.#position)
     if (length <= 0) return null
-    const { bytesRead, buffer } = await this.#file.read(
-      Buffer.allocUnsafeSlow(length),
-      0,
-      length,
-      this.#position,
-    )
+    const memory = this.#free.pop() ?? Buffer.allocUnsafeSlow(CHUNK_SIZE)
+    const { bytesRead } = await this.#file.read(memory, 0, length, this.#position)
     if (bytesRead === 0) {
       throw new VarveError(
         'STORAGE_FAILED',
@@ -52,7 +56,8 @@ export class FileStream extends Readable {
       )
     }
     this.#position += bytesRead
-    return buffer.subarray(0, bytesRead)
+    this.#lent.add(memory.buffer)
+    return memory.subarray(0, bytesRead)
   }
 
   override _destroy(error: Error | null, done: (error?: Error | null) => void): void {
