@@ -8,7 +8,7 @@ import type {
   ManifestFile,
   ObjectDigest,
 } from './manifest.ts'
-import { isInstanceName, MANIFEST_FILE } from './storage-layout.ts'
+import { MANIFEST_FILE } from './storage-layout.ts'
 
 /** A check of every field of `T`, the optional ones too: `satisfies` keeps schema and interface from drifting apart. */
 type FieldsOf<T> = { [K in keyof Required<T>]: z.ZodType<T[K]> }
@@ -86,10 +86,8 @@ const manifest = z.object({
   chain: backupId.describe('id of the full backup that the chain began with'),
   parent: backupId.exactOptional(),
   kind: z.enum(['full', 'incremental']),
-  instance: z.object({
-    name: z.string().refine(isInstanceName, 'is no instance name'),
-    uuid: z.guid().exactOptional(),
-  }),
+  // The name is compared with the folder's, which is one.
+  instance: z.object({ name: z.string(), uuid: z.guid().exactOptional() }),
   startedAt: time,
   frozenAt: time.describe('the moment that the backup shows'),
   finishedAt: time,
@@ -130,8 +128,6 @@ function* contradictions(value: BackupManifest): Generator<Contradiction> {
     if (parent === undefined) yield { path: ['parent'], message: 'an incremental backup has a parent' }
     else if (parent >= id) yield { path: ['parent'], message: 'the parent is older than the backup' }
     else if (parent < chain) yield { path: ['chain'], message: 'the chain is no younger than the parent' }
-    if (chain === id)
-      yield { path: ['chain'], message: 'an incremental backup is in the chain of a full one' }
     if (!value.disks.some(disk => disk.kind === 'incremental')) {
       yield { path: ['disks'], message: 'an incremental backup has an incremental disk' }
     }

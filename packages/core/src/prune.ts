@@ -57,6 +57,8 @@ export interface PruneReport {
   readonly damaged: readonly DamagedBackup[]
   /** Leftovers that were removed. */
   readonly garbage: readonly GarbageFolder[]
+  /** Unfinished uploads that the storage removed; a dry run does not ask for them. */
+  readonly unfinishedUploads: number
 }
 
 /** Removes what a policy does not keep, children before their parents; then garbage. */
@@ -83,7 +85,7 @@ export async function prune(
     ({ folder }) => !damagedChains.has(chainOf(folder)),
   )
 
-  const plan = { dryRun, kept, removed, damaged, garbage }
+  const plan = { dryRun, kept, removed, damaged, garbage, unfinishedUploads: 0 }
   return dryRun ? plan : carryOut(storage, plan, catalog, garbageAgeMs, signal)
 }
 
@@ -111,7 +113,9 @@ async function carryOut(
     await removeFolder(storage, leftover.folder, signal)
     garbage.push(leftover)
   }
-  return { ...plan, kept: [...plan.kept, ...spared], removed, garbage }
+  const olderThan = new Date(Date.now() - garbageAgeMs)
+  const unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0
+  return { ...plan, kept: [...plan.kept, ...spared], removed, garbage, unfinishedUploads }
 }
 
 /** Whether a backup was published in a chain since it was read: it may rest on one that is about to go. */

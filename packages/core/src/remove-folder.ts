@@ -14,7 +14,8 @@ export async function removeFolder(
   if (signal.aborted) throw abortError(signal)
   await storage.delete(`${folder}/${MANIFEST_FILE}`, { signal })
   const keys: string[] = []
-  for await (const { key } of storage.list(`${folder}/`, { signal })) keys.push(key)
+  for await (const { key } of storage.list(`${folder}/`, { signal }))
+    if (key.startsWith(`${folder}/`)) keys.push(key)
   for (const key of keys) {
     if (signal.aborted) throw abortError(signal)
     await storage.delete(key, { signal })
