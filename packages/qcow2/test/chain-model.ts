@@ -28,6 +28,9 @@ export function memoryFile(bytes: Uint8Array): ImageFile {
   return { size: bytes.length, read: memoryGuest(bytes).read }
 }
 
+/** What an increment rests on. */
+export const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
+
 /** One layer as the test wants it: a kind for each run of clusters. */
 export interface LayerPlan {
   readonly clusterSize: number
@@ -86,6 +89,13 @@ export function nextDisk(parent: Uint8Array | undefined, layer: LayerPlan): Buff
     at = end
   }
   return disk
+}
+
+/** Runs as a list. */
+export function listOf(...runs: readonly (readonly [number, ExtentKind])[]): ExtentList {
+  const list = new ExtentList()
+  for (const [length, kind] of runs) list.append(length, kind)
+  return list
 }
 
 /** The extents of a layer. */

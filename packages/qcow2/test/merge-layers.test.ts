@@ -1,11 +1,18 @@
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { ExtentKind, type LayeredExtents, mergeLayers, openImage, type Qcow2Image } from '../src/index.ts'
-import { compose, type LayerPlan, layerPlans, memoryFile, nextDisk, readMerged } from './chain-model.ts'
+import {
+  BACKING,
+  compose,
+  type LayerPlan,
+  layerPlans,
+  memoryFile,
+  nextDisk,
+  readMerged,
+} from './chain-model.ts'
 
 const { unallocated, zero, data } = ExtentKind
 const KIB = 1024
-const BACKING = { name: '../x/vda.qcow2', format: 'qcow2' } as const
 
 interface Chain {
   /** Newest first, as the merge wants them. */

@@ -1,11 +1,10 @@
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { ExtentKind, type ImageFile, openImage, type Qcow2Image } from '../src/index.ts'
-import { compose, type LayerPlan, layerPlans, memoryFile, nextDisk } from './chain-model.ts'
+import { BACKING, compose, type LayerPlan, layerPlans, memoryFile, nextDisk } from './chain-model.ts'
 import { walk } from './spec-walk.ts'
 
 const MIB = 2 ** 20
-const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
 const COPIED = 1n << 63n
 
 /** A file that fails the test when it is read outside its bounds, in large pieces, or more than once anywhere. */

@@ -9,12 +9,19 @@ import {
   openImage,
   planImage,
 } from '../src/index.ts'
-import { compose, extentsAsArray, extentsOf, layerPlans, memoryFile, nextDisk } from './chain-model.ts'
+import {
+  BACKING,
+  compose,
+  extentsAsArray,
+  extentsOf,
+  layerPlans,
+  memoryFile,
+  nextDisk,
+} from './chain-model.ts'
 import { ControlledGuest } from './controlled-guest.ts'
 
 const { unallocated, zero, data } = ExtentKind
 const MIB = 2 ** 20
-const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
 
 /** The file of an image whose data nobody reads; notes what is read of it. */
 function metadataFile(

@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest'
 import { ExtentKind, openImage, type Qcow2Image } from '../src/index.ts'
-import { compose, extentsAsArray, type LayerPlan, memoryFile, nextDisk } from './chain-model.ts'
+import { BACKING, compose, extentsAsArray, type LayerPlan, memoryFile, nextDisk } from './chain-model.ts'
 
 const { unallocated, zero, data } = ExtentKind
 const CLUSTER = 4096
@@ -22,7 +22,6 @@ const PLAN: LayerPlan = {
   seed: 1,
 }
 const DISK = nextDisk(undefined, PLAN)
-const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
 const { file: IMAGE, layout: LAYOUT } = await compose(PLAN, DISK, BACKING)
 const { file: FULL } = await compose(PLAN, DISK)
 

@@ -1,20 +1,22 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { ComposedImage, ExtentKind, ExtentList, type ImageOptions, planImage } from '../src/index.ts'
-import { compose, extentsOf, type LayerPlan, layerPlans, memoryGuest, nextDisk } from './chain-model.ts'
+import {
+  BACKING,
+  compose,
+  extentsOf,
+  type LayerPlan,
+  layerPlans,
+  listOf,
+  memoryGuest,
+  nextDisk,
+} from './chain-model.ts'
 import { checkRefcounts, walk } from './spec-walk.ts'
 
 const { unallocated, zero, data } = ExtentKind
 const KIB = 1024
 const MIB = 1024 * KIB
 const TIB = 1024 * 1024 * MIB
-const BACKING = { name: '../0/vda.qcow2', format: 'qcow2' } as const
-
-function listOf(...runs: [number, ExtentKind][]): ExtentList {
-  const list = new ExtentList()
-  for (const [length, kind] of runs) list.append(length, kind)
-  return list
-}
 
 function refused(extents: ExtentList, options: ImageOptions, message: RegExp): void {
   expect(() => planImage(extents, options)).toThrow(
@@ -40,27 +42,6 @@ test('every random image reads back as the disk, counts each cluster once, and h
       },
     ),
     { numRuns: 200 },
-  )
-})
-
-test('data lies in ascending guest order right after the metadata, and the layout says where', async () => {
-  await fc.assert(
-    fc.asyncProperty(layerPlans(14, MIB), async plan => {
-      const { layout, file } = await compose(plan, nextDisk(undefined, plan), BACKING)
-      let next = layout.dataStart
-      for (const [cluster, place] of walk(file).clusters.entries()) {
-        const at = cluster * layout.clusterSize
-        const last = Math.min(at + layout.clusterSize, layout.virtualSize) - 1
-        if (typeof place === 'number') {
-          expect(place).toBe(next)
-          next += layout.clusterSize
-          expect([layout.fileOffset(at), layout.fileOffset(last)]).toEqual([place, place + last - at])
-        } else expect([layout.fileOffset(at), layout.fileOffset(last)]).toEqual([undefined, undefined])
-      }
-      expect([layout.fileSize, layout.dataLength]).toEqual([next, next - layout.dataStart])
-      expect(layout.fileOffset(layout.virtualSize)).toBeUndefined()
-      expect(layout.fileOffset(-1)).toBeUndefined()
-    }),
   )
 })
 
@@ -100,46 +81,6 @@ test('a layout does not change when the list that it was planned from goes on', 
   const after = Buffer.alloc(layout.dataStart)
   layout.readMetadata(0, after)
   expect(after.equals(before)).toBe(true)
-})
-
-describe('the header', () => {
-  function headerOf(extents: ExtentList, options: ImageOptions): Buffer {
-    const layout = planImage(extents, options)
-    const cluster = Buffer.alloc(layout.clusterSize, 0xee)
-    layout.readMetadata(0, cluster)
-    return cluster
-  }
-
-  test('is, for a full image, that of the specification', () => {
-    const header = headerOf(listOf([200_000, data]), {})
-    const expected = Buffer.alloc(65536)
-    expected.write('QFI\xfb', 0, 'latin1')
-    expected.writeUInt32BE(3, 4) // version
-    expected.writeUInt32BE(16, 20) // cluster bits
-    expected.writeBigUInt64BE(200_192n, 24) // size, whole sectors
-    expected.writeUInt32BE(1, 36) // L1 entries
-    expected.writeBigUInt64BE(3n * 65536n, 40) // L1 table
-    expected.writeBigUInt64BE(65536n, 48) // refcount table
-    expected.writeUInt32BE(1, 56) // its clusters
-    expected.writeUInt32BE(4, 96) // 16-bit refcounts
-    expected.writeUInt32BE(112, 100) // header length
-    expect(header.equals(expected)).toBe(true)
-  })
-
-  test.each([
-    { format: 'qcow2', extension: 'e2792aca0000000571636f7732000000' },
-    { format: 'raw', extension: 'e2792aca000000037261770000000000' },
-  ] as const)('names a backing file and its format $format', ({ format, extension }) => {
-    const header = headerOf(listOf([4096, data]), {
-      clusterSize: 4096,
-      backing: { name: '../é/vda', format },
-    })
-    expect(header.toString('hex', 112, 136)).toBe(`${extension}${'00'.repeat(8)}`)
-    expect(header.readBigUInt64BE(8)).toBe(136n)
-    expect(header.readUInt32BE(16)).toBe(9)
-    expect(header.toString('utf8', 136, 145)).toBe('../é/vda')
-    expect(header.subarray(145).every(byte => byte === 0)).toBe(true)
-  })
 })
 
 describe('zeros', () => {
@@ -286,79 +227,5 @@ describe('limits', () => {
   test('a backing format is qcow2 or raw', () => {
     const backing = { name: 'a', format: 'vmdk' as 'raw' }
     refused(new ExtentList(), { backing }, /^Not a backing format: vmdk/)
-  })
-})
-
-describe('metadata on demand', () => {
-  test('any range of it is a slice of the whole', () => {
-    fc.assert(
-      fc.property(layerPlans(13, MIB), fc.nat(), fc.nat(), fc.boolean(), (plan, a, b, hasParent) => {
-        const options = { clusterSize: plan.clusterSize, ...(hasParent ? { backing: BACKING } : {}) }
-        const layout = planImage(extentsOf(plan), options)
-        const whole = Buffer.alloc(layout.dataStart, 0xee)
-        layout.readMetadata(0, whole)
-        const start = a % layout.dataStart
-        const part = Buffer.alloc(b % (layout.dataStart - start + 1), 0xee)
-        layout.readMetadata(start, part)
-        expect(part.equals(whole.subarray(start, start + part.length))).toBe(true)
-      }),
-      { numRuns: 500 },
-    )
-  })
-
-  test('pieces of any few bytes make up the whole', () => {
-    const layout = planImage(listOf([4096 * 700, data], [4096 * 3, unallocated], [4096, zero], [9, data]), {
-      clusterSize: 4096,
-      backing: BACKING,
-    })
-    const whole = Buffer.alloc(layout.dataStart)
-    layout.readMetadata(0, whole)
-    for (const size of [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097]) {
-      const pieces = Buffer.alloc(layout.dataStart, 0xee)
-      for (let at = 0; at < pieces.length; at += size) layout.readMetadata(at, pieces.subarray(at, at + size))
-      expect(pieces.equals(whole), `pieces of ${size}`).toBe(true)
-    }
-  })
-
-  test('it ends where the data begins', () => {
-    const layout = planImage(listOf([65536, data]))
-    layout.readMetadata(layout.dataStart - 1, Buffer.alloc(1))
-    layout.readMetadata(layout.dataStart, Buffer.alloc(0))
-    for (const [start, length] of [
-      [layout.dataStart, 1],
-      [layout.dataStart - 1, 2],
-      [-1, 1],
-      [0.5, 1],
-    ] as const)
-      expect(() => layout.readMetadata(start, Buffer.alloc(length))).toThrow(
-        expect.objectContaining({ code: 'QCOW2_ARGUMENT' }),
-      )
-  })
-
-  test('the tables of a disk that is spread thin are found among millions of L1 entries', () => {
-    const gap = 64 * 1024 * MIB
-    const list = new ExtentList()
-    for (let i = 0; i < 100; i++) {
-      list.append(8192, i % 3 === 0 ? zero : data)
-      list.append(gap - 8192, unallocated)
-    }
-    const layout = planImage(list, { clusterSize: 4096, backing: BACKING })
-    const read = (at: number): bigint => {
-      const entry = Buffer.alloc(8)
-      layout.readMetadata(at, entry)
-      return entry.readBigUInt64BE() & 0x00fffffffffffe00n
-    }
-    const header = Buffer.alloc(4096)
-    layout.readMetadata(0, header)
-    const l1 = Number(header.readBigUInt64BE(40))
-    for (let i = 0; i < 100; i++) {
-      const index = (i * gap) / (2 * MIB)
-      const l2 = Number(read(l1 + index * 8))
-      expect(l2).toBe(layout.dataStart - (100 - i) * 4096)
-      expect([read(l1 + index * 8 - 8), read(l1 + index * 8 + 8)].slice(i === 0 ? 1 : 0)).toEqual(
-        i === 0 ? [0n] : [0n, 0n],
-      )
-      expect(Number(read(l2 + 8))).toBe(layout.fileOffset(i * gap + 4096) ?? 0)
-    }
   })
 })
