@@ -29,6 +29,7 @@ export {
   type RestoreRequest,
   type RestoreResult,
 } from './restore-pipeline.ts'
+export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
 export type { RetentionPolicy, RetentionReason } from './retention.ts'
 export type { RunOptions } from './run-options.ts'
 export * from './storage.ts'
