@@ -1,5 +1,5 @@
 import { isBackupId } from './backup-id.ts'
-import { abortError, isVarveError, VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
 import { loadObject } from './load-object.ts'
 import { type BackupManifest, MANIFEST_MAX_BYTES, parseManifest } from './manifest.ts'
@@ -161,10 +161,7 @@ async function listObjects(
   signal: AbortSignal,
 ): Promise<Map<string, StoredObject>> {
   const objects = new Map<string, StoredObject>()
-  for await (const object of storage.list(prefix, { signal })) {
-    if (signal.aborted) throw abortError(signal)
-    objects.set(object.key, object)
-  }
+  for await (const object of storage.list(prefix, { signal })) objects.set(object.key, object)
   return objects
 }
 

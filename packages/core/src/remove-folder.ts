@@ -1,4 +1,3 @@
-import { abortError } from './errors.ts'
 import type { StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
 
@@ -11,13 +10,11 @@ export async function removeFolder(
   folder: string,
   signal: AbortSignal,
 ): Promise<void> {
-  if (signal.aborted) throw abortError(signal)
   await storage.delete(`${folder}/${MANIFEST_FILE}`, { signal })
   const keys: string[] = []
   for await (const { key } of storage.list(`${folder}/`, { signal }))
     if (key.startsWith(`${folder}/`)) keys.push(key)
   for (const key of keys) {
-    if (signal.aborted) throw abortError(signal)
     await storage.delete(key, { signal })
   }
 }
