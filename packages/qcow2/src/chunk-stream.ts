@@ -35,7 +35,7 @@ export class ChunkStream extends Readable {
     this.#source = source
     this.#next = source.start
     if (source.signal?.aborted) this.#giveUp()
-    else source.signal?.addEventListener('abort', this.#giveUp, { once: true })
+    else source.signal?.addEventListener('abort', this.#giveUp)
   }
 
   override _read(): void {
@@ -47,7 +47,6 @@ export class ChunkStream extends Readable {
     this.#source.signal?.removeEventListener('abort', this.#giveUp)
     this.#abort.abort(error ?? undefined)
     for (const slot of this.#slots) if (slot.filled) this.#source.pool.give(slot.chunk)
-    this.#slots.length = 0
     callback(error)
   }
 
@@ -63,7 +62,6 @@ export class ChunkStream extends Readable {
       if (!this.#wanted) return
       const slot = this.#slots[0]
       if (!slot) {
-        this.#wanted = false
         this.push(null)
         return
       }
