@@ -1,0 +1,185 @@
+import { join } from 'node:path'
+import { type BackupManifest, type Host, LibvirtHost } from '@varve/core'
+import {
+  createQcow2,
+  type GuestProcess,
+  type GuestWriter,
+  type LabDomain,
+  type LibvirtLab,
+  sha256Content,
+  writerBlockSize,
+} from '@varve/testkit/lab'
+import type { Screen } from './screen.ts'
+import { assert } from './story.ts'
+import type { Subject } from './subject.ts'
+import { writtenPrefix } from './written-prefix.ts'
+
+const MEBIBYTE = 1024 * 1024
+const SIZES = { vda: 96 * MEBIBYTE, vdb: 32 * MEBIBYTE }
+
+/** A booted guest: a file system on vda, and a writer that never rests on vdb. */
+export class GuestSubject implements Subject {
+  readonly instance = 'web-1'
+  readonly host: Host
+  readonly disks: Readonly<Record<string, string>>
+  readonly titles = {
+    prepare: 'Boot a guest under libvirt and let it write',
+    full: 'Full backup of the running guest, while it writes to both disks',
+    change: 'Change, zero and trim in the guest',
+    ruin: 'Disaster: the guest overwrites its own disks',
+    restore: 'Restore over the virtual machine and boot it',
+  }
+  readonly #vm: LabDomain
+  readonly #screen: Screen
+  #writer: GuestWriter | undefined
+  #flushed = 0
+  #proven = ''
+
+  private constructor(lab: LibvirtLab, vm: LabDomain, disks: Record<string, string>, screen: Screen) {
+    this.host = new LibvirtHost({ uri: lab.uri })
+    this.disks = disks
+    this.#vm = vm
+    this.#screen = screen
+  }
+
+  /** Defines the guest; its disks are in `folder`. */
+  static async create(lab: LibvirtLab, folder: string, screen: Screen): Promise<GuestSubject> {
+    const disks = { vda: join(folder, 'vda.qcow2'), vdb: join(folder, 'vdb.qcow2') }
+    await createQcow2(disks.vda, SIZES.vda)
+    await createQcow2(disks.vdb, SIZES.vdb)
+    const vm = await lab.createDomain({
+      name: 'web-1',
+      disks: Object.entries(disks).map(([target, path]) => ({
+        target,
+        path,
+        format: 'qcow2',
+        discard: 'unmap',
+      })),
+    })
+    return new GuestSubject(lab, vm, disks, screen)
+  }
+
+  async prepare(): Promise<void> {
+    const { step } = this.#bound()
+    await step('Linux boots: vda 96 MiB, vdb 32 MiB, software emulation', () => this.#vm.boot())
+    await step('A file system on vda, with 48 MiB of files of random data', () =>
+      this.#vm.run(`
+        mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && mkdir /mnt/files || exit 1
+        for n in 1 2 3 4; do dd if=/dev/urandom of=/mnt/files/photo-$n bs=1M count=12 || exit 1; done; sync`),
+    )
+    this.#writer = this.#vm.startWriter({ device: '/dev/vdb', blocks: SIZES.vdb / writerBlockSize })
+    await step('A writer begins: blocks all over vdb, each flushed, until the last backup', () =>
+      this.#writing().waitForWrites(5),
+    )
+  }
+
+  async during(backup: () => Promise<BackupManifest>): Promise<BackupManifest> {
+    const before = this.#writer ? (await this.#writer.writes()).length : 0
+    const isFull = this.#flushed === 0
+    this.#flushed = before
+    const copying: GuestProcess | undefined = isFull
+      ? this.#vm.spawn(
+          'n=0; while [ ! -e /run/copied ]; do n=$((n + 1)); dd if=/dev/urandom of=/mnt/files/live-$n bs=64k count=4 conv=fsync || exit 1; done',
+        )
+      : undefined
+    const manifest = await backup()
+    if (copying) {
+      await this.#vm.run('touch /run/copied')
+      assert((await copying.result).exitCode === 0, 'The guest could not write during the backup.')
+      const { stdout } = await this.#vm.run('ls /mnt/files | grep -c live')
+      this.#screen.note(`meanwhile the guest wrote ${stdout.trim()} new files`)
+    }
+    if (this.#writer) {
+      const after = (await this.#writer.writes()).length
+      this.#screen.note(`and ${after - before} blocks of vdb, flushed one by one`)
+    }
+    return manifest
+  }
+
+  async change(round: number): Promise<void> {
+    const { step } = this.#bound()
+    await step('Changes a part of photo-1, and writes a new file', () =>
+      this.#vm.run(`
+        grep -q ' /mnt ' /proc/mounts || mount -t ext4 /dev/vda /mnt || exit 1
+        dd if=/dev/urandom of=/mnt/files/photo-1 bs=64k seek=${round * 20} count=16 conv=notrunc || exit 1
+        dd if=/dev/urandom of=/mnt/files/new-${round} bs=1M count=1 conv=fsync`),
+    )
+    if (round > 2) return
+    await step('Zeroes 4 MiB in the middle of photo-2', () =>
+      this.#vm.run(
+        `dd if=/dev/zero of=/mnt/files/photo-2 bs=1M seek=${round * 5} count=4 conv=notrunc,fsync`,
+      ),
+    )
+    const { stdout } = await step(`Deletes photo-${5 - round} and trims the file system`, () =>
+      this.#vm.run(`rm /mnt/files/photo-${5 - round} && sync && fstrim -v /mnt`),
+    )
+    this.#screen.note(stdout.trim())
+    await step('Writes down the SHA-256 of each file, and unmounts', () =>
+      this.#vm.run('cd /mnt/files && sha256sum * > ../SUMS && cd / && umount /mnt'),
+    )
+  }
+
+  async sum(): Promise<string> {
+    const { stdout } = await this.#vm.run('echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda', {
+      timeoutMs: 180_000,
+    })
+    return stdout.slice(0, 64)
+  }
+
+  async proveOthers(restored: Readonly<Record<string, string>>): Promise<string[]> {
+    const { step } = this.#bound()
+    const path = restored.vdb ?? ''
+    const writer = this.#writing()
+    const writes = await writer.stop()
+    this.#writer = undefined
+    const shown = await step(`Looks for the guest's ${writes.length} writes in the restored vdb`, () =>
+      writtenPrefix(path, writer, writes),
+    )
+    assert(shown !== undefined, "The restored vdb holds something else than the guest's first writes.")
+    assert(shown >= this.#flushed, `Of ${this.#flushed} flushed writes the backup holds ${shown}.`)
+    this.#proven = await sha256Content(path, 'qcow2')
+    return [
+      `the restored vdb is exactly the guest's first ${shown} of ${writes.length} writes, and all ${this.#flushed} flushed before the backup`,
+    ]
+  }
+
+  async ruin(): Promise<void> {
+    const { step } = this.#bound()
+    await step('dd if=/dev/urandom of=/dev/vda; blkdiscard /dev/vdb', () =>
+      this.#vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=24 conv=fsync && blkdiscard /dev/vdb'),
+    )
+  }
+
+  async proveRestored(sum: string): Promise<string[]> {
+    const { step } = this.#bound()
+    await step('Linux boots from what was restored', () => this.#vm.waitForBoot())
+    const found = await step('SHA-256 of vda, taken in the guest', () => this.sum())
+    this.#screen.note(found)
+    assert(found === sum, `In the guest vda has the SHA-256 ${found}, not ${sum}.`)
+    const { stdout: other } = await step('SHA-256 of vdb, taken in the guest', () =>
+      this.#vm.run('sha256sum /dev/vdb'),
+    )
+    assert(other.startsWith(this.#proven), 'In the guest vdb is not what the backup holds.')
+    const { stdout } = await step('The guest mounts vda and checks every file: sha256sum -c', () =>
+      this.#vm.run(
+        'mount -t ext4 /dev/vda /mnt && cd /mnt/files && sha256sum -c ../SUMS > /run/ok && wc -l < /run/ok && ls | grep -c live',
+        { timeoutMs: 180_000 },
+      ),
+    )
+    const [files, live] = stdout.trim().split('\n').map(Number)
+    assert(files !== undefined && files > 5 && live !== undefined && live > 0, `It checked: ${stdout}`)
+    return [
+      `the restored guest boots, and reads vda with the same SHA-256 as before its backup, and vdb as well`,
+      `in the guest all ${files} files pass sha256sum -c, and ${live} of them were written during the full backup`,
+    ]
+  }
+
+  #writing(): GuestWriter {
+    if (!this.#writer) throw new Error('No writer runs in the guest.')
+    return this.#writer
+  }
+
+  #bound(): { step: Screen['step'] } {
+    return { step: (text, work) => this.#screen.step(text, work) }
+  }
+}
