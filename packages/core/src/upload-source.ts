@@ -26,12 +26,10 @@ export async function* readUpload(body: UploadBody, options: ReadUploadOptions):
   const expected = range ? range.end - range.start : body.size
   if (signal?.aborted) throw abortError(signal)
   let source: Readable | undefined
-  const giveUp = () => signal && source?.destroy(abortError(signal))
   let size = 0
   try {
     source = body.open(range)
-    signal?.addEventListener('abort', giveUp, { once: true })
-    for await (const chunk of chunksOf(source)) {
+    for await (const chunk of chunksOf(source, signal)) {
       if (!(chunk instanceof Uint8Array)) throw new TypeError(`it gave a ${typeof chunk} in place of bytes`)
       size += chunk.byteLength
       if (expected !== undefined && size > expected)
@@ -47,40 +45,46 @@ export async function* readUpload(body: UploadBody, options: ReadUploadOptions):
       cause: error,
     })
   } finally {
-    signal?.removeEventListener('abort', giveUp)
     source?.destroy()
   }
 }
 
 /**
  * The chunks of a stream one by one. A stream's own iterator joins those that wait in its buffer: a copy, and
- * no chunk to recycle.
+ * no chunk to recycle. It also waits for the source to close, which one that hangs never does.
  */
-async function* chunksOf(source: Readable): AsyncGenerator<unknown> {
+async function* chunksOf(source: Readable, signal: AbortSignal | undefined): AsyncGenerator<unknown> {
   const waiting: unknown[] = []
-  let end: { error: Error | null | undefined } | undefined
+  let end: { error: unknown } | undefined
   let wake: (() => void) | undefined
+  const finish = (error: unknown) => {
+    end ??= { error }
+    wake?.()
+  }
+  const giveUp = () => signal && finish(abortError(signal))
   source.on('data', chunk => {
     source.pause()
     waiting.push(chunk)
     wake?.()
   })
-  // its listeners stay, so that an error of a source that is already given up ends no process
-  finished(source, { writable: false }, error => {
-    end = { error }
-    wake?.()
-  })
-  for (;;) {
-    if (end?.error) throw end.error
-    const chunk = waiting.shift()
-    if (chunk !== undefined) yield chunk
-    else if (end) return
-    else {
-      const woken = new Promise<void>(resolve => {
-        wake = resolve
-      })
-      source.resume()
-      await woken
+  // Its listeners stay, so that an error of a source that was given up ends no process.
+  finished(source, { writable: false }, finish)
+  signal?.addEventListener('abort', giveUp, { once: true })
+  try {
+    for (;;) {
+      if (end?.error) throw end.error
+      const chunk = waiting.shift()
+      if (chunk !== undefined) yield chunk
+      else if (end) return
+      else {
+        const woken = new Promise<void>(resolve => {
+          wake = resolve
+        })
+        source.resume()
+        await woken
+      }
     }
+  } finally {
+    signal?.removeEventListener('abort', giveUp)
   }
 }

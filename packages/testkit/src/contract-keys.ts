@@ -1,0 +1,108 @@
+import { Readable } from 'node:stream'
+import { bytesBody } from '@varve/core'
+import { describe, expect, test } from 'vitest'
+import { begin, type Contract, errorOf, expectNothing, expectStored, listed } from './contract-target.ts'
+
+const ODD_KEYS = [
+  'with space/ leading/trailing /two  spaces',
+  'ünïcødé/日本語/🙂.qcow2',
+  'composed/\u00e9',
+  'composed/e\u0301',
+  '.hidden/..twodots/...',
+  '-rf/--option',
+  '%2e%2e/%2F/a%00b',
+  'query?x=1&y=2#fragment;p',
+  'quotes\'"`/$(id)/$HOME/~',
+  'glob*/[a-z]/{a,b}/!',
+  'colon:name/at@host/plus+plus/comma,semi;',
+  'Case/KEY',
+  'case/key',
+  '20261123-231543-123-9f3a1c/vda.qcow2',
+  `long/${'n'.repeat(255)}`,
+  Array.from({ length: 40 }, (_, depth) => `d${depth}`).join('/'),
+]
+
+const BAD_KEYS = [
+  '',
+  '/',
+  '/absolute',
+  'folder/',
+  'a//b',
+  '.',
+  '..',
+  './a',
+  '../outside',
+  'a/../../outside',
+  'a/..',
+  'a/./b',
+  'back\\slash',
+  'nul\0byte',
+  'line\nfeed',
+  'carriage\rreturn',
+  'delete\u007f',
+  'half\ud800surrogate',
+  `a/${'n'.repeat(256)}`,
+  `a/${'ü'.repeat(128)}`,
+  `${'k/'.repeat(512)}k`,
+  '.varve-part-0123456789abcdef',
+  'a/.varve-part-x/b',
+]
+
+/** Names that are odd but right, and names that are refused. */
+export function describeKeys(contract: Contract): void {
+  describe('keys', () => {
+    test('odd names are kept as they are', async () => {
+      const target = await begin(contract.create)
+      await Promise.all(ODD_KEYS.map(key => target.driver.put(key, bytesBody(Buffer.from(`<${key}>`)))))
+      for (const key of ODD_KEYS) await expectStored(target, key, Buffer.from(`<${key}>`))
+      expect(await listed(target.driver)).toEqual([...ODD_KEYS].sort())
+      for (const key of ODD_KEYS) {
+        expect(await listed(target.driver, key)).toEqual([key])
+        await target.driver.delete(key)
+        expect(await target.driver.stat(key)).toBeUndefined()
+      }
+      await expectNothing(target)
+    })
+
+    test.each(BAD_KEYS)('the key %j is refused by every method', async key => {
+      const target = await begin(contract.create)
+      const { driver } = target
+      const refused = errorOf('INVALID_KEY')
+      await expect(driver.put(key, bytesBody(Buffer.from('x')))).rejects.toMatchObject(refused)
+      await expect(driver.get(key)).rejects.toMatchObject(refused)
+      await expect(driver.stat(key)).rejects.toMatchObject(refused)
+      await expect(driver.delete(key)).rejects.toMatchObject(refused)
+      await expectNothing(target)
+    })
+
+    test.each(BAD_KEYS.filter(key => key !== '' && key !== 'folder/'))(
+      'the prefix %j is refused',
+      async prefix => {
+        const { driver } = await begin(contract.create)
+        await expect(listed(driver, prefix)).rejects.toMatchObject(errorOf('INVALID_KEY'))
+      },
+    )
+
+    test('a stream that is offered under a refused key is destroyed', async () => {
+      const { driver } = await begin(contract.create)
+      const source = Readable.from([Buffer.from('x')])
+      await expect(driver.put('../outside', source)).rejects.toMatchObject(errorOf('INVALID_KEY'))
+      expect(source.destroyed).toBe(true)
+    })
+
+    test('two drivers with neighbouring prefixes do not see each other', async context => {
+      const target = await begin(contract.create)
+      const neighbour = await target.neighbour?.()
+      if (neighbour === undefined) return context.skip('the target has no neighbour')
+      await target.driver.put('same', bytesBody(Buffer.from('mine')))
+      await neighbour.put('same', bytesBody(Buffer.from('theirs')))
+      await neighbour.put('other', bytesBody(Buffer.from('theirs')))
+      expect(await listed(target.driver)).toEqual(['same'])
+      expect(await listed(neighbour)).toEqual(['other', 'same'])
+      await target.driver.delete('same')
+      expect(await target.driver.stat('other')).toBeUndefined()
+      expect(await neighbour.stat('same')).toMatchObject({ size: 6 })
+      await neighbour[Symbol.asyncDispose]()
+    })
+  })
+}

@@ -1,0 +1,103 @@
+import { once } from 'node:events'
+import { bytesBody } from '@varve/core'
+import { describe, expect, test } from 'vitest'
+import { begin, bytesOf, type Contract, errorOf, read } from './contract-target.ts'
+import { patternBytes } from './pattern.ts'
+import { PatternBody } from './pattern-body.ts'
+
+const SIZE = 2_500_000
+
+/** Whole objects and ranges of them. */
+export function describeReading(contract: Contract): void {
+  describe('reading', () => {
+    test('any range of an object can be read, cut off at its end', async () => {
+      const { driver } = await begin(contract.create)
+      const bytes = patternBytes(1, 0, SIZE)
+      await driver.put('object', bytesBody(bytes))
+      const ranges: [string, number, number][] = [
+        ['the first byte', 0, 1],
+        ['a beginning', 0, 1000],
+        ['a middle', 1_000_001, 1_300_003],
+        ['a chunk border', 1_048_575, 1_048_577],
+        ['the last byte', SIZE - 1, SIZE],
+        ['an end', SIZE - 1000, SIZE],
+        ['all', 0, SIZE],
+        ['more than all', 0, SIZE + 1000],
+        ['over the end', SIZE - 10, SIZE + 10],
+        ['from the end on', SIZE, SIZE + 10],
+        ['past the end', SIZE + 5, SIZE + 10],
+        ['nothing at the beginning', 0, 0],
+        ['nothing in the middle', 7, 7],
+        ['nothing at the end', SIZE, SIZE],
+        ['far over the end', 1_000_000, Number.MAX_SAFE_INTEGER],
+      ]
+      for (const [name, start, end] of ranges) {
+        const part = await read(driver, 'object', { start, end })
+        expect(part.byteLength, name).toBe(Math.max(0, Math.min(end, SIZE) - Math.min(start, SIZE)))
+        expect(part.equals(bytes.subarray(start, end)), name).toBe(true)
+      }
+    })
+
+    test('a range of an empty object is empty', async () => {
+      const { driver } = await begin(contract.create)
+      await driver.put('empty', bytesBody(new Uint8Array()))
+      expect(await read(driver, 'empty', { start: 0, end: 10 })).toHaveLength(0)
+    })
+
+    test.each([
+      [-1, 5],
+      [5, 4],
+      [0.5, 3],
+      [0, Number.NaN],
+      [0, Number.POSITIVE_INFINITY],
+    ])('the range %d to %d is refused', async (start, end) => {
+      const { driver } = await begin(contract.create)
+      await driver.put('object', bytesBody(Buffer.from('0123456789')))
+      await expect(driver.get('object', { range: { start, end } })).rejects.toMatchObject(
+        errorOf('INVALID_ARGUMENT'),
+      )
+    })
+
+    test('many ranges are read beside each other', async () => {
+      const { driver } = await begin(contract.create)
+      const body = new PatternBody({ size: 8_000_000, seed: 8 })
+      await driver.put('object', body)
+      const starts = Array.from({ length: 16 }, (_, index) => index * 500_000)
+      const parts = await Promise.all(
+        starts.map(start => read(driver, 'object', { start, end: start + 500_000 })),
+      )
+      expect(Buffer.concat(parts).equals(bytesOf(body))).toBe(true)
+    })
+
+    test('a download can be given up before it begins', async () => {
+      const { driver } = await begin(contract.create)
+      await driver.put('object', bytesBody(Buffer.from('x')))
+      const reason = new Error('not now')
+      const download = driver.get('object', { signal: AbortSignal.abort(reason) })
+      await expect(download).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
+    })
+
+    test('a download that is given up fails with ABORTED', async () => {
+      const { driver } = await begin(contract.create)
+      await driver.put('large', new PatternBody({ size: contract.largeSize }))
+      const controller = new AbortController()
+      const download = await driver.get('large', { signal: controller.signal })
+      await once(download, 'readable')
+      const failure = once(download, 'close').catch(error => error)
+      controller.abort()
+      expect(await failure).toMatchObject(errorOf('ABORTED'))
+    })
+
+    test('downloads that are left half-way hold nothing up', async () => {
+      const { driver } = await begin(contract.create)
+      const body = new PatternBody({ size: 4_000_000, seed: 9 })
+      await driver.put('object', body)
+      for (let turn = 0; turn < 60; turn++) {
+        const download = await driver.get('object')
+        if (turn % 2 === 0) await once(download, 'readable')
+        download.destroy()
+      }
+      expect((await read(driver, 'object')).equals(bytesOf(body))).toBe(true)
+    })
+  })
+}

@@ -1,0 +1,172 @@
+import { Readable } from 'node:stream'
+import { bytesBody, toUploadBody, type UploadBody, VarveError } from '@varve/core'
+import { describe, expect, test } from 'vitest'
+import { begin, type Contract, errorOf, expectNothing, expectStored } from './contract-target.ts'
+import { patternBytes } from './pattern.ts'
+import { PatternBody } from './pattern-body.ts'
+import { type Trouble, troubledSource } from './troubled-source.ts'
+
+const GOOD_BYTES = 1_500_000
+const never = new Promise<never>(() => undefined)
+
+/** Sources that fail, lie about their size, stall, or are given up: nothing of them may stay. */
+export function describeSources(contract: Contract): void {
+  describe('sources', () => {
+    const boom = new Error('the source broke')
+    const troubles: [string, Trouble][] = [
+      ['fails', { kind: 'fail', error: boom }],
+      ['is cut off', { kind: 'vanish' }],
+    ]
+    describe.each(troubles)('a source that %s', (_, trouble) => {
+      test.each([0, 1, GOOD_BYTES])('after %d bytes is a failed upload and leaves nothing', async bytes => {
+        const target = await begin(contract.create)
+        const source = troubledSource(trouble, { bytes })
+        await expect(target.driver.put('a/b', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+        await expectNothing(target)
+      })
+
+      test('after all of the promised bytes is a failed upload too', async () => {
+        const target = await begin(contract.create)
+        const body = bodyOf(GOOD_BYTES, () => troubledSource(trouble, { bytes: GOOD_BYTES }))
+        await expect(target.driver.put('a/b', body)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+        await expectNothing(target)
+      })
+
+      test('leaves the former object as it was', async () => {
+        const target = await begin(contract.create)
+        const former = patternBytes(9, 0, 5000)
+        await target.driver.put('a/b', bytesBody(former))
+        const source = troubledSource(trouble, { bytes: GOOD_BYTES })
+        await expect(target.driver.put('a/b', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+        await expectStored(target, 'a/b', former)
+      })
+    })
+
+    test("the source's error is the cause of the failure", async () => {
+      const { driver } = await begin(contract.create)
+      const source = troubledSource({ kind: 'fail', error: boom }, { bytes: 10 })
+      await expect(driver.put('a', source)).rejects.toHaveProperty('cause', boom)
+    })
+
+    test("a VarveError of the source comes through as it is, with the driver's hands clean", async () => {
+      const target = await begin(contract.create)
+      const error = new VarveError('NBD_FAILED', 'The export is gone.')
+      const source = troubledSource({ kind: 'fail', error }, { bytes: GOOD_BYTES })
+      await expect(target.driver.put('a', source)).rejects.toBe(error)
+      await expectNothing(target)
+    })
+
+    test('a body that cannot be opened is a failed upload', async () => {
+      const target = await begin(contract.create)
+      const body = bodyOf(10, () => {
+        throw boom
+      })
+      await expect(target.driver.put('a', body)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+      await expectNothing(target)
+    })
+
+    test('a stream of something else than bytes is a failed upload', async () => {
+      const target = await begin(contract.create)
+      const source = Readable.from([Buffer.from('bytes'), { no: 'bytes' }])
+      await expect(target.driver.put('a', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+      await expectNothing(target)
+    })
+
+    test('a stream that was read to its end before is refused', async () => {
+      const target = await begin(contract.create)
+      const source = Readable.from([Buffer.from('x')])
+      await source.toArray()
+      await expect(target.driver.put('a', source)).rejects.toMatchObject({ name: 'VarveError' })
+      await expectNothing(target)
+    })
+
+    test.each([
+      ['shorter by one byte', GOOD_BYTES + 1],
+      ['much shorter', 100 * GOOD_BYTES],
+      ['longer by one byte', GOOD_BYTES - 1],
+      ['longer by a lot', 10],
+      ['not empty, as it should be,', 0],
+    ])('a source that is %s than its size is a failed upload', async (_, size) => {
+      const target = await begin(contract.create)
+      const body = bodyOf(size, () => troubledSource({ kind: 'end' }, { bytes: GOOD_BYTES }))
+      await expect(target.driver.put('a/b', body)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+      await expectNothing(target)
+    })
+
+    test('a source that never ends fails when it runs over its size', async () => {
+      const target = await begin(contract.create)
+      const endless = bodyOf(
+        GOOD_BYTES,
+        () =>
+          new Readable({
+            read: function () {
+              this.push(Buffer.alloc(65_536))
+            },
+          }),
+      )
+      await expect(target.driver.put('a/b', endless)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+      await expectNothing(target)
+    })
+
+    test('an upload that is given up before it begins reads nothing and leaves nothing', async () => {
+      const target = await begin(contract.create)
+      const source = troubledSource({ kind: 'end' }, { bytes: GOOD_BYTES })
+      const reason = new Error('not now')
+      const upload = target.driver.put('a/b', source, { signal: AbortSignal.abort(reason) })
+      await expect(upload).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
+      expect(source.readableDidRead).toBe(false)
+      expect(source.destroyed).toBe(true)
+      await expectNothing(target)
+    })
+
+    test.each([0, GOOD_BYTES])(
+      'an upload whose source stalls after %d bytes can be given up and leaves nothing',
+      async bytes => {
+        const target = await begin(contract.create)
+        const controller = new AbortController()
+        const source = troubledSource(
+          { kind: 'wait', resumed: never, size: 2 * GOOD_BYTES },
+          { bytes, onTaken: () => controller.abort() },
+        )
+        const upload = target.driver.put('a/b', source, { signal: controller.signal })
+        await expect(upload).rejects.toMatchObject(errorOf('ABORTED'))
+        expect(source.destroyed).toBe(true)
+        await expectNothing(target)
+      },
+    )
+
+    test('a large upload can be given up while it runs, and the former object stays', async () => {
+      const target = await begin(contract.create)
+      await target.driver.put('large', bytesBody(Buffer.from('former')))
+      const controller = new AbortController()
+      const body = new PatternBody({ size: contract.largeSize })
+      const upload = target.driver.put('large', body, {
+        signal: controller.signal,
+        onProgress: bytes => bytes > contract.largeSize / 3 && controller.abort(),
+      })
+      await expect(upload).rejects.toMatchObject(errorOf('ABORTED'))
+      expect(body.faults).toEqual([])
+      await expectStored(target, 'large', Buffer.from('former'))
+    })
+
+    test('a signal that fires after the upload changes nothing', async () => {
+      const target = await begin(contract.create)
+      const controller = new AbortController()
+      await target.driver.put('done', bytesBody(Buffer.from('x')), { signal: controller.signal })
+      controller.abort()
+      await expectStored(target, 'done', Buffer.from('x'))
+    })
+
+    test('after a failed upload the same key takes the next one', async () => {
+      const target = await begin(contract.create)
+      const source = troubledSource({ kind: 'fail', error: boom }, { bytes: GOOD_BYTES })
+      await expect(target.driver.put('again', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
+      await target.driver.put('again', toUploadBody(Readable.from([Buffer.from('whole')])))
+      await expectStored(target, 'again', Buffer.from('whole'))
+    })
+  })
+}
+
+function bodyOf(size: number, open: () => Readable): UploadBody {
+  return { size, replayable: false, open }
+}

@@ -1,0 +1,124 @@
+import { bytesBody } from '@varve/core'
+import { describe, expect, test } from 'vitest'
+import {
+  begin,
+  bytesOf,
+  type Contract,
+  type DriverTarget,
+  errorOf,
+  expectNothing,
+  expectStored,
+  listed,
+  rawNames,
+} from './contract-target.ts'
+import { PatternBody } from './pattern-body.ts'
+
+/** The storage as a whole: what it says of itself, its health, its leftovers, its end. */
+export function describeStorage(contract: Contract): void {
+  const { createFull } = contract
+
+  describe('the storage', () => {
+    test('a driver says what it is and can', async () => {
+      const { driver } = await begin(contract.create)
+      expect(driver.type).toMatch(/^[a-z0-9-]+$/)
+      expect(driver.location).not.toBe('')
+      expect(driver.capabilities).toEqual(contract.capabilities)
+    })
+
+    test('a check of a storage that is well passes every step and leaves nothing', async () => {
+      const target = await begin(contract.create)
+      const health = await target.driver.check()
+      expect(health.checks).toEqual(
+        ['connect', 'write', 'read', 'list', 'delete'].map(name => ({ name, ok: true })),
+      )
+      expect(health.ok).toBe(true)
+      expect(health.durationMs).toBeGreaterThan(0)
+      if (health.freeBytes !== undefined) expect(health.freeBytes).toBeGreaterThan(0)
+      await expectNothing(target)
+    })
+
+    test('a check can be given up', async () => {
+      const { driver } = await begin(contract.create)
+      const check = driver.check({ signal: AbortSignal.abort() })
+      await expect(check).rejects.toMatchObject(errorOf('ABORTED'))
+    })
+
+    test('what moves no data can be given up as well', async () => {
+      const target = await begin(contract.create)
+      await target.driver.put('stays', bytesBody(Buffer.from('x')))
+      const given = { signal: AbortSignal.abort() }
+      await expect(target.driver.stat('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
+      await expect(target.driver.delete('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
+      await expectStored(target, 'stays', Buffer.from('x'))
+    })
+
+    test('an object larger than the storage takes is refused before anything is sent', async context => {
+      const { maxObjectSize } = contract.capabilities
+      if (maxObjectSize === undefined) return context.skip('the driver has no such limit')
+      const target = await begin(contract.create)
+      const body = {
+        size: maxObjectSize + 1,
+        replayable: true,
+        open: () => expect.unreachable('the body was opened'),
+      }
+      await expect(target.driver.put('large', body)).rejects.toMatchObject({ name: 'VarveError' })
+      await expectNothing(target)
+    })
+
+    test('what a killed upload leaves is no object, and is cleaned up when it is old', async context => {
+      const target = await begin(contract.create)
+      const { driver } = target
+      if (driver.cleanUp === undefined) return context.skip('a killed upload leaves nothing')
+      if (target.leaveUnfinished === undefined)
+        expect.unreachable('cleanUp needs leaveUnfinished to be tested')
+      await driver.put('whole', bytesBody(Buffer.from('stays')))
+      await target.leaveUnfinished()
+      expect(await rawNames(target)).toHaveLength(2)
+      expect(await listed(driver)).toEqual(['whole'])
+      const hour = 3_600_000
+      expect(await driver.cleanUp({ olderThan: new Date(Date.now() - hour) })).toBe(0)
+      expect(await rawNames(target)).toHaveLength(2)
+      expect(await driver.cleanUp({ olderThan: new Date(Date.now() + hour) })).toBe(1)
+      await expectStored(target, 'whole', Buffer.from('stays'))
+    })
+
+    test('a driver can be disposed of more than once', async () => {
+      const { driver } = await begin(contract.create)
+      await driver.put('object', bytesBody(Buffer.from('x')))
+      await driver[Symbol.asyncDispose]()
+      await driver[Symbol.asyncDispose]()
+    })
+  })
+
+  if (createFull === undefined) return
+  describe('a full storage', () => {
+    const beginFull = (): Promise<DriverTarget & { capacity: number }> => begin(createFull)
+
+    test('an object that does not fit fails with STORAGE_FULL and leaves nothing', async () => {
+      const target = await beginFull()
+      const body = new PatternBody({ size: target.capacity * 2 })
+      await expect(target.driver.put('a/too-large', body)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      expect(body.faults).toEqual([])
+      await expectNothing(target)
+    })
+
+    test('a stream that does not fit is destroyed and leaves nothing', async () => {
+      const target = await beginFull()
+      const source = new PatternBody({ size: target.capacity * 2 }).open()
+      await expect(target.driver.put('a/too-large', source)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      expect(source.destroyed).toBe(true)
+      await expectNothing(target)
+    })
+
+    test('the objects that are there stay, and a small one still finds room', async () => {
+      const target = await beginFull()
+      const former = new PatternBody({ size: Math.floor(target.capacity / 4), seed: 1 })
+      await target.driver.put('object', former)
+      const larger = new PatternBody({ size: target.capacity, seed: 2 })
+      await expect(target.driver.put('object', larger)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      await target.driver.put('small', new PatternBody({ size: 1000, seed: 3 }))
+      await expectStored(target, 'object', bytesOf(former))
+      await expectStored(target, 'small', bytesOf({ size: 1000, seed: 3 }))
+    })
+  })
+}

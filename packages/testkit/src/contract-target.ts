@@ -1,0 +1,106 @@
+import { buffer } from 'node:stream/consumers'
+import type { ByteRange, DriverCapabilities, StorageDriver } from '@varve/core'
+import { expect, onTestFinished } from 'vitest'
+import { patternBytes } from './pattern.ts'
+
+/** Something that a storage's server holds, seen by other means than the driver. */
+export interface RawObject {
+  /** Its name below the driver's prefix: a key, or the name of something unfinished. */
+  readonly name: string
+  /** Size in bytes. */
+  readonly size: number
+}
+
+/** A driver on an empty storage of its own, for one test. */
+export interface DriverTarget {
+  /** What is tested. */
+  readonly driver: StorageDriver
+  /**
+   * All that the server holds below the driver's prefix, without the driver's help: objects, temporary
+   * objects and unfinished uploads.
+   */
+  inspect(): Promise<RawObject[]>
+  /** The bytes that the server holds under a name, without the driver's help. */
+  readRaw(name: string): Promise<Uint8Array>
+  /** Leaves behind what a process leaves that is killed in the middle of an upload. Needed where `cleanUp` is there. */
+  leaveUnfinished?(): Promise<void>
+  /** A second driver of the same server, whose prefix is the first one's with something added, such as `backup` and `backup2`. */
+  neighbour?(): Promise<StorageDriver>
+  /** Ends the driver and removes the storage. */
+  dispose(): Promise<void>
+}
+
+/** How {@link describeDriver} gets at a driver, and what it can expect of it. */
+export interface ContractOptions {
+  /** What the driver must say of itself; also chooses the tests. */
+  capabilities: DriverCapabilities
+  /** A driver on an empty storage; called for each test. A server is better started once, outside. */
+  create(): Promise<DriverTarget>
+  /** The same on a storage that has room for `capacity` bytes and no more. Without it the tests of a full storage are left out. */
+  createFull?(): Promise<DriverTarget & { capacity: number }>
+  /** The size of a large object in bytes. Default: 48 MiB and some. */
+  largeSize?: number
+  /** The number of objects in a long listing. Default: 2500, which is more than two pages of S3. */
+  manyObjects?: number
+  /** For one test, in milliseconds. Default: 60000. */
+  timeoutMs?: number
+}
+
+/** {@link ContractOptions} with their defaults. */
+export type Contract = Required<Omit<ContractOptions, 'createFull'>> & Pick<ContractOptions, 'createFull'>
+
+/**
+ * A target for the test that runs. At the test's end the server must hold what the driver lists and nothing
+ * else, whatever the test was about.
+ */
+export async function begin<T extends DriverTarget>(create: () => Promise<T>): Promise<T> {
+  const target = await create()
+  onTestFinished(async () => {
+    try {
+      expect(await rawNames(target)).toEqual(await listed(target.driver))
+    } finally {
+      await target.dispose()
+    }
+  })
+  return target
+}
+
+/** The names of everything on the server, sorted. */
+export async function rawNames(target: DriverTarget): Promise<string[]> {
+  return (await target.inspect()).map(object => object.name).sort()
+}
+
+/** The keys that a driver lists, sorted. */
+export async function listed(driver: StorageDriver, prefix = ''): Promise<string[]> {
+  const keys: string[] = []
+  for await (const { key } of driver.list(prefix)) keys.push(key)
+  return keys.sort()
+}
+
+/** An object, or a range of it, as the driver reads it. */
+export async function read(driver: StorageDriver, key: string, range?: ByteRange): Promise<Buffer> {
+  return buffer(await driver.get(key, range ? { range } : {}))
+}
+
+/** Expects an object to be these bytes, by the driver and by the server. */
+export async function expectStored(target: DriverTarget, key: string, bytes: Uint8Array): Promise<void> {
+  const { driver } = target
+  expect(await driver.stat(key)).toMatchObject({ key, size: bytes.byteLength })
+  expect((await read(driver, key)).equals(bytes), 'the driver reads other bytes').toBe(true)
+  expect(Buffer.from(await target.readRaw(key)).equals(bytes), 'the server holds other bytes').toBe(true)
+}
+
+/** Expects that nothing is stored, visible or not. */
+export async function expectNothing(target: DriverTarget): Promise<void> {
+  expect(await target.inspect()).toEqual([])
+}
+
+/** What an error of a code looks like, for `rejects.toMatchObject` and its like. */
+export function errorOf(code: string): { name: string; code: string } {
+  return { name: 'VarveError', code }
+}
+
+/** The bytes of a pattern body. */
+export function bytesOf({ seed, size }: { seed: number; size: number }): Buffer {
+  return patternBytes(seed, 0, size)
+}

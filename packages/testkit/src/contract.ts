@@ -1,0 +1,38 @@
+import { describe } from 'vitest'
+import { describeKeys } from './contract-keys.ts'
+import { describeListing } from './contract-listing.ts'
+import { describeObjects } from './contract-objects.ts'
+import { describePublishing } from './contract-publishing.ts'
+import { describeReading } from './contract-reading.ts'
+import { describeSources } from './contract-sources.ts'
+import { describeStorage } from './contract-storage.ts'
+import type { Contract, ContractOptions } from './contract-target.ts'
+
+/**
+ * Declares the tests of the storage driver contract for a driver, in a test file of Vitest. They belong
+ * against a real server, with an `inspect` that does not trust the driver.
+ *
+ * ```ts
+ * describeDriver('MyDriver', {
+ *   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
+ *   create: async () => ({ driver: new MyDriver(…), inspect, readRaw, dispose }),
+ * })
+ * ```
+ */
+export function describeDriver(name: string, options: ContractOptions): void {
+  const contract: Contract = {
+    largeSize: 48 * 1024 * 1024 + 12345,
+    manyObjects: 2500,
+    timeoutMs: 60_000,
+    ...options,
+  }
+  describe(`${name} keeps the storage driver contract`, { timeout: contract.timeoutMs }, () => {
+    describeObjects(contract)
+    describeKeys(contract)
+    describeSources(contract)
+    describePublishing(contract)
+    describeReading(contract)
+    describeListing(contract)
+    describeStorage(contract)
+  })
+}

@@ -1,0 +1,5 @@
+export { describeDriver } from './contract.ts'
+export type { ContractOptions, DriverTarget, RawObject } from './contract-target.ts'
+export { fillPattern, patternBytes } from './pattern.ts'
+export { PatternBody, type PatternBodyOptions } from './pattern-body.ts'
+export { type Trouble, type TroubledSourceOptions, troubledSource } from './troubled-source.ts'
