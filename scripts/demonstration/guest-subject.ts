@@ -1,5 +1,5 @@
 import { join } from 'node:path'
-import { type BackupManifest, type Host, LibvirtHost } from '@varve/core'
+import { type Host, LibvirtHost } from '@varve/core'
 import {
   createQcow2,
   type GuestProcess,
@@ -15,7 +15,7 @@ import type { Subject } from './subject.ts'
 import { writtenPrefix } from './written-prefix.ts'
 
 const MEBIBYTE = 1024 * 1024
-const SIZES = { vda: 96 * MEBIBYTE, vdb: 32 * MEBIBYTE }
+const SIZES = { vda: 64 * MEBIBYTE, vdb: 16 * MEBIBYTE }
 
 /** A booted guest: a file system on vda, and a writer that never rests on vdb. */
 export class GuestSubject implements Subject {
@@ -61,11 +61,11 @@ export class GuestSubject implements Subject {
 
   async prepare(): Promise<void> {
     const { step } = this.#bound()
-    await step('Linux boots: vda 96 MiB, vdb 32 MiB, software emulation', () => this.#vm.boot())
-    await step('A file system on vda, with 48 MiB of files of random data', () =>
+    await step('Linux boots: vda 64 MiB, vdb 16 MiB, software emulation', () => this.#vm.boot())
+    await step('A file system on vda, with 40 MiB of files of random data', () =>
       this.#vm.run(`
         mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && mkdir /mnt/files || exit 1
-        for n in 1 2 3 4; do dd if=/dev/urandom of=/mnt/files/photo-$n bs=1M count=12 || exit 1; done; sync`),
+        for n in 1 2 3 4; do dd if=/dev/urandom of=/mnt/files/photo-$n bs=1M count=10 || exit 1; done; sync`),
     )
     this.#writer = this.#vm.startWriter({ device: '/dev/vdb', blocks: SIZES.vdb / writerBlockSize })
     await step('A writer begins: blocks all over vdb, each flushed, until the last backup', () =>
@@ -73,7 +73,7 @@ export class GuestSubject implements Subject {
     )
   }
 
-  async during(backup: () => Promise<BackupManifest>): Promise<BackupManifest> {
+  async during<T>(backup: () => Promise<T>): Promise<T> {
     const before = this.#writer ? (await this.#writer.writes()).length : 0
     const isFull = this.#flushed === 0
     this.#flushed = before
@@ -82,7 +82,7 @@ export class GuestSubject implements Subject {
           'n=0; while [ ! -e /run/copied ]; do n=$((n + 1)); dd if=/dev/urandom of=/mnt/files/live-$n bs=64k count=4 conv=fsync || exit 1; done',
         )
       : undefined
-    const manifest = await backup()
+    const result = await backup()
     if (copying) {
       await this.#vm.run('touch /run/copied')
       assert((await copying.result).exitCode === 0, 'The guest could not write during the backup.')
@@ -93,7 +93,7 @@ export class GuestSubject implements Subject {
       const after = (await this.#writer.writes()).length
       this.#screen.note(`and ${after - before} blocks of vdb, flushed one by one`)
     }
-    return manifest
+    return result
   }
 
   async change(round: number): Promise<void> {
@@ -107,15 +107,16 @@ export class GuestSubject implements Subject {
     if (round > 2) return
     await step('Zeroes 4 MiB in the middle of photo-2', () =>
       this.#vm.run(
-        `dd if=/dev/zero of=/mnt/files/photo-2 bs=1M seek=${round * 5} count=4 conv=notrunc,fsync`,
+        `dd if=/dev/zero of=/mnt/files/photo-2 bs=1M seek=${round * 3} count=4 conv=notrunc,fsync`,
       ),
     )
     const { stdout } = await step(`Deletes photo-${5 - round} and trims the file system`, () =>
       this.#vm.run(`rm /mnt/files/photo-${5 - round} && sync && fstrim -v /mnt`),
     )
     this.#screen.note(stdout.trim())
+    if (round === 1) return
     await step('Writes down the SHA-256 of each file, and unmounts', () =>
-      this.#vm.run('cd /mnt/files && sha256sum * > ../SUMS && cd / && umount /mnt'),
+      this.#vm.run('cd /mnt/files && sha256sum * > ../SUMS && cd / && umount /mnt', { timeoutMs: 180_000 }),
     )
   }
 
@@ -146,7 +147,7 @@ export class GuestSubject implements Subject {
   async ruin(): Promise<void> {
     const { step } = this.#bound()
     await step('dd if=/dev/urandom of=/dev/vda; blkdiscard /dev/vdb', () =>
-      this.#vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=24 conv=fsync && blkdiscard /dev/vdb'),
+      this.#vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync && blkdiscard /dev/vdb'),
     )
   }
 

@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import { copyFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type BackupManifest, type Host, ImageHost } from '@varve/core'
+import { type Host, ImageHost } from '@varve/core'
 import { compareImages, createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import type { Screen } from './screen.ts'
 import { assert } from './story.ts'
@@ -44,7 +44,7 @@ export class ImageSubject implements Subject {
     })
   }
 
-  during(backup: () => Promise<BackupManifest>): Promise<BackupManifest> {
+  during<T>(backup: () => Promise<T>): Promise<T> {
     return backup()
   }
 

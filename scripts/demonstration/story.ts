@@ -39,8 +39,8 @@ export async function tellStory({ subject, folder, screen, signal }: StoryOption
 
   const backup = async (what: string, type: 'full' | 'incremental'): Promise<BackupManifest> => {
     const pipeline = new BackupPipeline({ host, storage, stateDir })
-    const { result, seconds } = await screen.withBars(onEvent =>
-      subject.during(() => pipeline.run({ instance, type }, { signal, onEvent })),
+    const { result, seconds } = await subject.during(() =>
+      screen.withBars(onEvent => pipeline.run({ instance, type }, { signal, onEvent })),
     )
     assert(result.kind === type, `The backup is ${result.kind} instead of ${type}.`)
     const bytes = sum(result.disks.map(disk => disk.storedSize))

@@ -1,4 +1,4 @@
-import type { BackupManifest, Host } from '@varve/core'
+import type { Host } from '@varve/core'
 
 /** What the demonstration backs up: a guest, or disk images where no guest can run. */
 export interface Subject {
@@ -11,7 +11,7 @@ export interface Subject {
   /** Makes the first disk's content; whatever writes in the background begins. */
   prepare(): Promise<void>
   /** Takes a backup, with something going on in the instance where it runs. */
-  during(backup: () => Promise<BackupManifest>): Promise<BackupManifest>
+  during<T>(backup: () => Promise<T>): Promise<T>
   /** Changes, zeroes and trims. Called before each increment. */
   change(round: number): Promise<void>
   /** SHA-256 of the first disk, as the instance reads it. */
