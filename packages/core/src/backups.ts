@@ -100,23 +100,41 @@ export async function readCatalog(
   return { backups, damaged, objects }
 }
 
+/** Where a backup is, and everything in its chain. */
+export interface LocatedBackup {
+  readonly folder: string
+  readonly chain: Catalog
+}
+
 /**
- * The folders of a backup that hold anything at all, with or without a manifest: one, unless someone copied it.
+ * Where a backup is, whatever its state: its manifest may be damaged or, in a folder that was left over, gone.
+ * A copy of it in a folder that is not its own does not hide the real one.
  *
  * @throws INVALID_ARGUMENT for what is no id
+ * @throws BACKUP_NOT_FOUND
  */
-export async function findBackupFolders(
+export async function locateBackup(
   storage: StorageDriver,
   id: string,
   signal: AbortSignal,
-): Promise<string[]> {
+): Promise<LocatedBackup> {
   assertBackupId(id)
-  const folders = new Set<string>()
-  for (const key of (await listObjects(storage, '', signal)).keys()) {
-    const place = backupOfKey(key)
-    if (place?.backup === id) folders.add(place.folder)
+  const objects = await listObjects(storage, '', signal)
+  const places = [...objects.keys()].map(backupOfKey).filter(place => place?.backup === id)
+  const located: LocatedBackup[] = []
+  for (const folder of new Set(places.flatMap(place => place?.folder ?? []))) {
+    const chain = await readCatalog(storage, folder.slice(0, -id.length), signal)
+    if (chain.backups.some(backup => backup.folder === folder)) return { folder, chain }
+    located.push({ folder, chain })
   }
-  return [...folders]
+  const [found] = located.sort((a, b) => Number(hasManifest(b)) - Number(hasManifest(a)))
+  if (!found) throw backupNotFound(storage, id)
+  return found
+}
+
+/** Whether the located folder holds a manifest, be it a damaged one. */
+export function hasManifest({ folder, chain }: LocatedBackup): boolean {
+  return chain.objects.has(`${folder}/${MANIFEST_FILE}`)
 }
 
 /** The error for a backup that a storage does not hold. */

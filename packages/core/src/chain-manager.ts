@@ -3,17 +3,18 @@ import {
   backupNotFound,
   type Catalog,
   type FindOptions,
-  findBackupFolders,
+  hasManifest,
   listBackups,
+  locateBackup,
   readCatalog,
   type StoredBackup,
 } from './backups.ts'
-import { type ChainWalk, chainOf, indexChains, walkChain } from './chain.ts'
+import { type ChainWalk, indexChains, walkChain } from './chain.ts'
 import { deleteBackup } from './delete-backup.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
 import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
-import { instanceFolder, MANIFEST_FILE } from './storage-layout.ts'
+import { instanceFolder } from './storage-layout.ts'
 import { type VerifyProgress, type VerifyReport, verifyChain } from './verify-chain.ts'
 
 const never: AbortSignal = new AbortController().signal
@@ -113,16 +114,9 @@ export class ChainManager {
     backupId: string,
     signal: AbortSignal = never,
   ): Promise<{ walk: ChainWalk; objects: Catalog['objects'] }> {
-    const folders = await findBackupFolders(this.#storage, backupId, signal)
-    const walks: { walk: ChainWalk; objects: Catalog['objects'] }[] = []
-    for (const folder of folders) {
-      const catalog = await readCatalog(this.#storage, `${chainOf(folder)}/`, signal)
-      if (!catalog.objects.has(`${folder}/${MANIFEST_FILE}`)) continue
-      walks.push({ walk: walkChain(folder, indexChains(catalog)), objects: catalog.objects })
-    }
-    // A copy of the backup in a folder that is not its own does not hide the real one.
-    const found = walks.find(({ walk }) => walk.links.length > 0) ?? walks[0]
-    if (!found) throw backupNotFound(this.#storage, backupId)
-    return found
+    const located = await locateBackup(this.#storage, backupId, signal)
+    if (!hasManifest(located)) throw backupNotFound(this.#storage, backupId)
+    const { folder, chain } = located
+    return { walk: walkChain(folder, indexChains(chain)), objects: chain.objects }
   }
 }

@@ -44,29 +44,20 @@ export function walkChain(folder: string, index: ChainIndex): ChainWalk {
   }
 }
 
-/** The ids of the backups that rest on one, directly or not, newest first. */
-export function dependentsOf(folder: string, index: ChainIndex): string[] {
+/**
+ * The ids of the backups that rest on one, directly or not, newest first; for the index of its chain. A
+ * damaged manifest does not tell its parent: it may rest on any older backup.
+ */
+export function dependentsOf(folder: string, { backups, damaged }: ChainIndex): string[] {
   const resting = new Set([folder])
-  const found: string[] = []
-  const oldestFirst = [...index.backups.values(), ...[...index.damaged.keys()].map(folder => ({ folder }))]
-  oldestFirst.sort((a, b) => (a.folder < b.folder ? -1 : 1))
-  for (const backup of oldestFirst) {
-    if (backup.folder === folder || !mayRestOn(backup, resting, folder)) continue
-    resting.add(backup.folder)
-    found.unshift(idOf(backup.folder))
+  const restsOnIt = (at: string) => {
+    const parent = backups.get(at)?.manifest.parent
+    return parent === undefined ? damaged.has(at) && at > folder : resting.has(siblingFolder(at, parent))
   }
-  return found
-}
-
-/** A damaged manifest does not tell its parent: it may rest on any older backup of its chain. */
-function mayRestOn(
-  backup: StoredBackup | { readonly folder: string },
-  resting: ReadonlySet<string>,
-  oldest: string,
-): boolean {
-  if (!('manifest' in backup)) return chainOf(backup.folder) === chainOf(oldest) && backup.folder > oldest
-  const { parent } = backup.manifest
-  return parent !== undefined && resting.has(siblingFolder(backup.folder, parent))
+  // Parents come before their children in this order, so one pass reaches every descendant.
+  for (const at of [...backups.keys(), ...damaged.keys()].sort()) if (restsOnIt(at)) resting.add(at)
+  resting.delete(folder)
+  return [...resting].map(idOf).reverse()
 }
 
 /** An object that a backup consists of, besides its manifest. */

@@ -1,23 +1,18 @@
-import { backupNotFound, findBackupFolders, readCatalog } from './backups.ts'
-import { chainOf, dependentsOf, indexChains } from './chain.ts'
+import { hasManifest, locateBackup } from './backups.ts'
+import { dependentsOf, indexChains } from './chain.ts'
 import { VarveError } from './errors.ts'
 import { DEFAULT_GARBAGE_AGE_MS, isStillGarbage } from './garbage.ts'
 import { removeFolder } from './remove-folder.ts'
 import type { StorageDriver } from './storage.ts'
-import { MANIFEST_FILE } from './storage-layout.ts'
 
 /** Removes one backup, unless another rests on it. See `ChainManager.delete`. */
 export async function deleteBackup(storage: StorageDriver, id: string, signal: AbortSignal): Promise<void> {
-  const folders = await findBackupFolders(storage, id, signal)
-  if (folders.length === 0) throw backupNotFound(storage, id)
-
-  for (const folder of folders) {
-    const catalog = await readCatalog(storage, `${chainOf(folder)}/`, signal)
-    const children = dependentsOf(folder, indexChains(catalog))
-    if (children.length > 0) throw chainDependency(id, children)
-    if (!catalog.objects.has(`${folder}/${MANIFEST_FILE}`)) await assertLeftover(storage, id, folder, signal)
-    await removeFolder(storage, folder, signal)
-  }
+  const located = await locateBackup(storage, id, signal)
+  const { folder, chain } = located
+  const children = dependentsOf(folder, indexChains(chain))
+  if (children.length > 0) throw chainDependency(id, children)
+  if (!hasManifest(located)) await assertLeftover(storage, id, folder, signal)
+  await removeFolder(storage, folder, signal)
 }
 
 /** A folder without a manifest is no backup: it is being written now, or it was left over. */

@@ -110,7 +110,7 @@ describe('a manifest', () => {
     expect(parse(full(), fullKey)).toEqual(full())
   })
 
-  it('comes back from its own bytes, whatever is in it', () => {
+  it('comes back from its own bytes, whatever is in it', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyManifest, manifest => {
         const bytes = serializeManifest(manifest)
@@ -121,7 +121,7 @@ describe('a manifest', () => {
     )
   })
 
-  it('has the same bytes in whatever order its fields were set', () => {
+  it('has the same bytes in whatever order its fields were set', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyManifest, manifest => {
         const backwards = Object.fromEntries(Object.entries(manifest).reverse()) as unknown as BackupManifest
@@ -310,7 +310,7 @@ describe('a manifest', () => {
     expect(refusal(() => serializeManifest(broken)).code).toBe('MANIFEST_INVALID')
   })
 
-  it('however mangled, is either refused with a VarveError or safe to use', () => {
+  it('however mangled, is either refused with a VarveError or safe to use', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(mangledManifest, ({ manifest, bytes }) => {
         let parsed: BackupManifest

@@ -220,7 +220,7 @@ function modelKeeps(items: readonly RetentionItem[], policy: Required<RetentionP
 }
 
 describe('retention of any backups under any policy', () => {
-  it('keeps exactly what a plain model keeps, and removes the rest', () => {
+  it('keeps exactly what a plain model keeps, and removes the rest', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
         const plan = planRetention(items, policy)
@@ -238,7 +238,7 @@ describe('retention of any backups under any policy', () => {
     )
   })
 
-  it('never removes what a kept backup rests on, and removes children first', () => {
+  it('never removes what a kept backup rests on, and removes children first', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
         const { remove } = planRetention(items, policy)
@@ -252,7 +252,7 @@ describe('retention of any backups under any policy', () => {
     )
   })
 
-  it('keeps the newest undamaged backup', () => {
+  it('keeps the newest undamaged backup', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
         const newest = items
@@ -265,7 +265,7 @@ describe('retention of any backups under any policy', () => {
     )
   })
 
-  it('removes nothing when it is applied again', () => {
+  it('removes nothing when it is applied again', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
         const removed = new Set(planRetention(items, policy).remove)
@@ -275,7 +275,7 @@ describe('retention of any backups under any policy', () => {
     )
   })
 
-  it('keeps no less when a policy asks for more', () => {
+  it('keeps no less when a policy asks for more', { timeout: 60_000 }, () => {
     const rule = fc.constantFrom('keepLast', 'keepDaily', 'keepWeekly', 'keepMonthly', 'keepYearly')
     fc.assert(
       fc.property(anyItems, anyPolicy, rule, (items, policy, rule) => {

@@ -44,7 +44,7 @@ describe("an instance's folder", () => {
     expect(instanceFolder(instance)).toBe(folder)
   })
 
-  it('is one safe name that leads back to the instance', () => {
+  it('is one safe name that leads back to the instance', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(validName, instance => {
         const folder = instanceFolder(instance)
