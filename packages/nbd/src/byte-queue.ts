@@ -1,9 +1,10 @@
-import { type NbdError, protocolError } from './errors.ts'
+import type { NbdError } from './errors.ts'
 
-/** A server has nothing to say in a negotiation that is longer than this before it is asked again. */
-const MAX_QUEUED = 256 * 1024
-
-/** Bytes of the negotiation: pushed as they arrive, taken in the lengths that the protocol asks for. */
+/**
+ * Bytes of the negotiation: pushed as they arrive, taken in the lengths that the protocol asks for.
+ *
+ * It stays small without a limit: what is pushed is taken, or refused, before the next bytes are received.
+ */
 export class ByteQueue {
   #bytes: Buffer = Buffer.alloc(0)
   #error: NbdError | undefined
@@ -18,11 +19,6 @@ export class ByteQueue {
 
   /** Adds a copy of `bytes`. */
   push(bytes: Uint8Array): void {
-    if (this.#error) return
-    if (this.#bytes.length + bytes.length > MAX_QUEUED) {
-      this.fail(protocolError('it sends without end during the negotiation'))
-      return
-    }
     this.#bytes = Buffer.concat([this.#bytes, bytes])
     const waiting = this.#waiting
     if (waiting && this.#bytes.length >= waiting.length) {

@@ -43,13 +43,13 @@ export const INFO = { export: 0, blockSize: 3 } as const
 
 /** Transmission flags of an export. */
 export const TRANSMISSION = {
-  hasFlags: 1 << 0,
-  readOnly: 1 << 1,
-  flush: 1 << 2,
-  fua: 1 << 3,
-  trim: 1 << 5,
-  writeZeroes: 1 << 6,
-  multiConn: 1 << 8,
+  hasFlags: 1,
+  readOnly: 2,
+  flush: 4,
+  fua: 8,
+  trim: 32,
+  writeZeroes: 64,
+  multiConn: 256,
 } as const
 
 /** Requests of the transmission phase. */
@@ -64,7 +64,7 @@ export const COMMAND = {
 } as const
 
 /** Flags of requests. */
-export const COMMAND_FLAG = { fua: 1 << 0, noHole: 1 << 1 } as const
+export const COMMAND_FLAG = { fua: 1, noHole: 2 } as const
 
 /** Types of chunks of a structured reply. */
 export const CHUNK = {
@@ -101,7 +101,7 @@ export const MAX_STRING = 4096
 export const REQUEST_HEADER = 28
 
 /** The largest payload that every server must take where it names no other limit. */
-export const DEFAULT_MAX_PAYLOAD = 32 * 1024 * 1024
+export const DEFAULT_MAX_PAYLOAD = 33_554_432
 
 /** The most extents of one context that are taken from one block status reply; servers send at most 2^20. */
-export const MAX_EXTENTS_PER_REPLY: number = 2 ** 20
+export const MAX_EXTENTS_PER_REPLY = 1_048_576

@@ -23,6 +23,16 @@ function optionReply(option: number, type: number, ...parts: Buffer[]): Buffer {
 const ACK_STRUCTURED = optionReply(8, 1)
 const exportInfo = (size: number | bigint, flags = 1) => optionReply(7, 3, u16(0), u64(size), u16(flags))
 
+const contexts = { metaContexts: ['base:allocation', 'x:y'] }
+const context = (id: number, name: string) => optionReply(10, 4, u32(id), Buffer.from(name))
+const sizes = (least: number, best: number, most: number) => [
+  HELLO,
+  ACK_STRUCTURED,
+  exportInfo(65536),
+  optionReply(7, 3, u16(3), u32(least), u32(best), u32(most)),
+  optionReply(7, 1),
+]
+
 /** Connects to a server that says `bytes` whatever it is asked, and then calls `after`. */
 async function connectTo(
   bytes: readonly Buffer[],
@@ -113,6 +123,23 @@ describe('the negotiation', () => {
     expect(client.blockSize).toEqual({ minimum: 1, preferred: 4096, maximum: 32 * 1024 * 1024 })
   })
 
+  it('takes block sizes at their limits', async () => {
+    for (const [least, best, most] of [
+      [65536, 65536, 65536],
+      [1, 512, 1],
+      [512, 2 ** 31, 0xffffffff],
+    ] as const) {
+      const client = await connectTo(sizes(least, best, most))
+      expect(client.blockSize).toEqual({ minimum: least, preferred: best, maximum: most })
+    }
+  })
+
+  it('has no contexts when the server refuses them halfway', async () => {
+    const refusal = optionReply(10, 0x80000003)
+    const bytes = [HELLO, ACK_STRUCTURED, context(1, 'x:y'), refusal, exportInfo(512), optionReply(7, 1)]
+    expect((await connectTo(bytes, contexts)).metaContexts).toEqual([])
+  })
+
   it.each([
     ['an export that is too large', [HELLO, ACK_STRUCTURED, exportInfo(2n ** 53n), optionReply(7, 1)]],
     ['the old negotiation', [Buffer.from('NBDMAGIC'), Buffer.from('0000420281861253', 'hex')]],
@@ -129,25 +156,20 @@ describe('the negotiation', () => {
     expect(error.message).toContain('there is no such export (no [31m such thing)')
   })
 
-  const contexts = { metaContexts: ['base:allocation', 'x:y'] }
-  const context = (id: number, name: string) => optionReply(10, 4, u32(id), Buffer.from(name))
-  const sizes = (least: number, best: number, most: number) => [
-    HELLO,
-    ACK_STRUCTURED,
-    exportInfo(65536),
-    optionReply(7, 3, u16(3), u32(least), u32(best), u32(most)),
-    optionReply(7, 1),
-  ]
   it.each<[string, readonly Buffer[], NbdConnectOptions?]>([
     ['another greeting', [Buffer.from('SSH-2.0-OpenSSH_9.2p1 Debian\r\n')]],
-    ['a wrong magic of an option reply', [HELLO, Buffer.alloc(20, 7)]],
+    ['a wrong magic of an option reply', [HELLO, Buffer.of(9), ACK_STRUCTURED.subarray(1)]],
     ['a reply to another option', [HELLO, optionReply(9, 1)]],
-    ['an announced reply of 4 GiB', [HELLO, optionReply(8, 1).subarray(0, 16), u32(0xffffffff)]],
+    ['an announced reply of 4 GiB', [HELLO, optionReply(8, 3).subarray(0, 16), u32(0xffffffff)]],
     ['an ACK with a payload', [HELLO, optionReply(8, 1, u32(1))]],
     ['replies without end', [HELLO, ACK_STRUCTURED, ...Array(65).fill(optionReply(7, 3, u16(1)))]],
     ['bytes without end', [HELLO, ACK_STRUCTURED, exportInfo(512), Buffer.alloc(300 * 1024)]],
     ['no size of the export', [HELLO, ACK_STRUCTURED, optionReply(7, 1)]],
     ['a wrong length of the export information', [HELLO, ACK_STRUCTURED, optionReply(7, 3, u16(0), u32(1))]],
+    [
+      'a wrong length of the block size information',
+      [HELLO, ACK_STRUCTURED, optionReply(7, 3, u16(3), u32(1))],
+    ],
     ['information without a kind', [HELLO, ACK_STRUCTURED, optionReply(7, 3)]],
     ['an export without flags', [HELLO, ACK_STRUCTURED, exportInfo(512, 0), optionReply(7, 1)]],
     ['a minimum block size of no power of two', sizes(3, 4096, 0xffffffff)],

@@ -47,10 +47,10 @@ function parse(cuts: readonly number[]): unknown {
     [3, make(COMMAND.write, 10)],
     [4, make(COMMAND.trim, 10)],
   ])
-  const done: [number, string | undefined][] = []
+  const done: [number, string][] = []
   const parser = new ReplyParser(negotiated, {
     find: cookie => requests.get(cookie),
-    done: (cookie, request) => done.push([cookie, request.error?.errno]),
+    done: (cookie, request) => done.push([cookie, request.error?.errno ?? 'done']),
   })
   let start = 0
   for (const end of [...cuts, CONVERSATION.length]) {
@@ -70,9 +70,9 @@ function parse(cuts: readonly number[]): unknown {
 
 const EXPECTED = {
   done: [
-    [1, undefined],
-    [2, undefined],
-    [3, undefined],
+    [1, 'done'],
+    [2, 'done'],
+    [3, 'done'],
     [4, 'EIO'],
   ],
   memory: Buffer.concat([disk.subarray(0, 80), Buffer.alloc(20)]).toString('hex'),
@@ -89,10 +89,14 @@ describe('the reply parser', () => {
   })
 
   it('understands them cut in two at every place, and in three at every two', () => {
+    const expected = JSON.stringify(EXPECTED)
+    const wrong: number[][] = []
     for (let first = 0; first < CONVERSATION.length; first++) {
-      expect(parse([first]), `cut at ${first}`).toEqual(EXPECTED)
-      for (let second = first; second < CONVERSATION.length; second += 7)
-        expect(parse([first, second]), `cut at ${first} and ${second}`).toEqual(EXPECTED)
+      for (let second = first; second < CONVERSATION.length; second += 5) {
+        const cuts = [first, second]
+        if (JSON.stringify(parse(cuts)) !== expected) wrong.push(cuts)
+      }
     }
+    expect(wrong).toEqual([])
   })
 })
