@@ -1,0 +1,98 @@
+import { VarveError } from '@varve/core'
+import { Command, CommanderError } from 'commander'
+import { backupCommand } from './commands/backup.ts'
+import { deleteCommand } from './commands/delete.ts'
+import { listCommand } from './commands/list.ts'
+import { pruneCommand } from './commands/prune.ts'
+import { recoverCommand } from './commands/recover.ts'
+import { restoreCommand } from './commands/restore.ts'
+import { showCommand } from './commands/show.ts'
+import { storageCommand } from './commands/storage.ts'
+import { verifyCommand } from './commands/verify.ts'
+import { errorDocument, errorText } from './error-text.ts'
+import { type ExitCode, exitCodeOf } from './exit-code.ts'
+import { printable } from './printable.ts'
+import { type GlobalOptions, Session } from './session.ts'
+import type { EndSignal, Terminal } from './terminal.ts'
+import { VERSION } from './version.ts'
+import { writeText } from './write-text.ts'
+
+const EXAMPLES = `
+Examples:
+  varve backup web-1                     back up a libvirt domain, full or what changed
+  varve list web-1                       what there is to restore
+  varve restore <backup> --to-instance web-1
+  varve verify <backup> --deep
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 done but a host needs attention.`
+
+const HELP = new Set(['commander.help', 'commander.helpDisplayed', 'commander.version'])
+
+/** Runs one command line, and resolves with its exit code when everything is written and cleaned up. */
+export async function runCli(args: readonly string[], terminal: Terminal): Promise<ExitCode> {
+  const given = new AbortController()
+  const session = new Session(terminal, given.signal)
+  const forget = terminal.onSignal(signal => {
+    session.notice(
+      given.signal.aborted
+        ? 'Still cleaning up. What a killed varve leaves behind is put right by "varve recover".'
+        : 'Stopping and cleaning up, please wait.',
+    )
+    given.abort(interrupted(signal))
+  })
+  try {
+    await createProgram(session).parseAsync(args, { from: 'user' })
+    return session.exitCode
+  } catch (error) {
+    session.close()
+    // Help and the version were asked for, or help was shown since there was no command.
+    if (error instanceof CommanderError && HELP.has(error.code)) return exitCodeOf(error)
+    // A command line that was not understood has no session.json yet.
+    if (session.json || args.includes('--json'))
+      await writeText(terminal.stdout, JSON.stringify(errorDocument(error), null, 2))
+    await writeText(terminal.stderr, `Error: ${printable(errorText(error, session))}`)
+    return exitCodeOf(error)
+  } finally {
+    session.close()
+    forget()
+  }
+}
+
+function interrupted(signal: EndSignal): VarveError {
+  const by = signal === 'SIGINT' ? 'Ctrl-C' : signal
+  return new VarveError('ABORTED', `Stopped by ${by}.`, { context: { signal } })
+}
+
+function createProgram(session: Session): Command {
+  const { stdout, stderr } = session.terminal
+  const program = new Command('varve')
+  program
+    .description('Backs up and restores KVM/QEMU instances: full and incremental images.')
+    .version(VERSION, '-V, --version', 'print the version')
+    .option(
+      '-c, --config <file>',
+      'configuration (VARVE_CONFIG, ./varve.config.json, /etc/varve/config.json)',
+    )
+    .option('--json', 'write one JSON document to standard output, everything else to standard error')
+    .option('-v, --verbose', 'show external commands with their exit codes, and the causes of errors')
+    .configureHelp({ showGlobalOptions: true })
+    .configureOutput({
+      writeOut: text => void stdout.write(text),
+      writeErr: text => void stderr.write(text),
+      outputError: () => undefined, // told by runCli
+    })
+    .exitOverride()
+    .addHelpText('after', EXAMPLES)
+    .hook('preAction', (_program, command) => session.begin(command.optsWithGlobals<GlobalOptions>()))
+  // Commands inherit these settings, so they come after them.
+  backupCommand(program, session)
+  restoreCommand(program, session)
+  listCommand(program, session)
+  showCommand(program, session)
+  verifyCommand(program, session)
+  deleteCommand(program, session)
+  pruneCommand(program, session)
+  recoverCommand(program, session)
+  storageCommand(program, session)
+  return program
+}

@@ -1,0 +1,117 @@
+import {
+  type BackupManifest,
+  BackupPipeline,
+  type BackupRequest,
+  type Host,
+  type ImageDisk,
+  ImageHost,
+  LibvirtHost,
+} from '@varve/core'
+import { type Command, Option } from 'commander'
+import { backupSummary } from '../manifest-text.ts'
+import {
+  diskPathOption,
+  libvirtUriOption,
+  numberOption,
+  parseDiskNames,
+  sizeOption,
+  stateDirOption,
+  storageOption,
+} from '../options.ts'
+import type { Session } from '../session.ts'
+
+interface BackupOptions {
+  type: 'auto' | 'full' | 'incremental'
+  disk?: Record<string, string>
+  disks?: 'all' | 'primary' | string[]
+  freeze: 'off' | 'try' | 'require'
+  maxChain?: number
+  bandwidth?: number
+  concurrency?: number
+  clusterSize?: number
+  verifyUpload?: boolean
+  storage?: string
+  stateDir?: string
+  libvirtUri?: string
+}
+
+/** `varve backup` */
+export function backupCommand(program: Command, session: Session): void {
+  program
+    .command('backup')
+    .summary('back up an instance')
+    .description('Backs up a libvirt domain, running or stopped, or plain disk images.')
+    .argument('<instance>', 'libvirt domain; with --disk, the name that the images are kept under')
+    .addOption(
+      new Option('--type <type>', 'auto: incremental where there is a backup to build on')
+        .choices(['auto', 'full', 'incremental'])
+        .default('auto'),
+    )
+    .addOption(
+      new Option('--disks <list>', 'all, primary, or names such as vda,vdb (default: all)').argParser(text =>
+        text === 'all' || text === 'primary' ? text : parseDiskNames(text),
+      ),
+    )
+    .addOption(
+      diskPathOption(
+        '--disk <name=path>',
+        'disk image, without libvirt; may be repeated; append ",format=qcow2" or ",format=raw" to state what it is',
+      ),
+    )
+    .addOption(
+      new Option('--freeze <mode>', 'have the guest agent freeze file systems for the moment of the snapshot')
+        .choices(['off', 'try', 'require'])
+        .default('off'),
+    )
+    .addOption(numberOption('--max-chain <n>', 'increments before a new full backup (default: 30)', 0))
+    .addOption(sizeOption('--bandwidth <size>', 'bytes a second for all disks together, such as 50M'))
+    .addOption(numberOption('--concurrency <n>', 'disks that are read at the same time (default: 2)', 1))
+    .addOption(sizeOption('--cluster-size <size>', 'cluster size of the images, 4K to 2M (default: 64K)'))
+    .option('--verify-upload', 'read everything back from the storage before the backup counts')
+    .addOption(storageOption())
+    .addOption(stateDirOption())
+    .addOption(libvirtUriOption())
+    .addHelpText(
+      'after',
+      `
+Examples:
+  varve backup web-1
+  varve backup web-1 --type full --disks vda,vdb --bandwidth 50M
+  varve backup web-1 --disk vda=/srv/web-1.qcow2`,
+    )
+    .action((instance: string, options: BackupOptions) => backup(session, instance, options))
+}
+
+async function backup(session: Session, instance: string, options: BackupOptions): Promise<void> {
+  const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize } = options
+  await using storage = await session.openStorage(options.storage)
+  const request: BackupRequest = {
+    instance,
+    type,
+    freeze,
+    ...(disks !== undefined && { disks }),
+    ...(maxChain !== undefined && { maxIncrementalChain: maxChain }),
+    ...(bandwidth !== undefined && { bandwidth }),
+    ...(concurrency !== undefined && { concurrency }),
+    ...(clusterSize !== undefined && { clusterSize }),
+    verifyUpload: options.verifyUpload ? 'digest' : 'size',
+  }
+  const host = await backupHost(session, instance, options)
+  const stateDir = await session.stateDir(options.stateDir)
+  const pipeline = new BackupPipeline({ host, storage, stateDir })
+  const manifest: BackupManifest = await pipeline.run(request, session.run())
+  await session.result(manifest, backupSummary(manifest))
+}
+
+async function backupHost(session: Session, instance: string, options: BackupOptions): Promise<Host> {
+  if (!options.disk) return new LibvirtHost({ uri: await session.libvirtUri(options.libvirtUri) })
+  const disks: Record<string, ImageDisk> = {}
+  for (const [name, text] of Object.entries(options.disk)) disks[name] = imageDisk(session, text)
+  return new ImageHost({ instance, disks })
+}
+
+function imageDisk(session: Session, text: string): ImageDisk {
+  const [, path, format] = /^(.+),format=(qcow2|raw)$/s.exec(text) ?? []
+  if (path === undefined) return session.path(text)
+  return { path: session.path(path), format: format === 'raw' ? 'raw' : 'qcow2' }
+}

@@ -1,0 +1,69 @@
+import { type RecoveredRun, type RecoverReport, recover, type StorageDriver } from '@varve/core'
+import type { Command } from 'commander'
+import { openStorage } from '../config.ts'
+import { EXIT } from '../exit-code.ts'
+import { stateDirOption } from '../options.ts'
+import type { Session } from '../session.ts'
+import { renderTable } from '../table.ts'
+
+const OUTCOMES: Record<RecoveredRun['outcome'], string> = {
+  finished: 'finished: it was far enough to be carried through',
+  undone: 'undone: everything is as before it',
+  incomplete: 'INCOMPLETE: it wrote in place; restore the disk again',
+  running: 'still running, so left alone',
+  unresolved: 'UNRESOLVED',
+}
+
+/** `varve recover` */
+export function recoverCommand(program: Command, session: Session): void {
+  program
+    .command('recover')
+    .summary('clean up after runs that were cut short')
+    .description(
+      'Settles every backup and restore of this machine that was killed or cut short: merges overlays back, ends servers, removes unfinished files. Can be repeated; a run that goes on is left alone.',
+    )
+    .addOption(stateDirOption())
+    .addHelpText('after', '\nExample:\n  varve recover')
+    .action((options: { stateDir?: string }) => recoverRuns(session, options))
+}
+
+async function recoverRuns(session: Session, options: { stateDir?: string }): Promise<void> {
+  const config = await session.config()
+  const stateDir = await session.stateDir(options.stateDir)
+  await using opened = new AsyncDisposableStack()
+  const storages: StorageDriver[] = []
+  for (const name of config.storages.keys())
+    storages.push(opened.use(await openStorage(config, name, session.terminal.env)))
+  const report = await recover({ stateDir, storages }, session.run())
+  if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
+  await session.result(recoverDocument(report), recoverText(report))
+}
+
+/** Whether someone has to look at what became of a run. */
+function needsAttention({ outcome }: RecoveredRun): boolean {
+  return outcome === 'unresolved' || outcome === 'incomplete'
+}
+
+function recoverDocument({ runs, ok }: RecoverReport): object {
+  return {
+    ok,
+    runs: runs.map(({ error, ...run }) => ({
+      ...run,
+      ...(error && { error: { code: error.code, message: error.message, context: error.context } }),
+    })),
+  }
+}
+
+/** What `varve recover` did. */
+export function recoverText({ runs }: RecoverReport): string {
+  if (runs.length === 0) return 'Nothing to recover: no run was cut short.'
+  return renderTable(
+    [{ title: 'RUN' }, { title: 'KIND' }, { title: 'INSTANCE' }, { title: 'OUTCOME' }],
+    runs.map(({ id, kind, instance, outcome, error }) => [
+      id,
+      kind,
+      instance,
+      error ? `${OUTCOMES[outcome]}: ${error.message}` : OUTCOMES[outcome],
+    ]),
+  )
+}

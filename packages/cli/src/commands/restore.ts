@@ -1,0 +1,179 @@
+import {
+  findBackup,
+  LibvirtHost,
+  type RestoreDestination,
+  RestorePipeline,
+  type RestoreRequest,
+  type RestoreResult,
+  type StorageDriver,
+  type StoredBackup,
+  VarveError,
+} from '@varve/core'
+import { type Command, Option } from 'commander'
+import { confirm } from '../confirm.ts'
+import {
+  diskPathOption,
+  libvirtUriOption,
+  numberOption,
+  parseDiskNames,
+  stateDirOption,
+  storageOption,
+} from '../options.ts'
+import type { Session } from '../session.ts'
+import { formatSize } from '../size-text.ts'
+import { renderTable } from '../table.ts'
+import { formatAge, formatDuration, formatTime } from '../time-text.ts'
+
+interface RestoreOptions {
+  toDisk?: Record<string, string>
+  toInstance?: string
+  toNewInstance?: string
+  directory?: string
+  disks?: string[]
+  format?: 'qcow2' | 'raw'
+  overwrite?: boolean
+  inPlace?: boolean
+  withDefinition?: boolean
+  start: boolean
+  shutdownTimeout?: number
+  yes?: boolean
+  storage?: string
+  stateDir?: string
+  libvirtUri?: string
+}
+
+/** `varve restore` */
+export function restoreCommand(program: Command, session: Session): void {
+  program
+    .command('restore')
+    .summary('restore a backup to files, to its instance or to a new one')
+    .description(
+      'Restores a backup: to new image files (--to-disk), over the disks of an instance (--to-instance), or as a new instance (--to-new-instance).',
+    )
+    .argument('<backup>', 'id of the backup; "varve list" shows them')
+    .addOption(diskPathOption('--to-disk <name=path>', 'write this disk to a file; may be repeated'))
+    .option('--to-instance <name>', 'replace the disks of this libvirt domain; it is shut down for it')
+    .option('--to-new-instance <name>', 'define a new libvirt domain from the backup')
+    .option('--directory <folder>', 'folder for the disks of a new instance')
+    .addOption(
+      new Option('--disks <list>', 'only these disks, such as vda,vdb (default: all)').argParser(
+        parseDiskNames,
+      ),
+    )
+    .addOption(
+      new Option('--format <format>', 'format of new files (default: qcow2)').choices(['qcow2', 'raw']),
+    )
+    .option('--overwrite', 'replace files that --to-disk names and that exist')
+    .option(
+      '--in-place',
+      'write over the target itself, as block devices need; a failure leaves it incomplete',
+    )
+    .option('--with-definition', "put the instance's definition and UEFI variables back as well")
+    .option('--no-start', 'leave the instance switched off afterwards')
+    .addOption(
+      numberOption('--shutdown-timeout <seconds>', 'then the guest is switched off hard (default: 60)', 1),
+    )
+    .option('-y, --yes', 'do not ask before the disks of an instance are replaced')
+    .addOption(storageOption())
+    .addOption(stateDirOption())
+    .addOption(libvirtUriOption())
+    .addHelpText(
+      'after',
+      `
+Examples:
+  varve restore 20261123-231543-123-9f3a1c --to-disk vda=restored.qcow2
+  varve restore 20261123-231543-123-9f3a1c --to-instance web-1
+  varve restore 20261123-231543-123-9f3a1c --to-new-instance web-1-copy --directory /srv/images`,
+    )
+    .action((backup: string, options: RestoreOptions) => restore(session, backup, options))
+}
+
+async function restore(session: Session, backup: string, options: RestoreOptions): Promise<void> {
+  const to = destination(session, options)
+  const { disks, inPlace, shutdownTimeout, withDefinition } = options
+  await using storage = await session.openStorage(options.storage)
+  const host = new LibvirtHost({ uri: await session.libvirtUri(options.libvirtUri) })
+  const stateDir = await session.stateDir(options.stateDir)
+  if ('instance' in to && !options.yes) await confirmReplacement(session, storage, backup, to.instance)
+  const request: RestoreRequest = {
+    backup,
+    to,
+    ...(disks && { disks }),
+    ...(inPlace && { inPlace }),
+    ...(!options.start && { start: false }),
+    ...(shutdownTimeout !== undefined && { powerOffTimeoutMs: shutdownTimeout * 1000 }),
+    ...(withDefinition && { definition: 'restore' }),
+  }
+  const startedAt = performance.now()
+  const result = await new RestorePipeline({ host, storage, stateDir }).run(request, session.run())
+  await session.result(result, restoreSummary(result, (performance.now() - startedAt) / 1000))
+}
+
+function destination(session: Session, options: RestoreOptions): RestoreDestination {
+  const { toDisk, toInstance, toNewInstance, directory, format, overwrite } = options
+  const chosen = [toDisk, toInstance, toNewInstance].filter(target => target !== undefined)
+  if (chosen.length !== 1)
+    throw usage('Say where to restore to: exactly one of --to-disk, --to-instance and --to-new-instance.')
+  if (overwrite && !toDisk) throw usage('--overwrite goes with --to-disk only.')
+  if (directory !== undefined && toNewInstance === undefined)
+    throw usage('--directory goes with --to-new-instance only.')
+  if (options.withDefinition && toInstance === undefined)
+    throw usage('--with-definition goes with --to-instance only; a new instance always gets its definition.')
+  if (toInstance !== undefined) {
+    if (format) throw usage('--format does not go with --to-instance: its disks keep their format.')
+    return { instance: toInstance }
+  }
+  if (toNewInstance !== undefined) {
+    if (directory === undefined) throw usage('--to-new-instance needs --directory, the folder for its disks.')
+    return { newInstance: toNewInstance, directory: session.path(directory), ...(format && { format }) }
+  }
+  const disks = Object.fromEntries(
+    Object.entries(toDisk ?? {}).map(([name, path]) => [name, session.path(path)]),
+  )
+  return { disks, ...(format && { format }), ...(overwrite && { overwrite }) }
+}
+
+function usage(message: string): VarveError {
+  return new VarveError('INVALID_ARGUMENT', message)
+}
+
+async function confirmReplacement(
+  session: Session,
+  storage: StorageDriver,
+  id: string,
+  instance: string,
+): Promise<void> {
+  const { manifest }: StoredBackup = await findBackup(storage, id, { signal: session.signal })
+  const frozen = new Date(manifest.frozenAt)
+  const of = manifest.instance.name === instance ? '' : ` of ${manifest.instance.name}`
+  const disks = manifest.disks.map(({ name }) => name).join(', ')
+  await confirm(session, {
+    text: `The disks of ${instance} will be replaced by the backup${of} from ${formatTime(frozen)} (${formatAge(frozen, new Date())} ago; ${disks}). If it runs, it is shut down for that.`,
+    answer: instance,
+  })
+}
+
+function restoreSummary({ backup, disks, instance, started }: RestoreResult, seconds: number): string {
+  const to = instance === undefined ? '' : ` to ${instance}`
+  const state = started ? ', which was started' : ''
+  return [
+    `Backup ${backup} is restored${to}${state}, in ${formatDuration(seconds)}.`,
+    '',
+    renderTable(
+      [
+        { title: 'DISK' },
+        { title: 'FORMAT' },
+        { title: 'SIZE', align: 'right' },
+        { title: 'WRITTEN', align: 'right' },
+        { title: 'PATH' },
+      ],
+      disks.map(disk => [
+        disk.name,
+        disk.format,
+        formatSize(disk.virtualSize),
+        formatSize(disk.bytesWritten),
+        disk.path,
+      ]),
+    ),
+  ].join('\n')
+}
