@@ -1,0 +1,171 @@
+import { pipeline, Readable } from 'node:stream'
+import {
+  type CallOptions,
+  type CleanUpOptions,
+  type DriverCapabilities,
+  type GetOptions,
+  type PutOptions,
+  type StorageDriver,
+  type StorageHealth,
+  type StoredObject,
+  toUploadBody,
+  type UploadBody,
+} from '@varve/core'
+import { type BytesFault, bytesWithFault, type Fault, isBytesFault, stalled } from './faults.ts'
+
+/** The methods of a driver that can go wrong. */
+export type StorageOperation = 'put' | 'get' | 'stat' | 'list' | 'delete' | 'check' | 'cleanUp'
+
+/** A call that a {@link FaultyDriver} was asked for. */
+export interface StorageCall {
+  readonly operation: StorageOperation
+  /** The key, or the prefix of a listing; empty for `check` and `cleanUp`. */
+  readonly key: string
+}
+
+/** Which calls go wrong, and how. */
+export interface FaultRule {
+  /** The method. */
+  readonly on: StorageOperation
+  /** The key or what it must match. Default: any. */
+  readonly key?: string | RegExp
+  /** Only this one of the calls that match, counted from 1. Default: all of them. */
+  readonly call?: number
+  readonly fault: Fault
+}
+
+/** Rules, of which the first that matches a call counts; or a function that decides on each call. */
+export type FaultScript = readonly FaultRule[] | ((call: StorageCall) => Fault | undefined)
+
+/**
+ * A driver in front of another, whose calls go wrong by a script. For faults that a real server cannot be made
+ * to show at the wanted moment. Give one as the driver of another to combine faults.
+ *
+ * ```ts
+ * const full = new VarveError('STORAGE_FULL', 'The disk is full.')
+ * const storage = new FaultyDriver(driver, [
+ *   { on: 'put', key: /\.qcow2$/, call: 2, fault: { kind: 'fail-at', offset: 1_000_000, error: full } },
+ * ])
+ * ```
+ */
+export class FaultyDriver implements StorageDriver {
+  readonly type: string
+  readonly location: string
+  readonly capabilities: DriverCapabilities
+  /** Every call so far, in order. */
+  readonly calls: StorageCall[] = []
+  readonly #driver: StorageDriver
+  readonly #decide: (call: StorageCall) => Fault | undefined
+
+  constructor(driver: StorageDriver, script: FaultScript) {
+    this.#driver = driver
+    this.#decide = typeof script === 'function' ? script : byRules(script)
+    this.type = driver.type
+    this.location = driver.location
+    this.capabilities = driver.capabilities
+  }
+
+  async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
+    const fault = this.#begin('put', key)
+    try {
+      return await around(fault, options, async () => {
+        const upload = isBytesFault(fault) ? bodyWithFault(toUploadBody(body), fault) : body
+        return resized(await this.#driver.put(key, upload, options), fault)
+      })
+    } finally {
+      if (body instanceof Readable) body.destroy()
+    }
+  }
+
+  async get(key: string, options: GetOptions = {}): Promise<Readable> {
+    const fault = this.#begin('get', key)
+    return around(fault, options, async () => {
+      const stream = await this.#driver.get(key, options)
+      return isBytesFault(fault) ? streamWithFault(stream, fault, options.range?.start) : stream
+    })
+  }
+
+  async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
+    const fault = this.#begin('stat', key)
+    return around(fault, options, async () => resized(await this.#driver.stat(key, options), fault))
+  }
+
+  async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
+    const fault = this.#begin('list', prefix)
+    if (fault?.kind === 'fail-before') throw fault.error
+    if (fault?.kind === 'stall') await stalled(options.signal)
+    for await (const object of this.#driver.list(prefix, options)) yield resized(object, fault)
+    if (fault?.kind === 'fail-after') throw fault.error
+  }
+
+  async delete(key: string, options: CallOptions = {}): Promise<void> {
+    return around(this.#begin('delete', key), options, () => this.#driver.delete(key, options))
+  }
+
+  async check(options: CallOptions = {}): Promise<StorageHealth> {
+    return around(this.#begin('check', ''), options, () => this.#driver.check(options))
+  }
+
+  async cleanUp(options: CleanUpOptions): Promise<number> {
+    return around(
+      this.#begin('cleanUp', ''),
+      options,
+      async () => (await this.#driver.cleanUp?.(options)) ?? 0,
+    )
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#driver[Symbol.asyncDispose]()
+  }
+
+  #begin(operation: StorageOperation, key: string): Fault | undefined {
+    const call = { operation, key }
+    this.calls.push(call)
+    return this.#decide(call)
+  }
+}
+
+function byRules(rules: readonly FaultRule[]): (call: StorageCall) => Fault | undefined {
+  const counts = new Map<FaultRule, number>()
+  return ({ operation, key }) => {
+    let fault: Fault | undefined
+    for (const rule of rules) {
+      const matches = typeof rule.key === 'string' ? rule.key === key : (rule.key?.test(key) ?? true)
+      if (rule.on !== operation || !matches) continue
+      const count = (counts.get(rule) ?? 0) + 1
+      counts.set(rule, count)
+      if (rule.call === undefined || rule.call === count) fault ??= rule.fault
+    }
+    return fault
+  }
+}
+
+async function around<T>(
+  fault: Fault | undefined,
+  { signal }: CallOptions,
+  work: () => Promise<T>,
+): Promise<T> {
+  if (fault?.kind === 'fail-before') throw fault.error
+  if (fault?.kind === 'stall') await stalled(signal)
+  const result = await work()
+  if (fault?.kind === 'fail-after') throw fault.error
+  return result
+}
+
+function resized<T extends StoredObject | undefined>(object: T, fault: Fault | undefined): T {
+  return object && fault?.kind === 'resize' ? { ...object, size: object.size + fault.by } : object
+}
+
+function bodyWithFault(body: UploadBody, fault: BytesFault): UploadBody {
+  const keepsSize = fault.kind !== 'end-at' && fault.kind !== 'append'
+  return {
+    ...(keepsSize && body.size !== undefined ? { size: body.size } : {}),
+    replayable: body.replayable,
+    open: range => streamWithFault(body.open(range), fault, range?.start),
+  }
+}
+
+function streamWithFault(stream: Readable, fault: BytesFault, start = 0): Readable {
+  // the streams end each other; an error comes out of the last one, which is the caller's
+  return pipeline(stream, bytesWithFault(fault, start), () => undefined)
+}
