@@ -1,0 +1,73 @@
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { loadConfig, openStorage, parseConfig } from '../src/config.ts'
+
+const parse = (value: unknown) => parseConfig(JSON.stringify(value), '/etc/varve/config.json')
+const message = (value: unknown): string => {
+  try {
+    parse(value)
+  } catch (error) {
+    expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
+    return error instanceof Error ? error.message : ''
+  }
+  return 'no error'
+}
+
+test('a storage is opened by its name, or without one where there is only one', async () => {
+  const config = parse({ storages: { nas: { type: 'local', path: '/mnt/backup' } } })
+  expect(await openStorage(config, undefined, {})).toMatchObject({ type: 'local', location: '/mnt/backup' })
+  expect(await openStorage(config, 'nas', {})).toMatchObject({ location: '/mnt/backup' })
+  await expect(openStorage(config, 'tape', {})).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    message: expect.stringContaining('nas'),
+  })
+})
+
+test('with several storages one has to be named', async () => {
+  const config = parse({ storages: { a: { type: 'local', path: '/a' }, b: { type: 'local', path: '/b' } } })
+  await expect(openStorage(config, undefined, {})).rejects.toMatchObject({
+    message: expect.stringContaining('a, b'),
+  })
+})
+
+test.each([
+  [{}, 'storages'],
+  [{ storages: {} }, 'storages'],
+  [{ storages: { nas: { path: '/x' } } }, 'storages.nas.type'],
+  [{ storages: { nas: { type: 'tape' } } }, 'storages.nas.type'],
+  [{ storages: { nas: { type: 'local' } } }, 'storages.nas.path'],
+  [{ storages: { nas: { type: 'local', path: 'relative' } } }, 'storages.nas.path'],
+  [{ storages: { nas: { type: 'local', path: '/x', pth: 1 } } }, 'pth'],
+  [{ storages: { 'a/b': { type: 'local', path: '/x' } } }, 'a/b'],
+  [{ storages: { nas: { type: 'local', path: '/x' } }, stateDir: 'x' }, 'stateDir'],
+  [[], '/etc/varve/config.json'],
+])('a wrong field is named: %j', (value, field) => {
+  expect(message(value)).toContain(field)
+  expect(message(value)).toContain('/etc/varve/config.json')
+})
+
+test('a file that is no JSON is refused without quoting it', () => {
+  expect(() => parseConfig('{ "secret": hunter2', '/c.json')).toThrow(
+    expect.objectContaining({ code: 'INVALID_CONFIG' }),
+  )
+  expect(() => parseConfig('{ "secret": hunter2', '/c.json')).not.toThrow(/hunter2/)
+})
+
+test('a missing file is named with the way to make one', async () => {
+  await expect(loadConfig({ env: {}, cwd: '/nowhere' })).rejects.toMatchObject({
+    code: 'INVALID_CONFIG',
+    message: expect.stringContaining('/nowhere/varve.config.json'),
+  })
+})
+
+test('whatever JSON it is given, it is a configuration or a VarveError', () => {
+  fc.assert(
+    fc.property(fc.jsonValue(), value => {
+      try {
+        expect(parse(value).storages.size).toBeGreaterThan(0)
+      } catch (error) {
+        expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
+      }
+    }),
+  )
+})
