@@ -59,8 +59,7 @@ export class ComposedImage {
     const { dataStart } = this.#layout
     const metadata = Math.max(0, Math.min(dataStart - start, into.length))
     if (metadata > 0) this.#layout.readMetadata(start, into.subarray(0, metadata))
-    if (metadata < into.length)
-      await this.#readData(start + metadata - dataStart, into.subarray(metadata), options)
+    await this.#readData(start + metadata - dataStart, into.subarray(metadata), options)
   }
 
   /**
@@ -107,7 +106,7 @@ export class ComposedImage {
       const end = Math.min(into.length, done + map.end(run) * clusterSize - guestOffset)
       const guestEnd = Math.min(end, done + Math.max(0, extentsSize - guestOffset))
       if (guestEnd > done) reads.push(this.#readGuest(guestOffset, into.subarray(done, guestEnd), options))
-      if (guestEnd < end) into.fill(0, guestEnd, end) // the last cluster beyond the end of the disk
+      into.fill(0, guestEnd, end) // the last cluster beyond the end of the disk
       done = end
     }
     await settled(reads)
@@ -140,7 +139,6 @@ export class ComposedImage {
 
 /** Waits for all, so that no read still writes to memory that the caller uses again; then throws the first error. */
 async function settled(reads: readonly Promise<void>[]): Promise<void> {
-  if (reads.length === 1) return reads[0]
   const results = await Promise.allSettled(reads)
   for (const result of results) if (result.status === 'rejected') throw result.reason
 }
