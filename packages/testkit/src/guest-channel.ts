@@ -1,5 +1,4 @@
 import { connect, type Socket } from 'node:net'
-import { createInterface } from 'node:readline'
 
 /** What a command in the guest came to. */
 export interface GuestResult {
@@ -88,7 +87,12 @@ export class GuestChannel {
     }
     socket.on('error', cause => lost(new Error(`The guest cannot be reached: ${cause.message}`, { cause })))
     socket.on('close', () => lost(new Error('The guest went away.')))
-    createInterface({ input: socket }).on('line', line => this.#receive(line))
+    let rest = ''
+    socket.setEncoding('latin1').on('data', (chunk: string) => {
+      const lines = (rest + chunk).split('\n')
+      rest = lines.pop() ?? ''
+      for (const line of lines) this.#receive(line)
+    })
     this.#socket = socket
     return socket
   }

@@ -1,9 +1,9 @@
-import { type ChildProcessByStdio, spawn } from 'node:child_process'
+import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, openSync } from 'node:fs'
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { Socket } from 'node:net'
 import path from 'node:path'
-import type { Writable } from 'node:stream'
 import { execa } from 'execa'
 import { pollUntil } from './lab-poll.ts'
 
@@ -80,9 +80,7 @@ export async function startLibvirtDaemon(root: string): Promise<LibvirtDaemon> {
   return { uri, stop }
 }
 
-type Supervisor = ChildProcessByStdio<Writable, null, null>
-
-function spawnSupervisor(root: string): Supervisor {
+function spawnSupervisor(root: string): ChildProcess {
   const log = openSync(path.join(root, 'supervisor.log'), 'a')
   const namespaces = ['--mount', '--pid', '--fork', '--kill-child', '--mount-proc']
   // Detached: Ctrl-C in a terminal is for the test, which then stops the lab.
@@ -92,15 +90,15 @@ function spawnSupervisor(root: string): Supervisor {
   })
   closeSync(log)
   child.on('error', () => undefined) // seen in answer(), which has the log
-  child.stdin.on('error', () => undefined) // the supervisor has ended by itself
+  child.stdin?.on('error', () => undefined) // the supervisor has ended by itself
   // A lab that nobody stops keeps no process alive: it ends with it.
   child.unref()
-  if ('unref' in child.stdin && typeof child.stdin.unref === 'function') child.stdin.unref()
+  if (child.stdin instanceof Socket) child.stdin.unref()
   return child
 }
 
 /** Waits until the daemon answers. */
-async function answer(uri: string, child: Supervisor, root: string): Promise<void> {
+async function answer(uri: string, child: ChildProcess, root: string): Promise<void> {
   const log = (): Promise<string> => readFile(path.join(root, 'supervisor.log'), 'utf8').catch(() => '')
   await pollUntil(
     async () => {
@@ -115,10 +113,10 @@ async function answer(uri: string, child: Supervisor, root: string): Promise<voi
   )
 }
 
-async function endSupervisor(child: Supervisor, folder: 'keep' | 'remove'): Promise<void> {
+async function endSupervisor(child: ChildProcess, folder: 'keep' | 'remove'): Promise<void> {
   if (child.pid === undefined || child.exitCode !== null || child.signalCode !== null) return
   child.ref()
   const exit = once(child, 'exit', { signal: AbortSignal.timeout(30_000) })
-  child.stdin.end(folder === 'keep' ? 'stop\n' : '')
+  child.stdin?.end(folder === 'keep' ? 'stop\n' : '')
   await exit.catch(() => child.kill('SIGKILL')) // --kill-child: the namespace goes with it
 }

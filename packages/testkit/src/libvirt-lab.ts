@@ -80,8 +80,7 @@ export async function startLibvirt(): Promise<LibvirtLab> {
   try {
     const folder = path.join(root, 'guest')
     await mkdir(folder)
-    const [guest, daemon] = await Promise.all([buildGuest(folder), startLibvirtDaemon(root)])
-    return new LibvirtLab(root, guest, daemon)
+    return new LibvirtLab(root, await buildGuest(folder), await startLibvirtDaemon(root))
   } catch (error) {
     await rm(root, { recursive: true, force: true })
     throw error
