@@ -121,15 +121,14 @@ export async function locateBackup(
   assertBackupId(id)
   const objects = await listObjects(storage, '', signal)
   const places = [...objects.keys()].map(backupOfKey).filter(place => place?.backup === id)
-  const located: LocatedBackup[] = []
+  let other: LocatedBackup | undefined
   for (const folder of new Set(places.flatMap(place => place?.folder ?? []))) {
     const chain = await readCatalog(storage, folder.slice(0, -id.length), signal)
     if (chain.backups.some(backup => backup.folder === folder)) return { folder, chain }
-    located.push({ folder, chain })
+    other ??= { folder, chain }
   }
-  const [found] = located.sort((a, b) => Number(hasManifest(b)) - Number(hasManifest(a)))
-  if (!found) throw backupNotFound(storage, id)
-  return found
+  if (!other) throw backupNotFound(storage, id)
+  return other
 }
 
 /** Whether the located folder holds a manifest, be it a damaged one. */
