@@ -87,11 +87,11 @@ export class GuestSubject implements Subject {
       await this.#vm.run('touch /run/copied')
       assert((await copying.result).exitCode === 0, 'The guest could not write during the backup.')
       const { stdout } = await this.#vm.run('ls /mnt/files | grep -c live')
-      this.#screen.note(`meanwhile the guest wrote ${stdout.trim()} new files`)
+      this.#screen.note(`meanwhile the guest wrote ${stdout.trim()} new files to vda, each flushed`)
     }
     if (this.#writer) {
       const after = (await this.#writer.writes()).length
-      this.#screen.note(`and ${after - before} blocks of vdb, flushed one by one`)
+      this.#screen.note(`meanwhile the guest wrote ${after - before} blocks to vdb, each flushed`)
     }
     return result
   }

@@ -1,6 +1,7 @@
 import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { parseArgs } from 'node:util'
 import { errorMessage } from '@varve/core'
 import { libvirtAvailable, startLibvirt } from '@varve/testkit/lab'
 import { execa } from 'execa'
@@ -10,6 +11,8 @@ import { ImageSubject } from './image-subject.ts'
 import { Screen } from './screen.ts'
 import { tellStory } from './story.ts'
 
+const { values: options } = parseArgs({ options: { image: { type: 'boolean' } } })
+const asked = { available: false, reason: 'It was asked for images.' } as const
 const { signal, ...giveUp } = endSignal()
 const screen = new Screen(signal)
 const startedAt = performance.now()
@@ -18,11 +21,9 @@ try {
   const qemu = /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
   screen.print(`\n    ${screen.bold('Varve')}  backs up a virtual machine while it writes, and proves it`)
   screen.print(screen.dim(`    QEMU ${qemu}, Node ${process.versions.node}, ${availableParallelism()} cores`))
-  const libvirt = process.argv.includes('--image')
-    ? { available: false, reason: 'It was asked for images.' }
-    : await libvirtAvailable()
+  const libvirt = options.image ? asked : await libvirtAvailable()
   if (libvirt.available) await showGuest()
-  else await showImages('reason' in libvirt ? libvirt.reason : '')
+  else await showImages(libvirt.reason)
   const seconds = formatDuration((performance.now() - startedAt) / 1000)
   screen.print(`\n    ${screen.good('Everything was proved')} in ${seconds}; nothing of it is left behind.\n`)
 } catch (error) {

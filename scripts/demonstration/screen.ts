@@ -92,6 +92,6 @@ export class Screen {
 }
 
 function show(display: ProgressDisplay, event: VarveEvent): void {
-  if (event.type === 'progress') display.progress(event)
+  if (event.type === 'progress') display.progress({ ...event, disk: `      ${event.disk}` })
   if (event.type === 'fallback' || event.type === 'warning') display.line(`      ${event.message}`)
 }
