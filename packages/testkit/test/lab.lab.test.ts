@@ -248,6 +248,8 @@ test('two labs have domains of one name and do not disturb each other', async ()
         return lab.createDomain({ name: 'twin', disks: [{ target: 'vda', path: disk, format: 'raw' }] })
       }),
     )
+    for (const { root } of labs) expect(existsSync(path.join(root, 'etc/qemu/twin.xml'))).toBe(true)
+    expect(existsSync('/etc/libvirt/qemu/twin.xml')).toBe(false)
     await Promise.all(domains.map(vm => vm.boot()))
     const [first, second] = domains
     const [firstLab, secondLab] = labs
