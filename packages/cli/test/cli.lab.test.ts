@@ -121,9 +121,12 @@ test('a damaged image is found by a deep verification and refused by a restore',
 
 test('Ctrl-C during a backup leaves nothing: no object, no bitmap, no server, no journal', async () => {
   const before = await execa('qemu-img', ['info', '--output=json', join(folder, 'disk.qcow2')])
+  let interrupted = false
   const result = await run('backup web-1 --disk vda=disk.qcow2 --bandwidth 1M', {
     onStderr: (text, interrupt) => {
-      if (text.includes('Uploading')) interrupt('SIGINT')
+      if (interrupted || !text.includes('Uploading')) return
+      interrupted = true
+      interrupt('SIGINT')
     },
   })
   expect(result).toMatchObject({ code: 1, stderr: expect.stringContaining('Stopped by Ctrl-C') })
