@@ -83,7 +83,17 @@ async function fullBackup({ folder, pairs, diskBytes, dataBytes }: Setting): Pro
   const virtnbdbackup = async () => {
     // It wants a name and a password for every URI with a socket in it; libvirt asks for neither.
     const login = ['--user', 'none', '--password', 'none']
-    const run = await timeCommand('virtnbdbackup', ['-U', lab.uri, ...login, '-d', 'bench', '-l', 'copy', '-o', output])
+    const run = await timeCommand('virtnbdbackup', [
+      '-U',
+      lab.uri,
+      ...login,
+      '-d',
+      'bench',
+      '-l',
+      'copy',
+      '-o',
+      output,
+    ])
     await rm(output, { recursive: true })
     return run
   }

@@ -20,6 +20,7 @@ export type { DiskBitmap, DiskOverlay, Host, HostDisk, HostReference, Instance }
 export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'
 export { LibvirtHost, type LibvirtHostOptions } from './libvirt-host.ts'
 export * from './manifest.ts'
+export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
 export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
 export {
   type RestoreDestination,
@@ -29,7 +30,6 @@ export {
   type RestoreRequest,
   type RestoreResult,
 } from './restore-pipeline.ts'
-export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
 export type { RetentionPolicy, RetentionReason } from './retention.ts'
 export type { RunOptions } from './run-options.ts'
 export * from './storage.ts'

@@ -26,13 +26,13 @@ export const ENTRY_BYTES = 8
 export const MIN_CLUSTER_SIZE = 4096
 
 /** The largest cluster of the format, in bytes. */
-export const MAX_CLUSTER_SIZE = 2 * 1024 * 1024
+export const MAX_CLUSTER_SIZE: number = 2 * 1024 * 1024
 
 /** The largest L1 table that QEMU opens, in bytes. */
-export const MAX_L1_BYTES = 32 * 1024 * 1024
+export const MAX_L1_BYTES: number = 32 * 1024 * 1024
 
 /** The largest refcount table that QEMU opens, in bytes. */
-export const MAX_REFCOUNT_TABLE_BYTES = 8 * 1024 * 1024
+export const MAX_REFCOUNT_TABLE_BYTES: number = 8 * 1024 * 1024
 
 /** The longest backing file name, in bytes. */
 export const MAX_BACKING_NAME_BYTES = 1023

@@ -1,7 +1,7 @@
 import type { ImageFile } from './image-file.ts'
 
 /** Bytes of one read of a table, at most. */
-export const WINDOW_BYTES = 4 * 1024 * 1024
+export const WINDOW_BYTES: number = 4 * 1024 * 1024
 
 const WINDOWS_IN_FLIGHT = 4
 
