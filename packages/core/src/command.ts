@@ -5,6 +5,9 @@ import { emit, type RunOptions } from './run-options.ts'
 /** How much of a command's output is kept in events and errors, in characters. */
 const OUTPUT_LIMIT = 16_384
 
+/** How often a command is started that a Ctrl-C ends before it begins. */
+const MOST_TRIES = 10
+
 /** Where the programs come from, for the error of a missing one. */
 const PACKAGES: Readonly<Record<string, string>> = {
   virsh: 'libvirt-clients',
@@ -36,16 +39,23 @@ export async function runCommand(
 ): Promise<CommandResult> {
   const { signal, timeoutMs = 60_000 } = options
   if (signal?.aborted) throw abortError(signal)
-  const result = await execa(command, args, {
-    stdin: 'ignore',
-    env: { LC_ALL: 'C' }, // messages are looked at
-    reject: false,
-    timeout: timeoutMs,
-    forceKillAfterDelay: 5_000,
-    maxBuffer: 64 * 1024 * 1024,
-    stripFinalNewline: true,
-    ...(signal && { cancelSignal: signal }),
-  })
+  const run = () =>
+    execa(command, args, {
+      stdin: 'ignore',
+      env: { LC_ALL: 'C' }, // messages are looked at
+      reject: false,
+      detached: true, // a Ctrl-C in the terminal is for Varve, and must not end what cleans up
+      timeout: timeoutMs,
+      forceKillAfterDelay: 5_000,
+      maxBuffer: 64 * 1024 * 1024,
+      stripFinalNewline: true,
+      ...(signal && { cancelSignal: signal }),
+    })
+  let result = await run()
+  // Until it has a session of its own, a new process gets the Ctrl-C all the same. It has done nothing by then.
+  for (let tries = 1; result.signal === 'SIGINT' && !signal?.aborted && tries < MOST_TRIES; tries++) {
+    result = await run()
+  }
   emit(options, {
     type: 'command',
     command,
@@ -56,7 +66,7 @@ export async function runCommand(
     durationMs: Math.round(result.durationMs),
   })
   if (!result.failed) return { stdout: result.stdout, stderr: result.stderr }
-  if (result.isCanceled && signal) throw abortError(signal)
+  if (signal?.aborted && (result.isCanceled || result.signal === 'SIGINT')) throw abortError(signal)
 
   const context = { command, args, exitCode: result.exitCode, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
   if (result.code === 'ENOENT') {

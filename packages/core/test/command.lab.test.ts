@@ -1,0 +1,32 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { runCommand } from '../src/command.ts'
+
+let folder: string
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-command-'))
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+test('a command has a session of its own, which the Ctrl-C of a terminal does not reach', async () => {
+  const { stdout } = await runCommand('sh', ['-c', 'ps -o sid= -p $$; echo $$'])
+  const [session, pid] = stdout.trim().split(/\s+/)
+  expect(session).toBe(pid)
+})
+
+test('a command that a Ctrl-C ended before it began is started again', async () => {
+  const marker = join(folder, 'began')
+  const script = 'if [ -e "$0" ]; then echo done; else touch "$0"; kill -INT $$; fi'
+  expect(await runCommand('sh', ['-c', script, marker])).toMatchObject({ stdout: 'done' })
+})
+
+test('a command that a Ctrl-C always ends is an error, and one that was given up is not started again', async () => {
+  const killed = () => runCommand('sh', ['-c', 'kill -INT $$'])
+  await expect(killed()).rejects.toMatchObject({ code: 'COMMAND_FAILED' })
+  const given = new AbortController()
+  const aborted = runCommand('sh', ['-c', 'kill -INT $$'], { signal: given.signal })
+  given.abort(new Error('enough'))
+  await expect(aborted).rejects.toMatchObject({ code: 'ABORTED' })
+})
