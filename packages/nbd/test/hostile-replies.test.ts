@@ -41,7 +41,10 @@ const all = (request: FakeRequest) => disk.subarray(request.offset, request.offs
 
 describe('a reply to a read', () => {
   it.each<[string, Answer, FakeExport?]>([
-    ['of a wrong magic', (_, to) => to.send(Buffer.alloc(20, 0x42))],
+    [
+      'of a wrong magic',
+      (r, to) => to.send(Buffer.concat([u32(0x668e33ee), u16(1), u16(0), r.cookie, u32(0)])),
+    ],
     ['of a request that was not sent', (r, to) => to.none({ ...r, cookie: Buffer.alloc(8, 9) })],
     ['of an old cookie', (r, to) => to.none({ ...r, cookie: u64(0) })],
     [

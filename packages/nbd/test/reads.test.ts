@@ -8,6 +8,9 @@ import {
   MULTI_CONN,
   patternDisk,
   serveDisk,
+  u16,
+  u32,
+  u64,
 } from './fake-server.ts'
 
 const disk = patternDisk(300_000)
@@ -25,7 +28,7 @@ function answerInPieces(requests: FakeRequest[], connection: FakeConnection, ran
   for (const request of requests) {
     const end = request.offset + request.length
     for (let start = request.offset; start < end; ) {
-      const stop = Math.min(end, start + 1 + (random() % 40_000))
+      const stop = Math.min(end, start + 1 + (random() % (random() % 2 === 0 ? 10_000 : 300_000)))
       pieces.push({ request, start, end: stop })
       start = stop
     }
@@ -213,6 +216,21 @@ describe('reading', () => {
     const into = Buffer.alloc(3000)
     await expect(client.read(0, into)).rejects.toMatchObject({ errno: 'EIO' })
     expect(into.subarray(1000).equals(disk.subarray(1000, 3000))).toBe(true)
+  })
+
+  it('takes the longest error that there can be', async () => {
+    await using server = await FakeServer.start({
+      export: { size: disk.length },
+      onRequest: (request, connection) => {
+        const text = Buffer.alloc(4096, 'x')
+        const frame = Buffer.concat([u32(5), u16(4096), text, u64(request.offset)])
+        connection.chunk(request, 0x8002, true, frame)
+      },
+    })
+    await using client = await NbdClient.connect(server)
+    const failure = await client.read(0, Buffer.alloc(512)).catch(error => error)
+    expect(failure).toMatchObject({ code: 'NBD_SERVER', errno: 'EIO' })
+    expect(failure.message.length).toBeLessThan(400)
   })
 
   it('takes an error in the middle of a reply, and one of a kind it does not know', async () => {
