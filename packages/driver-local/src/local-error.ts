@@ -1,9 +1,14 @@
+import { constants } from 'node:os'
 import { getSystemErrorMap } from 'node:util'
 import { errorMessage, isVarveError, VarveError } from '@varve/core'
 
-/** Whether `error` is a file system's error of one of these names, such as `ENOENT`. */
-export function isErrno(error: unknown, ...codes: string[]): boolean {
-  return error instanceof Error && 'code' in error && codes.includes(String(error.code))
+/** The name of a system error, such as `ENOENT`. */
+export type Errno = keyof typeof constants.errno
+
+/** Whether `error` is one of these system errors. Goes by number: Node has no `code` for some, such as `EDQUOT`. */
+export function isErrno(error: unknown, ...names: Errno[]): boolean {
+  const errno = errnoOf(error)
+  return names.some(name => constants.errno[name] === errno)
 }
 
 /** Whether `error` says that a plain file, or a folder on the way to it, is not there. */
@@ -44,17 +49,24 @@ export function localError(error: unknown, doing: string, path: string): VarveEr
     )
   }
   const retryable = isErrno(error, 'EAGAIN', 'EBUSY', 'EINTR', 'EMFILE', 'ENFILE', 'ESTALE', 'ETIMEDOUT')
-  return new VarveError('STORAGE_FAILED', `${what}. Check the disk or the mount.`, { ...options, retryable })
+  const remedy = errnoOf(error) === undefined ? '' : ' Check the disk or the mount.'
+  return new VarveError('STORAGE_FAILED', `${what}.${remedy}`, { ...options, retryable })
 }
 
-/** `ENOSPC` and the like. */
+/** The number of a system error, positive as in `errno(3)`. */
+function errnoOf(error: unknown): number | undefined {
+  return error instanceof Error && 'errno' in error ? -Number(error.errno) : undefined
+}
+
 function errnoName(error: unknown): string | undefined {
-  return error instanceof Error && 'errno' in error && 'code' in error ? String(error.code) : undefined
+  const errno = errnoOf(error)
+  return Object.entries(constants.errno).find(([, number]) => number === errno)?.[0]
 }
 
-/** Node's own message would name a path by the number of an open folder. */
+/** Not Node's own message, which would name a path by the number of an open folder. */
 function reason(error: unknown): string {
-  const errno = error instanceof Error && 'errno' in error ? Number(error.errno) : Number.NaN
-  const [name, text] = getSystemErrorMap().get(errno) ?? []
-  return name ? `${text} (${name})` : errorMessage(error)
+  const name = errnoName(error)
+  if (name === undefined) return errorMessage(error)
+  const [, text = 'system error'] = getSystemErrorMap().get(-(errnoOf(error) ?? 0)) ?? []
+  return `${text} (${name})`
 }

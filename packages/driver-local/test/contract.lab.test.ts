@@ -1,0 +1,19 @@
+import { describeDriver } from '@varve/testkit'
+import { localTarget } from './local-target.ts'
+import { mountTmpfs } from './tmpfs.ts'
+
+const CAPACITY = 8 * 1024 * 1024
+
+describeDriver('LocalDriver, with a disk that fills up,', {
+  capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
+  create: localTarget,
+  async createFull() {
+    const disk = await mountTmpfs(CAPACITY)
+    const target = await localTarget(disk.path)
+    const dispose = async () => {
+      await target.dispose()
+      await disk.dispose()
+    }
+    return { ...target, dispose, capacity: CAPACITY }
+  },
+})

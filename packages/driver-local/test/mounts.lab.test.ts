@@ -1,0 +1,82 @@
+import { readdir, writeFile } from 'node:fs/promises'
+import { buffer } from 'node:stream/consumers'
+import { bytesBody } from '@varve/core'
+import { LocalDriver } from '@varve/driver-local'
+import { expect, onTestFinished, test } from 'vitest'
+import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
+
+const MIB = 1024 * 1024
+const bytes = Buffer.from('x')
+
+async function mounted(): Promise<Tmpfs> {
+  const disk = await mountTmpfs(8 * MIB)
+  onTestFinished(() => disk.dispose())
+  return disk
+}
+
+test('a mount point that is needed is found, and nothing is written once it is gone', async () => {
+  const disk = await mounted()
+  const driver = new LocalDriver({ path: disk.path, requireMountPoint: true })
+  await driver.put('a/object', bytesBody(bytes))
+  expect(await driver.check()).toMatchObject({ ok: true })
+
+  disk.unmount()
+  await expect(driver.put('a/object', bytesBody(bytes))).rejects.toMatchObject({
+    code: 'STORAGE_NOT_MOUNTED',
+  })
+  await expect(driver.stat('a/object')).rejects.toMatchObject({ code: 'STORAGE_NOT_MOUNTED' })
+  expect(await driver.check()).toMatchObject({ ok: false, checks: [{ name: 'connect', ok: false }] })
+  expect(await readdir(disk.path)).toEqual([])
+})
+
+test('a folder below a mount point is none itself, but may hold a marker', async () => {
+  const disk = await mounted()
+  await new LocalDriver({ path: `${disk.path}/below`, create: true }).put('key', bytesBody(bytes))
+  const path = `${disk.path}/below`
+  const strict = new LocalDriver({ path, requireMountPoint: true })
+  await expect(strict.stat('key')).rejects.toMatchObject({ code: 'STORAGE_NOT_MOUNTED' })
+  await writeFile(`${path}/.varve-storage`, '')
+  expect(await new LocalDriver({ path, marker: '.varve-storage' }).stat('key')).toMatchObject({ size: 1 })
+})
+
+test('the free bytes are those of the file system', async () => {
+  const disk = await mounted()
+  const driver = new LocalDriver({ path: disk.path })
+  expect(await driver.check()).toMatchObject({ freeBytes: 8 * MIB })
+  await driver.put('object', bytesBody(Buffer.alloc(3 * MIB)))
+  expect(await driver.check()).toMatchObject({ freeBytes: 5 * MIB })
+})
+
+test('a full disk says at the check that nothing can be written', async () => {
+  const disk = await mounted()
+  await writeFile(`${disk.path}/fill`, Buffer.alloc(8 * MIB))
+  const { ok, checks } = await new LocalDriver({ path: disk.path }).check()
+  expect(ok).toBe(false)
+  expect(checks).toEqual([
+    { name: 'connect', ok: true },
+    { name: 'write', ok: false, message: expect.stringContaining('disk is full') },
+  ])
+  expect(await readdir(disk.path)).toEqual(['fill'])
+})
+
+test('a read-only mount denies writing and deleting, says so at the check, and can be read', async () => {
+  const disk = await mounted()
+  const driver = new LocalDriver({ path: disk.path })
+  await driver.put('a/object', bytesBody(bytes))
+  disk.remount('ro')
+  const denied = {
+    code: 'STORAGE_ACCESS_DENIED',
+    message: expect.stringContaining('read-only file system (EROFS)'),
+  }
+  await expect(driver.put('a/object', bytesBody(bytes))).rejects.toMatchObject(denied)
+  await expect(driver.put('b/object', bytesBody(bytes))).rejects.toMatchObject(denied)
+  await expect(driver.delete('a/object')).rejects.toMatchObject(denied)
+  expect(await driver.check()).toMatchObject({
+    ok: false,
+    checks: [
+      { name: 'connect', ok: true },
+      { name: 'write', ok: false },
+    ],
+  })
+  expect(await buffer(await driver.get('a/object'))).toEqual(bytes)
+})
