@@ -8,7 +8,7 @@ describeDriver('LocalDriver, with a disk that fills up,', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create: localTarget,
   async createFull() {
-    const disk = await mountTmpfs(CAPACITY)
+    const disk = await mountTmpfs(`size=${CAPACITY}`)
     const target = await localTarget(disk.path)
     const dispose = async () => {
       await target.dispose()

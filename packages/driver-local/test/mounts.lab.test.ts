@@ -8,8 +8,8 @@ import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
 const MIB = 1024 * 1024
 const bytes = Buffer.from('x')
 
-async function mounted(): Promise<Tmpfs> {
-  const disk = await mountTmpfs(8 * MIB)
+async function mounted(options = ''): Promise<Tmpfs> {
+  const disk = await mountTmpfs(`size=${8 * MIB}${options}`)
   onTestFinished(() => disk.dispose())
   return disk
 }
@@ -57,6 +57,16 @@ test('a full disk says at the check that nothing can be written', async () => {
     { name: 'write', ok: false, message: expect.stringContaining('disk is full') },
   ])
   expect(await readdir(disk.path)).toEqual(['fill'])
+})
+
+test('an upload for which there are not enough inodes leaves no folder', async () => {
+  const disk = await mounted(',nr_inodes=3') // one for the root
+  const driver = new LocalDriver({ path: disk.path })
+  const full = { code: 'STORAGE_FULL' }
+  await expect(driver.put('a/b/c/d/object', bytesBody(bytes))).rejects.toMatchObject(full)
+  await expect(driver.put('a/b/object', bytesBody(bytes))).rejects.toMatchObject(full)
+  expect(await readdir(disk.path)).toEqual([])
+  await driver.put('a/object', bytesBody(bytes))
 })
 
 test('a read-only mount denies writing and deleting, says so at the check, and can be read', async () => {

@@ -14,10 +14,10 @@ export interface Tmpfs {
   dispose(): Promise<void>
 }
 
-/** Mounts a tmpfs of so many bytes. */
-export async function mountTmpfs(size: number): Promise<Tmpfs> {
+/** Mounts a tmpfs with options such as `size=8m`. */
+export async function mountTmpfs(options: string): Promise<Tmpfs> {
   const path = await mkdtemp(join(tmpdir(), 'varve-tmpfs-'))
-  execFileSync('mount', ['-t', 'tmpfs', '-o', `size=${size}`, 'tmpfs', path])
+  execFileSync('mount', ['-t', 'tmpfs', '-o', options, 'tmpfs', path])
   let mounted = true
   const unmount = () => {
     if (mounted) execFileSync('umount', [path])
