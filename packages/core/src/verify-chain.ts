@@ -26,7 +26,7 @@ export interface VerifyProblem {
 
 /** How far a deep verification is. */
 export interface VerifyProgress {
-  /** Bytes that were read. */
+  /** Bytes that were read; less than the total at the end where an object could not be read. */
   readonly bytesDone: number
   /** Bytes of all the objects that are read; known from the first report on. */
   readonly bytesTotal: number
@@ -97,7 +97,7 @@ async function readEverything(
       return damages.map(error => problemOf(link.manifest.id, error))
     },
   )
-  progress.end()
+  progress.tell()
   return found.flat()
 }
 
@@ -127,7 +127,7 @@ function problemOf(backup: string, { code, message, context }: VarveError): Veri
   }
 }
 
-/** Counts bytes and tells of them a few times a second, and once at the end. */
+/** Counts bytes and tells of them a few times a second. */
 class ByteProgress {
   readonly #total: number
   readonly #onProgress: ((progress: VerifyProgress) => void) | undefined
@@ -144,15 +144,10 @@ class ByteProgress {
     const now = performance.now()
     if (now - this.#toldAt < PROGRESS_INTERVAL_MS) return
     this.#toldAt = now
-    this.#tell()
+    this.tell()
   }
 
-  end(): void {
-    this.#done = this.#total
-    this.#tell()
-  }
-
-  #tell(): void {
+  tell(): void {
     try {
       this.#onProgress?.({ bytesDone: this.#done, bytesTotal: this.#total })
     } catch {
