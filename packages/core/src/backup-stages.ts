@@ -1,8 +1,8 @@
 import { mkdtemp, readFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { NbdClient } from '@varve/nbd'
-import { ComposedImage, planImage } from '@varve/qcow2'
+import { NbdClient, NbdError } from '@varve/nbd'
+import { ComposedImage, planImage, Qcow2Error } from '@varve/qcow2'
 import PQueue from 'p-queue'
 import type { BackupRequest } from './backup-pipeline.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, bitmapName, type DiskPlan } from './backup-plan.ts'
@@ -137,14 +137,23 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
         try {
           return await streamDisk({ ...backup, run: { ...run, signal } }, disk, sockets, limit)
         } catch (error) {
-          failed.abort(error)
-          throw error
+          const failure = diskError(disk.disk.name, error)
+          failed.abort(failure)
+          throw failure
         }
       }),
     ),
   )
   if (failed.signal.aborted) throw run.signal?.aborted ? abortError(run.signal) : failed.signal.reason
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
+}
+
+/** Errors of the NBD client and of the image composer as the SDK's own. */
+function diskError(disk: string, error: unknown): unknown {
+  if (!(error instanceof NbdError) && !(error instanceof Qcow2Error)) return error
+  const code = error instanceof NbdError ? 'NBD_FAILED' : 'IMAGE_INVALID'
+  const message = `The disk ${disk} could not be read: ${error.message} Look at what qemu-nbd said of it, and try again.`
+  return new VarveError(code, message, { context: { disk, reason: error.code }, cause: error })
 }
 
 async function streamDisk(

@@ -3,7 +3,7 @@ import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
 import { type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import { Qmp } from './qmp.ts'
@@ -254,14 +254,25 @@ export class LibvirtHost implements Host {
 
   async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
     const deadline = Date.now() + timeoutMs
-    if (!(await this.#isRunning(instance, run))) return
-    await this.#virsh(run, 'shutdown', instance)
-    while (await this.#isRunning(instance, run)) {
-      if (Date.now() >= deadline) {
-        await this.#virsh(run, 'destroy', instance)
-        return
+    try {
+      if (!(await this.#isRunning(instance, run))) return
+      await this.#virsh(run, 'shutdown', instance)
+      while (await this.#isRunning(instance, run)) {
+        if (Date.now() >= deadline) return void (await this.#virsh(run, 'destroy', instance))
+        await sleep(250, undefined, run.signal && { signal: run.signal })
       }
-      await sleep(250, undefined, run.signal && { signal: run.signal })
+    } catch (error) {
+      if (run.signal?.aborted) throw abortError(run.signal)
+      // It may have gone by itself in between.
+      if (!isVarveError(error, 'COMMAND_FAILED') || !(await this.#isRunning(instance, run))) {
+        if (isVarveError(error, 'COMMAND_FAILED')) return
+        throw error
+      }
+      throw new VarveError(
+        'POWER_OFF_FAILED',
+        `${instance} could not be switched off: ${error.message} Switch it off by hand and restore again; its disks are untouched.`,
+        { context: { instance }, cause: error },
+      )
     }
   }
 
