@@ -7,6 +7,7 @@ import type { Operation } from './operation.ts'
 import { COMMAND, REQUEST_HEADER } from './protocol.ts'
 import { ReplyParser } from './reply-parser.ts'
 import { encodeHeader, type Request } from './request.ts'
+import { StallTimer } from './stall-timer.ts'
 
 /** How to open a {@link Connection}. */
 export interface ConnectionOptions {
@@ -38,8 +39,6 @@ const SCRATCH = 256 * 1024
 const SMALL_SCRATCH = 16 * 1024
 /** Replies of this many bytes on average are large. */
 const LARGE_REPLY = 128 * 1024
-/** The timeout is looked at this often while it lasts. */
-const TICKS_PER_TIMEOUT = 8
 /** How long a server may take to hang up after it was told to. */
 const HANG_UP_MS = 1000
 
@@ -66,37 +65,27 @@ export class Connection {
 
   /** The oldest outstanding request: it alone is timed, since the others may be waiting for it. */
   #oldest: Request | undefined
-  #oldestTick = 0
-  #tick = 0
-  #timer: NodeJS.Timeout | undefined
+  readonly #stall: StallTimer
 
   private constructor(options: ConnectionOptions) {
     this.#options = options
+    this.#stall = new StallTimer(options.timeoutMs, () => {
+      const { timeoutMs } = options
+      const text = `The NBD server has not answered for ${timeoutMs} ms.`
+      this.lose(new NbdError('NBD_TIMEOUT', text, { context: { timeoutMs } }))
+    })
     this.#socket = connect({
       ...socketTarget(options.address),
       onread: { buffer: () => this.#nextBuffer(), callback: count => this.#receive(count) },
     })
-    const where = describeAddress(options.address)
-    this.#socket.on('error', cause => {
-      this.lose(
-        new NbdError(
-          'NBD_DISCONNECTED',
-          `The connection to the NBD server at ${where} broke: ${cause.message}`,
-          {
-            cause,
-            context: { address: where },
-          },
-        ),
-      )
-    })
-    const hungUp = () =>
-      this.lose(
-        new NbdError('NBD_DISCONNECTED', `The NBD server at ${where} closed the connection.`, {
-          context: { address: where },
-        }),
-      )
-    this.#socket.on('end', hungUp)
-    this.#socket.on('close', hungUp)
+    const address = describeAddress(options.address)
+    const disconnected = (what: string, cause?: Error) => {
+      const text = `The connection to the NBD server at ${address} ${what}`
+      this.lose(new NbdError('NBD_DISCONNECTED', text, { cause, context: { address } }))
+    }
+    this.#socket.on('error', cause => disconnected(`broke: ${cause.message}`, cause))
+    this.#socket.on('end', () => disconnected('was closed by the server.'))
+    this.#socket.on('close', () => disconnected('was closed.'))
   }
 
   /** Connects and negotiates. `NBD_CONNECT`, `NBD_PROTOCOL`, `NBD_TIMEOUT` or `NBD_ABORTED` when that fails. */
@@ -200,7 +189,7 @@ export class Connection {
   lose(error: NbdError): void {
     if (this.#isLost) return
     this.#isLost = true
-    clearInterval(this.#timer)
+    this.#stall.stop()
     this.#socket.destroy()
     this.#handshake.fail(error)
     this.#takeBack()
@@ -229,7 +218,7 @@ export class Connection {
     this.#parser = new ReplyParser(negotiated, {
       find: cookie => {
         const request = this.#outstanding.get(cookie)
-        if (request && request === this.#oldest) this.#oldestTick = this.#tick
+        if (request === this.#oldest) this.#stall.progress()
         return request
       },
       done: (cookie, request) => this.#done(cookie, request),
@@ -242,7 +231,8 @@ export class Connection {
   }
 
   #nextBuffer(): Uint8Array {
-    const direct = this.#parser?.directTarget()
+    // A connection that was lost while it received is asked once more, and must not take memory that it never gives back.
+    const direct = this.#isLost ? undefined : this.#parser?.directTarget()
     if (direct) {
       this.#lent = direct.operation
       direct.operation.lend()
@@ -258,7 +248,7 @@ export class Connection {
       if (!parser) this.#handshake.push(this.#scratch.subarray(0, count))
       else if (this.#takeBack()) parser.received(count)
       else parser.push(this.#scratch, count)
-      if (this.#oldest && parser?.current === this.#oldest) this.#oldestTick = this.#tick
+      if (parser?.current === this.#oldest) this.#stall.progress()
     } catch (error) {
       this.lose(toNbdError(error, 'NBD_PROTOCOL', 'A reply of the NBD server could not be handled'))
     }
@@ -290,20 +280,7 @@ export class Connection {
 
   #watch(oldest: Request | undefined): void {
     this.#oldest = oldest
-    this.#oldestTick = this.#tick
-    if (oldest) this.#timer ??= setInterval(() => this.#onTick(), this.#options.timeoutMs / TICKS_PER_TIMEOUT)
-  }
-
-  #onTick(): void {
-    this.#tick++
-    if (!this.#oldest) {
-      clearInterval(this.#timer)
-      this.#timer = undefined
-    } else if (this.#tick - this.#oldestTick > TICKS_PER_TIMEOUT) {
-      const { timeoutMs } = this.#options
-      const { offset, length } = this.#oldest
-      const text = `The NBD server has not answered for ${timeoutMs} ms.`
-      this.lose(new NbdError('NBD_TIMEOUT', text, { context: { timeoutMs, offset, length } }))
-    }
+    if (oldest) this.#stall.wait()
+    else this.#stall.rest()
   }
 }

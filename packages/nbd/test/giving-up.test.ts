@@ -136,6 +136,32 @@ describe('a signal', () => {
   })
 })
 
+describe('a signal, after the connection was lost in the middle of a large chunk', () => {
+  it('ends the call, whose memory nobody holds any more', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server)
+    const controller = new AbortController()
+    const calls = [
+      client.read(0, Buffer.alloc(512), { signal: controller.signal }),
+      client.read(0, Buffer.alloc(disk.length), { signal: controller.signal }),
+    ]
+    const outcomes = Promise.allSettled(calls)
+    await lab.received(2)
+    const [first, second] = lab.requests
+    if (!first || !second) throw new Error('no requests')
+    // Both arrive at once: the good-bye, and the beginning of what would have been received into the memory.
+    const connection = lab.connection()
+    connection.socket.cork()
+    connection.error(first, 108)
+    connection.send(dataHeader(second))
+    connection.send(disk.subarray(0, 10_000))
+    connection.socket.uncork()
+    await new Promise(resolve => connection.socket.once('close', resolve))
+    controller.abort()
+    for (const outcome of await outcomes) expect(outcome).toMatchObject({ reason: { code: 'NBD_ABORTED' } })
+  })
+})
+
 describe('the timeout', () => {
   afterEach(() => {
     vi.useRealTimers()

@@ -1,0 +1,48 @@
+/** The clock is looked at this often while a timeout lasts, so that a timeout may last an eighth longer. */
+const TICKS_PER_TIMEOUT = 8
+
+/**
+ * Tells when something has made no progress for too long. Progress is one assignment, since it comes with every
+ * few kilobytes; and time in which the whole process stood still does not count.
+ */
+export class StallTimer {
+  readonly #tickMs: number
+  readonly #onStall: () => void
+  #timer: NodeJS.Timeout | undefined
+  #ticks = 0
+  #isWaiting = false
+
+  /** Calls `onStall` when there was no progress for `timeoutMs` while it was waited for. */
+  constructor(timeoutMs: number, onStall: () => void) {
+    this.#tickMs = timeoutMs / TICKS_PER_TIMEOUT
+    this.#onStall = onStall
+  }
+
+  /** Progress is waited for from now on. */
+  wait(): void {
+    this.#isWaiting = true
+    this.#ticks = 0
+    this.#timer ??= setInterval(() => this.#tick(), this.#tickMs)
+  }
+
+  /** There was progress, and more is waited for. */
+  progress(): void {
+    this.#ticks = 0
+  }
+
+  /** Nothing is waited for. The clock stops at its next tick: often something is waited for again before that. */
+  rest(): void {
+    this.#isWaiting = false
+  }
+
+  /** Ends the clock. */
+  stop(): void {
+    clearInterval(this.#timer)
+    this.#timer = undefined
+  }
+
+  #tick(): void {
+    if (!this.#isWaiting) this.stop()
+    else if (++this.#ticks > TICKS_PER_TIMEOUT) this.#onStall()
+  }
+}
