@@ -68,9 +68,12 @@ reply() {
 }
 
 grep -q ${agentFlag} /proc/cmdline && start_agent &
+# Opened here: a button pressed once the guest takes commands is never missed.
 for event in /dev/input/event*; do
-  (head -c 24 "$event" > /dev/null && exec /sbin/shutdown) &
+  exec 5< "$event"
+  (head -c 24 <&5 > /dev/null && exec /sbin/shutdown) &
 done
+exec 5<&-
 
 exec 3<>"/dev/$(wait_for_port ${commandPortName})"
 reply &

@@ -30,6 +30,7 @@ export class GuestWriter {
   readonly name: string
   readonly #domain: LabDomain
   readonly #process: GuestProcess
+  #ended = false
 
   constructor(domain: LabDomain, options: GuestWriterOptions) {
     writerCount += 1
@@ -38,6 +39,10 @@ export class GuestWriter {
     this.#process = domain.spawn(
       `exec writer ${this.name} ${options.device} ${options.firstBlock ?? 0} ${options.blocks}`,
     )
+    const ended = (): void => {
+      this.#ended = true
+    }
+    this.#process.result.then(ended, ended)
   }
 
   /** The writes done so far. One more may be under way. */
@@ -52,11 +57,12 @@ export class GuestWriter {
       })
   }
 
-  /** Waits until `count` more writes are done, and returns all. */
+  /** Waits until `count` more writes are done, and returns all. Rejects when a write had failed. */
   async waitForWrites(count: number, timeoutMs = 60_000): Promise<GuestWrite[]> {
     const before = (await this.writes()).length
     return pollUntil(
       async () => {
+        if (this.#ended) await this.stop()
         const writes = await this.writes()
         return writes.length >= before + count ? writes : undefined
       },

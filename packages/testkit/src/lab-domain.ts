@@ -66,12 +66,14 @@ export class LabDomain {
   readonly name: string
   /** UEFI only: the file with the domain's firmware variables. It exists from the first start on. */
   readonly nvram: string | undefined
+  readonly #agent: boolean
   readonly #lab: DomainLab
   readonly #files: DomainFiles
   readonly #channel: GuestChannel
 
-  constructor(lab: DomainLab, name: string, files: DomainFiles) {
-    this.name = name
+  constructor(lab: DomainLab, options: LabDomainOptions, files: DomainFiles) {
+    this.name = options.name
+    this.#agent = options.agent ?? false
     this.nvram = files.firmware?.nvram
     this.#lab = lab
     this.#files = files
@@ -83,17 +85,18 @@ export class LabDomain {
     await this.#virsh('start')
   }
 
-  /** Waits until the guest takes commands. */
-  async waitForBoot(timeoutMs = 60_000): Promise<void> {
+  /** Waits until the guest takes commands, and until the guest agent answers where the domain has one. */
+  async waitForBoot(timeoutMs = 100_000): Promise<void> {
     try {
       await this.run('true', { timeoutMs })
+      if (this.#agent) await this.#agentAnswers(timeoutMs)
     } catch (cause) {
       const console = await readFile(this.#files.consoleLog, 'utf8').catch(() => '')
       throw new Error(`The guest of ${this.name} did not boot. Its console says:\n${console}`, { cause })
     }
   }
 
-  /** Starts the domain and waits until the guest takes commands. */
+  /** Starts the domain and waits as {@link LabDomain.waitForBoot} does. */
   async boot(timeoutMs?: number): Promise<void> {
     await this.start()
     await this.waitForBoot(timeoutMs)
@@ -181,6 +184,19 @@ export class LabDomain {
     throw new Error(`QMP ${execute} failed: ${JSON.stringify(reply)}`)
   }
 
+  async #agentAnswers(timeoutMs: number): Promise<void> {
+    const ping = '{"execute":"guest-ping"}'
+    await pollUntil(
+      () =>
+        this.#virsh('qemu-agent-command', ping).then(
+          () => true,
+          () => undefined, // not connected yet
+        ),
+      timeoutMs,
+      () => `The guest agent of ${this.name} does not answer after ${timeoutMs} ms.`,
+    )
+  }
+
   #virsh(verb: string, ...args: string[]): Promise<string> {
     return this.#lab.virsh([verb, this.name, ...args])
   }
@@ -201,5 +217,5 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
   await writeFile(definition, labDomainXml(options, files))
   await lab.virsh(['define', definition])
   if (options.autostart) await lab.virsh(['autostart', options.name])
-  return new LabDomain(lab, options.name, files)
+  return new LabDomain(lab, options, files)
 }

@@ -29,7 +29,7 @@ mount --bind "$root/log" /var/log/libvirt &&
 mount --bind "$root/cache" /var/cache/libvirt &&
 mount --bind "$root/run" /run &&
 hide_kvm || exit
-(libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirtd.pid; echo "libvirtd: $?" > "$root/exit") &
+(libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirtd.pid; echo "libvirtd: $?" > /run/exit) &
 # Not the shell's own read: only while it waits for a child does it reap the orphans, such as every QEMU.
 head -n 1 > "$root/verb"
 [ "$(cat "$root/verb")" = stop ] || rm -rf "$root"
@@ -102,7 +102,7 @@ async function answer(uri: string, child: ChildProcess, root: string): Promise<v
   const log = (): Promise<string> => readFile(path.join(root, 'supervisor.log'), 'utf8').catch(() => '')
   await pollUntil(
     async () => {
-      const exited = await readFile(path.join(root, 'exit'), 'utf8').catch(() => '')
+      const exited = await readFile(path.join(root, 'run/exit'), 'utf8').catch(() => '')
       if (child.pid === undefined || child.exitCode !== null || exited)
         throw new Error(`libvirtd did not start. ${exited}${await log()}`)
       const { exitCode } = await execa('virsh', ['--connect', uri, 'uri'], { reject: false, timeout: 10_000 })

@@ -88,12 +88,6 @@ describe('a booted guest', () => {
 
   afterAll(() => lab.stop())
 
-  /** The agent connects some time after the guest takes commands. */
-  async function agentAnswers(): Promise<void> {
-    const ping = ['qemu-agent-command', 'guest-1', '{"execute":"guest-ping"}']
-    await expect.poll(() => lab.virsh(ping).catch(String), { timeout: 30_000 }).toContain('return')
-  }
-
   test('gives the output, the errors and the exit code of a command', async () => {
     const command = 'printf "a\\nb  c\\n"; echo wrong >&2; exit 7'
     const result = { stdout: 'a\nb  c', stderr: 'wrong', exitCode: 7 }
@@ -130,12 +124,13 @@ describe('a booted guest', () => {
 
   test('answers to the guest agent with a frozen and a thawed file system', async () => {
     await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt')
-    await agentAnswers()
     expect(await lab.virsh(['domfsfreeze', 'guest-1'])).toContain('Froze 1 filesystem')
     const write = vm.spawn('echo late > /mnt/late; sync')
     // The writer hangs in the kernel until the thaw.
     await expect
-      .poll(() => vm.run('cat /proc/[0-9]*/status').then(({ stdout }) => stdout))
+      .poll(() => vm.run('cat /proc/[0-9]*/status', { reject: false }).then(({ stdout }) => stdout), {
+        timeout: 30_000,
+      })
       .toMatch(/State:\tD/)
     expect(await lab.virsh(['domfsthaw', 'guest-1'])).toContain('Thawed 1 filesystem')
     expect((await write.result).exitCode).toBe(0)
@@ -180,6 +175,7 @@ describe('a booted guest', () => {
 
   test('tells of a writer that cannot write', async () => {
     const writer = vm.startWriter({ device: '/dev/vdb', firstBlock: 16 * 1024, blocks: 8 })
+    await expect(writer.waitForWrites(1)).rejects.toThrow('could not write: dd')
     await expect(writer.stop()).rejects.toThrow('could not write: dd')
   })
 
@@ -206,7 +202,6 @@ describe('a booted guest', () => {
 
   test('shuts off when it is asked by the agent', async () => {
     await vm.boot()
-    await agentAnswers()
     await lab.virsh(['shutdown', 'guest-1', '--mode', 'agent'])
     await vm.waitForState('shut off')
   })
