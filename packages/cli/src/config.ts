@@ -12,7 +12,7 @@ const EXAMPLE = '{ "storages": { "nas": { "type": "local", "path": "/mnt/backup"
 const document = z.strictObject({
   storages: z.record(z.string(), z.looseObject({ type: z.string() })),
   stateDir: z.string().refine(isAbsolute, 'must be an absolute path, such as /var/lib/varve').exactOptional(),
-  libvirtUri: z.string().min(1).exactOptional(),
+  libvirtUri: z.string().min(1, 'must not be empty').exactOptional(),
 })
 
 /** A configuration file that is valid. */

@@ -64,6 +64,8 @@ export class ProgressBars implements ProgressDisplay {
       stream: this.#output,
       format: formatBar,
       hideCursor: true,
+      // the terminal may wrap the lines above the bars; the bars themselves are cut to its width
+      linewrap: true,
       fps: 8,
       // a line above the bars overwrites one of them, so all are drawn again
       forceRedraw: true,
@@ -81,19 +83,20 @@ interface Bar {
 /** One bar as text that fits the terminal's width. */
 export function formatBar(
   _options: Options,
-  params: Pick<Params, 'progress' | 'maxWidth'>,
-  payload: Payload,
+  { progress, maxWidth }: Pick<Params, 'progress' | 'maxWidth'>,
+  { event, seconds }: Payload,
 ): string {
-  const { event, seconds } = payload
   const { disk, bytesDone, bytesTotal, bytesPerSecond, secondsLeft } = event
-  const done = bytesDone >= bytesTotal
-  const width = Math.min(40, Math.max(8, params.maxWidth - 60))
-  const filled = Math.floor(params.progress * width)
+  const width = Math.min(40, Math.max(8, maxWidth - 60))
+  const filled = Math.floor(progress * width)
   const bar = '█'.repeat(filled) + '░'.repeat(width - filled)
-  const percent = `${Math.floor(params.progress * 100)} %`.padStart(5)
-  const amount = done ? formatSize(bytesTotal) : `${formatSize(bytesDone)} of ${formatSize(bytesTotal)}`
-  const speed = done
-    ? `in ${formatDuration(seconds)}`
-    : `${formatRate(bytesPerSecond)}${secondsLeft === undefined ? '' : `  ${formatDuration(secondsLeft)} left`}`
-  return `${disk}  ${bar} ${percent}  ${amount}  ${speed}`
+  const begin = `${disk}  ${bar} ${String(Math.floor(progress * 100)).padStart(3)} %`
+  if (bytesDone >= bytesTotal) {
+    const rate = seconds >= 1 ? `, ${formatRate(bytesTotal / seconds)}` : ''
+    return `${begin}  ${formatSize(bytesTotal)} in ${formatDuration(seconds)}${rate}`
+  }
+  const amount = `${formatSize(bytesDone)} of ${formatSize(bytesTotal)}`
+  const rate = bytesPerSecond > 0 ? formatRate(bytesPerSecond) : ''
+  const left = secondsLeft === undefined ? '' : `${formatDuration(secondsLeft)} left`
+  return [begin, amount, rate, left].filter(part => part !== '').join('  ')
 }

@@ -6,13 +6,11 @@ import { z } from 'zod'
 /** A secret in the configuration: itself, the name of an environment variable, or a file that holds it. */
 export type Secret = string | { readonly env: string } | { readonly file: string }
 
+const text = z.string().min(1, 'must not be empty')
+
 /** The schema of a {@link Secret}, for the options of a storage. */
 export const secretField: z.ZodType<Secret> = z.union(
-  [
-    z.string().min(1),
-    z.strictObject({ env: z.string().min(1) }),
-    z.strictObject({ file: z.string().min(1) }),
-  ],
+  [text, z.strictObject({ env: text }), z.strictObject({ file: text })],
   { error: 'expected text, { "env": "NAME" } or { "file": "path" }' },
 )
 
@@ -44,13 +42,13 @@ export async function readSecret(secret: Secret, place: SecretPlace): Promise<st
     return value
   }
   const path = resolve(dirname(configPath), secret.file)
-  const text = await readFile(path, 'utf8').catch(error => {
+  const content = await readFile(path, 'utf8').catch(error => {
     throw refuse(
       `the secret's file cannot be read: ${errorMessage(error)}. Make it, or correct its path.`,
       error,
     )
   })
-  const value = text.replace(/[\r\n]+$/, '')
+  const value = content.replace(/[\r\n]+$/, '')
   if (value === '') throw refuse(`the secret's file ${path} is empty.`)
   return value
 }

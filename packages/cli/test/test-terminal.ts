@@ -13,18 +13,25 @@ export interface CliResult {
 export interface CliOptions {
   readonly cwd: string
   readonly env?: Record<string, string>
+  /** What is typed: standard input and standard error are then a terminal. */
+  readonly typed?: string
+  /** Whether standard input stays open after what is typed. Default: it ends. */
+  readonly open?: boolean
   /** Called with what standard error has so far; sends a signal by calling `interrupt`. */
   readonly onStderr?: (text: string, interrupt: (signal: EndSignal) => void) => void
 }
 
-/** Runs a command line in this process, without a terminal. */
+/** Runs a command line in this process, without a terminal unless something is typed. */
 export async function cli(
   args: readonly string[],
-  { cwd, env = {}, onStderr }: CliOptions,
+  { cwd, env = {}, typed, open, onStderr }: CliOptions,
 ): Promise<CliResult> {
-  const [stdout, stderr] = [new PassThrough(), new PassThrough()]
-  const stdin = new PassThrough()
-  stdin.end()
+  const isTTY = typed !== undefined
+  const stdout = new PassThrough()
+  const stderr = Object.assign(new PassThrough(), { isTTY })
+  const stdin = Object.assign(new PassThrough(), { isTTY })
+  stdin.write(typed ?? '')
+  if (!open) stdin.end()
   let listener: ((signal: EndSignal) => void) | undefined
   const text = { stdout: '', stderr: '' }
   stdout.setEncoding('utf8').on('data', (chunk: string) => {

@@ -40,7 +40,8 @@ function showProgress(session: Session): (progress: VerifyProgress) => void {
   const startedAt = performance.now()
   const { onEvent } = session.run()
   return ({ bytesDone, bytesTotal }) => {
-    const bytesPerSecond = (bytesDone / Math.max(1, performance.now() - startedAt)) * 1000
+    const seconds = (performance.now() - startedAt) / 1000
+    const bytesPerSecond = seconds < 1 ? 0 : bytesDone / seconds // too little to tell a rate from
     onEvent?.({
       type: 'progress',
       disk: 'verify',
@@ -55,12 +56,11 @@ function showProgress(session: Session): (progress: VerifyProgress) => void {
 
 /** What `varve verify` found. */
 export function verifyText({ backup, chain, deep, ok, problems }: VerifyReport): string {
-  const what = chain.length > 1 ? `and the ${chain.length - 1} it rests on` : 'rests on no other and'
   if (ok) {
-    const how = deep ? 'every byte has its recorded digest' : 'every object is there with its size'
-    return chain.length > 1
-      ? `Backup ${backup} ${what} are whole: ${how}.`
-      : `Backup ${backup} ${what} is whole: ${how}.`
+    const below = chain.length - 1
+    const others = below === 1 ? 'the backup it rests on' : `the ${below} backups it rests on`
+    const whole = below === 0 ? 'is whole' : `and ${others} are whole`
+    return `Backup ${backup} ${whole}: ${deep ? 'every byte has its recorded digest' : 'every object is there with its size'}.`
   }
   const lines = problems.map(({ backup, code, message, offset }) => {
     const place = offset === undefined ? '' : ` (from byte ${offset})`
