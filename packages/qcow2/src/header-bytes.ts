@@ -40,8 +40,7 @@ export function headerBytes(fields: HeaderFields): Uint8Array {
     view.setUint32(HEADER_LENGTH + 4, format.length)
     bytes.set(format, HEADER_LENGTH + 8)
   }
-  view.setUint32(HEADER_LENGTH + formatExtension, HeaderExtension.end)
-  bytes.set(name, nameOffset)
+  bytes.set(name, nameOffset) // behind the end of the extensions, which is eight bytes of zeros
   return bytes
 }
 

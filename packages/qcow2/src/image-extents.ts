@@ -48,7 +48,6 @@ export class ImageExtents {
    * @internal
    */
   append(length: number, kind: ExtentKind, fileOffset: number): void {
-    if (length === 0) return
     const offset = kind === ExtentKind.data ? fileOffset : kind === ExtentKind.zero ? ZERO : UNALLOCATED
     if (!this.#continues(offset)) {
       if (this.#count === this.#starts.length) {
