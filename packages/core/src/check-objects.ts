@@ -6,6 +6,9 @@ import { loadObject } from './load-object.ts'
 import type { ManifestDisk, ManifestFile } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 
+/** The size of the disk in an image is a multiple of this; one that is none is rounded up. */
+const SECTOR_SIZE = 512
+
 /** What {@link checkDisk} and {@link checkFile} read from. */
 export interface ObjectReader {
   readonly storage: StorageDriver
@@ -99,7 +102,7 @@ async function checkHeader(
     throw isVarveError(error) ? error : invalidImage(key, errorMessage(error), error)
   })
   const said: [string, unknown, unknown][] = [
-    ['virtual size', image.virtualSize, disk.virtualSize],
+    ['virtual size', image.virtualSize, Math.ceil(disk.virtualSize / SECTOR_SIZE) * SECTOR_SIZE],
     ['cluster size', image.clusterSize, disk.clusterSize],
     ['backing file', image.backing?.name, disk.backing],
     ['backing format', image.backing?.format, disk.backing && disk.format],

@@ -16,10 +16,12 @@ export {
 export * from './chain-manager.ts'
 export * from './errors.ts'
 export * from './events.ts'
+export type { GarbageFolder } from './garbage.ts'
 export type { DiskBitmap, DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
 export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'
 export { LibvirtHost, type LibvirtHostOptions } from './libvirt-host.ts'
 export * from './manifest.ts'
+export type { ChainPolicy, NextKind } from './next-kind.ts'
 export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
 export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
 export {

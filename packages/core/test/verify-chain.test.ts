@@ -113,6 +113,14 @@ describe('verifying a whole chain', () => {
     expect(await problems({ deep: true }, layerId(1))).toEqual([])
   })
 
+  it('expects the size of a disk in its image to be rounded up to whole sectors', async () => {
+    const { virtualSize } = link(2).disk
+    await forge(2, image => image, { virtualSize: virtualSize - 511 })
+    expect(await problems()).toEqual([])
+    await forge(2, image => image, { virtualSize: virtualSize - 512 })
+    expect(await problems()).toMatchObject([{ code: 'IMAGE_INVALID' }])
+  })
+
   it('reads no image unless it is deep', async () => {
     await chains.verify(NEWEST)
     expect(storage.calls.filter(call => /^get .*(qcow2|blake3|xml)/.test(call))).toEqual([])
