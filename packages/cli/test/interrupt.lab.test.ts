@@ -1,0 +1,83 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+
+const root = fileURLToPath(new URL('../../../', import.meta.url))
+
+let folder: string
+let disk: string
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-interrupt-'))
+  disk = join(folder, 'disk.qcow2')
+  await mkdir(join(folder, 'nas'))
+  const config = {
+    storages: { nas: { type: 'local', path: join(folder, 'nas') } },
+    stateDir: join(folder, 'state'),
+  }
+  await writeFile(join(folder, 'varve.config.json'), JSON.stringify(config))
+  await createQcow2(disk, 64 * 1024 * 1024)
+  await qemuIo(disk, 'qcow2', ['write -P 0x11 0 32M'])
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+async function bitmaps(): Promise<unknown> {
+  const { stdout } = await execa('qemu-img', ['info', '--output=json', disk])
+  return JSON.parse(stdout)['format-specific'].data.bitmaps
+}
+
+/**
+ * Runs a throttled backup as a process of its own and sends the signal to its whole process group, as a
+ * terminal does: once the upload has begun, and again each time it says that it is cleaning up.
+ */
+async function interruptedBackup(
+  signal: NodeJS.Signals,
+  times: number,
+): Promise<{ code: unknown; stderr: string }> {
+  const args = [
+    ...['--import', import.meta.resolve('tsx'), join(root, 'packages/cli/src/main.ts')],
+    ...['backup', 'web-1', '--disk', `vda=${disk}`, '--bandwidth', '1M', '--verbose'],
+    ...['--config', join(folder, 'varve.config.json')],
+  ]
+  const child = spawn(process.execPath, args, {
+    detached: true, // a process group of its own
+    stdio: ['ignore', 'ignore', 'pipe'],
+    env: { ...process.env, TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') },
+  })
+  let stderr = ''
+  let sent = 0
+  child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
+    stderr += chunk
+    const said = stderr.split(/Uploading vda|leaning up/).length - 1
+    while (sent < Math.min(said, times)) {
+      sent++
+      process.kill(-(child.pid ?? 0), signal)
+    }
+  })
+  const [code] = await once(child, 'close')
+  return { code, stderr }
+}
+
+test.each([
+  ['SIGINT', 3, 'Ctrl-C'],
+  ['SIGTERM', 1, 'SIGTERM'],
+  ['SIGHUP', 1, 'SIGHUP'],
+] as const)(
+  '%s, sent %i times during a backup, waits for the clean-up, which leaves nothing',
+  async (signal, times, named) => {
+    const before = await bitmaps()
+    const { code, stderr } = await interruptedBackup(signal, times)
+    expect(code, stderr).toBe(1)
+    expect(stderr).toContain(`Error: Stopped by ${named}.\n  code: ABORTED`)
+    if (times > 1) expect(stderr).toContain('Still cleaning up')
+    expect(await readdir(join(folder, 'nas'))).toEqual([])
+    expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
+    expect(await bitmaps()).toEqual(before)
+    expect((await execa('pgrep', ['-f', `qemu-nbd.*${folder}`], { reject: false })).stdout).toBe('')
+  },
+)
