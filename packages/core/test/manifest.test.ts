@@ -365,4 +365,21 @@ describe("the manifest's JSON schema", () => {
     const shipped = readFileSync(new URL('../schema/manifest.v1.json', import.meta.url), 'utf8')
     expect(JSON.parse(shipped)).toEqual(manifestJsonSchema())
   })
+
+  it('has every field described in docs/storage-format.md', () => {
+    const format = readFileSync(new URL('../../../docs/storage-format.md', import.meta.url), 'utf8')
+    const described = new Set(format.match(/`[\w.]+`/g)?.flatMap(word => word.slice(1, -1).split('.')))
+    const fields = fieldsIn(manifestJsonSchema())
+    expect(fields.size).toBeGreaterThan(30)
+    expect([...fields].filter(field => !described.has(field))).toEqual([])
+  })
 })
+
+function fieldsIn(schema: unknown): Set<string> {
+  if (typeof schema !== 'object' || schema === null) return new Set()
+  const properties = 'properties' in schema && typeof schema.properties === 'object' ? schema.properties : {}
+  return new Set([
+    ...Object.keys(properties ?? {}),
+    ...Object.values(schema).flatMap(part => [...fieldsIn(part)]),
+  ])
+}
