@@ -2,7 +2,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { ExtentKind, ExtentList, type ImageOptions, planImage } from '../src/index.ts'
 import { BACKING, compose, extentsOf, layerPlans, listOf, nextDisk } from './chain-model.ts'
-import { walk } from './spec-walk.ts'
+import { checkRefcounts, walk } from './spec-walk.ts'
 
 const { unallocated, zero, data } = ExtentKind
 const KIB = 1024
@@ -29,6 +29,16 @@ test('data lies in ascending guest order right after the metadata, and the layou
     }),
   )
 })
+
+test.each([2039, 2040, 2041, 4082, 4083, 4084, 6200])(
+  'the refcounts of %i clusters of data are right, over as many blocks as that takes',
+  async clusters => {
+    // with the other clusters, 2040 of them fill the first block and 4083 the second
+    const plan: LayerPlan = { clusterSize: 4096, size: 28 * MIB, runs: [[data, clusters]], seed: 1 }
+    const { file } = await compose(plan, nextDisk(undefined, plan))
+    expect(checkRefcounts(file)).toEqual([])
+  },
+)
 
 describe('the header', () => {
   function headerOf(extents: ExtentList, options: ImageOptions): Buffer {
