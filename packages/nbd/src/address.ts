@@ -1,8 +1,22 @@
 import type { NetConnectOpts } from 'node:net'
 import { NbdError } from './errors.ts'
 
-/** Where an NBD server listens: a Unix socket, or a TCP port. */
-export type NbdAddress = { readonly socketPath: string } | { readonly host: string; readonly port: number }
+/** A Unix socket. */
+export interface NbdUnixAddress {
+  /** Its path, at most 107 bytes long. */
+  readonly socketPath: string
+}
+
+/** A TCP port. */
+export interface NbdTcpAddress {
+  /** A name or an IP address. */
+  readonly host: string
+  /** 1 to 65535; the protocol's own is 10809. */
+  readonly port: number
+}
+
+/** Where an NBD server listens. */
+export type NbdAddress = NbdUnixAddress | NbdTcpAddress
 
 /** The address for messages. */
 export function describeAddress(address: NbdAddress): string {

@@ -1,4 +1,4 @@
-export type { NbdAddress } from './address.ts'
+export type { NbdAddress, NbdTcpAddress, NbdUnixAddress } from './address.ts'
 export {
   NbdClient,
   type NbdConnectOptions,

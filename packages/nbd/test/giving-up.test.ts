@@ -1,3 +1,4 @@
+import { getEventListeners } from 'node:events'
 import { afterEach, describe, expect, it, vi } from 'vitest'
 import { NbdClient } from '../src/index.ts'
 import { type FakeConnection, type FakeRequest, FakeServer, patternDisk, serveDisk } from './fake-server.ts'
@@ -48,9 +49,21 @@ describe('a signal', () => {
     ]
     const outcomes = Promise.allSettled(calls)
     await lab.received(3)
+    expect(getEventListeners(controller.signal, 'abort').length).toBe(1)
     controller.abort(reason)
     for (const outcome of await outcomes)
       expect(outcome).toMatchObject({ reason: { name: 'NbdError', code: 'NBD_ABORTED', cause: reason } })
+  })
+
+  it('is not held on to by calls that are done', async () => {
+    await using server = await FakeServer.start({ export: { size: disk.length }, onRequest: serve })
+    await using client = await NbdClient.connect(server)
+    const { signal } = new AbortController()
+    await Promise.all([
+      client.read(0, Buffer.alloc(512), { signal }),
+      client.read(0, Buffer.alloc(5), { signal }),
+    ])
+    expect(getEventListeners(signal, 'abort')).toEqual([])
   })
 
   it('that is already aborted sends nothing', async () => {

@@ -262,6 +262,19 @@ describe('a lost connection', () => {
     expect(server.connections.length).toBe(2)
   })
 
+  it('counts for all when an additional one has another export', async () => {
+    const exported: FakeExport = { size: disk.length, flags: MULTI_CONN }
+    await using server = await FakeServer.start({
+      export: exported,
+      onRequest: () => {
+        exported.size = 512
+      },
+    })
+    await using client = await NbdClient.connect(server, { maxRequestBytes: 1000 })
+    const failure = client.read(0, Buffer.alloc(disk.length))
+    await expect(failure).rejects.toMatchObject({ code: 'NBD_CONNECT', context: { changed: true } })
+  })
+
   it('does not wait for an additional one that the server leaves hanging', async () => {
     await using server = await FakeServer.start({
       export: { size: disk.length, flags: MULTI_CONN },
@@ -298,11 +311,16 @@ describe('closing', () => {
   })
 
   it('ends what is outstanding, and also a search for a lost server', async () => {
-    await using server = await FakeServer.start({ export: { size: disk.length } })
+    const { promise: isAsked, resolve: asked } = Promise.withResolvers<void>()
+    await using server = await FakeServer.start({ export: { size: disk.length }, onRequest: () => asked() })
     const client = await NbdClient.connect(server)
     const calls = [client.read(0, Buffer.alloc(100)), client.read(0, Buffer.alloc(100_000))]
-    const outcomes = Promise.allSettled(calls)
+    const outcomes = Promise.allSettled([...calls])
+    await isAsked
+    calls.push(client.read(0, Buffer.alloc(100)))
+    const unsent = expect(calls[2]).rejects.toMatchObject({ code: 'NBD_DISCONNECTED' })
     await client.close()
+    await unsent
     for (const outcome of await outcomes)
       expect(outcome).toMatchObject({ reason: { code: 'NBD_DISCONNECTED' } })
 
