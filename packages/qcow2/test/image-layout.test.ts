@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { ExtentKind, ExtentList, type ImageOptions, planImage } from '../src/index.ts'
-import { BACKING, compose, extentsOf, layerPlans, listOf, nextDisk } from './chain-model.ts'
+import { BACKING, compose, extentsOf, type LayerPlan, layerPlans, listOf, nextDisk } from './chain-model.ts'
 import { checkRefcounts, walk } from './spec-walk.ts'
 
 const { unallocated, zero, data } = ExtentKind
