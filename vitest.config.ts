@@ -17,6 +17,7 @@ export default defineConfig({
           name: 'unit',
           include: ['packages/*/test/**/*.test.ts', 'examples/test/**/*.test.ts'],
           exclude: ['**/*.lab.test.ts'],
+          testTimeout: 60_000, // property tests on a busy machine
         },
       },
       {
