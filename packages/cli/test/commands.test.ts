@@ -223,3 +223,37 @@ test.each([
   expect(result).toMatchObject({ code: 2, stdout: '' })
   expect(result.stderr).toContain(named)
 })
+
+/** Leaves the journal of a backup that was cut short before it was known whether it is published. */
+async function leaveJournal(id: string, location: string): Promise<void> {
+  const journal = [
+    {
+      ...{ version: 1, id, kind: 'backup', instance: 'web-1' },
+      host: { kind: 'image', instance: 'web-1', disks: { vda: join(folder, 'vda.qcow2') } },
+      storage: { type: 'local', location },
+      disks: [{ name: 'vda', path: join(folder, 'vda.qcow2') }],
+      startedAt: '2026-01-01T00:00:00.000Z',
+    },
+    { step: 'publish', manifest: `web-1/${id}/${id}/manifest.json`, retire: {} },
+  ]
+  await mkdir(join(folder, 'state', 'runs'), { recursive: true })
+  const lines = journal.map(line => `${JSON.stringify(line)}\n`)
+  await writeFile(join(folder, 'state', 'runs', `${id}.jsonl`), lines.join(''))
+}
+
+test('recover settles what it can; what needs a person is exit code 3 and stays', async () => {
+  await leaveJournal(dayId(1), join(folder, 'nas'))
+  await leaveJournal(dayId(2), '/mnt/unplugged')
+  const result = await run('recover')
+  expect(result.code).toBe(3)
+  expect(result.stdout).toMatch(new RegExp(`${dayId(1)} +backup +web-1 +undone`))
+  expect(result.stdout).toMatch(new RegExp(`${dayId(2)} +backup +web-1 +UNRESOLVED: .*/mnt/unplugged`))
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([`${dayId(2)}.jsonl`])
+  const again = await run('recover --json')
+  expect(again.code).toBe(3)
+  expect(JSON.parse(again.stdout)).toMatchObject({
+    ok: false,
+    runs: [{ id: dayId(2), outcome: 'unresolved', error: { code: 'RUN_UNRESOLVED' } }],
+  })
+  expect((await run(`recover --state-dir ${join(folder, 'other')}`)).stdout).toContain('Nothing to recover')
+})
