@@ -2,7 +2,7 @@ import { mkdtemp, open, readdir, readFile, rm, stat, symlink, writeFile } from '
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { LayeredExtents } from '@varve/qcow2'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { Qcow2FileTarget } from '../src/qcow2-file-target.ts'
 import { RawFileTarget } from '../src/raw-file-target.ts'
 import { restoreDisk } from '../src/restore-disk.ts'
@@ -11,16 +11,14 @@ import { TargetFile } from '../src/target-file.ts'
 import { MemoryStorage } from './memory-storage.ts'
 import { type LayerPlan, type StoredChain, storeChain } from './stored-chain.ts'
 
-/** A disk of 64 MiB with data at its beginning, in its middle and at its very end. */
+/** A disk of 64 MiB with data at its beginning and in its middle, and a hole behind it. */
 const PLAN: LayerPlan = {
   clusterSize: 65536,
   size: 64 * 1024 * 1024 - 512,
   runs: [
     [2, 3],
     [0, 400],
-    [2, 2],
-    [0, 618],
-    [2, 1],
+    [2, 3],
   ],
   seed: 7,
 }
@@ -138,4 +136,21 @@ test('a qcow2 file is no image until it is finished', async () => {
   expect(header?.equals(Buffer.alloc(512))).toBe(true)
   expect((await readFile(path)).subarray(0, 4).toString('latin1')).toBe('QFI\xfb')
   await rm(path)
+})
+
+test('a file is durable and closed when it is finished, and so is its name', async () => {
+  for (const format of [formats.raw, formats.qcow2]) {
+    const handle = await open(folder)
+    const sync = vi.spyOn(Object.getPrototypeOf(handle), 'sync')
+    await handle.close()
+    let made: RestoreTarget | undefined
+    await restore(async merged => {
+      made = await format({ path })(merged)
+      return made
+    })
+    expect(sync).toHaveBeenCalledTimes(2)
+    await expect(made?.write(0, new Uint8Array(1))).rejects.toThrow('"fd"')
+    sync.mockRestore()
+    await rm(path)
+  }
 })

@@ -146,11 +146,18 @@ function nextDisk(before: Buffer, { clusterSize, size, runs, seed }: LayerPlan):
   return disk
 }
 
+/** A prime number of bytes, none of them zero, without a short period. */
+const PATTERN = new Uint8Array(99_991)
+for (let i = 0, state = 1; i < PATTERN.length; i++) {
+  state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+  PATTERN[i] = (state >>> 24) | 1
+}
+
 /** Bytes that differ from place to place and from seed to seed, and are never zero. */
 export function fillPattern(bytes: Uint8Array, seed: number): void {
-  let state = (seed * 2654435761 + 1) >>> 0
-  for (let i = 0; i < bytes.length; i++) {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    bytes[i] = (state >>> 24) | 1
+  for (let at = 0, from = (seed * 7919) % PATTERN.length; at < bytes.length; from = 0) {
+    const part = PATTERN.subarray(from, from + bytes.length - at)
+    bytes.set(part, at)
+    at += part.length
   }
 }
