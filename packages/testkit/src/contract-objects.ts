@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { bytesBody, toUploadBody } from '@varve/core'
+import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import {
   begin,
@@ -160,16 +160,18 @@ export function describeObjects(contract: Contract): void {
       expect(bodies.filter(body => bytesOf(body).equals(stored))).toHaveLength(1)
     })
 
-    test('uploads and deletes beside each other in one folder all succeed', async () => {
+    test('uploads and deletes that make and empty the same folders all succeed', async () => {
       const target = await begin(contract.create)
       const bytes = Buffer.from('stays')
-      await Promise.all(
-        Array.from({ length: 40 }, async (_, turn) => {
-          const key = `busy/folder/${turn % 4}`
-          await target.driver.put(key, toUploadBody(Readable.from([bytes])))
+      const work = async (worker: number) => {
+        for (let turn = 0; turn < 12; turn++) {
+          const key = `busy/folder/${turn % 2 === 0 ? worker : 'shared'}/${worker}`
+          await target.driver.put(key, bytesBody(bytes))
+          expect(await target.driver.stat(key)).toMatchObject({ size: bytes.byteLength })
           await target.driver.delete(key)
-        }),
-      )
+        }
+      }
+      await Promise.all(Array.from({ length: 8 }, (_, worker) => work(worker)))
       await expectNothing(target)
       await target.driver.put('busy/folder/last', bytesBody(bytes))
       await expectStored(target, 'busy/folder/last', bytes)

@@ -24,6 +24,8 @@ export class PatternBody implements UploadBody {
   readonly seed: number
   /** What the driver did against the contract, in words. */
   readonly faults: string[] = []
+  /** How many chunks it had to find memory for, since those given back were not enough. */
+  allocations = 0
   readonly #chunkSize: number
   readonly #lent = new Set<ArrayBufferLike>()
   readonly #free: Uint8Array[] = []
@@ -71,8 +73,13 @@ export class PatternBody implements UploadBody {
   }
 
   #lend(length: number): Uint8Array {
-    const memory = this.#free.pop() ?? new Uint8Array(this.#chunkSize)
+    const memory = this.#free.pop() ?? this.#allocate()
     this.#lent.add(memory.buffer)
     return memory.subarray(0, length)
+  }
+
+  #allocate(): Uint8Array {
+    this.allocations++
+    return new Uint8Array(this.#chunkSize)
   }
 }

@@ -1,0 +1,93 @@
+import { mkdir, readdir, unlink, utimes, writeFile } from 'node:fs/promises'
+import { buffer } from 'node:stream/consumers'
+import { bytesBody } from '@varve/core'
+import { LocalDriver } from '@varve/driver-local'
+import { PatternBody, troubledSource } from '@varve/testkit'
+import { describe, expect, test, vi } from 'vitest'
+import { temporaryStorage } from './temporary-storage.ts'
+
+async function driverOn() {
+  const { path } = await temporaryStorage()
+  return { path, driver: new LocalDriver({ path }) }
+}
+
+describe('what killed uploads left', () => {
+  test('is removed by its age, with the folders that it kept', async () => {
+    const { path, driver } = await driverOn()
+    const now = Date.now()
+    const leave = async (name: string, ageMs: number) => {
+      await writeFile(`${path}/${name}`, 'half')
+      const time = new Date(now - ageMs)
+      await utimes(`${path}/${name}`, time, time)
+    }
+    const day = 24 * 3_600_000
+    await mkdir(`${path}/old/only`, { recursive: true })
+    await mkdir(`${path}/kept`)
+    await leave('old/only/.varve-part-1', 2 * day)
+    await leave('.varve-part-2', 2 * day)
+    await leave('kept/.varve-part-3', 2 * day)
+    await leave('kept/.varve-part-4', day / 2)
+    await leave('kept/object', 9 * day)
+    expect(await driver.cleanUp({ olderThan: new Date(now - day) })).toBe(3)
+    expect((await readdir(path, { recursive: true })).sort()).toEqual([
+      'kept',
+      'kept/.varve-part-4',
+      'kept/object',
+    ])
+    expect(await driver.cleanUp({ olderThan: new Date(now - day) })).toBe(0)
+  })
+
+  test('an upload whose file was taken away fails', async () => {
+    const { path, driver } = await driverOn()
+    const taken = Promise.withResolvers<void>()
+    const resumed = Promise.withResolvers<void>()
+    const source = troubledSource(
+      { kind: 'wait', resumed: resumed.promise, size: 400_000 },
+      { bytes: 200_000, onTaken: taken.resolve },
+    )
+    const upload = driver.put('object', source)
+    await taken.promise
+    for (const name of await readdir(path)) await unlink(`${path}/${name}`)
+    resumed.resolve()
+    await expect(upload).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+    expect(await readdir(path)).toEqual([])
+  })
+})
+
+test('an upload of any size needs the memory of a few chunks', async () => {
+  const { driver } = await driverOn()
+  const body = new PatternBody({ size: 10_000_000, chunkSize: 50_000 })
+  await driver.put('object', body)
+  expect(body.faults).toEqual([])
+  expect(body.allocations).toBeLessThanOrEqual(6)
+})
+
+test('no file stays open, whatever comes of the calls', async () => {
+  const { path, driver } = await driverOn()
+  const openFiles = async () => (await readdir('/proc/self/fd')).length
+  await driver.put('warm/up', bytesBody(Buffer.from('x')))
+  const before = await openFiles()
+  const fails = troubledSource({ kind: 'fail', error: new Error('boom') }, { bytes: 300_000 })
+  for (let turn = 0; turn < 5; turn++) {
+    await driver.put('a/b/c', bytesBody(Buffer.alloc(3_000_000)))
+    await buffer(await driver.get('a/b/c'))
+    const left = await driver.get('a/b/c')
+    left.destroy()
+    for await (const _ of driver.list('')) break
+    await driver.stat('a/none/c')
+    await driver.get('a/b/none').catch(() => undefined)
+    await driver.get('a/b').catch(() => undefined)
+    await driver.put('a/b/d', fails).catch(() => undefined)
+    await driver.put('a/b/c/below', bytesBody(Buffer.from('x'))).catch(() => undefined)
+    await driver.put('a/b', bytesBody(Buffer.from('x'))).catch(() => undefined)
+    await driver
+      .put('a/e', bytesBody(Buffer.from('x')), { signal: AbortSignal.abort() })
+      .catch(() => undefined)
+    await driver.check()
+    await driver.cleanUp({ olderThan: new Date() })
+    await driver.delete('a/b/c')
+    const marked = new LocalDriver({ path, marker: 'none' })
+    await marked.stat('x').catch(() => undefined)
+  }
+  await vi.waitFor(async () => expect(await openFiles()).toBeLessThanOrEqual(before))
+})
