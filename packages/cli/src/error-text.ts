@@ -1,4 +1,4 @@
-import { isVarveError } from '@varve/core'
+import { errorMessage, isVarveError } from '@varve/core'
 import { CommanderError } from 'commander'
 import { EXIT, exitCodeOf } from './exit-code.ts'
 
@@ -33,7 +33,7 @@ export function errorDocument(error: unknown): object {
     const { code, message, context, retryable } = error
     return { error: { code, message, context, retryable } }
   }
-  const message = error instanceof Error ? error.message : String(error)
+  const message = errorMessage(error)
   return { error: { code: error instanceof CommanderError ? 'USAGE' : 'UNEXPECTED', message } }
 }
 
@@ -51,7 +51,8 @@ function causeLines(cause: unknown): string[] {
     seen.add(error)
     if (error instanceof AggregateError) return error.errors.forEach(visit)
     const code = error instanceof Error && 'code' in error ? ` (${String(error.code)})` : ''
-    lines.push(`  caused by: ${error instanceof Error ? error.message : String(error)}${code}`)
+    const [said] = errorMessage(error).split('\n') // the output of a program follows, which is shown with it
+    lines.push(`  caused by: ${said}${code}`)
     if (error instanceof Error) visit(error.cause)
   }
   visit(cause)

@@ -30,13 +30,16 @@ export function recoverCommand(program: Command, session: Session): void {
 async function recoverRuns(session: Session, options: { stateDir?: string }): Promise<void> {
   const config = await session.config()
   const stateDir = await session.stateDir(options.stateDir)
-  await using opened = new AsyncDisposableStack()
   const storages: StorageDriver[] = []
-  for (const name of config.storages.keys())
-    storages.push(opened.use(await openStorage(config, name, session.terminal.env)))
-  const report = await recover({ stateDir, storages }, session.run())
-  if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
-  await session.result(recoverDocument(report), recoverText(report))
+  try {
+    for (const name of config.storages.keys())
+      storages.push(await openStorage(config, name, session.terminal.env))
+    const report = await recover({ stateDir, storages }, session.run())
+    if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
+    await session.result(recoverDocument(report), recoverText(report))
+  } finally {
+    for (const storage of storages) await storage[Symbol.asyncDispose]()
+  }
 }
 
 /** Whether someone has to look at what became of a run. */
