@@ -1,5 +1,3 @@
-import { protocolError } from './errors.ts'
-
 /**
  * What one metadata context tells of a whole export: extents in ascending order that cover it without gaps,
  * neighbours of equal flags joined. Twelve bytes of memory an extent.
@@ -57,18 +55,16 @@ export class ExtentMapBuilder {
     return this.#end
   }
 
-  /** Adds an extent; what lies before {@link ExtentMapBuilder.end} or behind the export is left out. */
+  /** Adds an extent that leaves no gap; what lies before {@link ExtentMapBuilder.end} or behind the export is left out. */
   append(start: number, length: number, flags: number): void {
     const end = Math.min(start + length, this.#size)
-    if (start > this.#end) throw protocolError('its extents leave a gap', { start, end: this.#end })
     if (end <= this.#end) return
     if (this.#count === 0 || this.#flags[this.#count - 1] !== flags) this.#begin(flags)
     this.#end = end
   }
 
-  /** The map. Throws `NBD_PROTOCOL` when the extents do not cover the export. */
+  /** The map, once {@link ExtentMapBuilder.end} is the end of the export. */
   build(): ExtentMap {
-    if (this.#end !== this.#size) throw protocolError('its extents do not reach the end', { end: this.#end })
     const starts = this.#starts.slice(0, this.#count + 1)
     starts[this.#count] = this.#size
     return new ExtentMap(starts, this.#flags.slice(0, this.#count))

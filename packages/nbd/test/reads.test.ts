@@ -218,6 +218,21 @@ describe('reading', () => {
     expect(into.subarray(1000).equals(disk.subarray(1000, 3000))).toBe(true)
   })
 
+  it('fails where a part of a block at its edge fails', async () => {
+    for (const bad of [0, 512, 1536]) {
+      await using server = await FakeServer.start({
+        export: { size: disk.length, blockSize: [512, 4096, 4096] },
+        onRequest: (request, connection) => {
+          if (request.offset === bad) connection.error(request, 5)
+          else serveDisk(disk)(request, connection)
+        },
+      })
+      await using client = await NbdClient.connect(server)
+      const failure = client.read(100, Buffer.alloc(1500))
+      await expect(failure, `block ${bad}`).rejects.toMatchObject({ code: 'NBD_SERVER', errno: 'EIO' })
+    }
+  })
+
   it('takes the longest error that there can be', async () => {
     await using server = await FakeServer.start({
       export: { size: disk.length },
