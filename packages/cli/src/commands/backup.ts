@@ -29,6 +29,7 @@ interface BackupOptions {
   bandwidth?: number
   concurrency?: number
   clusterSize?: number
+  overlayFolder?: string
   verifyUpload?: boolean
   storage?: string
   stateDir?: string
@@ -67,6 +68,10 @@ export function backupCommand(program: Command, session: Session): void {
     .addOption(sizeOption('--bandwidth <size>', 'bytes a second for all disks together, such as 50M'))
     .addOption(numberOption('--concurrency <n>', 'disks that are read at the same time (default: 2)', 1))
     .addOption(sizeOption('--cluster-size <size>', 'cluster size of the images, 4K to 2M (default: 64K)'))
+    .option(
+      '--overlay-folder <folder>',
+      'where a running domain writes meanwhile (default: beside each disk; block devices need it)',
+    )
     .option('--verify-upload', 'read everything back from the storage before the backup counts')
     .addOption(storageOption())
     .addOption(stateDirOption())
@@ -104,7 +109,13 @@ async function backup(session: Session, instance: string, options: BackupOptions
 }
 
 async function backupHost(session: Session, instance: string, options: BackupOptions): Promise<Host> {
-  if (!options.disk) return new LibvirtHost({ uri: await session.libvirtUri(options.libvirtUri) })
+  if (!options.disk) {
+    const { overlayFolder } = options
+    return new LibvirtHost({
+      uri: await session.libvirtUri(options.libvirtUri),
+      ...(overlayFolder !== undefined && { overlayFolder: session.path(overlayFolder) }),
+    })
+  }
   const disks: Record<string, ImageDisk> = {}
   for (const [name, text] of Object.entries(options.disk)) disks[name] = imageDisk(session, text)
   return new ImageHost({ instance, disks })
