@@ -117,7 +117,7 @@ describe('a manifest', () => {
         expect(parseManifest(bytes, { key: keyOf(manifest) })).toEqual(manifest)
         expect(JSON.parse(Buffer.from(bytes).toString())).toEqual(manifest)
       }),
-      { numRuns: 300 },
+      { numRuns: 100 },
     )
   })
 
@@ -324,7 +324,7 @@ describe('a manifest', () => {
         expectSafe(parsed)
         expect(keyOf(parsed)).toBe(keyOf(manifest))
       }),
-      { numRuns: 2000 },
+      { numRuns: 800 },
     )
   })
 })

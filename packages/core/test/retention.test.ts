@@ -234,7 +234,7 @@ describe('retention of any backups under any policy', () => {
         )
         for (const { reasons } of plan.keep) expect(reasons.length).toBeGreaterThan(0)
       }),
-      { numRuns: 300 },
+      { numRuns: 150 },
     )
   })
 
