@@ -46,11 +46,6 @@ export class BlockPool {
   /** Slots that stay free of cached blocks, for those that are being filled and written. */
   static readonly #working = 4
 
-  /** The slots that have been made so far. */
-  get made(): number {
-    return this.#made
-  }
-
   /** Slots in use, neither free nor kept. */
   get inUse(): number {
     return this.#made - this.#free.length - this.#kept.size
