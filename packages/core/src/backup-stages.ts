@@ -6,6 +6,8 @@ import { ComposedImage, planImage, Qcow2Error } from '@varve/qcow2'
 import PQueue from 'p-queue'
 import type { BackupRequest } from './backup-pipeline.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, bitmapName, type DiskPlan } from './backup-plan.ts'
+import type { StoredBackup } from './backups.ts'
+import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -265,13 +267,45 @@ export async function describe(
   }
 }
 
+/**
+ * Looks again at what the backup rests on and consists of: during a long upload another machine may have
+ * deleted or pruned it.
+ *
+ * @throws PARENT_MISSING, SIZE_MISMATCH
+ */
+async function assertPublishable(
+  storage: StorageDriver,
+  backup: StoredBackup,
+  parent: StoredBackup | undefined,
+  run: RunOptions,
+): Promise<void> {
+  if (parent && !(await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run)))) {
+    const { id } = parent.manifest
+    throw new VarveError(
+      'PARENT_MISSING',
+      `The backup ${id} that this one rests on was deleted during the upload. Nothing was published; back up again.`,
+      { context: { parent: id }, retryable: true },
+    )
+  }
+  for (const { key, size } of objectsOf(backup)) {
+    const stored = await storage.stat(key, signalOf(run))
+    if (stored?.size === size) continue
+    throw new VarveError(
+      'SIZE_MISMATCH',
+      `The storage holds ${stored ? `${stored.size} bytes` : 'nothing'} of ${key}, which was uploaded with ${size} bytes. Nothing was published; look for what removes objects there, then back up again.`,
+      { context: { key, expected: size, actual: stored?.size }, retryable: true },
+    )
+  }
+}
+
 /** Writes the manifest, last of all: from there on the backup exists. */
 export async function publish(
-  { folder, storage, journal, run }: BackupContext,
+  { folder, storage, plan, journal, run }: BackupContext,
   manifest: BackupManifest,
   retire: Readonly<Record<string, readonly string[]>>,
 ): Promise<void> {
   stage(run, 'publish', 'Writing the manifest')
+  await assertPublishable(storage, { manifest, folder }, plan.parent, run)
   const key = `${folder}/${MANIFEST_FILE}`
   await journal.record({ step: 'publish', manifest: key, retire })
   await storage.put(key, bytesBody(serializeManifest(manifest)), signalOf(run))

@@ -1,0 +1,60 @@
+import { readdirSync, rmSync } from 'node:fs'
+import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { ImageHost } from '../src/image-host.ts'
+
+let folder: string
+let pipeline: BackupPipeline
+const chainFolder = (chain: string) => join(folder, 'storage', 'web-1', chain)
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-publish-'))
+  const disk = join(folder, 'disk.qcow2')
+  await mkdir(join(folder, 'storage'))
+  await createQcow2(disk, 16 * 1024 * 1024)
+  await qemuIo(disk, 'qcow2', ['write -P 0x11 0 4M'])
+  pipeline = new BackupPipeline({
+    host: new ImageHost({ instance: 'web-1', disks: { vda: disk } }),
+    storage: new LocalDriver({ path: join(folder, 'storage') }),
+    stateDir: join(folder, 'state'),
+  })
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+/** Takes a backup on whose upload something is removed from the storage by someone else, and returns its error. */
+async function backupWhile(at: 'upload' | 'publish', remove: () => void): Promise<unknown> {
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'stage' && event.stage === at) remove()
+  }
+  return pipeline.run({ instance: 'web-1' }, { onEvent }).catch((reason: unknown) => reason)
+}
+
+const left = async () =>
+  (await readdir(join(folder, 'storage'), { recursive: true })).filter(name => /\.(json|qcow2)$/.test(name))
+
+test('an increment whose parent was deleted during its upload is not published', async () => {
+  const { id, chain } = await pipeline.run({ instance: 'web-1' })
+  const error = await backupWhile('upload', () => rmSync(join(chainFolder(chain), id), { recursive: true }))
+  expect(error).toMatchObject({ code: 'PARENT_MISSING', retryable: true })
+  expect(await left()).toEqual([])
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
+})
+
+test('a backup that lost an image before its manifest is not published', async () => {
+  const error = await backupWhile('publish', () => {
+    for (const name of readdirSync(join(folder, 'storage'), { recursive: true, encoding: 'utf8' })) {
+      if (name.endsWith('.qcow2')) rmSync(join(folder, 'storage', name))
+    }
+  })
+  expect(error).toMatchObject({
+    code: 'SIZE_MISMATCH',
+    context: { key: expect.stringContaining('vda.qcow2') },
+  })
+  expect(await left()).toEqual([])
+})
