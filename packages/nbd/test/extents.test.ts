@@ -129,6 +129,18 @@ describe('block status', () => {
     expect(server.requests[0]).toMatchObject({ command: 'blockStatus', offset: 512, length: 1024, flags: 0 })
   })
 
+  it('takes as many extents in a reply as a server may send', async () => {
+    const extents = Array.from({ length: 2 ** 20 }, (_, index) => [512, index % 4]).flat()
+    await using server = await FakeServer.start({
+      export: { size: 2 ** 29, contexts: { 'base:allocation': 1 } },
+      onRequest: (request, connection) => connection.status(request, 1, extents, true),
+    })
+    await using client = await NbdClient.connect(server, { metaContexts: ['base:allocation'] })
+    const map = (await client.mapExtents()).get('base:allocation')
+    expect(map?.count).toBe(2 ** 20)
+    expect(map?.flags(2 ** 20 - 1)).toBe(3)
+  })
+
   it.each([
     ['of no length', 0, 0],
     ['of 4 GiB', 0, 2 ** 32],

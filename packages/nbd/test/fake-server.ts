@@ -151,7 +151,11 @@ export class FakeConnection {
 
   /** `extents` are lengths and flags in turn. */
   status(request: FakeRequest, context: number, extents: readonly number[], isLast = false): void {
-    this.chunk(request, 5, isLast, u32(context), Buffer.concat(extents.map(u32)))
+    const data = Buffer.alloc(4 * extents.length)
+    extents.forEach((value, index) => {
+      data.writeUInt32BE(value, 4 * index)
+    })
+    this.chunk(request, 5, isLast, u32(context), data)
   }
 
   #step(): boolean {

@@ -97,6 +97,21 @@ describe('reading', () => {
     )
   }, 60_000)
 
+  it('takes a reply in single bytes', async () => {
+    await using server = await FakeServer.start({
+      export: { size: disk.length },
+      onRequest: (request, connection) => {
+        const end = request.offset + request.length
+        for (let at = request.offset; at < end; at++)
+          connection.data(request, at, disk.subarray(at, at + 1), at === end - 1)
+      },
+    })
+    await using client = await NbdClient.connect(server)
+    const into = Buffer.alloc(3000)
+    await client.read(5, into)
+    expect(into.equals(disk.subarray(5, 3005))).toBe(true)
+  })
+
   it('touches no byte beside those it was asked for', async () => {
     await using server = await FakeServer.start({
       export: { size: disk.length, blockSize: [512, 4096, 8192] },
