@@ -205,6 +205,7 @@ test.each([
   ['--to-disk vda=', 'vda=/srv'],
   ['--to-disk vda=a --disks ,', 'vda,vdb'],
   ['--to-disk vda=a --format vmdk', 'raw'],
+  ['--to-disk vda=a --shutdown-timeout 0', 'at least 1'],
 ])('varve restore %s is a usage error that says why', async (args, named) => {
   const result = await run(`restore ${dayId(1)} ${args}`)
   expect(result).toMatchObject({ code: 2, stdout: '' })
