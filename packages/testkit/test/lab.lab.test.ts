@@ -78,6 +78,7 @@ describe('a booted guest', () => {
     vm = await lab.createDomain({
       name: 'guest-1',
       agent: true,
+      autostart: true,
       disks: [
         { target: 'vda', path: vda, format: 'qcow2', discard: 'unmap', serial: 'first' },
         { target: 'vdb', path: vdb, format: 'raw', discard: 'unmap' },
@@ -207,7 +208,6 @@ describe('a booted guest', () => {
   })
 
   test('loses power with its host and comes back with it where it is set to autostart', async () => {
-    await lab.virsh(['autostart', 'guest-1'])
     await vm.start()
     await lab.powerCycle()
     expect(await vm.state()).toBe('running')
