@@ -6,8 +6,8 @@ export const NO_LAYER = -1
 
 /**
  * What a chain of images reads as: contiguous runs that cover the disk from its first byte to its last, each
- * with the image and the place in it that hold its bytes. Typed arrays of 20 bytes a run. Neighbours are joined
- * where they are contiguous in the same file, or both zeros.
+ * with the image and the place in it that hold its bytes. Typed arrays of 20 bytes a run. No two neighbours are
+ * contiguous in the same file, or both zeros.
  */
 export class LayeredExtents {
   #count = 0
@@ -48,11 +48,13 @@ export class LayeredExtents {
   }
 
   /**
-   * Adds a run at the end.
+   * Adds a run at the end, which joins a run of zeros. Runs of a layer's data need no joining: an image's own are
+   * joined, and where a newer layer ends one it is that layer that goes on.
    * @internal
    */
   append(length: number, layer: number, fileOffset: number): void {
-    if (!this.#continues(layer, fileOffset)) {
+    const last = this.#count > 0 ? this.#layers[this.#count - 1] : undefined
+    if (layer !== NO_LAYER || last !== NO_LAYER) {
       if (this.#count === this.#starts.length) {
         this.#starts = grown(this.#starts)
         this.#layers = grown(this.#layers)
@@ -64,13 +66,6 @@ export class LayeredExtents {
       this.#count++
     }
     this.#size += length
-  }
-
-  #continues(layer: number, fileOffset: number): boolean {
-    const last = this.#count - 1
-    if (last < 0 || this.#layers[last] !== layer) return false
-    if (layer === NO_LAYER) return true
-    return fileOffset === (this.#offsets[last] ?? 0) + this.#size - (this.#starts[last] ?? 0)
   }
 
   #checked(index: number): number {

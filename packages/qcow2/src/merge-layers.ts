@@ -54,7 +54,6 @@ class LayerCursor {
   }
 
   moveTo(position: number): void {
-    if (position < this.end) return
     while (position >= this.end) {
       this.#index++
       this.start = this.end

@@ -103,7 +103,7 @@ test('pieces of any few bytes make up the whole', () => {
   })
   const whole = Buffer.alloc(layout.dataStart)
   layout.readMetadata(0, whole)
-  for (const size of [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097]) {
+  for (const size of [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097, 5003, 7000, 10_001]) {
     const pieces = Buffer.alloc(layout.dataStart, 0xee)
     for (let at = 0; at < pieces.length; at += size) layout.readMetadata(at, pieces.subarray(at, at + size))
     expect(pieces.equals(whole), `pieces of ${size}`).toBe(true)
