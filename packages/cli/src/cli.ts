@@ -32,7 +32,7 @@ const HELP = new Set(['commander.help', 'commander.helpDisplayed', 'commander.ve
 export async function runCli(args: readonly string[], terminal: Terminal): Promise<ExitCode> {
   const given = new AbortController()
   const session = new Session(terminal, given.signal)
-  const forget = terminal.onSignal(signal => {
+  terminal.onSignal(signal => {
     session.notice(
       given.signal.aborted
         ? 'Still cleaning up. What a killed varve leaves behind is put right by "varve recover".'
@@ -54,7 +54,6 @@ export async function runCli(args: readonly string[], terminal: Terminal): Promi
     return exitCodeOf(error)
   } finally {
     session.close()
-    forget()
   }
 }
 

@@ -8,8 +8,8 @@ export interface Terminal {
   readonly stdin: Readable & { readonly isTTY?: boolean | undefined }
   readonly stdout: Writable
   readonly stderr: Writable & { readonly isTTY?: boolean | undefined; readonly columns?: number | undefined }
-  /** Calls the listener for every signal that asks to end, until the function that it returns is called. */
-  onSignal(listener: (signal: EndSignal) => void): () => void
+  /** Calls the listener for every signal that asks to end, from now on to the end of the process. */
+  onSignal(listener: (signal: EndSignal) => void): void
 }
 
 /** The signals that ask to end: Ctrl-C, `kill`, and the end of an SSH session. */
@@ -31,14 +31,7 @@ export function processTerminal(): Terminal {
     stdout,
     stderr,
     onSignal(listener) {
-      const handler = (signal: NodeJS.Signals) => {
-        const known = END_SIGNALS.find(name => name === signal)
-        if (known) listener(known)
-      }
-      for (const signal of END_SIGNALS) process.on(signal, handler)
-      return () => {
-        for (const signal of END_SIGNALS) process.off(signal, handler)
-      }
+      for (const signal of END_SIGNALS) process.on(signal, () => listener(signal))
     },
   }
 }

@@ -49,9 +49,6 @@ export async function cli(
     stderr,
     onSignal(given) {
       listener = given
-      return () => {
-        listener = undefined
-      }
     },
   }
   const code = await runCli(args, terminal)
