@@ -18,6 +18,8 @@ interface TableList {
   l1Index: Uint32Array
   /** File offset, ascending. */
   offset: Float64Array
+  /** The first byte after the L1 table and all L2 tables. */
+  end: number
 }
 
 /**
@@ -39,9 +41,12 @@ async function readL1(
   signal: AbortSignal | undefined,
 ): Promise<TableList> {
   const { clusterSize, l1Offset, l1Entries } = header
-  const tables: TableList = { count: 0, l1Index: new Uint32Array(16), offset: new Float64Array(16) }
-  // the first byte that may be of an L2 table
-  let free = l1Offset + Math.ceil((l1Entries * ENTRY_BYTES) / clusterSize) * clusterSize
+  const tables: TableList = {
+    count: 0,
+    l1Index: new Uint32Array(16),
+    offset: new Float64Array(16),
+    end: l1Offset + Math.ceil((l1Entries * ENTRY_BYTES) / clusterSize) * clusterSize,
+  }
   let index = 0
   await readWindows(file, split(l1Offset, l1Entries * ENTRY_BYTES), signal, view => {
     for (let at = 0; at < view.byteLength; at += ENTRY_BYTES, index++) {
@@ -49,7 +54,7 @@ async function readL1(
       const low = view.getUint32(at + 4)
       if (high === 0 && low === 0) continue
       const offset = entryOffset('L1', index, high, low)
-      checkPlace('L1', index, offset, free, header, file)
+      checkPlace('L1', index, offset, tables.end, header, file)
       if (tables.count === tables.offset.length) {
         tables.l1Index = grown(tables.l1Index)
         tables.offset = grown(tables.offset)
@@ -57,7 +62,7 @@ async function readL1(
       tables.l1Index[tables.count] = index
       tables.offset[tables.count] = offset
       tables.count++
-      free = offset + clusterSize
+      tables.end = offset + clusterSize
     }
   })
   return tables
@@ -74,7 +79,7 @@ async function readL2(
   const clusters = Math.ceil(virtualSize / clusterSize)
   const extents = new ImageExtents()
   let covered = 0 // guest clusters in `extents`
-  let free = tables.count === 0 ? 0 : (tables.offset[tables.count - 1] ?? 0) + clusterSize
+  let free = tables.end // the first byte that may be of a data cluster
   let table = 0
   let index = 0
   const add = (until: number, kind: ExtentKind, offset: number): void => {

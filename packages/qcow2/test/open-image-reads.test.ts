@@ -15,6 +15,7 @@ import {
   extentsAsArray,
   extentsOf,
   layerPlans,
+  listOf,
   memoryFile,
   nextDisk,
 } from './chain-model.ts'
@@ -118,6 +119,16 @@ function slowFile(bytes: Buffer): { guest: ControlledGuest; file: ImageFile } {
   const guest = new ControlledGuest(bytes)
   return { guest, file: { size: bytes.length, read: guest.read.bind(guest) } }
 }
+
+test.each([
+  { size: 0, windows: [] },
+  { size: MIB * MIB, windows: [4 * MIB] },
+  { size: MIB * MIB + 2 * MIB, windows: [4 * MIB, 8] },
+])('the L1 table of $size bytes without data is read in windows of $windows', async ({ size, windows }) => {
+  const { file, reads } = metadataFile(listOf([size, unallocated]), { clusterSize: 4096 })
+  expect((await openImage(file)).virtualSize).toBe(size)
+  expect(reads.slice(1).map(([, length]) => length)).toEqual(windows)
+})
 
 test('tables with gaps between are windows of their own, four are read at a time, and visited in order', async () => {
   const { guest, file } = slowFile(await gappedImage())

@@ -256,6 +256,16 @@ test('a cluster after the end of the disk is invalid', async () => {
     })
 })
 
+test('with one L2 table only, data in any table is refused all the same', async () => {
+  const plan: LayerPlan = { clusterSize: CLUSTER, size: CLUSTER, runs: [[data, 1]], seed: 1 }
+  const { file, layout } = await compose(plan, nextDisk(undefined, plan))
+  expect(layout.dataStart).toBe(L2 + CLUSTER)
+  for (let at = 0; at < layout.dataStart; at += CLUSTER)
+    await expect(openBytes(changed(entry(L2, COPIED | BigInt(at)), file))).rejects.toMatchObject({
+      code: at === 0 || at === L2 ? 'QCOW2_INVALID' : 'QCOW2_UNSUPPORTED',
+    })
+})
+
 test('a file that is cut short anywhere is invalid', async () => {
   for (const length of [
     0,
