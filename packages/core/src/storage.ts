@@ -158,7 +158,7 @@ export interface StorageDriver extends AsyncDisposable {
   /** Removes an object. One that is not there is no error. */
   delete(key: string, options?: CallOptions): Promise<void>
   /**
-   * Writes, reads back, lists and deletes a probe: {@link checkStorage} does it for any driver. Never throws
+   * Writes, reads back, lists and deletes a probe: `checkStorage` does it for any driver. Never throws
    * for a storage that is not well: it says so.
    */
   check(options?: CallOptions): Promise<StorageHealth>
