@@ -52,6 +52,8 @@ export class FaultyDriver implements StorageDriver {
   readonly type: string
   readonly location: string
   readonly capabilities: DriverCapabilities
+  /** There where the driver behind has it. */
+  readonly cleanUp?: (options: CleanUpOptions) => Promise<number>
   /** Every call so far, in order. */
   readonly calls: StorageCall[] = []
   readonly #driver: StorageDriver
@@ -63,6 +65,10 @@ export class FaultyDriver implements StorageDriver {
     this.type = driver.type
     this.location = driver.location
     this.capabilities = driver.capabilities
+    const cleanUp = driver.cleanUp?.bind(driver)
+    if (cleanUp) {
+      this.cleanUp = async options => around(this.#begin('cleanUp', ''), options, () => cleanUp(options))
+    }
   }
 
   async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
@@ -104,14 +110,6 @@ export class FaultyDriver implements StorageDriver {
 
   async check(options: CallOptions = {}): Promise<StorageHealth> {
     return around(this.#begin('check', ''), options, () => this.#driver.check(options))
-  }
-
-  async cleanUp(options: CleanUpOptions): Promise<number> {
-    return around(
-      this.#begin('cleanUp', ''),
-      options,
-      async () => (await this.#driver.cleanUp?.(options)) ?? 0,
-    )
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

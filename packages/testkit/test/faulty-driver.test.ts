@@ -1,7 +1,7 @@
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody, VarveError } from '@varve/core'
-import { type Fault, FaultyDriver, PatternBody, patternBytes } from '@varve/testkit'
+import { bytesBody, type StorageDriver, VarveError } from '@varve/core'
+import { describeDriver, type Fault, FaultyDriver, PatternBody, patternBytes } from '@varve/testkit'
 import { describe, expect, test } from 'vitest'
 import { MemoryDriver } from '../../../examples/custom-driver/memory-driver.ts'
 
@@ -21,6 +21,21 @@ function flipped(offset: number, bit: number): Buffer {
   return copy
 }
 
+describeDriver('A FaultyDriver without faults', {
+  capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
+  async create() {
+    const memory = new MemoryDriver()
+    return {
+      driver: new FaultyDriver(memory, []),
+      inspect: async () => Array.from(memory.objects, ([name, { bytes }]) => ({ name, size: bytes.length })),
+      readRaw: async name => memory.objects.get(name)?.bytes ?? new Uint8Array(),
+      dispose: () => memory[Symbol.asyncDispose](),
+    }
+  },
+  largeSize: 1_000_003,
+  manyObjects: 50,
+})
+
 describe('FaultyDriver', () => {
   test('without a fault everything passes', async () => {
     const memory = new MemoryDriver()
@@ -32,7 +47,6 @@ describe('FaultyDriver', () => {
     expect(await storage.stat('object')).toMatchObject({ size: SIZE })
     expect(await storage.list('').next()).toMatchObject({ value: { key: 'object', size: SIZE } })
     expect(await storage.check()).toMatchObject({ ok: true })
-    expect(await storage.cleanUp({ olderThan: new Date() })).toBe(0)
     await storage.delete('object')
     expect(memory.objects.size).toBe(0)
   })
@@ -176,5 +190,15 @@ describe('FaultyDriver', () => {
     const inner = new FaultyDriver(memory, [{ on: 'get', fault: { kind: 'flip-bit', offset: 0 } }])
     const outer = new FaultyDriver(inner, [{ on: 'get', fault: { kind: 'end-at', offset: 10 } }])
     expect(await buffer(await outer.get('object'))).toEqual(flipped(0, 0).subarray(0, 10))
+  })
+
+  test('cleanUp is there where the driver behind has it, and can fail as well', async () => {
+    const memory: StorageDriver = new MemoryDriver()
+    expect(new FaultyDriver(memory, []).cleanUp).toBeUndefined()
+    memory.cleanUp = async () => 3
+    const olderThan = new Date()
+    expect(await new FaultyDriver(memory, []).cleanUp?.({ olderThan })).toBe(3)
+    const failing = new FaultyDriver(memory, [{ on: 'cleanUp', fault: { kind: 'fail-after', error } }])
+    await expect(failing.cleanUp?.({ olderThan })).rejects.toBe(error)
   })
 })
