@@ -164,7 +164,7 @@ async function planNewFile(
   if (status && !options.overwrite) {
     throw new VarveError(
       'TARGET_EXISTS',
-      `${target} is there already. Choose another path, or say that it is to be overwritten.`,
+      `${target} is there already. Choose another path, or ask for it to be overwritten (overwrite, --overwrite).`,
       { context },
     )
   }

@@ -36,7 +36,7 @@ export function targetError(error: unknown, path: string): VarveError {
   if (errno === 'EEXIST') {
     return new VarveError(
       'TARGET_EXISTS',
-      `${path} exists. Choose another path, or ask for it to be overwritten.`,
+      `${path} is there already. Choose another path, or ask for it to be overwritten (overwrite, --overwrite).`,
       options,
     )
   }

@@ -91,3 +91,25 @@ test('no file stays open, whatever comes of the calls', async () => {
   }
   await vi.waitFor(async () => expect(await openFiles()).toBeLessThanOrEqual(before))
 })
+
+describe('memory of a download', () => {
+  test('that is given back is used again, and no byte that still waits is overwritten', async () => {
+    const { driver } = await driverOn()
+    const body = new PatternBody({ seed: 7, size: 20 * 1024 * 1024 + 11 })
+    await driver.put('object', body)
+    const expected = await buffer(body.open())
+    const stream = await driver.get('object')
+    const memory = new Set<ArrayBufferLike>()
+    let position = 0
+    for await (const chunk of stream) {
+      expect(expected.subarray(position, position + chunk.length).equals(chunk)).toBe(true)
+      position += chunk.length
+      memory.add(chunk.buffer)
+      chunk.fill(0xee)
+      stream.recycle?.(chunk)
+      stream.recycle?.(chunk) // twice is once
+    }
+    expect(position).toBe(expected.length)
+    expect(memory.size).toBeLessThanOrEqual(4)
+  })
+})
