@@ -30,4 +30,5 @@ export {
   LabDomain,
   type LabDomainOptions,
 } from './lab-domain.ts'
+export { SshdLab, type SshdOptions, startSshd } from './lab-sshd.ts'
 export { type LibvirtAvailability, LibvirtLab, libvirtAvailable, startLibvirt } from './libvirt-lab.ts'
