@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { buffer } from 'node:stream/consumers'
-import { abortError, errorMessage, VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import {
   bytesBody,
   type CallOptions,
@@ -60,7 +60,12 @@ export async function checkStorage(
       await step()
       checks.push({ name, ok: true })
     } catch (error) {
-      checks.push({ name, ok: false, message: errorMessage(error) })
+      checks.push({
+        name,
+        ok: false,
+        message: errorMessage(error),
+        ...(isVarveError(error) && { code: error.code }),
+      })
       if (name !== 'connect' && name !== 'write') await removeProbe(driver, key)
       if (signal?.aborted) throw abortError(signal)
       break

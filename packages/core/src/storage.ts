@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { VarveError } from './errors.ts'
+import { type ErrorCode, VarveError } from './errors.ts'
 
 /** A half-open range of bytes: `start` is the first byte, `end` the first one after it. */
 export interface ByteRange {
@@ -88,6 +88,8 @@ export interface StorageCheck {
   readonly ok: boolean
   /** What went wrong and what to do, where it did not. */
   readonly message?: string
+  /** The code of the error, where it did not work. */
+  readonly code?: ErrorCode
 }
 
 /** The outcome of {@link StorageDriver.check}. */

@@ -27,7 +27,7 @@ describe('checkStorage', () => {
     })
     expect(health).toMatchObject({
       ok: false,
-      checks: [{ name: 'connect', ok: false, message: 'No route.' }],
+      checks: [{ name: 'connect', ok: false, message: 'No route.', code: 'STORAGE_UNREACHABLE' }],
     })
     expect(storage.calls).toEqual([])
   })
@@ -65,7 +65,12 @@ describe('checkStorage', () => {
     expect(health.ok).toBe(false)
     expect(health.checks).toEqual([
       ...passed.map(step => ({ name: step, ok: true })),
-      { name, ok: false, message: expect.stringContaining(message) },
+      {
+        name,
+        ok: false,
+        message: expect.stringContaining(message),
+        code: expect.stringMatching(/^STORAGE_/),
+      },
     ])
     expect(memory.objects.size).toBe(0)
   })

@@ -54,7 +54,7 @@ test('a full disk says at the check that nothing can be written', async () => {
   expect(ok).toBe(false)
   expect(checks).toEqual([
     { name: 'connect', ok: true },
-    { name: 'write', ok: false, message: expect.stringContaining('disk is full') },
+    { name: 'write', ok: false, code: 'STORAGE_FULL', message: expect.stringContaining('disk is full') },
   ])
   expect(await readdir(disk.path)).toEqual(['fill'])
 })

@@ -24,7 +24,7 @@ async function expectRefusal(driver: StorageDriver, code: string, message: strin
   }
   const { ok, checks } = await driver.check()
   expect(ok).toBe(false)
-  expect(checks).toEqual([{ name: 'connect', ok: false, message: expect.stringContaining(message) }])
+  expect(checks).toEqual([{ name: 'connect', ok: false, code, message: expect.stringContaining(message) }])
 }
 
 describe('the options of a LocalDriver', () => {
