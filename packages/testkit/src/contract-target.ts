@@ -1,6 +1,7 @@
 import { buffer } from 'node:stream/consumers'
-import type { ByteRange, DriverCapabilities, StorageDriver } from '@varve/core'
+import type { ByteRange, DriverCapabilities, ErrorCode, StorageDriver } from '@varve/core'
 import { expect, onTestFinished } from 'vitest'
+import type { NetworkProxy } from './network-proxy.ts'
 import { patternBytes } from './pattern.ts'
 
 /** Something that a storage's server holds, seen by other means than the driver. */
@@ -44,10 +45,51 @@ export interface ContractOptions {
   manyObjects?: number
   /** For one test, in milliseconds. Default: 60000. */
   timeoutMs?: number
+  /** For a driver whose storage is reached over a network. Without it the tests of a bad network and server are left out. */
+  remote?: RemoteOptions
+}
+
+/** A driver that a bad network stands in front of. */
+export interface RemoteTarget extends DriverTarget {
+  /** Every connection of the driver goes through it; those of `inspect` and `readRaw` do not. */
+  readonly proxy: NetworkProxy
+}
+
+/** A driver that must be refused. */
+export interface RefusedDriver {
+  /** Why: `a wrong password`, `a bucket that is not there`, … */
+  readonly what: string
+  /** The code of the error of every call, and of the failed step of `check`. */
+  readonly code: ErrorCode
+  /** The driver. The test disposes of it. */
+  create(): Promise<StorageDriver>
+}
+
+/** What {@link describeDriver} needs to try a driver on a network and a server that fail. */
+export interface RemoteOptions {
+  /**
+   * A driver on an empty storage, every connection of which goes through a proxy of its own. Its timeout for a
+   * server that is silent is `idleTimeoutMs`.
+   */
+  create(): Promise<RemoteTarget>
+  /** Kills the server (SIGKILL) and starts it again, on the same port, with what it held. */
+  restartServer(): Promise<void>
+  /** Drivers that must be refused, whatever they are asked: wrong password, missing bucket, … */
+  refused: readonly RefusedDriver[]
+  /** Secrets that may be in no error, no location and no process list, also not encoded. */
+  secrets: readonly string[]
+  /** How long the drivers of `create` wait for a server that is silent, in milliseconds. Default: 1500. */
+  idleTimeoutMs?: number
+  /**
+   * The size in bytes of the object whose upload and download are cut, at many places. Default: 1000003. Of
+   * more than one part, where a driver uploads in parts, it tries more.
+   */
+  cutSize?: number
 }
 
 /** {@link ContractOptions} with their defaults. */
-export type Contract = Required<Omit<ContractOptions, 'createFull'>> & Pick<ContractOptions, 'createFull'>
+export type Contract = Required<Omit<ContractOptions, 'createFull' | 'remote'>> &
+  Pick<ContractOptions, 'createFull' | 'remote'>
 
 /**
  * A target for the test that runs. At the test's end the server must hold what the driver lists and nothing

@@ -1,5 +1,12 @@
 export { describeDriver } from './contract.ts'
-export type { ContractOptions, DriverTarget, RawObject } from './contract-target.ts'
+export type {
+  ContractOptions,
+  DriverTarget,
+  RawObject,
+  RefusedDriver,
+  RemoteOptions,
+  RemoteTarget,
+} from './contract-target.ts'
 export type { BytesFault, Fault } from './faults.ts'
 export {
   type FaultRule,
@@ -8,6 +15,7 @@ export {
   type StorageCall,
   type StorageOperation,
 } from './faulty-driver.ts'
+export { NetworkProxy, type ProxyDirection } from './network-proxy.ts'
 export { fillPattern, patternBytes } from './pattern.ts'
 export { PatternBody, type PatternBodyOptions } from './pattern-body.ts'
 export { type Trouble, type TroubledSourceOptions, troubledSource } from './troubled-source.ts'

@@ -3,6 +3,7 @@ import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import path from 'node:path'
 import { GuestChannel, GuestCommandError, type GuestResult } from './guest-channel.ts'
 import type { GuestImage } from './guest-image.ts'
+import { commandPortName } from './guest-init.ts'
 import { GuestWriter, type GuestWriterOptions } from './guest-writer.ts'
 import { type DomainFiles, labDomainXml } from './lab-domain-xml.ts'
 import { pollUntil } from './lab-poll.ts'
@@ -218,4 +219,19 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
   await lab.virsh(['define', definition])
   if (options.autostart) await lab.virsh(['autostart', options.name])
   return new LabDomain(lab, options, files)
+}
+
+/**
+ * A running domain that was made from the definition of a lab domain, such as a restored copy. Its command port
+ * must have a socket that libvirt chose.
+ */
+export async function openLabDomain(lab: DomainLab, name: string): Promise<LabDomain> {
+  const xml = await lab.virsh(['dumpxml', name])
+  const [port = ''] = xml.split('<channel ').filter(channel => channel.includes(commandPortName))
+  const socket = /<source mode='bind' path='\/var\/lib\/libvirt\/([^']+)'/.exec(port)?.[1]
+  if (socket === undefined)
+    throw new Error(`libvirt chose no socket for the command port of ${name}:\n${xml}`)
+  const consoleLog = /<serial type='file'>\s*<source path='([^']+)'/.exec(xml)?.[1] ?? ''
+  const files = { guest: lab.guest, commandSocket: path.join(lab.root, 'lib', socket), consoleLog }
+  return new LabDomain(lab, { name, disks: [] }, files)
 }

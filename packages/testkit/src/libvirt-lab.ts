@@ -3,7 +3,7 @@ import os from 'node:os'
 import path from 'node:path'
 import { execa } from 'execa'
 import { buildGuest, type GuestImage } from './guest-image.ts'
-import { defineLabDomain, type LabDomain, type LabDomainOptions } from './lab-domain.ts'
+import { defineLabDomain, type LabDomain, type LabDomainOptions, openLabDomain } from './lab-domain.ts'
 import { type LibvirtDaemon, startLibvirtDaemon } from './libvirt-daemon.ts'
 
 /** Whether the lab can run here. */
@@ -51,6 +51,14 @@ export class LibvirtLab implements AsyncDisposable {
   /** Defines a domain; it is not started. */
   createDomain(options: LabDomainOptions): Promise<LabDomain> {
     return defineLabDomain(this, options)
+  }
+
+  /**
+   * A running domain that something else defined from the definition of a lab domain, such as a restored copy.
+   * Its command port must have a socket that libvirt chose.
+   */
+  openDomain(name: string): Promise<LabDomain> {
+    return openLabDomain(this, name)
   }
 
   /** A power cut of the host: all domains and the daemon die at once, then the daemon starts anew. */

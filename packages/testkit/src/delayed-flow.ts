@@ -1,0 +1,115 @@
+import type { Socket } from 'node:net'
+
+/** What a flow holds at most before it stops reading: a little more than Linux's largest TCP window. */
+const HELD_BYTES = 8 * 1024 * 1024
+const NOTHING = Buffer.alloc(0)
+
+/** What its proxy decides for a {@link DelayedFlow}. */
+export interface FlowRules {
+  /** How long a byte is on its way, in milliseconds. */
+  delayMs(): number
+  /** Whether nothing is handed on for now. */
+  stalled(): boolean
+  /** Counts bytes that are about to be handed on: how many may be, and whether the connection is cut after them. */
+  pass(bytes: number): { bytes: number; cut: boolean }
+  /** Resets both ends of the connection. */
+  cut(): void
+}
+
+type Held =
+  | { readonly what: 'bytes'; readonly due: number; readonly bytes: Buffer }
+  | { readonly what: 'end' | 'reset'; readonly due: number }
+
+/**
+ * One direction of a connection: whatever comes out of `source` goes into `sink`, in order and each thing its
+ * delay after it came, so that a delay costs no bandwidth. When `sink` is slow, or the flow is stalled, `source` is read no
+ * further than {@link HELD_BYTES}.
+ */
+export class DelayedFlow {
+  readonly #source: Socket
+  readonly #sink: Socket
+  readonly #rules: FlowRules
+  readonly #held: Held[] = []
+  #heldBytes = 0
+  #blocked = false
+  #done = false
+  #timer: NodeJS.Timeout | undefined
+
+  constructor(source: Socket, sink: Socket, rules: FlowRules) {
+    this.#source = source
+    this.#sink = sink
+    this.#rules = rules
+    let ended = false
+    source.on('data', (bytes: Buffer) => {
+      this.#heldBytes += bytes.byteLength
+      if (this.#heldBytes >= HELD_BYTES) source.pause()
+      this.#hold({ what: 'bytes', due: this.#due(), bytes })
+    })
+    source.on('end', () => {
+      ended = true
+      this.#hold({ what: 'end', due: this.#due() })
+    })
+    source.on('close', failed => {
+      if (failed || !ended) this.#hold({ what: 'reset', due: this.#due() })
+    })
+    sink.on('drain', () => {
+      this.#blocked = false
+      this.pump()
+    })
+  }
+
+  /** Hands on what is due. To be called when a stall is over. */
+  pump(): void {
+    while (!this.#done && !this.#blocked && !this.#rules.stalled()) {
+      const [head] = this.#held
+      if (head === undefined) break
+      const waitMs = head.due - performance.now()
+      if (waitMs > 0) {
+        this.#wakeIn(waitMs)
+        break
+      }
+      this.#held.shift()
+      if (head.what === 'bytes') this.#handOn(head.bytes)
+      else if (head.what === 'end') this.#sink.end()
+      else this.#cutAfter(NOTHING)
+    }
+    if (!this.#done && this.#source.isPaused() && this.#heldBytes < HELD_BYTES / 2) this.#source.resume()
+  }
+
+  /** Drops what is held. */
+  stop(): void {
+    this.#done = true
+    this.#held.length = 0
+    clearTimeout(this.#timer)
+  }
+
+  #handOn(bytes: Buffer): void {
+    this.#heldBytes -= bytes.byteLength
+    const passed = this.#rules.pass(bytes.byteLength)
+    if (passed.cut) this.#cutAfter(bytes.subarray(0, passed.bytes))
+    else if (!this.#sink.write(bytes)) this.#blocked = true
+  }
+
+  /** A reset drops what the sink has not sent yet: it waits until all is handed to the system. */
+  #cutAfter(bytes: Buffer): void {
+    this.stop()
+    this.#sink.write(bytes, () => this.#rules.cut())
+  }
+
+  #hold(held: Held): void {
+    if (this.#done) return
+    this.#held.push(held)
+    this.pump()
+  }
+
+  #due(): number {
+    return performance.now() + this.#rules.delayMs()
+  }
+
+  #wakeIn(waitMs: number): void {
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined
+      this.pump()
+    }, Math.ceil(waitMs))
+  }
+}
