@@ -9,9 +9,13 @@ import { formatDuration } from '../../packages/cli/src/time-text.ts'
 import { GuestSubject } from './guest-subject.ts'
 import { ImageSubject } from './image-subject.ts'
 import { Screen } from './screen.ts'
+import { STORES } from './store.ts'
 import { tellStory } from './story.ts'
 
-const { values: options } = parseArgs({ options: { image: { type: 'boolean' } } })
+const { values: options } = parseArgs({
+  options: { image: { type: 'boolean' }, storage: { type: 'string', default: 'local' } },
+})
+const openStore = STORES.get(options.storage) ?? unknownStorage(options.storage)
 const asked = { available: false, reason: 'It was asked for images.' } as const
 const { signal, ...giveUp } = endSignal()
 const screen = new Screen(signal)
@@ -39,18 +43,25 @@ async function showGuest(): Promise<void> {
   await using lab = await startLibvirt()
   const folder = join(lab.root, 'demo')
   await mkdir(folder)
+  await using store = await openStore(folder)
   const subject = await GuestSubject.create(lab, folder, screen)
-  await tellStory({ subject, folder, screen, signal })
+  await tellStory({ subject, store, folder, screen, signal })
 }
 
 async function showImages(reason: string): Promise<void> {
   screen.print(`\n    No virtual machine here: ${reason} The same job on disk images:`)
   const folder = await mkdtemp(join(tmpdir(), 'varve-demo-'))
   try {
-    await tellStory({ subject: new ImageSubject(folder, screen), folder, screen, signal })
+    await using store = await openStore(folder)
+    await tellStory({ subject: new ImageSubject(folder, screen), store, folder, screen, signal })
   } finally {
     await rm(folder, { recursive: true })
   }
+}
+
+function unknownStorage(name: string): never {
+  console.error(`There is no storage ${name}. Choose one of: ${[...STORES.keys()].join(', ')}.`)
+  process.exit(2)
 }
 
 /** Ctrl-C and its like end the demonstration where it is, and then everything is put away. */

@@ -1,4 +1,4 @@
-import { mkdir, readdir } from 'node:fs/promises'
+import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   type BackupManifest,
@@ -8,18 +8,19 @@ import {
   type RestoreRequest,
   type RestoreResult,
 } from '@varve/core'
-import { LocalDriver } from '@varve/driver-local'
 import { checkQcow2, compareImages, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { formatSize } from '../../packages/cli/src/size-text.ts'
 import { formatDuration } from '../../packages/cli/src/time-text.ts'
 import type { Screen } from './screen.ts'
+import type { Store } from './store.ts'
 import type { Subject } from './subject.ts'
 import { printSummary, type Row } from './summary.ts'
 
 /** What {@link tellStory} needs. */
 export interface StoryOptions {
   readonly subject: Subject
+  readonly store: Store
   /** For everything that is written. */
   readonly folder: string
   readonly screen: Screen
@@ -27,14 +28,12 @@ export interface StoryOptions {
 }
 
 /** Backs up, restores and proves. Throws at the first thing that is not as it should be. */
-export async function tellStory({ subject, folder, screen, signal }: StoryOptions): Promise<void> {
+export async function tellStory({ subject, store, folder, screen, signal }: StoryOptions): Promise<void> {
   const { host, instance, titles } = subject
   const rows: Row[] = []
   const proofs: string[] = []
-  const storagePath = join(folder, 'storage')
+  const storage = store.driver
   const stateDir = join(folder, 'state')
-  await mkdir(storagePath)
-  await using storage = new LocalDriver({ path: storagePath })
   const chains = new ChainManager({ storage })
 
   const backup = async (what: string, type: 'full' | 'incremental'): Promise<BackupManifest> => {
@@ -89,8 +88,9 @@ export async function tellStory({ subject, folder, screen, signal }: StoryOption
   proofs.push(...(await subject.proveOthers(restored)))
 
   screen.act('Restore without Varve: plain qemu-img on the stored files')
+  const files = await screen.step(`The files, as they are on ${store.title}`, () => store.files())
   for (const { name } of last.disks) {
-    const stored = join(storagePath, instance, last.chain, last.id, `${name}.qcow2`)
+    const stored = join(files, instance, last.chain, last.id, `${name}.qcow2`)
     const plain = join(folder, `plain-${name}.qcow2`)
     await screen.step(`qemu-img convert …/${last.id}/${name}.qcow2`, async () => {
       await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'qcow2', stored, plain], {
