@@ -68,12 +68,22 @@ export async function mark({ id, host, instance, plan, journal, run }: BackupCon
 export interface Frozen {
   readonly at: Date
   readonly consistency: Consistency
+  /** The UEFI variables at that moment. */
+  readonly nvram?: Buffer
 }
 
 /** Freezes the disks of a running instance by one snapshot; those of a stopped one are still anyway. */
 export async function freeze(backup: BackupContext): Promise<Frozen> {
+  const { instance, run } = backup
+  const frozen = instance.running
+    ? await snapshot(backup)
+    : ({ at: new Date(), consistency: 'offline' } as const)
+  const nvram = instance.nvram === undefined ? undefined : await readNvram(instance.nvram, run)
+  return { ...frozen, ...(nvram && { nvram }) }
+}
+
+async function snapshot(backup: BackupContext): Promise<Frozen> {
   const { id, host, instance, plan, journal, run, request } = backup
-  if (!instance.running) return { at: new Date(), consistency: 'offline' }
   stage(
     run,
     'freeze',
@@ -246,7 +256,6 @@ export async function describe(
 ): Promise<BackupManifest> {
   const { id, instance, plan, run, startedAt } = backup
   const definition = instance.definition === undefined ? undefined : Buffer.from(instance.definition)
-  const nvram = instance.nvram === undefined ? undefined : await readNvram(instance.nvram, run)
   const { name, uuid } = instance
   return {
     version: MANIFEST_VERSION,
@@ -262,7 +271,7 @@ export async function describe(
     running: instance.running,
     disks,
     ...(definition && { definition: await putFile(backup, 'domain.xml', definition) }),
-    ...(nvram && { nvram: await putFile(backup, 'nvram.fd', nvram) }),
+    ...(frozen.nvram && { nvram: await putFile(backup, 'nvram.fd', frozen.nvram) }),
     tools: { varve: VERSION, node: process.version, qemu: await qemuVersion(run) },
   }
 }

@@ -1,5 +1,6 @@
-import { DOMParser, type Document, type Element, XMLSerializer } from '@xmldom/xmldom'
-import { VarveError } from './errors.ts'
+import type { Document, Element } from '@xmldom/xmldom'
+import { dropIdentity } from './domain-identity.ts'
+import { child, children, parseDomain, remove, serializeXml, text } from './xml-elements.ts'
 
 /** A `<disk>` of a domain. */
 export interface DomainDisk {
@@ -29,8 +30,7 @@ export interface DomainDescription {
 
 /** Reads the parts of a domain's XML that matter for its disks. */
 export function readDomainXml(xml: string): DomainDescription {
-  const root = parse(xml).documentElement
-  if (root?.tagName !== 'domain') throw new VarveError('INVALID_ARGUMENT', 'This is no libvirt domain XML.')
+  const { root } = parseDomain(xml)
   const uuid = text(child(root, 'uuid'))
   const nvram = nvramPath(root)
   return {
@@ -43,8 +43,10 @@ export function readDomainXml(xml: string): DomainDescription {
 
 /** What {@link rewriteDomainXml} changes. */
 export interface DomainChanges {
-  /** A new name; the UUID and the MAC addresses are then dropped, so that libvirt makes new ones. */
-  name?: string
+  /** The name of a copy, which then shares nothing with the original that both cannot have at a time; see {@link dropIdentity}. */
+  copyAs?: string
+  /** The UUID of the instance whose definition it becomes. */
+  uuid?: string
   /**
    * New files of disks by target. Their backing chain is dropped.
    */
@@ -57,28 +59,32 @@ export interface DomainChanges {
 
 /** A domain's XML with another name, other disks or other UEFI variables; all else as it was. */
 export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
-  const document = parse(xml)
-  const root = document.documentElement
-  if (root?.tagName !== 'domain') throw new VarveError('INVALID_ARGUMENT', 'This is no libvirt domain XML.')
-  if (changes.name !== undefined) {
+  const { document, root } = parseDomain(xml)
+  if (changes.copyAs !== undefined) {
     const name = child(root, 'name')
-    if (name) name.textContent = changes.name
-    remove(child(root, 'uuid'))
-    for (const mac of Array.from(root.getElementsByTagName('mac'))) remove(mac)
+    if (name) name.textContent = changes.copyAs
+    dropIdentity(root)
   }
+  const uuid = child(root, 'uuid')
+  if (changes.uuid !== undefined && uuid) uuid.textContent = changes.uuid
   for (const element of diskElements(root)) {
     const change = changes.disks?.[readDisk(element).name]
     if (change) setSource(document, element, change)
     else if (changes.onlyTheseDisks && ['disk', 'lun'].includes(element.getAttribute('device') ?? 'disk'))
       remove(element)
   }
-  const nvram = child(child(root, 'os'), 'nvram')
-  if (changes.nvram !== undefined && nvram) {
-    for (const source of Array.from(nvram.getElementsByTagName('source'))) remove(source)
-    nvram.removeAttribute('type')
-    nvram.textContent = changes.nvram
-  }
-  return new XMLSerializer().serializeToString(document)
+  if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
+  return serializeXml(document)
+}
+
+function setNvram(document: Document, root: Element, path: string): void {
+  const os = child(root, 'os')
+  const nvram = child(os, 'nvram') ?? document.createElement('nvram')
+  for (const source of children(nvram, 'source')) remove(source)
+  nvram.removeAttribute('type')
+  nvram.textContent = path
+  // A definition that leaves the choice of the firmware to libvirt may have none.
+  if (!nvram.parentNode) os?.appendChild(nvram)
 }
 
 function setSource(document: Document, element: Element, to: { path: string; format: string }): void {
@@ -89,18 +95,6 @@ function setSource(document: Document, element: Element, to: { path: string; for
   source.setAttribute(block ? 'dev' : 'file', to.path)
   element.insertBefore(source, child(element, 'target') ?? null)
   child(element, 'driver')?.setAttribute('type', to.format)
-}
-
-function parse(xml: string): Document {
-  try {
-    return new DOMParser({
-      onError: (level, message) => {
-        if (level !== 'warning') throw new Error(message)
-      },
-    }).parseFromString(xml, 'text/xml')
-  } catch (error) {
-    throw new VarveError('INVALID_ARGUMENT', 'The domain XML cannot be parsed.', { cause: error })
-  }
 }
 
 function diskElements(root: Element): Element[] {
@@ -130,22 +124,4 @@ function nvramPath(root: Element): string | undefined {
   const nvram = child(child(root, 'os'), 'nvram')
   const path = child(nvram, 'source')?.getAttribute('file') ?? text(nvram)
   return path?.startsWith('/') ? path : undefined
-}
-
-function children(element: Element | undefined, name: string): Element[] {
-  if (!element) return []
-  return Array.from(element.getElementsByTagName(name)).filter(found => found.parentNode === element)
-}
-
-function child(element: Element | undefined, name: string): Element | undefined {
-  return children(element, name)[0]
-}
-
-function text(element: Element | undefined): string | undefined {
-  const content = element?.textContent?.trim()
-  return content ? content : undefined
-}
-
-function remove(element: Element | undefined): void {
-  element?.parentNode?.removeChild(element)
 }

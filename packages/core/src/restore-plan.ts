@@ -26,7 +26,11 @@ export interface RestorePlan {
   /** The instance that is switched off for it. */
   readonly instance?: Instance
   /** The instance that is defined anew. */
-  readonly newInstance?: { readonly name: string; readonly directory: string }
+  readonly newInstance?: {
+    readonly name: string
+    /** Where its UEFI variables go, if it has any. */
+    readonly nvram: string
+  }
 }
 
 /**
@@ -78,6 +82,13 @@ async function planInstance(
   runId: string,
   run: RunOptions,
 ): Promise<RestorePlan> {
+  if (request.definition === 'restore' && backup.manifest.instance.name !== name) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `The definition in the backup ${backup.manifest.id} is that of ${backup.manifest.instance.name} and not of ${name}. Restore the disks alone, or a new instance.`,
+      { context: { instance: name, backup: backup.manifest.id } },
+    )
+  }
   const instance = await host.instance(name, run)
   const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
   const disks = chooseDisks(instance, names).map((target): DiskRestore => {
@@ -140,7 +151,15 @@ async function planNewInstance(
     const path = join(directory, `${name}-${diskName}.${format}`)
     disks.push(await planNewFile(disk, path, { format }, runId))
   }
-  return { disks, newInstance: { name, directory: await realpath(directory) } }
+  const nvram = await resolveTarget(join(directory, `${name}-nvram.fd`))
+  if ((await stat(nvram).catch(() => undefined)) !== undefined) {
+    throw new VarveError(
+      'TARGET_EXISTS',
+      `${nvram}, the file of the UEFI variables, is there already. Choose another name or folder, or remove it.`,
+      { context: { path: nvram } },
+    )
+  }
+  return { disks, newInstance: { name, nvram } }
 }
 
 async function planNewFile(

@@ -183,15 +183,18 @@ export async function define({
   const disks = Object.fromEntries(
     plan.disks.map(({ disk, target: path, format }) => [disk.name, { path, format }]),
   )
-  const nvramTarget = newInstance
-    ? join(newInstance.directory, `${newInstance.name}-nvram.fd`)
-    : (instance?.nvram ?? readDomainXml(stored).nvram)
+  // A new instance never shares the original's variables: without stored ones libvirt makes them from the template.
+  const storedNvram = readDomainXml(stored).nvram
+  const isUefi = nvram !== undefined || storedNvram !== undefined
+  const nvramTarget = isUefi ? (newInstance?.nvram ?? instance?.nvram ?? storedNvram) : undefined
   const renamed = newInstance && newInstance.name !== backup.manifest.instance.name
   const xml = rewriteDomainXml(stored, {
     disks,
     onlyTheseDisks: newInstance !== undefined,
-    ...(renamed && { name: newInstance.name }),
-    ...(nvram && nvramTarget !== undefined && { nvram: nvramTarget }),
+    ...(renamed && { copyAs: newInstance.name }),
+    // An instance that was made anew under its old name has another UUID, which libvirt does not let go.
+    ...(instance?.uuid !== undefined && { uuid: instance.uuid }),
+    ...(nvramTarget !== undefined && { nvram: nvramTarget }),
   })
   if (!nvram || nvramTarget === undefined) return journal.record({ step: 'define', xml })
   const temporary = `${nvramTarget}.varve-restore-${journal.header.id}`

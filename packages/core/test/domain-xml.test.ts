@@ -44,7 +44,7 @@ test('disks are read with their own source, not that of their backing chain', ()
 
 test('a copy has its own name, addresses and files and none of the disks of the original', () => {
   const copy = rewriteDomainXml(XML, {
-    name: 'web-2',
+    copyAs: 'web-2',
     disks: { vda: { path: '/new/<a>.raw', format: 'raw' } },
     onlyTheseDisks: true,
     nvram: '/new/nvram.fd',
@@ -59,6 +59,61 @@ test('a copy has its own name, addresses and files and none of the disks of the 
   expect(copy).not.toContain('template.raw')
   expect(copy).toContain('discard="unmap"')
   expect(copy).toContain('urn:x')
+})
+
+test('a copy takes nothing of the original that only one of them can have', () => {
+  const copy = rewriteDomainXml(
+    `<domain type='kvm'>
+  <name>web-1</name><uuid>b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e</uuid><genid>0f4d4b4e-9a24-4b0f-9d0d-2c2a0f4d4b4e</genid>
+  <sysinfo type='smbios'><system><entry name='uuid'>b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e</entry><entry name='serial'>s</entry></system></sysinfo>
+  <devices>
+    <interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/><target dev='tap-web-1'/></interface>
+    <graphics type='vnc' port='5901' autoport='no'><listen type='address' address='127.0.0.1'/></graphics>
+    <graphics type='vnc' socket='/run/web-1.vnc'><listen type='socket' socket='/run/web-1.vnc'/></graphics>
+    <vsock model='virtio'><cid auto='no' address='3'/></vsock>
+    <serial type='file'><source path='/log/web-1'/><target port='0'/></serial>
+    <console type='tcp'><source mode='bind' host='127.0.0.1' service='4555'/><protocol type='telnet'/><target type='virtio'/></console>
+    <serial type='pty'><log file='/log/web-1.pty'/><target port='1'/></serial>
+    <channel type='unix'><source mode='bind' path='/run/web-1.agent'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>
+  </devices>
+</domain>`,
+    { copyAs: 'copy' },
+  )
+  for (const gone of [
+    'b4a6fb4c',
+    '0f4d4b4e-9a24',
+    '52:54',
+    'tap-web-1',
+    '5901',
+    'web-1',
+    '4555',
+    'telnet',
+    '"3"',
+  ])
+    expect(copy).not.toContain(gone)
+  for (const kept of [
+    '<entry name="serial">s<',
+    'br0',
+    '127.0.0.1',
+    '<cid auto="yes"/>',
+    'org.qemu.guest_agent.0',
+  ])
+    expect(copy).toContain(kept)
+  expect(copy.match(/<(?:serial|console|channel) type="\w+"/g)).toEqual([
+    '<serial type="pty"',
+    '<console type="pty"',
+    '<serial type="pty"',
+    '<channel type="unix"',
+    '<channel type="spicevmc"',
+  ])
+})
+
+test('a definition takes the UUID and the UEFI variables of the instance that it is put back on', () => {
+  const back = readDomainXml(rewriteDomainXml(XML, { uuid: 'new-uuid', nvram: '/new/nvram.fd' }))
+  expect(back).toMatchObject({ name: 'web-1', uuid: 'new-uuid', nvram: '/new/nvram.fd' })
+  const chosenByLibvirt = "<domain><name>x</name><os firmware='efi'><type>hvm</type></os></domain>"
+  expect(readDomainXml(rewriteDomainXml(chosenByLibvirt, { nvram: '/x.fd' })).nvram).toBe('/x.fd')
 })
 
 test('a disk is put back on its base and all else stays', () => {

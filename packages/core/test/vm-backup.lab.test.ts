@@ -1,143 +1,18 @@
 import { createHash } from 'node:crypto'
-import { mkdir, mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { mkdir, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
-import {
-  checkQcow2,
-  compareImages,
-  createQcow2,
-  createRaw,
-  type GuestWriter,
-  type LabDomain,
-  type LibvirtLab,
-  sha256Content,
-  startLibvirt,
-  writerBlockSize,
-} from '@varve/testkit/lab'
+import { type GuestWriter, sha256Content, writerBlockSize } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
-import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
-import type { VarveEvent } from '../src/events.ts'
-import { LibvirtHost } from '../src/libvirt-host.ts'
+import { expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
-import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
+import { RestorePipeline } from '../src/restore-pipeline.ts'
+import { MiB, useVmSite } from './vm-site.ts'
 
-const MiB = 1024 * 1024
-
-let lab: LibvirtLab
-let folder: string
-let storagePath: string
-let storage: LocalDriver
-let host: LibvirtHost
-let vm: LabDomain
-let events: VarveEvent[]
-let domains = 0
-
-beforeAll(async () => {
-  lab = await startLibvirt()
-})
-afterAll(() => lab.stop())
-
-beforeEach(async () => {
-  folder = await mkdtemp(join(tmpdir(), 'varve-vm-'))
-  storagePath = join(folder, 'storage')
-  await mkdir(storagePath)
-  storage = new LocalDriver({ path: storagePath })
-  host = new LibvirtHost({ uri: lab.uri })
-  events = []
-})
-afterEach(async () => {
-  if ((await vm.state()) !== 'shut off') await vm.destroy()
-  await vm.undefine()
-  await rm(folder, { recursive: true })
-})
-
-const image = (name: string) => join(folder, name)
-const stateDir = () => join(folder, 'state')
-const stored = (backup: BackupManifest, name: string) =>
-  join(storagePath, backup.instance.name, backup.chain, backup.id, name)
-
-async function createVm(
-  disks: { target: string; size: number; format?: 'qcow2' | 'raw' }[],
-  agent = false,
-): Promise<void> {
-  for (const { target, size, format } of disks) {
-    await (format === 'raw' ? createRaw : createQcow2)(image(target), size)
-  }
-  domains += 1
-  vm = await lab.createDomain({
-    name: `web-${domains}`,
-    agent,
-    disks: disks.map(({ target, format = 'qcow2' }) => ({
-      target,
-      path: image(target),
-      format,
-      discard: 'unmap',
-    })),
-  })
-}
-
-function backup(request: Partial<BackupRequest> = {}): Promise<BackupManifest> {
-  const pipeline = new BackupPipeline({ host, storage, stateDir: stateDir() })
-  return pipeline.run({ instance: vm.name, ...request }, { onEvent: event => events.push(event) })
-}
-
-function restore(request: RestoreRequest) {
-  const pipeline = new RestorePipeline({ host, storage, stateDir: stateDir() })
-  return pipeline.run(request, { onEvent: event => events.push(event) })
-}
-
-async function sum(device: string): Promise<string> {
-  const { stdout } = await vm.run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)
-  return stdout.slice(0, 64)
-}
-
-/** Restores to new files and returns the SHA-256 of what a guest would read in each. */
-async function restoredSums(manifest: BackupManifest): Promise<Record<string, string>> {
-  const target = await mkdtemp(join(folder, 'restored-'))
-  const disks = Object.fromEntries(
-    manifest.disks.map(disk => [disk.name, join(target, `${disk.name}.qcow2`)]),
-  )
-  await restore({ backup: manifest.id, to: { disks } })
-  const sums: Record<string, string> = {}
-  for (const [name, path] of Object.entries(disks)) {
-    await checkQcow2(path)
-    // The stored chain is readable without Varve and says the same.
-    const plain = join(target, `${name}-plain.qcow2`)
-    await execa('qemu-img', [
-      'convert',
-      '-f',
-      'qcow2',
-      '-O',
-      'qcow2',
-      stored(manifest, `${name}.qcow2`),
-      plain,
-    ])
-    const { identical, message } = await compareImages(
-      { path, format: 'qcow2' },
-      { path: plain, format: 'qcow2' },
-    )
-    expect(identical, message).toBe(true)
-    await checkQcow2(stored(manifest, `${name}.qcow2`))
-    sums[name] = await sha256Content(path, 'qcow2')
-  }
-  return sums
-}
-
-/** The state of the host is as it was before: no overlay, no server, no open journal; one bitmap a storage. */
-async function expectCleanHost(bitmaps: string[]): Promise<void> {
-  expect((await readdir(folder)).filter(name => name.includes('.varve-'))).toEqual([])
-  expect(await readdir(join(stateDir(), 'runs'))).toEqual([])
-  const { disks } = await host.instance(vm.name)
-  for (const disk of disks) {
-    expect(disk.path).toBe(image(disk.name))
-    if (disk.format === 'qcow2') expect(disk.bitmaps.map(({ name }) => name).sort()).toEqual(bitmaps)
-  }
-  const { stdout } = await execa('pgrep', ['-af', `qemu-nbd.*${folder}`], { reject: false })
-  expect(stdout).toBe('')
-}
+const site = useVmSite()
+const { createVm, image, backup, restore, sum, restoredSums, expectCleanHost } = site
 
 /** Blocks of a restored disk must be what a prefix of the writer's writes left; returns that prefix's length. */
 async function consistentPrefix(writer: GuestWriter, path: string): Promise<number> {
@@ -164,7 +39,7 @@ async function consistentPrefix(writer: GuestWriter, path: string): Promise<numb
 }
 
 test('a guest that writes, zeroes and trims during full and incremental backups restores exactly', async () => {
-  await createVm([
+  const vm = await createVm([
     { target: 'vda', size: 96 * MiB },
     { target: 'vdb', size: 24 * MiB },
   ])
@@ -217,7 +92,7 @@ test('a guest that writes, zeroes and trims during full and incremental backups 
 })
 
 test('each backup of a disk under constant writes holds what the guest had flushed up to one moment', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
   await vm.boot()
   const writer = vm.startWriter({ device: '/dev/vda', blocks: (32 * MiB) / writerBlockSize })
   let before = 0
@@ -226,7 +101,7 @@ test('each backup of a disk under constant writes holds what the guest had flush
     const manifest = await backup()
     expect(manifest.kind).toBe(kind)
     const after = (await writer.writes()).length
-    const path = join(folder, `${manifest.id}.qcow2`)
+    const path = join(site.folder, `${manifest.id}.qcow2`)
     await restore({ backup: manifest.id, to: { disks: { vda: path } } })
     const prefix = await consistentPrefix(writer, path)
     expect(prefix).toBeGreaterThanOrEqual(before)
@@ -236,7 +111,7 @@ test('each backup of a disk under constant writes holds what the guest had flush
 })
 
 test('a restore over the instance brings it back as it was, and the chain goes on without a full backup', async () => {
-  await createVm([{ target: 'vda', size: 64 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 64 * MiB }])
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
   const full = await backup()
@@ -264,7 +139,7 @@ test('a restore over the instance brings it back as it was, and the chain goes o
 })
 
 test('a restore in place brings the instance back too, and the chain goes on', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
   const wanted = await sum('/dev/vda')
@@ -281,7 +156,7 @@ test('a restore in place brings the instance back too, and the chain goes on', a
 })
 
 test('a stopped instance is backed up offline in the same chain', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
   const full = await backup()
@@ -304,7 +179,7 @@ test('a stopped instance is backed up offline in the same chain', async () => {
 })
 
 test('raw disks are backed up in full each time, with the reason, beside increments of the others', async () => {
-  await createVm([
+  const vm = await createVm([
     { target: 'vda', size: 16 * MiB },
     { target: 'vdb', size: 16 * MiB, format: 'raw' },
   ])
@@ -316,20 +191,20 @@ test('raw disks are backed up in full each time, with the reason, beside increme
   const next = await backup()
   expect(next.disks).toMatchObject([{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }])
   expect(next.disks[1]).not.toHaveProperty('bitmap')
-  expect(events).toContainEqual(
+  expect(site.events).toContainEqual(
     expect.objectContaining({ type: 'fallback', disk: 'vdb', reason: 'format-raw' }),
   )
   expect(await restoredSums(next)).toEqual(wanted)
 })
 
 test('a missing bitmap makes a full backup and says so in the words that operators know', async () => {
-  await createVm([{ target: 'vda', size: 16 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.boot()
   const full = await backup()
-  await host.removeBitmaps(vm.name, 'vda', [`varve-${full.id}`])
+  await site.host.removeBitmaps(vm.name, 'vda', [`varve-${full.id}`])
   const next = await backup({ type: 'incremental' })
   expect(next).toMatchObject({ kind: 'full', disks: [{ fallback: 'bitmap-missing' }] })
-  expect(events).toContainEqual({
+  expect(site.events).toContainEqual({
     type: 'fallback',
     disk: 'vda',
     reason: 'bitmap-missing',
@@ -338,14 +213,14 @@ test('a missing bitmap makes a full backup and says so in the words that operato
 })
 
 test('the guest agent freezes the file systems around the snapshot and thaws them', async () => {
-  await createVm([{ target: 'vda', size: 64 * MiB }], true)
+  const vm = await createVm([{ target: 'vda', size: 64 * MiB }], { agent: true })
   await vm.boot()
   await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
   const manifest = await backup({ freeze: 'require' })
   expect(manifest.consistency).toBe('filesystem')
   const { stdout } = await execa('virsh', [
     '-c',
-    lab.uri,
+    site.lab.uri,
     'qemu-agent-command',
     vm.name,
     '{"execute":"guest-fsfreeze-status"}',
@@ -355,27 +230,26 @@ test('the guest agent freezes the file systems around the snapshot and thaws the
 })
 
 test('without an agent a required freeze ends the backup and leaves no trace, a tried one is a warning', async () => {
-  await createVm([{ target: 'vda', size: 16 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.boot()
   await expect(backup({ freeze: 'require' })).rejects.toMatchObject({ code: 'FREEZE_FAILED' })
   await expectCleanHost([])
-  expect(await readdir(storagePath)).toEqual([])
+  expect(await readdir(site.storagePath)).toEqual([])
   expect(await backup({ freeze: 'try' })).toMatchObject({ consistency: 'crash' })
-  expect(events.some(event => event.type === 'warning' && event.message.includes('crash-consistent'))).toBe(
-    true,
-  )
+  expect(
+    site.events.some(event => event.type === 'warning' && event.message.includes('crash-consistent')),
+  ).toBe(true)
 })
 
 test('an aborted backup leaves the instance, its bitmaps and the storage as they were', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
   const full = await backup()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
   const aborter = new AbortController()
-  const pipeline = new BackupPipeline({ host, storage, stateDir: stateDir() })
-  const running = pipeline.run(
-    { instance: vm.name, bandwidth: MiB },
+  const running = backup(
+    { bandwidth: MiB },
     {
       signal: aborter.signal,
       onEvent: event => {
@@ -386,7 +260,7 @@ test('an aborted backup leaves the instance, its bitmaps and the storage as they
   )
   await expect(running).rejects.toMatchObject({ code: 'ABORTED' })
   await expectCleanHost([`varve-${full.id}`])
-  expect(await readdir(join(storagePath, vm.name, full.chain))).toEqual([full.id])
+  expect(await readdir(join(site.storagePath, vm.name, full.chain))).toEqual([full.id])
 
   const wanted = await sum('/dev/vda')
   const next = await backup()
@@ -395,12 +269,14 @@ test('an aborted backup leaves the instance, its bitmaps and the storage as they
 })
 
 test('one instance keeps a chain on each of two storages', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
-  const secondPath = join(folder, 'second')
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
+  const secondPath = join(site.folder, 'second')
   await mkdir(secondPath)
   const second = new LocalDriver({ path: secondPath })
   const toSecond = () =>
-    new BackupPipeline({ host, storage: second, stateDir: stateDir() }).run({ instance: vm.name })
+    new BackupPipeline({ host: site.host, storage: second, stateDir: site.stateDir }).run({
+      instance: vm.name,
+    })
   await vm.boot()
   const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=${at} conv=fsync`)
   await write(1)
@@ -414,8 +290,8 @@ test('one instance keeps a chain on each of two storages', async () => {
   const b2 = await toSecond()
   expect([a2.parent, b2.parent]).toEqual([a1.id, b1.id])
   await expectCleanHost([`varve-${a2.id}`, `varve-${b2.id}`].sort())
-  const target = join(folder, 'from-second.qcow2')
-  await new RestorePipeline({ host, storage: second, stateDir: stateDir() }).run({
+  const target = join(site.folder, 'from-second.qcow2')
+  await new RestorePipeline({ host: site.host, storage: second, stateDir: site.stateDir }).run({
     backup: b2.id,
     to: { disks: { vda: target } },
   })
@@ -423,7 +299,7 @@ test('one instance keeps a chain on each of two storages', async () => {
 })
 
 test('a run whose process died is settled by recover, and until then no backup starts', async () => {
-  await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
   const child = execa(
@@ -431,20 +307,25 @@ test('a run whose process died is settled by recover, and until then no backup s
     ['--import', 'tsx', new URL('./die-mid-backup.ts', import.meta.url).pathname],
     {
       env: {
-        VARVE_TEST: JSON.stringify({ uri: lab.uri, storagePath, stateDir: stateDir(), instance: vm.name }),
+        VARVE_TEST: JSON.stringify({
+          uri: site.lab.uri,
+          storagePath: site.storagePath,
+          stateDir: site.stateDir,
+          instance: vm.name,
+        }),
       },
       reject: false,
     },
   )
   expect((await child).signal).toBe('SIGKILL')
-  expect((await readdir(folder)).some(name => name.includes('.varve-'))).toBe(true)
+  expect((await readdir(site.folder)).some(name => name.includes('.varve-'))).toBe(true)
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=7 conv=fsync') // to the overlay
   const wanted = await sum('/dev/vda')
   await expect(backup()).rejects.toMatchObject({
     code: expect.stringMatching(/RUN_UNRESOLVED|OVERLAY_LEFT_OVER/),
   })
 
-  const report = await recover({ stateDir: stateDir(), storages: [storage] })
+  const report = await recover({ stateDir: site.stateDir, storages: [site.storage] })
   expect(report).toMatchObject({ ok: true, runs: [{ kind: 'backup', outcome: 'undone' }] })
   await expectCleanHost([])
   expect(await sum('/dev/vda')).toBe(wanted)

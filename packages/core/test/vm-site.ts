@@ -1,0 +1,192 @@
+import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import {
+  checkQcow2,
+  compareImages,
+  createQcow2,
+  createRaw,
+  type LabDomain,
+  type LabDomainOptions,
+  type LibvirtLab,
+  sha256Content,
+  startLibvirt,
+} from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, afterEach, beforeAll, beforeEach, expect } from 'vitest'
+import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { LibvirtHost } from '../src/libvirt-host.ts'
+import type { BackupManifest } from '../src/manifest.ts'
+import { RestorePipeline, type RestoreRequest, type RestoreResult } from '../src/restore-pipeline.ts'
+import type { RunOptions } from '../src/run-options.ts'
+import type { StoredObject } from '../src/storage.ts'
+
+export const MiB: number = 1024 * 1024
+
+/** A local storage that lets a test do something in the middle of a backup. */
+export class PausingStorage extends LocalDriver {
+  /** Awaited before each object is written. */
+  beforePut: ((key: string) => Promise<void>) | undefined
+
+  override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+    await this.beforePut?.(args[0])
+    return super.put(...args)
+  }
+}
+
+/** A disk of the instance: an empty image, named after it. */
+export interface SiteDisk {
+  readonly target: string
+  readonly size: number
+  readonly format?: 'qcow2' | 'raw'
+}
+
+/** What the tests of a file share: a libvirt, and for each test a folder, a storage and one instance. */
+export interface VmSite {
+  readonly lab: LibvirtLab
+  readonly folder: string
+  readonly stateDir: string
+  readonly storage: PausingStorage
+  readonly storagePath: string
+  readonly host: LibvirtHost
+  /** Of every run of the test. */
+  readonly events: readonly VarveEvent[]
+  /** Defines the instance of the test; it is removed with it. */
+  createVm(disks: readonly SiteDisk[], options?: Partial<LabDomainOptions>): Promise<LabDomain>
+  /** Where a disk of the instance is. */
+  image(disk: string): string
+  /** Where an object of a backup is stored. */
+  stored(manifest: BackupManifest, name: string): string
+  /** Backs the instance up. */
+  backup(request?: Partial<BackupRequest>, run?: RunOptions): Promise<BackupManifest>
+  restore(request: RestoreRequest): Promise<RestoreResult>
+  /** SHA-256 of a device as the guest reads it from the disk. */
+  sum(device: string): Promise<string>
+  /** Restores to new files and returns the SHA-256 of what a guest would read in each. */
+  restoredSums(manifest: BackupManifest): Promise<Record<string, string>>
+  /** The state of the host is as it was before: no overlay, no server, no open journal; one bitmap a storage. */
+  expectCleanHost(bitmaps: string[]): Promise<void>
+}
+
+/** To be called once in a test file. */
+export function useVmSite(): VmSite {
+  let lab: LibvirtLab
+  let folder: string
+  let storage: PausingStorage
+  let events: VarveEvent[]
+  let vm: LabDomain | undefined
+  let domains = 0
+
+  beforeAll(async () => {
+    lab = await startLibvirt()
+  })
+  afterAll(() => lab.stop())
+  beforeEach(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'varve-vm-'))
+    await mkdir(site.storagePath)
+    storage = new PausingStorage({ path: site.storagePath })
+    events = []
+    vm = undefined
+  })
+  afterEach(async () => {
+    if (vm && (await vm.state()) !== 'shut off') await vm.destroy()
+    await vm?.undefine()
+    await rm(folder, { recursive: true })
+  })
+
+  const theVm = (): LabDomain => vm ?? expect.fail('the test has no instance yet')
+  const onEvent = (event: VarveEvent) => void events.push(event)
+  const pipelines = () => ({ host: site.host, storage, stateDir: site.stateDir })
+
+  const site: VmSite = {
+    get lab() {
+      return lab
+    },
+    get folder() {
+      return folder
+    },
+    get stateDir() {
+      return join(folder, 'state')
+    },
+    get storage() {
+      return storage
+    },
+    get storagePath() {
+      return join(folder, 'storage')
+    },
+    get host() {
+      return new LibvirtHost({ uri: lab.uri })
+    },
+    get events() {
+      return events
+    },
+
+    async createVm(disks, options = {}) {
+      for (const { target, size, format } of disks)
+        await (format === 'raw' ? createRaw : createQcow2)(site.image(target), size)
+      domains += 1
+      vm = await lab.createDomain({
+        name: `web-${domains}`,
+        disks: disks.map(({ target, format = 'qcow2' }) => ({
+          target,
+          path: site.image(target),
+          format,
+          discard: 'unmap',
+        })),
+        ...options,
+      })
+      return vm
+    },
+
+    image: disk => join(folder, disk),
+    stored: ({ instance, chain, id }, name) => join(site.storagePath, instance.name, chain, id, name),
+
+    backup: (request = {}, run = {}) =>
+      new BackupPipeline(pipelines()).run({ instance: theVm().name, ...request }, { onEvent, ...run }),
+    restore: request => new RestorePipeline(pipelines()).run(request, { onEvent }),
+
+    async sum(device) {
+      const { stdout } = await theVm().run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)
+      return stdout.slice(0, 64)
+    },
+
+    async restoredSums(manifest) {
+      const target = await mkdtemp(join(folder, 'restored-'))
+      const disks = Object.fromEntries(
+        manifest.disks.map(disk => [disk.name, join(target, `${disk.name}.qcow2`)]),
+      )
+      await site.restore({ backup: manifest.id, to: { disks } })
+      const sums: Record<string, string> = {}
+      for (const [name, path] of Object.entries(disks)) {
+        await checkQcow2(path)
+        // The stored chain is readable without Varve and says the same.
+        const image = site.stored(manifest, `${name}.qcow2`)
+        const plain = join(target, `${name}-plain.qcow2`)
+        await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'qcow2', image, plain])
+        const { identical, message } = await compareImages(
+          { path, format: 'qcow2' },
+          { path: plain, format: 'qcow2' },
+        )
+        expect(identical, message).toBe(true)
+        await checkQcow2(image)
+        sums[name] = await sha256Content(path, 'qcow2')
+      }
+      return sums
+    },
+
+    async expectCleanHost(bitmaps) {
+      expect((await readdir(folder)).filter(name => name.includes('.varve-'))).toEqual([])
+      expect(await readdir(join(site.stateDir, 'runs'))).toEqual([])
+      const { disks } = await site.host.instance(theVm().name)
+      for (const disk of disks) {
+        expect(disk.path).toBe(site.image(disk.name))
+        if (disk.format === 'qcow2') expect(disk.bitmaps.map(({ name }) => name).sort()).toEqual(bitmaps)
+      }
+      const { stdout } = await execa('pgrep', ['-af', `qemu-nbd.*${folder}`], { reject: false })
+      expect(stdout).toBe('')
+    },
+  }
+  return site
+}
