@@ -23,6 +23,7 @@ export * from './disk-image.ts'
 export { GuestCommandError, type GuestResult } from './guest-channel.ts'
 export { buildGuest, type GuestImage } from './guest-image.ts'
 export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize } from './guest-writer.ts'
+export { CephLab, type CephOptions, startCeph } from './lab-ceph.ts'
 export {
   type GuestProcess,
   type GuestRunOptions,
@@ -30,5 +31,6 @@ export {
   LabDomain,
   type LabDomainOptions,
 } from './lab-domain.ts'
+export { RadosgwLab, type S3User, startRadosgw } from './lab-radosgw.ts'
 export { SshdLab, type SshdOptions, startSshd } from './lab-sshd.ts'
 export { type LibvirtAvailability, LibvirtLab, libvirtAvailable, startLibvirt } from './libvirt-lab.ts'
