@@ -1,7 +1,11 @@
 import type { Socket } from 'node:net'
+import { setTimeout as delay } from 'node:timers/promises'
 
 /** What a flow holds at most before it stops reading: a little more than Linux's largest TCP window. */
 const HELD_BYTES = 8 * 1024 * 1024
+/** How long a reset waits, in rounds: a system that gets one drops what its program has not read yet. */
+const LINGER_MS = 5
+const LINGER_ROUNDS = 4
 const NOTHING = Buffer.alloc(0)
 
 /** What its proxy decides for a {@link DelayedFlow}. */
@@ -90,10 +94,14 @@ export class DelayedFlow {
     else if (!this.#sink.write(bytes)) this.#blocked = true
   }
 
-  /** A reset drops what the sink has not sent yet: it waits until all is handed to the system. */
+  /** Resets the connection behind these bytes: a reset overtakes what is not sent, and what is not read. */
   #cutAfter(bytes: Buffer): void {
     this.stop()
-    this.#sink.write(bytes, () => this.#rules.cut())
+    this.#sink.write(bytes, async () => {
+      // rounds, since one timer that is late fires before anything is read
+      for (let round = 0; round < LINGER_ROUNDS; round++) await delay(LINGER_MS)
+      this.#rules.cut()
+    })
   }
 
   #hold(held: Held): void {

@@ -76,6 +76,8 @@ export class NetworkProxy implements AsyncDisposable {
    * Resets a connection, once: the one that carries the last of the next `bytes` bytes in this direction, right after
    * it, with the rest of what it had to carry lost. Bytes are counted from now, over all connections. After 0 bytes the
    * first one that has something to carry is reset before it. A later call for the same direction takes its place.
+   * The reset waits some 20 ms behind these bytes, so that the other end can read them, while no answer to them
+   * comes through.
    */
   cutAfter(bytes: number, direction: ProxyDirection): void {
     this.#bytesToCut[direction] = bytes
