@@ -1,1 +1,2 @@
-export {}
+export { FtpDriver } from './ftp-driver.ts'
+export type { FtpDriverOptions } from './ftp-options.ts'

@@ -33,4 +33,5 @@ export {
 } from './lab-domain.ts'
 export { RadosgwLab, type S3User, startRadosgw } from './lab-radosgw.ts'
 export { SshdLab, type SshdOptions, startSshd } from './lab-sshd.ts'
+export { startVsftpd, VsftpdLab, type VsftpdOptions } from './lab-vsftpd.ts'
 export { type LibvirtAvailability, LibvirtLab, libvirtAvailable, startLibvirt } from './libvirt-lab.ts'

@@ -1,0 +1,292 @@
+import { Readable } from 'node:stream'
+import {
+  abortError,
+  assertKey,
+  assertRange,
+  type CallOptions,
+  type CleanUpOptions,
+  checkStorage,
+  type DriverCapabilities,
+  type GetOptions,
+  isKey,
+  type PutOptions,
+  type StorageDriver,
+  type StorageHealth,
+  type StoredObject,
+  TEMPORARY_PREFIX,
+  toUploadBody,
+  type UploadBody,
+  VarveError,
+} from '@varve/core'
+import { FtpConnection } from './connection.ts'
+import { ConnectionPool, type ConnectionUse } from './connection-pool.ts'
+import { Download } from './download.ts'
+import { FoldersInUse, removeEmptyFolders } from './folders.ts'
+import { deniedError, ftpError, isRefusal } from './ftp-error.ts'
+import { checkOptions, type FtpDriverOptions, type FtpSettings } from './ftp-options.ts'
+import { listFolder } from './list-folder.ts'
+import { sizeOf, timeOf, whatIsAt } from './place.ts'
+import { Transfer } from './transfer.ts'
+import { Upload } from './upload.ts'
+import { backOff } from './waiting.ts'
+
+/**
+ * Keeps backups on an FTP server, with TLS unless told otherwise. Passive mode only.
+ *
+ * An object is written under a temporary name beside its place, its size on the server compared with what was sent,
+ * and then renamed. Folders are made as they are needed and removed when they are empty. A few connections are kept
+ * for a while and shared by all calls.
+ *
+ * FTP knows no way to make a server write to its disk: an object that is stored may be lost if the server loses
+ * power within the next seconds.
+ */
+export class FtpDriver implements StorageDriver {
+  readonly type = 'ftp'
+  readonly location: string
+  readonly capabilities: DriverCapabilities = {
+    rangeRead: true,
+    atomicPublish: true,
+    resume: true,
+    parallelParts: false,
+  }
+  readonly #settings: FtpSettings
+  readonly #pool: ConnectionPool
+  readonly #foldersInUse = new FoldersInUse()
+
+  /** @throws INVALID_CONFIG for an option that cannot be right; the server is not asked yet */
+  constructor(options: FtpDriverOptions) {
+    const settings = checkOptions(options)
+    this.#settings = settings
+    this.location = settings.location
+    this.#pool = new ConnectionPool(settings.connections, signal => FtpConnection.open(settings, signal))
+  }
+
+  async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
+    // a stream may fail before it is its turn, which must not end the process
+    if (body instanceof Readable) body.on('error', () => undefined)
+    try {
+      assertKey(key)
+      if (options.signal?.aborted) throw abortError(options.signal)
+      const context = { pool: this.#pool, settings: this.#settings, foldersInUse: this.#foldersInUse }
+      return await new Upload(context, key, toUploadBody(body), options).run()
+    } finally {
+      if (body instanceof Readable) body.destroy()
+    }
+  }
+
+  async get(key: string, options: GetOptions = {}): Promise<Readable> {
+    const { range, signal } = options
+    assertKey(key)
+    if (range) assertRange(range)
+    let stream: Readable | undefined
+    await this.#retrying(`Reading ${key}`, signal, async () => {
+      const connection = await this.#pool.acquire('transfer', signal)
+      const close = () => connection.close()
+      signal?.addEventListener('abort', close, { once: true })
+      try {
+        stream = await this.#open(connection, key, options)
+      } finally {
+        signal?.removeEventListener('abort', close)
+        if (!(stream instanceof Download)) this.#pool.release(connection)
+      }
+    })
+    if (signal?.aborted) {
+      stream?.destroy()
+      throw abortError(signal)
+    }
+    if (stream) return stream
+    throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
+      context: { key, location: this.location },
+    })
+  }
+
+  async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
+    assertKey(key)
+    return this.#command(`Looking up ${key}`, options.signal, async connection => {
+      const path = connection.pathOf(key.split('/'))
+      const size = await sizeOf(connection, path)
+      if (size === undefined) {
+        await this.#expectNothing(connection, key, `Looking up ${key}`)
+        return undefined
+      }
+      const time = await timeOf(connection, path)
+      return time === 'nothing' ? undefined : toObject(key, size, time)
+    })
+  }
+
+  async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
+    assertKey(prefix, 'prefix')
+    yield* this.#walk(prefix, key => isKey(key) && key.startsWith(prefix), options.signal)
+  }
+
+  async delete(key: string, options: CallOptions = {}): Promise<void> {
+    assertKey(key)
+    await this.#command(`Deleting ${key}`, options.signal, connection => this.#remove(connection, key))
+  }
+
+  async check(options: CallOptions = {}): Promise<StorageHealth> {
+    const connect = async () => {
+      await this.#command('Connecting', options.signal, connection => connection.command('NOOP'))
+      return {}
+    }
+    return checkStorage(this, { ...options, connect })
+  }
+
+  /** Removes the temporary files that killed processes left of their uploads. */
+  async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
+    const isTemporary = (key: string) => (key.split('/').at(-1) ?? '').startsWith(TEMPORARY_PREFIX)
+    let removed = 0
+    for await (const { key, modifiedAt } of this.#walk('', isTemporary, signal)) {
+      if (modifiedAt === undefined || modifiedAt >= olderThan) continue
+      await this.#command(`Deleting ${key}`, signal, connection => this.#remove(connection, key))
+      removed++
+    }
+    return removed
+  }
+
+  /** Closes all connections. What is under way fails; a later call connects anew. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#pool.close()
+  }
+
+  /** Does something that may be done twice, on a connection that ends with the signal. */
+  async #command<T>(
+    doing: string,
+    signal: AbortSignal | undefined,
+    work: (connection: FtpConnection) => Promise<T>,
+    use: ConnectionUse = 'command',
+  ): Promise<T> {
+    return this.#retrying(doing, signal, () => this.#pool.use(use, signal, work))
+  }
+
+  async #retrying<T>(doing: string, signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T> {
+    for (let failures = 1; ; failures++) {
+      try {
+        return await work()
+      } catch (error) {
+        if (signal?.aborted) throw abortError(signal)
+        const failure = ftpError(error, doing, this.#settings)
+        if (!failure.retryable || failures >= this.#settings.attempts) throw failure
+        await backOff(failures, signal)
+      }
+    }
+  }
+
+  async #open(
+    connection: FtpConnection,
+    key: string,
+    { range, signal }: GetOptions,
+  ): Promise<Readable | undefined> {
+    const path = connection.pathOf(key.split('/'))
+    const size = await sizeOf(connection, path)
+    if (size === undefined) {
+      await this.#expectNothing(connection, key, `Reading ${key}`)
+      return undefined
+    }
+    const start = range?.start ?? 0
+    const end = Math.min(range?.end ?? size, size)
+    if (start >= end && size > 0) return Readable.from([])
+    let transfer: Transfer
+    try {
+      transfer = await Transfer.begin(connection, `RETR ${path}`, start)
+    } catch (error) {
+      if (!isRefusal(error)) throw error
+      await this.#expectNothing(connection, key, `Reading ${key}`, error)
+      return undefined // deleted a moment ago
+    }
+    return new Download(transfer, {
+      key,
+      length: end - start,
+      toEnd: end === size,
+      settings: this.#settings,
+      signal,
+      onDone: () => this.#pool.release(connection),
+    })
+  }
+
+  async #remove(connection: FtpConnection, key: string): Promise<void> {
+    const names = key.split('/')
+    try {
+      await connection.command(`DELE ${connection.pathOf(names)}`)
+    } catch (error) {
+      if (!isRefusal(error)) throw error
+      await this.#expectNothing(connection, key, `Deleting ${key}`, error)
+      return
+    }
+    await removeEmptyFolders(connection, names.slice(0, -1), folder => this.#foldersInUse.isFree(folder))
+  }
+
+  /** After a refusal: fails unless there is no object. */
+  async #expectNothing(
+    connection: FtpConnection,
+    key: string,
+    doing: string,
+    error?: unknown,
+  ): Promise<void> {
+    const place = await whatIsAt(connection, key.split('/'))
+    if (place === 'nothing' || place === 'folder') return
+    const why = place === 'closed' ? 'a folder on the way may not be entered' : 'it may not be used'
+    throw deniedError(error ?? new Error(why), doing, this.#settings)
+  }
+
+  /** The files whose path begins with a prefix, folder by folder. */
+  async *#walk(
+    prefix: string,
+    takes: (key: string) => boolean,
+    signal: AbortSignal | undefined,
+  ): AsyncGenerator<StoredObject> {
+    const first = prefix.split('/').slice(0, -1)
+    const waiting: (readonly string[])[] = [first]
+    for (let names = waiting.pop(); names !== undefined; names = waiting.pop()) {
+      const folder = names
+      const found = await this.#command(`Listing ${folder.join('/') || '/'}`, signal, connection =>
+        this.#look(connection, folder, takes),
+      )
+      for (const name of found.folders) {
+        const path = [...folder, name].join('/')
+        if (isKey(path) && `${path}/`.startsWith(prefix)) waiting.push([...folder, name])
+      }
+      for (const object of found.objects) {
+        if (signal?.aborted) throw abortError(signal)
+        yield object
+      }
+    }
+  }
+
+  async #look(
+    connection: FtpConnection,
+    names: readonly string[],
+    takes: (key: string) => boolean,
+  ): Promise<{ objects: StoredObject[]; folders: string[] }> {
+    const objects: StoredObject[] = []
+    const folders: string[] = []
+    const entries = await listFolder(connection, connection.pathOf(names))
+    if (entries === undefined) {
+      await this.#expectEnterable(connection, names)
+      return { objects, folders }
+    }
+    for (const { name, type, size, modifiedAt } of entries) {
+      const key = [...names, name].join('/')
+      if (type === 'folder') folders.push(name)
+      if (type !== 'file' || !takes(key)) continue
+      // LIST has no more than minutes or days, in a time zone that is not told
+      const time = modifiedAt ?? (await timeOf(connection, connection.pathOf([...names, name])))
+      if (time !== 'nothing') objects.push(toObject(key, size, time))
+    }
+    return { objects, folders }
+  }
+
+  /** After a folder could not be entered: fails unless it is not there. */
+  async #expectEnterable(connection: FtpConnection, names: readonly string[]): Promise<void> {
+    const place = await whatIsAt(connection, names)
+    if (place !== 'closed' && place !== 'folder') return
+    // one that has come about in the meantime was not there when the listing began
+    if ((await listFolder(connection, connection.pathOf(names))) !== undefined) return
+    const why = new Error('the folder may not be entered')
+    throw deniedError(why, `Listing ${names.join('/')}`, this.#settings)
+  }
+}
+
+function toObject(key: string, size: number, time: Date | 'unknown'): StoredObject {
+  return { key, size, ...(time === 'unknown' ? {} : { modifiedAt: time }) }
+}

@@ -1,0 +1,113 @@
+import { VarveError } from '@varve/core'
+import type { FTPResponse } from 'basic-ftp'
+import type { FtpConnection } from './connection.ts'
+import { deniedError, isRefusal, isReply, timeoutError } from './ftp-error.ts'
+import { Transfer } from './transfer.ts'
+
+/** A listing beyond this is no backup folder; some 300,000 entries. */
+const LARGEST_LISTING = 64 * 1024 * 1024
+
+/** What a folder holds under a name. */
+export interface FolderEntry {
+  readonly name: string
+  /** `other`: a symbolic link or something else that is neither. */
+  readonly type: 'file' | 'folder' | 'other'
+  /** Size in bytes, of a file. */
+  readonly size: number
+  /** When it was last written, where the listing tells it exactly. */
+  readonly modifiedAt?: Date
+}
+
+/**
+ * What is in a folder, hidden files included. Undefined where it cannot be entered: it is not there, is a file, or
+ * the user may not.
+ *
+ * @throws STORAGE_ACCESS_DENIED for a folder that can be entered but not listed
+ */
+export async function listFolder(
+  connection: FtpConnection,
+  path: string,
+): Promise<FolderEntry[] | undefined> {
+  try {
+    // the folder as the place to list, since what follows LIST may be taken for options or a pattern
+    await connection.command(`CWD ${path || '/'}`)
+  } catch (error) {
+    if (isRefusal(error)) return undefined
+    throw error
+  }
+  const { text, reply } = await readListing(connection, path)
+  // vsftpd reports an unreadable folder as a success, in the words
+  if (/fail|denied|cannot|can't/i.test(reply.message)) {
+    throw deniedError(new Error(reply.message), `Listing ${path}`, connection.settings)
+  }
+  const entries: FolderEntry[] = []
+  for (const entry of connection.client.parseList(text)) {
+    const { name, isFile, isDirectory, size, modifiedAt } = entry
+    if (name === '.' || name === '..') continue
+    const type = isFile ? 'file' : isDirectory ? 'folder' : 'other'
+    entries.push({ name, type, size, ...(modifiedAt && { modifiedAt }) })
+  }
+  return entries
+}
+
+async function readListing(
+  connection: FtpConnection,
+  path: string,
+): Promise<{ text: string; reply: FTPResponse }> {
+  if (connection.features.has('MLST')) return readAll(connection, 'MLSD', path) // RFC 3659, 7.8
+  if (connection.listsAll) {
+    try {
+      return await readAll(connection, 'LIST -a', path)
+    } catch (error) {
+      if (!isReply(error, 450, 500, 501, 504, 550)) throw error
+      connection.listsAll = false
+    }
+  }
+  return readAll(connection, 'LIST', path)
+}
+
+async function readAll(
+  connection: FtpConnection,
+  command: string,
+  path: string,
+): Promise<{ text: string; reply: FTPResponse }> {
+  const transfer = await Transfer.begin(connection, command)
+  try {
+    const bytes = await readSocket(transfer, connection, path)
+    return { text: bytes.toString('utf8'), reply: await transfer.finish() }
+  } catch (error) {
+    throw (await transfer.abandon()) ?? error
+  }
+}
+
+function readSocket({ socket }: Transfer, { settings }: FtpConnection, path: string): Promise<Buffer> {
+  const { timeoutMs } = settings
+  const chunks: Buffer[] = []
+  let length = 0
+  return new Promise<Buffer>((resolve, reject) => {
+    const timer = setTimeout(
+      () => reject(timeoutError(`the listing of ${path} stands still`, timeoutMs, settings)),
+      timeoutMs,
+    )
+    socket.on('data', chunk => {
+      timer.refresh()
+      chunks.push(chunk)
+      length += chunk.length
+      if (length > LARGEST_LISTING) reject(tooLong(path))
+    })
+    socket.once('end', () => resolve(Buffer.concat(chunks)))
+    socket.once('error', reject)
+    socket.once('close', () => {
+      clearTimeout(timer)
+      reject(new Error('the data connection was closed'))
+    })
+  })
+}
+
+function tooLong(path: string): VarveError {
+  return new VarveError(
+    'STORAGE_FAILED',
+    `The listing of ${path} is longer than ${LARGEST_LISTING} bytes. Is it a folder of backups?`,
+    { context: { path } },
+  )
+}

@@ -1,0 +1,282 @@
+import { randomBytes } from 'node:crypto'
+import {
+  abortError,
+  type PutOptions,
+  type StoredObject,
+  TEMPORARY_PREFIX,
+  type UploadBody,
+  VarveError,
+} from '@varve/core'
+import type { FtpConnection } from './connection.ts'
+import type { ConnectionPool } from './connection-pool.ts'
+import { type FoldersInUse, isFolder, makeFolders, removeEmptyFolders } from './folders.ts'
+import { deniedError, ftpError, isRefusal, isReply, replyText } from './ftp-error.ts'
+import type { FtpSettings } from './ftp-options.ts'
+import { sizeOf, whatIsAt } from './place.ts'
+import { sendFile } from './send-file.ts'
+import { Transfer } from './transfer.ts'
+import { UploadCursor } from './upload-cursor.ts'
+import { backOff } from './waiting.ts'
+
+/** How long an upload that was given up may take to tidy up, in milliseconds. */
+const GRACE_MS = 5_000
+/** How often in a row the server may refuse a file in a folder that seems to be there. */
+const REFUSALS = 5
+/** How often a folder may vanish between its making and the first file in it. */
+const ROUNDS = 100
+
+/** What an upload needs of its driver. */
+export interface UploadContext {
+  readonly pool: ConnectionPool
+  readonly settings: FtpSettings
+  readonly foldersInUse: FoldersInUse
+}
+
+/** Stores one object: under a temporary name, then, once the server holds as many bytes as were sent, its own. */
+export class Upload {
+  readonly #context: UploadContext
+  readonly #key: string
+  readonly #body: UploadBody
+  readonly #options: PutOptions
+  readonly #cursor: UploadCursor
+  readonly #names: readonly string[]
+  readonly #folders: readonly string[]
+  readonly #temporary: readonly string[]
+  /** Whether there may be something of it on the server. */
+  #begun = false
+  /** Whether the file may have its own name already. */
+  #renaming = false
+  /** Whether the server lets a file be continued. */
+  #resumes = true
+  /** The most that the server was ever seen to hold. */
+  #confirmed = 0
+  #failures = 0
+
+  constructor(context: UploadContext, key: string, body: UploadBody, options: PutOptions) {
+    this.#context = context
+    this.#key = key
+    this.#body = body
+    this.#options = options
+    this.#cursor = new UploadCursor(body, key, options.signal)
+    this.#names = key.split('/')
+    this.#folders = this.#names.slice(0, -1)
+    this.#temporary = [...this.#folders, TEMPORARY_PREFIX + randomBytes(8).toString('hex')]
+  }
+
+  /** Does it all, once. Nothing is left when it throws. */
+  async run(): Promise<StoredObject> {
+    const { foldersInUse } = this.#context
+    const letGo = foldersInUse.keep(this.#folders)
+    let kept = true
+    using cursor = this.#cursor
+    try {
+      await this.#tryAgain()
+      return { key: this.#key, size: cursor.position }
+    } catch (error) {
+      letGo()
+      kept = false
+      throw await this.#discarded(ftpError(error, `Writing ${this.#key}`, this.#context.settings))
+    } finally {
+      if (kept) letGo()
+    }
+  }
+
+  async #tryAgain(): Promise<void> {
+    const { signal } = this.#options
+    const { pool, settings } = this.#context
+    for (;;) {
+      try {
+        const connection = await pool.acquire('transfer', signal)
+        try {
+          return await this.#withGrace(connection, () => this.#attempt(connection))
+        } finally {
+          pool.release(connection)
+        }
+      } catch (error) {
+        if (signal?.aborted) throw abortError(signal)
+        if (this.#cursor.failure) throw this.#cursor.failure.error
+        const failure = ftpError(error, `Writing ${this.#key}`, settings)
+        if (!failure.retryable || ++this.#failures >= settings.attempts) throw failure
+        await backOff(this.#failures, signal)
+      }
+    }
+  }
+
+  /** Lets an upload that is given up come to an orderly end, but not for long. */
+  async #withGrace(connection: FtpConnection, work: () => Promise<void>): Promise<void> {
+    const { signal } = this.#options
+    let timer: NodeJS.Timeout | undefined
+    const onAbort = () => {
+      timer = setTimeout(() => connection.close(), GRACE_MS)
+    }
+    signal?.addEventListener('abort', onAbort, { once: true })
+    try {
+      await work()
+    } catch (error) {
+      if (isReply(error, 421)) connection.close() // the server is about to do so
+      throw error
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+      clearTimeout(timer)
+    }
+  }
+
+  async #attempt(connection: FtpConnection): Promise<void> {
+    const cursor = this.#cursor
+    if (this.#renaming && (await this.#isPublished(connection))) return
+    const offset = this.#begun ? await this.#resumeAt(connection) : 0
+    const complete = cursor.ended && cursor.position === offset && offset > 0
+    if (!complete) await this.#send(connection, offset)
+    await this.#publish(connection)
+  }
+
+  /** Where to go on after a broken transfer: the cursor is there when this returns. */
+  async #resumeAt(connection: FtpConnection): Promise<number> {
+    const cursor = this.#cursor
+    const stored = (await sizeOf(connection, connection.pathOf(this.#temporary))) ?? 0
+    if (stored > this.#confirmed) {
+      this.#confirmed = stored
+      this.#failures = 0
+    }
+    const resumes = this.#resumes && connection.features.get('REST') === 'STREAM' // RFC 3659, 5.1
+    // nothing was lost, as when the server gave up waiting for the source: even a stream can go on
+    if (stored === cursor.position && (resumes || stored === 0)) return stored
+    if (resumes && cursor.seekable && stored < cursor.position) {
+      cursor.seek(stored)
+      return stored
+    }
+    if (!cursor.replayable) {
+      throw new VarveError(
+        'UPLOAD_FAILED',
+        `The connection to ${this.#context.settings.location} was lost while ${this.#key} was written, and its source cannot be read again. Check the network, and upload it again.`,
+        { context: { key: this.#key, stored, sent: cursor.position } },
+      )
+    }
+    cursor.seek(0)
+    return 0
+  }
+
+  async #send(connection: FtpConnection, offset: number): Promise<void> {
+    const { signal, onProgress } = this.#options
+    const transfer = offset > 0 ? await this.#resume(connection, offset) : await this.#create(connection)
+    try {
+      await sendFile(transfer, connection, this.#cursor, {
+        recycle: chunk => this.#body.recycle?.(chunk),
+        ...(signal && { signal }),
+        ...(onProgress && { onProgress }),
+      })
+    } catch (error) {
+      const said = await transfer.abandon()
+      throw this.#cursor.failure || signal?.aborted ? error : (said ?? error)
+    }
+  }
+
+  async #resume(connection: FtpConnection, offset: number): Promise<Transfer> {
+    try {
+      return await Transfer.begin(connection, `STOR ${connection.pathOf(this.#temporary)}`, offset)
+    } catch (error) {
+      if (!isReply(error) || isReply(error, 421, 425)) throw error
+      this.#resumes = false
+      throw new VarveError(
+        'STORAGE_FAILED',
+        `The server does not continue an upload: ${replyText(error, this.#context.settings)}. Check the network, and upload it again.`,
+        { cause: error, retryable: true },
+      )
+    }
+  }
+
+  /** Begins the file, and makes the folders that it needs. */
+  async #create(connection: FtpConnection): Promise<Transfer> {
+    const folder = this.#folders
+    let refusal: unknown = new Error(`the folder ${connection.pathOf(folder)} cannot be made or entered`)
+    for (let refusals = 0, round = 1; refusals < REFUSALS && round <= ROUNDS; round++) {
+      const isThere = folder.length === 0 || (await isFolder(connection, folder))
+      this.#begun = true
+      if (isThere) {
+        try {
+          return await Transfer.begin(connection, `STOR ${connection.pathOf(this.#temporary)}`)
+        } catch (error) {
+          if (!isRefusal(error)) throw error
+          refusal = error
+        }
+      }
+      // whoever deletes the last object of a folder removes the folder; make it again
+      const made = !isThere && (await makeFolders(connection, folder))
+      refusals = made ? 0 : refusals + 1
+    }
+    await whatIsAt(connection, this.#temporary) // says so if the root is not there
+    throw deniedError(refusal, `Writing ${this.#key}`, this.#context.settings)
+  }
+
+  async #publish(connection: FtpConnection): Promise<void> {
+    const { settings } = this.#context
+    const size = this.#cursor.position
+    const stored = await sizeOf(connection, connection.pathOf(this.#temporary))
+    if (stored !== size) {
+      throw new VarveError(
+        'STORAGE_FAILED',
+        `${size} bytes of ${this.#key} were sent, but ${settings.location} holds ${stored ?? 'none'}. Check the server and its disk.`,
+        { context: { key: this.#key, size, stored }, retryable: true },
+      )
+    }
+    this.#options.signal?.throwIfAborted()
+    try {
+      await connection.command(`RNFR ${connection.pathOf(this.#temporary)}`)
+      this.#renaming = true
+      await connection.command(`RNTO ${connection.pathOf(this.#names)}`)
+    } catch (error) {
+      if (!isRefusal(error)) throw error
+      const failure = ftpError(error, `Giving ${this.#key} its name`, settings)
+      const { message, context } = failure
+      throw failure.code !== 'STORAGE_FAILED'
+        ? failure
+        : new VarveError(
+            'STORAGE_FAILED',
+            `${message} The user must be allowed to rename and replace files; a folder of that name may be in the way.`,
+            { context, cause: error },
+          )
+    }
+  }
+
+  /** Whether a rename whose reply was lost has come about. Nobody else knows the temporary name. */
+  async #isPublished(connection: FtpConnection): Promise<boolean> {
+    if ((await sizeOf(connection, connection.pathOf(this.#temporary))) !== undefined) return false
+    return (await sizeOf(connection, connection.pathOf(this.#names))) === this.#cursor.position
+  }
+
+  /** Removes what there is on the server and returns the error to throw, which tells if something stays. */
+  async #discarded(failure: VarveError): Promise<VarveError> {
+    if (!this.#begun) return failure
+    const { pool, foldersInUse } = this.#context
+    const timeout = AbortSignal.timeout(GRACE_MS)
+    for (let failures = 1; ; failures++) {
+      try {
+        await pool.use('command', timeout, async connection => {
+          await removeFile(connection, connection.pathOf(this.#temporary))
+          await removeEmptyFolders(connection, this.#folders, names => foldersInUse.isFree(names))
+        })
+        return failure
+      } catch (error) {
+        const left = ftpError(error, 'Removing what was written so far', this.#context.settings)
+        if (left.retryable && !timeout.aborted && failures < this.#context.settings.attempts) {
+          await backOff(failures, undefined)
+          continue
+        }
+        const { code, message, context, cause, retryable } = failure
+        return new VarveError(
+          code,
+          `${message} An unfinished upload may be left as ${this.#temporary.join('/')}, until the storage is cleaned up: ${left.message}`,
+          { context, cause, retryable },
+        )
+      }
+    }
+  }
+}
+
+async function removeFile(connection: FtpConnection, path: string): Promise<void> {
+  try {
+    await connection.command(`DELE ${path}`)
+  } catch (error) {
+    if (!isRefusal(error) || (await sizeOf(connection, path)) !== undefined) throw error
+  }
+}
