@@ -1,6 +1,6 @@
 import { mkdir, readdir, unlink, utimes, writeFile } from 'node:fs/promises'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody } from '@varve/core'
+import { bytesBody, type ObjectStream } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { PatternBody, troubledSource } from '@varve/testkit'
 import { describe, expect, test, vi } from 'vitest'
@@ -98,7 +98,7 @@ describe('memory of a download', () => {
     const body = new PatternBody({ seed: 7, size: 20 * 1024 * 1024 + 11 })
     await driver.put('object', body)
     const expected = await buffer(body.open())
-    const stream = await driver.get('object')
+    const stream: ObjectStream = await driver.get('object')
     const memory = new Set<ArrayBufferLike>()
     let position = 0
     let held: Uint8Array = new Uint8Array(0)
