@@ -2,7 +2,6 @@ import { newBackupId } from './backup-id.ts'
 import {
   bitmapsToRetire,
   chooseDisks,
-  DEFAULT_MAX_INCREMENTAL_CHAIN,
   type DiskSelection,
   fallbackMessage,
   planBackup,
@@ -14,6 +13,7 @@ import { VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import type { BackupManifest } from './manifest.ts'
+import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
 import type { StorageDriver } from './storage.ts'
@@ -98,7 +98,7 @@ export class BackupPipeline {
     // The disks are held now: what is read from here on stays true.
     const instance = await host.instance(request.instance, run)
     const disks = chooseDisks(instance, selection)
-    await assertNoUnsettledRun(stateDir, disks)
+    await assertNoUnsettledRun(stateDir, instance.name, disks)
     const catalog = await readCatalog(storage, `${instanceFolder(instance.name)}/`, run.signal)
     for (const { key, error } of catalog.damaged)
       emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })

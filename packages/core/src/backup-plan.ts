@@ -1,13 +1,11 @@
 import type { Catalog, StoredBackup } from './backups.ts'
-import { indexChains, missingObjects, walkChain } from './chain.ts'
 import { VarveError } from './errors.ts'
 import type { HostDisk, Instance } from './host.ts'
 import type { FallbackReason } from './manifest.ts'
+import { damagedBackups, unfitParent } from './parent-check.ts'
 
 /** Bytes that one bit of a new bitmap stands for. */
 export const BITMAP_GRANULARITY = 65_536
-/** Increments in a chain before a new full backup, unless a request says otherwise. */
-export const DEFAULT_MAX_INCREMENTAL_CHAIN = 30
 
 /** The bitmap that records what changes after a backup. */
 export function bitmapName(backupId: string): string {
@@ -109,9 +107,10 @@ export function planBackup(input: PlanInput): BackupPlan {
     disks: disks.map(disk => ({ disk, kind: 'full', ...(fallback && { fallback }) })),
   })
   if (type === 'full') return full()
+  const damaged = damagedBackups(catalog)
   const newest = backups.at(-1)
   if (!newest) {
-    if (type === 'auto') return full('no-parent')
+    if (type === 'auto' || damaged.size > 0) return full(damaged.size > 0 ? 'parent-broken' : 'no-parent')
     throw new VarveError(
       'PARENT_MISSING',
       'There is no backup of this instance on the storage that an increment could rest on. Take a full backup first, or use the type auto.',
@@ -119,17 +118,13 @@ export function planBackup(input: PlanInput): BackupPlan {
   }
   const usable = [...backups]
     .reverse()
-    .find(backup => disks.some(disk => obstacle(disk, backup) === undefined))
+    .find(backup => disks.some(disk => obstacle(disk, backup, damaged) === undefined))
   const parent = usable ?? newest
-  if (usable) {
-    const { links, problem } = walkChain(usable.folder, indexChains(catalog))
-    if (problem || links.some(link => missingObjects(link, catalog.objects).length > 0))
-      return full('parent-broken')
-    if (links.length - 1 >= input.maxIncrementalChain) return full('chain-limit')
-  }
+  const unfit = usable && unfitParent(usable, catalog, input.maxIncrementalChain)
+  if (unfit) return full(unfit)
   const plans = disks.map((disk): DiskPlan => {
     const before = parent.manifest.disks.find(({ name }) => name === disk.name)
-    const fallback = obstacle(disk, parent)
+    const fallback = obstacle(disk, parent, damaged)
     if (fallback !== undefined || !before) return { disk, kind: 'full', fallback: fallback ?? 'disk-new' }
     const backing = `../${parent.manifest.id}/${before.image}`
     return {
@@ -144,13 +139,20 @@ export function planBackup(input: PlanInput): BackupPlan {
 }
 
 /** Why a disk cannot get an increment on a backup; undefined when it can. */
-function obstacle(disk: HostDisk, parent: StoredBackup): FallbackReason | undefined {
+function obstacle(
+  disk: HostDisk,
+  parent: StoredBackup,
+  damaged: ReadonlySet<string>,
+): FallbackReason | undefined {
   if (disk.format === 'raw') return 'format-raw'
   if (!disk.holdsBitmaps) return 'format-qcow2-v2'
   const before = parent.manifest.disks.find(({ name }) => name === disk.name)
   if (!before) return 'disk-new'
   const bitmap = disk.bitmaps.find(({ name }) => name === bitmapName(parent.manifest.id))
-  if (!bitmap || !before.bitmap) return 'bitmap-missing'
+  if (!bitmap || !before.bitmap) {
+    const isOfDamaged = disk.bitmaps.some(({ name }) => damaged.has(backupOfBitmap(name) ?? ''))
+    return isOfDamaged ? 'parent-broken' : 'bitmap-missing'
+  }
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'

@@ -1,8 +1,8 @@
 import { mkdtemp, readFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { NbdClient, NbdError } from '@varve/nbd'
-import { ComposedImage, planImage, Qcow2Error } from '@varve/qcow2'
+import { NbdClient } from '@varve/nbd'
+import { ComposedImage, planImage } from '@varve/qcow2'
 import PQueue from 'p-queue'
 import type { BackupRequest } from './backup-pipeline.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, bitmapName, type DiskPlan } from './backup-plan.ts'
@@ -10,6 +10,7 @@ import type { StoredBackup } from './backups.ts'
 import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
+import { diskError } from './disk-error.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { BackupStage } from './events.ts'
 import type { DiskOverlay, Host, Instance } from './host.ts'
@@ -160,25 +161,17 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
 }
 
-/** Errors of the NBD client and of the image composer as the SDK's own. */
-function diskError(disk: string, error: unknown): unknown {
-  if (!(error instanceof NbdError) && !(error instanceof Qcow2Error)) return error
-  const code = error instanceof NbdError ? 'NBD_FAILED' : 'IMAGE_INVALID'
-  const message = `The disk ${disk} could not be read: ${error.message} Look at what qemu-nbd said of it, and try again.`
-  return new VarveError(code, message, { context: { disk, reason: error.code }, cause: error })
-}
-
+/** Serves one disk and uploads its image; a server that dies ends the upload at once. */
 async function streamDisk(
   backup: BackupContext,
   plan: DiskPlan,
   sockets: string,
   limit: RateLimit | undefined,
 ): Promise<ManifestDisk> {
-  const { id, storage, folder, run, request } = backup
-  const { signal = new AbortController().signal } = run
+  const { run } = backup
+  const { signal: given = new AbortController().signal } = run
   const { disk } = plan
-  signal.throwIfAborted()
-  const dirtyContext = plan.kind === 'incremental' ? `qemu:dirty-bitmap:${plan.bitmap}` : undefined
+  given.throwIfAborted()
   await using server = await exportDisk({
     ...run,
     disk: disk.name,
@@ -188,13 +181,37 @@ async function streamDisk(
     folder: sockets,
     ...(plan.kind === 'incremental' && { bitmap: plan.bitmap }),
   })
+  const signal = AbortSignal.any([given, server.died])
   await using client = await NbdClient.connect(
     { socketPath: server.socketPath },
-    { metaContexts: ['base:allocation', ...(dirtyContext ? [dirtyContext] : [])], signal },
+    {
+      metaContexts: ['base:allocation', ...(plan.kind === 'incremental' ? [dirtyContext(plan.bitmap)] : [])],
+      signal,
+    },
   )
+  try {
+    return await uploadDisk({ ...backup, run: { ...run, signal } }, plan, client, limit, signal)
+  } catch (error) {
+    throw server.died.aborted && !given.aborted ? server.died.reason : error
+  }
+}
+
+/** QEMU's NBD interop document. */
+function dirtyContext(bitmap: string): string {
+  return `qemu:dirty-bitmap:${bitmap}`
+}
+
+async function uploadDisk(
+  { id, storage, folder, run, request }: BackupContext,
+  plan: DiskPlan,
+  client: NbdClient,
+  limit: RateLimit | undefined,
+  signal: AbortSignal,
+): Promise<ManifestDisk> {
+  const { disk } = plan
   const maps = await client.mapExtents({ signal })
   const allocation = maps.get('base:allocation')
-  const dirty = dirtyContext === undefined ? undefined : maps.get(dirtyContext)
+  const dirty = plan.kind === 'incremental' ? maps.get(dirtyContext(plan.bitmap)) : undefined
   if (!allocation || (plan.kind === 'incremental' && !dirty)) {
     throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
       context: { disk: disk.name },
@@ -215,7 +232,8 @@ async function streamDisk(
   stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
   const image = `${disk.name}.qcow2`
   const blocks = `${disk.name}.blake3`
-  const upload = new ImageUpload(new ComposedImage(layout, client), { signal, ...(limit && { limit }) })
+  const composed = new ComposedImage(layout, client)
+  const upload = new ImageUpload(composed, { disk: disk.name, signal, ...(limit && { limit }) })
   const progress = new Progress(run, disk.name, upload.size)
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
   const digested = await upload.digest()

@@ -65,8 +65,14 @@ export class ChainManager {
   }
 
   /**
-   * What the next backup of an instance is, as far as the storage tells; the host's bitmaps may still ask for
-   * a full image. See the reasons for what keeps it from being an increment.
+   * What the next backup of an instance is, as far as the storage tells: what BackupPipeline decides, with the
+   * same rules and the same default limit, for disks that carry the bitmap of the newest backup. It differs
+   *
+   * - where a disk's own state asks for a full image: its bitmap is missing or not usable, or the disk is new,
+   *   shrunk or of another format by now; a fallback is told for each disk;
+   * - where the disks carry the bitmap of an older backup, as after a restore of it, or when the newest has
+   *   other disks: the pipeline's parent is then the newest backup of which one of them has the bitmap, and
+   *   it is that one's chain which counts.
    *
    * @throws INVALID_ARGUMENT
    */

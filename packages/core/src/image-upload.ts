@@ -2,6 +2,7 @@ import { Readable } from 'node:stream'
 import { Blake3Hasher } from '@napi-rs/blake-hash'
 import type { ComposedImage } from '@varve/qcow2'
 import { blockDigest, DIGEST_BLOCK_SIZE, rootDigest } from './digest.ts'
+import { diskError } from './disk-error.ts'
 import { VarveError } from './errors.ts'
 import type { ObjectDigest } from './manifest.ts'
 import type { RateLimit } from './rate-limit.ts'
@@ -17,13 +18,16 @@ export class ImageUpload implements UploadBody {
   readonly size: number
   readonly replayable = true
   readonly #image: ComposedImage
+  readonly #disk: string
   readonly #limit: RateLimit | undefined
   readonly #signal: AbortSignal | undefined
   readonly #blocks: Uint8Array
   readonly #digested: Uint8Array
 
-  constructor(image: ComposedImage, options: { limit?: RateLimit; signal?: AbortSignal } = {}) {
+  /** `disk` is the name of the image's disk, for errors. */
+  constructor(image: ComposedImage, options: { disk: string; limit?: RateLimit; signal?: AbortSignal }) {
     this.#image = image
+    this.#disk = options.disk
     this.#limit = options.limit
     this.#signal = options.signal
     this.size = image.size
@@ -33,7 +37,7 @@ export class ImageUpload implements UploadBody {
   }
 
   open(range: ByteRange = { start: 0, end: this.size }): Readable {
-    return Readable.from(this.#chunks(range), { objectMode: false, highWaterMark: 1 })
+    return Readable.from(this.#guarded(range), { objectMode: false, highWaterMark: 1 })
   }
 
   recycle(chunk: Uint8Array): void {
@@ -50,6 +54,15 @@ export class ImageUpload implements UploadBody {
       this.#set(block, blockDigest(bytes))
     }
     return { digest: { root: rootDigest(this.#blocks), blockSize: DIGEST_BLOCK_SIZE }, blocks: this.#blocks }
+  }
+
+  /** A driver that reads this sees errors of the disk as such, and not as a failed upload. */
+  async *#guarded(range: ByteRange): AsyncGenerator<Uint8Array> {
+    try {
+      yield* this.#chunks(range)
+    } catch (error) {
+      throw diskError(this.#disk, error)
+    }
   }
 
   async *#chunks(range: ByteRange): AsyncGenerator<Uint8Array> {

@@ -153,15 +153,21 @@ export class LibvirtHost implements Host {
   async commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
     try {
       const state = await this.#diskState(instance, overlay.disk, run)
-      if (state?.running && state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
-      else if (!state?.running && (state === undefined || state.path === overlay.overlay)) {
+      if (state === undefined || (!state.running && state.path === overlay.overlay))
         await this.#commitOffline(instance, overlay, run)
+      else if (state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
+      else if (state.path !== overlay.base && (await exists(overlay.overlay))) {
+        // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
+        throw new VarveError(
+          'OVERLAY_LEFT_OVER',
+          `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
+        )
       }
       await rm(overlay.overlay, { force: true })
     } catch (error) {
       throw new VarveError(
         'BLOCK_COMMIT_FAILED',
-        `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). The instance ${instance} goes on writing to the overlay and nothing is lost: do not delete it. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
+        `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. The instance ${instance} goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
         {
           context: { instance, disk: overlay.disk, overlay: overlay.overlay, base: overlay.base },
           cause: error,

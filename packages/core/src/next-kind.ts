@@ -1,12 +1,11 @@
 import type { Catalog, StoredBackup } from './backups.ts'
-import { indexChains, missingObjects, walkChain } from './chain.ts'
 import { VarveError } from './errors.ts'
 import type { FallbackReason } from './manifest.ts'
-import { backupOfKey } from './storage-layout.ts'
+import { DEFAULT_MAX_INCREMENTAL_CHAIN, damagedBackups, unfitParent } from './parent-check.ts'
 
 /** When a chain ends and a new one begins. */
 export interface ChainPolicy {
-  /** Increments in a chain before a new full backup; 0 for none at all. Default: no limit. */
+  /** Increments in a chain before a new full backup; 0 for none at all. Default: 30. */
   maxIncrementalChain?: number
 }
 
@@ -23,8 +22,12 @@ export type NextKind =
       readonly parent: StoredBackup
     }
 
-/** Decides by the instance's newest backup: it must be whole, with all that it rests on. */
-export function nextKind(catalog: Catalog, { maxIncrementalChain = Infinity }: ChainPolicy): NextKind {
+/**
+ * Decides by the instance's newest backup, whose bitmaps its disks carry unless something came in between: it
+ * must be whole, with all that it rests on.
+ */
+export function nextKind(catalog: Catalog, policy: ChainPolicy): NextKind {
+  const { maxIncrementalChain = DEFAULT_MAX_INCREMENTAL_CHAIN } = policy
   if (!(maxIncrementalChain >= 0)) {
     throw new VarveError(
       'INVALID_ARGUMENT',
@@ -32,20 +35,17 @@ export function nextKind(catalog: Catalog, { maxIncrementalChain = Infinity }: C
       { context: { maxIncrementalChain } },
     )
   }
-  const { backups, damaged, objects } = catalog
-  const newest = backups.at(-1)
-  const newestDamaged = damaged
-    .map(({ key }) => backupOfKey(key)?.backup ?? '')
-    .sort()
-    .at(-1)
-  if (!newest) return { kind: 'full', reason: newestDamaged === undefined ? 'no-parent' : 'parent-broken' }
-  if (newestDamaged !== undefined && newestDamaged > newest.manifest.id) {
+  const newest = catalog.backups.at(-1)
+  const newestDamaged = [...damagedBackups(catalog)].sort().at(-1)
+  if (newestDamaged !== undefined && !(newest && newestDamaged < newest.manifest.id)) {
     return { kind: 'full', reason: 'parent-broken' }
   }
-  const { links, problem } = walkChain(newest.folder, indexChains(catalog))
-  if (problem || links.some(link => missingObjects(link, objects).length > 0)) {
-    return { kind: 'full', reason: 'parent-broken' }
+  if (!newest) return { kind: 'full', reason: 'no-parent' }
+  const { disks } = newest.manifest
+  if (!disks.some(({ bitmap }) => bitmap)) {
+    const isRaw = disks.some(({ source }) => source.format === 'raw')
+    return { kind: 'full', reason: isRaw ? 'format-raw' : 'format-qcow2-v2' }
   }
-  if (links.length - 1 >= maxIncrementalChain) return { kind: 'full', reason: 'chain-limit' }
-  return { kind: 'incremental', parent: newest }
+  const reason = unfitParent(newest, catalog, maxIncrementalChain)
+  return reason ? { kind: 'full', reason } : { kind: 'incremental', parent: newest }
 }

@@ -35,6 +35,8 @@ export interface ExportOptions extends RunOptions {
 /** A running `qemu-nbd`. */
 export interface NbdExport extends AsyncDisposable {
   readonly socketPath: string
+  /** Aborted when it ends without having been told to, with NBD_FAILED as the reason. */
+  readonly died: AbortSignal
   /** Ends it, and tells of it in a `command` event. */
   stop(): Promise<void>
 }
@@ -66,6 +68,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     forceKillAfterDelay: 5_000,
   })
   let stopping = false
+  const died = new AbortController()
   const ended = child.then(result => {
     emit(options, {
       type: 'command',
@@ -76,6 +79,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
       stderr: result.stderr,
       durationMs: Date.now() - startedAt,
     })
+    if (!stopping) died.abort(diedError(options, result))
     return result
   })
   const stop = async () => {
@@ -109,7 +113,20 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
       },
     )
   }
-  return { socketPath, stop, [Symbol.asyncDispose]: stop }
+  return { socketPath, died: died.signal, stop, [Symbol.asyncDispose]: stop }
+}
+
+function diedError(
+  { disk, path }: ExportOptions,
+  { exitCode, signal, stderr }: { exitCode?: number; signal?: string; stderr: string },
+): VarveError {
+  const how = signal === undefined ? `with exit code ${exitCode}` : `by ${signal}`
+  const said = stderr.trim() ? `: ${stderr.trim()}` : ''
+  return new VarveError(
+    'NBD_FAILED',
+    `The disk ${disk} is served no more: the qemu-nbd of ${path} ended ${how}${said}. See in the system's log what ended it, such as a lack of memory, and try again.`,
+    { context: { disk, path, exitCode, signal, stderr }, retryable: true },
+  )
 }
 
 /** Ends every `qemu-nbd` that a run which died left with its socket in `folder`, and removes the folder. */

@@ -1,5 +1,5 @@
 import { DiskLock } from './disk-lock.ts'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, HostReference } from './host.ts'
 import { ImageHost } from './image-host.ts'
 import { RunJournal } from './journal.ts'
@@ -44,16 +44,17 @@ export interface RecoverReport {
 /**
  * Settles every run that was cut short: overlays are merged back, servers ended, bitmaps and files of
  * unfinished runs removed. May itself be cut short and called again; runs whose process lives are left
- * alone.
+ * alone. After an abort the run that is being settled is still settled, and none after it is begun.
+ *
+ * @throws ABORTED
  */
-export async function recover(
-  options: RecoverOptions,
-  run: Pick<RunOptions, 'onEvent'> = {},
-): Promise<RecoverReport> {
+export async function recover(options: RecoverOptions, run: RunOptions = {}): Promise<RecoverReport> {
+  const { signal, ...settling } = run
   const runs: RecoveredRun[] = []
   for (const journal of await RunJournal.unsettled(options.stateDir)) {
+    if (signal?.aborted) throw abortError(signal)
     const { id, kind, instance } = journal.header
-    const outcome = await recoverRun(journal, options, run)
+    const outcome = await recoverRun(journal, options, settling)
     runs.push({ id, kind, instance, ...outcome })
   }
   return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
@@ -62,7 +63,7 @@ export async function recover(
 async function recoverRun(
   journal: RunJournal,
   options: RecoverOptions,
-  run: Pick<RunOptions, 'onEvent'>,
+  run: Omit<RunOptions, 'signal'>,
 ): Promise<Pick<RecoveredRun, 'outcome' | 'error'>> {
   const { header } = journal
   try {

@@ -101,12 +101,10 @@ export class RestorePipeline {
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const chain = wholeChain(found, catalog)
     const runId = newBackupId()
-    const paths = (await planRestore(request, found, host, runId, run)).disks.map(({ target }) => target)
-    await using _lock = await DiskLock.acquire(paths)
-    await assertNoUnsettledRun(
-      stateDir,
-      paths.map(path => ({ path })),
-    )
+    const targets = await planRestore(request, found, host, runId, run)
+    const held = targets.disks.map(({ disk, target }) => ({ name: disk.name, path: target }))
+    await using _lock = await DiskLock.acquire(held.map(({ path }) => path))
+    await assertNoUnsettledRun(stateDir, targets.instance?.name, held)
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
     const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {

@@ -80,11 +80,15 @@ async function writeInPlace(restore: RestoreContext, disk: DiskRestore): Promise
     writable: true,
     folder,
   })
-  await using client = await NbdClient.connect(
-    { socketPath: server.socketPath },
-    run.signal && { signal: run.signal },
-  )
-  return await writeDisk(restore, disk, merged => Promise.resolve(new NbdTarget(client, merged, path)))
+  const signal = run.signal ? AbortSignal.any([run.signal, server.died]) : server.died
+  await using client = await NbdClient.connect({ socketPath: server.socketPath }, { signal })
+  try {
+    return await writeDisk({ ...restore, run: { ...run, signal } }, disk, merged =>
+      Promise.resolve(new NbdTarget(client, merged, path)),
+    )
+  } catch (error) {
+    throw server.died.aborted && !run.signal?.aborted ? server.died.reason : error
+  }
 }
 
 async function writeDisk(

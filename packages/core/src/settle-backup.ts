@@ -37,7 +37,12 @@ export async function settleBackup(
   if (frozen) await host.thawFilesystems(instance, run)
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
-  for (const overlay of overlays) await commitWithRetry(host, instance, overlay, run)
+  const failures: unknown[] = []
+  for (const overlay of overlays) {
+    // One that cannot be merged is no reason to leave the others to grow.
+    await commitWithRetry(host, instance, overlay, run).catch(error => failures.push(error))
+  }
+  if (failures.length > 0) throw failures[0]
 
   const publish = journal.of('publish').at(-1)
   const published = publish !== undefined && (await isPublished(journal, storage, publish.manifest))

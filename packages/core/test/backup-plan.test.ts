@@ -1,8 +1,10 @@
 import { expect, test } from 'vitest'
 import { bitmapName, bitmapsToRetire, chooseDisks, type PlanInput, planBackup } from '../src/backup-plan.ts'
 import type { Catalog, StoredBackup } from '../src/backups.ts'
+import { VarveError } from '../src/errors.ts'
 import type { DiskBitmap, HostDisk, Instance } from '../src/host.ts'
 import type { BackupManifest, ManifestDisk } from '../src/manifest.ts'
+import { nextKind } from '../src/next-kind.ts'
 
 const GiB = 2 ** 30
 const id = (n: number) => `20260101-00000${n}-000-00000${n}`
@@ -162,6 +164,39 @@ test('a parent that is not whole on the storage, itself or further up, is not bu
       expect(plan(disks, catalogOf(chain, change)).disks).toEqual(['parent-broken'])
   }
   expect(plan(disks, [backup(2, 1, 1)]).disks).toEqual(['parent-broken'])
+})
+
+const damaged = (n: number, of: number) => ({
+  key: `web-1/${id(of)}/${id(n)}/manifest.json`,
+  error: new VarveError('MANIFEST_INVALID', 'x'),
+})
+const rawDisk = () => {
+  const stored = backup(1, 1)
+  const [disk] = stored.manifest.disks
+  const { bitmap: _, ...raw } = { ...disk, source: { path: '/img/vda', format: 'raw' } } as ManifestDisk
+  return { ...stored, manifest: { ...stored.manifest, disks: [raw] } }
+}
+
+// The chain manager sees the storage only, so it takes the disk for one that carries the newest backup's bitmap.
+test.each([
+  ['no backup', catalogOf([]), []],
+  ['a chain', catalogOf(chain), [bitmap(2)]],
+  ['a chain at its limit', catalogOf([...chain, backup(3, 1, 2), backup(4, 1, 3)]), [bitmap(4)]],
+  ['a broken chain', catalogOf([backup(2, 1, 1)]), [bitmap(2)]],
+  ['a lost image', catalogOf(chain, sizes => sizes.delete(`${chain[0]?.folder}/vda.qcow2`)), [bitmap(2)]],
+  ['a damaged newest manifest', { ...catalogOf(chain), damaged: [damaged(3, 1)] }, [bitmap(3)]],
+  ['a damaged older manifest', { ...catalogOf([backup(2, 2)]), damaged: [damaged(1, 1)] }, [bitmap(2)]],
+  ['a damaged manifest and no other', { ...catalogOf([]), damaged: [damaged(1, 1)] }, [bitmap(1)]],
+  ['a raw disk', catalogOf([rawDisk()]), undefined],
+])('the chain manager foresees what the plan of the next backup is: %s', (_, catalog, bitmaps) => {
+  const disk = hostDisk('vda', bitmaps ?? [], bitmaps ? {} : { format: 'raw', holdsBitmaps: false })
+  const planned = planBackup({ type: 'auto', disks: [disk], catalog, maxIncrementalChain: 3 })
+  const [first] = planned.disks
+  expect(nextKind(catalog, { maxIncrementalChain: 3 })).toEqual(
+    first?.kind === 'incremental'
+      ? { kind: 'incremental', parent: planned.parent }
+      : { kind: 'full', reason: first?.fallback },
+  )
 })
 
 test('only bitmaps of backups on this storage are retired, and never the new one', () => {

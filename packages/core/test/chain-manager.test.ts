@@ -198,7 +198,9 @@ describe('the next backup of an instance', () => {
     [1, 2, 'full'],
     [2, 2, 'incremental'],
     [2, 3, 'full'],
-    [undefined, 9, 'incremental'],
+    [undefined, 30, 'incremental'],
+    [undefined, 31, 'full'],
+    [Number.POSITIVE_INFINITY, 31, 'incremental'],
   ])(
     'under a limit of %j increments, after a chain of %i, is %s',
     async (maxIncrementalChain, length, kind) => {

@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
 import { type JournalHeader, RunJournal } from '../src/journal.ts'
+import { recover } from '../src/recover.ts'
 import { assertNoUnsettledRun } from '../src/unsettled.ts'
 
 let stateDir: string
@@ -64,12 +65,16 @@ test('a settled run leaves nothing', async () => {
 
 test('a disk with an unsettled run is refused, another disk is not', async () => {
   const journal = await RunJournal.begin(stateDir, header('/img/a.qcow2'))
-  await expect(assertNoUnsettledRun(stateDir, [{ path: '/img/a.qcow2' }])).rejects.toMatchObject({
-    code: 'RUN_UNRESOLVED',
-  })
-  await assertNoUnsettledRun(stateDir, [{ path: '/img/b.qcow2' }])
+  const check = (path: string, name = 'vda', instance?: string) =>
+    assertNoUnsettledRun(stateDir, instance, [{ name, path }])
+  await expect(check('/img/a.qcow2')).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  await check('/img/b.qcow2')
+  // The same disk of the instance, which somebody's snapshot has put on another file.
+  await expect(check('/img/a.snapshot', 'vda', 'web-1')).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  await check('/img/b.qcow2', 'vdb', 'web-1')
+  await check('/img/b.qcow2', 'vda', 'web-2')
   await journal.settled()
-  await assertNoUnsettledRun(stateDir, [{ path: '/img/a.qcow2' }])
+  await check('/img/a.qcow2', 'vda', 'web-1')
 })
 
 test('a journal that cannot be read is an error and not an empty list', async () => {
@@ -83,4 +88,19 @@ test('files that are no journals are left alone', async () => {
   await RunJournal.begin(stateDir, header())
   await writeFile(join(stateDir, 'runs', 'notes.txt'), 'x')
   expect(await RunJournal.unsettled(stateDir)).toHaveLength(1)
+})
+
+test('recover that is given up settles what it has begun and nothing after it', async () => {
+  for (const _ of [1, 2, 3])
+    await RunJournal.begin(stateDir, { ...header(`/img/${newBackupId()}`), kind: 'restore' })
+  const [first] = await RunJournal.unsettled(stateDir)
+  await first?.record({ step: 'finish', renames: [] })
+  const given = new AbortController()
+  const recovered = recover(
+    { stateDir, storages: [] },
+    { signal: given.signal, onEvent: () => given.abort(new Error('stop')) },
+  )
+  await expect(recovered).rejects.toMatchObject({ code: 'ABORTED' })
+  expect(await RunJournal.unsettled(stateDir)).toHaveLength(2)
+  expect(await recover({ stateDir, storages: [] })).toMatchObject({ ok: true, runs: [{}, {}] })
 })

@@ -1,0 +1,157 @@
+import { readdir, stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import { qemuIo, sha256Content } from '@varve/testkit/lab'
+import { execaSync } from 'execa'
+import { expect, test } from 'vitest'
+import { ChainManager } from '../src/chain-manager.ts'
+import { type RecoverReport, recover } from '../src/recover.ts'
+import { MiB, useVmSite } from './vm-site.ts'
+
+const site = useVmSite()
+const { createVm, image, backup, sum, restoredSums, expectCleanHost } = site
+
+const recoverNow = (): Promise<RecoverReport> =>
+  recover({ stateDir: site.stateDir, storages: [site.storage] })
+
+/** Has something happen right before an object of this name is stored, in the middle of the next backup. */
+function before(name: string, happens: () => Promise<unknown>): void {
+  site.storage.beforePut = async key => {
+    if (!key.endsWith(`/${name}`)) return
+    site.storage.beforePut = undefined
+    await happens()
+  }
+}
+
+/** The file that each disk of the running instance writes to. */
+async function sources(instance: string): Promise<Record<string, string>> {
+  const table = await site.lab.virsh(['domblklist', instance])
+  return Object.fromEntries([...table.matchAll(/^ (vd\w)\s+(\S+)$/gm)].map(([, disk, path]) => [disk, path]))
+}
+
+test('an overlay that cannot be committed is kept, holds the next backup up, and is merged by recover', async () => {
+  const vm = await createVm([
+    { target: 'vda', size: 16 * MiB },
+    { target: 'vdb', size: 16 * MiB },
+  ])
+  await vm.boot()
+  const write = (at: number) =>
+    vm.run(`for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=2 seek=${at} conv=fsync; done`)
+  await write(0)
+  const wanted = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  before('manifest.json', async () => {
+    await write(3)
+    // Somebody else's block job: libvirt refuses a commit beside it.
+    const copy = ['blockcopy', vm.name, 'vda', '--dest', join(site.folder, 'copy'), '--format', 'qcow2']
+    await site.lab.virsh([...copy, '--transient-job'])
+  })
+  const error = await backup().catch(error => error)
+  const [published] = (await new ChainManager({ storage: site.storage }).list()).backups
+  const id = published?.manifest.id ?? expect.fail('nothing was published')
+  const overlay = `${image('vda')}.vda.varve-${id}`
+  expect(error).toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining('Block commit failed'),
+    context: { published: id, disk: 'vda', overlay },
+    retryable: true,
+  })
+  expect(await vm.state()).toBe('running')
+  // The other disk is no reason to leave this one on its overlay.
+  expect(await sources(vm.name)).toEqual({ vda: overlay, vdb: image('vdb') })
+
+  await write(6)
+  await expect(backup()).rejects.toMatchObject({ code: 'OVERLAY_LEFT_OVER' })
+  await expect(backup({ disks: ['vdb'] })).rejects.toMatchObject({ code: 'OVERLAY_LEFT_OVER' })
+  expect(await recoverNow()).toMatchObject({
+    ok: false,
+    runs: [{ id, outcome: 'unresolved', error: { code: 'BLOCK_COMMIT_FAILED' } }],
+  })
+  await site.lab.virsh(['blockjob', vm.name, 'vda', '--abort'])
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ id, outcome: 'finished' }] })
+  await expectCleanHost([`varve-${id}`])
+
+  expect(await restoredSums(published?.manifest ?? expect.fail())).toEqual(wanted)
+  const now = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  expect(now).not.toEqual(wanted)
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: id })
+  expect(await restoredSums(next)).toEqual(now)
+  await vm.destroy()
+  for (const disk of ['vda', 'vdb'] as const)
+    expect(await sha256Content(image(disk), 'qcow2')).toBe(now[disk])
+})
+
+test('an overlay under a snapshot that somebody made meanwhile is never removed', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  const top = join(site.folder, 'theirs')
+  before('manifest.json', () =>
+    site.lab.virsh([
+      ...['snapshot-create-as', vm.name, '--disk-only', '--no-metadata'],
+      ...['--diskspec', `vda,snapshot=external,file=${top}`],
+    ]),
+  )
+  const error = await backup().catch(error => error)
+  expect(error).toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining(top),
+    context: { overlay: expect.stringContaining('.varve-') },
+  })
+  expect((await stat(error.context.overlay)).isFile()).toBe(true)
+  await expect(backup()).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  await site.lab.virsh(['blockcommit', vm.name, 'vda', '--active', '--shallow', '--pivot', '--wait'])
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  await expectCleanHost([`varve-${error.context.published}`])
+})
+
+test('a qemu-nbd that is killed in the middle of an upload is named, and nothing stays', async () => {
+  const vm = await createVm([{ target: 'vda', size: 48 * MiB }])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 48M'])
+  const wanted = await sha256Content(image('vda'), 'qcow2')
+  await vm.start()
+  let killed = 0
+  const error = await backup(
+    { bandwidth: 4 * MiB },
+    {
+      onEvent: event => {
+        if (killed > 0 || event.type !== 'progress' || event.bytesDone === 0) return
+        const { stdout } = execaSync('pgrep', ['-f', `^qemu-nbd .*${image('vda')}$`])
+        killed = Number(stdout)
+        process.kill(killed, 'SIGKILL')
+      },
+    },
+  ).catch(error => error)
+  expect(killed).toBeGreaterThan(0)
+  expect(error).toMatchObject({
+    code: 'NBD_FAILED',
+    message: expect.stringMatching(/disk vda.*qemu-nbd.*SIGKILL.*try again/is),
+    context: { disk: 'vda' },
+    retryable: true,
+  })
+  await expectCleanHost([])
+  expect(await readdir(site.storagePath)).toEqual([])
+  expect(await restoredSums(await backup())).toEqual({ vda: wanted })
+})
+
+test('a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  let last = ''
+  before('vda.qcow2', async () => {
+    await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=3 seek=6 conv=fsync')
+    last = await sum('/dev/vda')
+    vm.spawn('/sbin/shutdown')
+    await vm.waitForState('shut off')
+  })
+  const manifest = await backup()
+  expect(manifest).toMatchObject({ consistency: 'crash', running: true })
+  expect(await vm.state()).toBe('shut off')
+  await expectCleanHost([`varve-${manifest.id}`])
+  expect(last).not.toBe(wanted)
+  expect(await restoredSums(manifest)).toEqual({ vda: wanted })
+  expect(await sha256Content(image('vda'), 'qcow2')).toBe(last)
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: manifest.id, consistency: 'offline' })
+  expect(await restoredSums(next)).toEqual({ vda: last })
+})
