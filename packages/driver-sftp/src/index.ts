@@ -1,1 +1,2 @@
-export {}
+export { SftpDriver } from './sftp-driver.ts'
+export type { SftpDriverOptions } from './sftp-options.ts'

@@ -1,0 +1,181 @@
+import type { Socket } from 'node:net'
+import { abortError, errorMessage, isVarveError, VarveError } from '@varve/core'
+import type { SFTPWrapper } from 'ssh2'
+import { STATUS, statusOf } from './sftp-error.ts'
+
+/** What every server takes in one request (draft-ietf-secsh-filexfer-02, section 3). */
+const SMALL_PACKET = 32 * 1024
+/** What ssh2 takes from a server in one answer is 256 KiB with its header; OpenSSH's own limit is the same. */
+const LARGEST_PACKET = 255 * 1024
+/** How long the flush of a file may take, while the server's other half answers keepalives. */
+const FLUSH_TIMEOUT_MS = 15 * 60_000
+/** How long a connection gets to say goodbye. */
+const GOODBYE_MS = 2000
+
+/** Gets the outcome of a request. */
+export type Answer<T> = (error: unknown, value: T) => void
+
+/** Begins a request; ssh2 gives its outcome to the callback. */
+export type Start<T> = (sftp: SFTPWrapper, done: (error?: Error | null, value?: T) => void) => void
+
+/** Options of {@link SftpConnection.call}. */
+export interface RequestOptions {
+  /** Rejects with `ABORTED` at once; the request itself goes on. */
+  signal?: AbortSignal | undefined
+  /** Whether the server may be silent for long, since it writes to its disk. Default: false. */
+  flush?: boolean
+}
+
+/** What a connection is made of. */
+export interface SftpConnectionParts {
+  readonly socket: Socket
+  readonly sftp: SFTPWrapper
+  /** The fingerprint of the server's host key. */
+  readonly fingerprint: string
+  /** Such as `sftp://host:22`, for messages. */
+  readonly address: string
+  readonly timeoutMs: number
+  /** Says goodbye to the server. */
+  readonly end: () => void
+}
+
+/**
+ * One SFTP session. All requests may be under way at once; they are answered in any order. Once the session is broken, or
+ * the server has left every request without an answer for `timeoutMs`, all requests fail with
+ * `STORAGE_UNREACHABLE`, also later ones. Time without a request under way does not count.
+ */
+export class SftpConnection {
+  readonly fingerprint: string
+  /** The most bytes that one read or write asks for. */
+  readonly packetSize: number
+  readonly #parts: SftpConnectionParts
+  readonly #waiting = new Set<(failure: VarveError) => void>()
+  #flushes: number[] = []
+  #idle: NodeJS.Timeout | undefined
+  #failure: VarveError | undefined
+
+  constructor(parts: SftpConnectionParts) {
+    this.#parts = parts
+    this.fingerprint = parts.fingerprint
+    this.packetSize = packetSizeOf(parts.sftp)
+    parts.sftp.on('error', (error: Error) => this.#break(error.message))
+    parts.sftp.on('close', () => this.#break('the server ended the session'))
+    parts.socket.on('close', () => this.#break('the connection was closed'))
+    if (parts.socket.destroyed) this.#break('the connection was closed')
+  }
+
+  /** Why the session is broken, or undefined while it is not. */
+  get failure(): VarveError | undefined {
+    return this.#failure
+  }
+
+  /** What the lower layers report; the first report is what callers get to see. */
+  readonly onError = (error: Error): void => this.#break(error.message)
+
+  /** Sends a request; `answer` is called once, later. */
+  send<T>(start: Start<T>, answer: Answer<T>, flush = false): void {
+    if (this.#failure) {
+      const failure = this.#failure
+      queueMicrotask(() => answer(failure, undefined as T))
+      return
+    }
+    const fail = (failure: VarveError) => settle(failure)
+    const settle = (error: unknown, value?: T) => {
+      if (!this.#waiting.delete(fail)) return
+      if (flush) this.#flushes.shift()
+      this.#heard()
+      answer(error, value as T)
+    }
+    this.#waiting.add(fail)
+    if (flush) this.#flushes.push(Date.now())
+    this.#idle ??= setTimeout(() => this.#silent(), this.#parts.timeoutMs)
+    try {
+      start(this.#parts.sftp, (error, value) => {
+        if (error && statusOf(error) === undefined && !isVarveError(error)) this.#break(error.message)
+        else settle(error ?? undefined, value)
+      })
+    } catch (error) {
+      // ssh2 throws where a server lacks an extension
+      const refusal = Object.assign(new Error(errorMessage(error)), { code: STATUS.OP_UNSUPPORTED })
+      queueMicrotask(() => settle(refusal))
+    }
+  }
+
+  /** Sends a request and waits for its answer. A refusal of the server rejects with ssh2's error, which has its status code. */
+  call<T>(start: Start<T>, { signal, flush = false }: RequestOptions = {}): Promise<T> {
+    return new Promise((resolve, reject) => {
+      if (signal?.aborted) return reject(abortError(signal))
+      const onAbort = () => signal && reject(abortError(signal))
+      signal?.addEventListener('abort', onAbort, { once: true })
+      const answer: Answer<T> = (error, value) => {
+        signal?.removeEventListener('abort', onAbort)
+        if (error === undefined) resolve(value)
+        else reject(error)
+      }
+      this.send(start, answer, flush)
+    })
+  }
+
+  /** Ends the session; requests under way fail. */
+  async end(): Promise<void> {
+    const { socket, end } = this.#parts
+    this.#fail(new VarveError('ABORTED', `The storage ${this.#parts.address} was closed while it was used.`))
+    if (socket.destroyed) return
+    await new Promise<void>(resolve => {
+      const timer = setTimeout(() => socket.destroy(), GOODBYE_MS)
+      socket.once('close', () => {
+        clearTimeout(timer)
+        resolve()
+      })
+      end()
+    })
+  }
+
+  /** The server has all its time again for what is still under way. */
+  #heard(): void {
+    if (this.#waiting.size > 0) this.#idle?.refresh()
+    else {
+      clearTimeout(this.#idle)
+      this.#idle = undefined
+    }
+  }
+
+  #silent(): void {
+    const [flush] = this.#flushes
+    if (flush !== undefined && Date.now() - flush < FLUSH_TIMEOUT_MS) {
+      this.#idle?.refresh()
+      return
+    }
+    this.#break(`the server has not answered for ${this.#parts.timeoutMs / 1000} s`)
+  }
+
+  #break(why: string): void {
+    const { address, socket } = this.#parts
+    this.#fail(
+      new VarveError(
+        'STORAGE_UNREACHABLE',
+        `The connection to ${address} broke: ${why}. Check the server and the network.`,
+        {
+          context: { address },
+          retryable: true,
+        },
+      ),
+    )
+    socket.destroy()
+  }
+
+  #fail(failure: VarveError): void {
+    this.#failure ??= failure
+    for (const fail of [...this.#waiting]) fail(this.#failure)
+  }
+}
+
+/**
+ * ssh2 asks for the limits (`limits@openssh.com`) by itself and says so by `maxOpenHandles`; the sizes it keeps
+ * in fields that its types do not name.
+ */
+function packetSizeOf(sftp: SFTPWrapper): number {
+  if (Reflect.get(sftp, 'maxOpenHandles') === undefined) return SMALL_PACKET
+  const sizes = ['_maxReadLen', '_maxWriteLen'].map(name => Number(Reflect.get(sftp, name)))
+  return sizes.every(size => size >= 1024) ? Math.min(LARGEST_PACKET, ...sizes) : SMALL_PACKET
+}

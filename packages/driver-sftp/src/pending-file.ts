@@ -1,0 +1,200 @@
+import { randomBytes } from 'node:crypto'
+import { abortError, type PutOptions, TEMPORARY_PREFIX, type UploadBody, VarveError } from '@varve/core'
+import type { Stats } from 'ssh2'
+import type { SftpConnection } from './connection.ts'
+import { freeSpace } from './free-space.ts'
+import { close, openToRead, openToWrite, sync } from './remote-file.ts'
+import { isPlain, look, makeKeyFolders, pathIn, removeEmptyFolders } from './remote-folder.ts'
+import type { StorageRoot } from './session.ts'
+import { isFull, isStatus, STATUS, sftpError, statusOf } from './sftp-error.ts'
+import { writeWindow } from './write-window.ts'
+
+/** How often a folder may vanish between its making and the first file in it, before that is an error. */
+const ATTEMPTS = 100
+/** A file system with less room than that is full for a write that failed. */
+const LITTLE_ROOM = 1024 * 1024
+
+/** A file under a temporary name in its final folder, over several connections if need be. Its owner publishes or discards it. */
+export class PendingFile {
+  /** How many bytes of the body need not be sent again. */
+  kept = 0
+  readonly #folders: readonly string[]
+  readonly #temporary = TEMPORARY_PREFIX + randomBytes(8).toString('hex')
+  #created = false
+  #whole: Stats | undefined
+  #published = false
+
+  constructor(folders: readonly string[]) {
+    this.#folders = folders
+  }
+
+  /** Whether there may be something of it on the server. */
+  get isCreated(): boolean {
+    return this.#created
+  }
+
+  /** Whether nothing of the body is needed any more. */
+  get isWhole(): boolean {
+    return this.#whole !== undefined
+  }
+
+  /** Writes what is missing of a body and makes it durable. */
+  async write(root: StorageRoot, key: string, body: UploadBody, options: PutOptions): Promise<void> {
+    const { connection } = root
+    const { signal, onProgress } = options
+    const handle = await this.#open(root, signal)
+    let stats: Stats
+    try {
+      await this.#rewind(connection, handle)
+      const size = await writeWindow(connection, handle, body, {
+        key,
+        start: this.kept,
+        signal,
+        onWritten: position => onProgress?.(position),
+        onKept: position => {
+          this.kept = position
+        },
+      })
+      await sync(connection, handle)
+      stats = await connection.call<Stats>((sftp, done) => sftp.fstat(handle, done))
+      if (stats.size !== size) {
+        throw new VarveError(
+          'STORAGE_FAILED',
+          `${size} bytes were written, but the file has ${stats.size}. Check the server's disk.`,
+          { context: { key, size, stored: stats.size } },
+        )
+      }
+    } catch (error) {
+      const failure = await this.#explained(root, error)
+      // a handle that cannot be closed goes with its connection; the failure is what counts
+      await close(connection, handle).catch(() => undefined)
+      throw failure
+    }
+    await close(connection, handle)
+    this.#whole = stats
+  }
+
+  /**
+   * Gives the file its final name and makes that durable, where the server can. May be called again after a connection
+   * that broke.
+   */
+  async publish(root: StorageRoot, name: string, signal?: AbortSignal): Promise<Stats> {
+    if (this.#whole === undefined) throw new TypeError('A file is published when it is whole.')
+    if (signal?.aborted) throw abortError(signal)
+    const { connection } = root
+    const temporary = pathIn(root, ...this.#folders, this.#temporary)
+    const path = pathIn(root, ...this.#folders, name)
+    if (!this.#published || (await look(connection, temporary))) {
+      this.#published = true
+      await replace(connection, temporary, path)
+    } else if ((await look(connection, path))?.size !== this.#whole.size) {
+      throw new VarveError(
+        'STORAGE_FAILED',
+        `${path} is not there, or another one, although it was given its name. Does somebody else change the storage?`,
+        { context: { path, size: this.#whole.size }, retryable: true },
+      )
+    }
+    const depths = Array.from({ length: this.#folders.length + 1 }, (_, depth) => depth)
+    await Promise.all(
+      depths.map(depth => syncFolder(connection, pathIn(root, ...this.#folders.slice(0, depth)))),
+    )
+    return this.#whole
+  }
+
+  /** Removes the file and the folders that are empty without it. */
+  async discard(root: StorageRoot, signal?: AbortSignal): Promise<void> {
+    const temporary = pathIn(root, ...this.#folders, this.#temporary)
+    try {
+      await root.connection.call((sftp, done) => sftp.unlink(temporary, done), { signal })
+    } catch (error) {
+      if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
+    }
+    await removeEmptyFolders(root, this.#folders, { signal })
+  }
+
+  async #open(root: StorageRoot, signal: AbortSignal | undefined): Promise<Buffer> {
+    const { connection } = root
+    const folder = pathIn(root, ...this.#folders)
+    for (let attempt = 1; ; attempt++) {
+      try {
+        if (this.#folders.length > 0 && !(await isPlain(connection, folder, { signal }))) {
+          await makeKeyFolders(root, this.#folders, { signal })
+        }
+        this.#created = true
+        return await openToWrite(connection, pathIn(root, ...this.#folders, this.#temporary), signal)
+      } catch (error) {
+        // whoever deletes the last object of a folder removes the folder; make it again
+        if (!isStatus(error, STATUS.NO_SUCH_FILE) || attempt === ATTEMPTS) throw error
+        await this.#makeFolders(root, signal)
+      }
+    }
+  }
+
+  /** Takes away what is behind {@link PendingFile.kept}, which goes back to 0 where the server has lost something. */
+  async #rewind(connection: SftpConnection, handle: Buffer): Promise<void> {
+    if (this.kept === 0) return
+    const stats = await connection.call<Stats>((sftp, done) => sftp.fstat(handle, done))
+    if (stats.size < this.kept) this.kept = 0
+    const size = this.kept
+    await connection.call((sftp, done) => sftp.fsetstat(handle, { size }, done))
+  }
+
+  async #makeFolders(root: StorageRoot, signal: AbortSignal | undefined): Promise<void> {
+    try {
+      await makeKeyFolders(root, this.#folders, { signal })
+    } catch (error) {
+      if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
+    }
+  }
+
+  /** A refusal with no reason is most often a full disk: the file system tells. */
+  async #explained(root: StorageRoot, error: unknown): Promise<unknown> {
+    if (!isStatus(error, STATUS.FAILURE) || isFull(error)) return error
+    const space = await freeSpace(root).catch(() => undefined) // the failure itself is what counts
+    if (!space || (space.bytes >= LITTLE_ROOM && !space.noFiles)) return error
+    const left = space.noFiles ? 'no more files can be made' : `${space.bytes} bytes are left`
+    return new VarveError(
+      'STORAGE_FULL',
+      `The storage is full: ${left} in ${root.path} on the server. Delete or prune backups, or add space.`,
+      { context: { path: root.path, freeBytes: space.bytes }, cause: sftpError(error, 'Writing', root.path) },
+    )
+  }
+}
+
+/** Renames a file over another one. */
+async function replace(connection: SftpConnection, from: string, to: string): Promise<void> {
+  try {
+    await connection.call((sftp, done) => sftp.ext_openssh_rename(from, to, done))
+    return
+  } catch (error) {
+    if (!isStatus(error, STATUS.OP_UNSUPPORTED)) throw error
+  }
+  try {
+    await connection.call((sftp, done) => sftp.rename(from, to, done))
+  } catch (error) {
+    // the plain rename of version 3 does not replace: an object is gone for a moment while it is replaced
+    if (!isStatus(error, STATUS.FAILURE) || !(await look(connection, to))?.isFile()) throw error
+    await connection.call((sftp, done) => sftp.unlink(to, done))
+    await connection.call((sftp, done) => sftp.rename(from, to, done))
+  }
+}
+
+/**
+ * Makes the entries of a folder durable. SFTP has no such request; OpenSSH, however, opens a folder like a file and
+ * then takes `fsync@openssh.com` for it. Other servers refuse one or the other: then it is left to their file system.
+ */
+async function syncFolder(connection: SftpConnection, path: string): Promise<void> {
+  let handle: Buffer
+  try {
+    handle = await openToRead(connection, path)
+  } catch (error) {
+    if (statusOf(error) === undefined) throw error
+    return
+  }
+  try {
+    await sync(connection, handle)
+  } catch (error) {
+    if (statusOf(error) === undefined) throw error
+  }
+  await close(connection, handle)
+}

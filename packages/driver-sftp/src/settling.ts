@@ -1,0 +1,38 @@
+import { abortError, VarveError } from '@varve/core'
+
+/** How long after an abort a call may take to clean up, in milliseconds. */
+const GRACE_MS = 10_000
+
+/** What `work` comes to, or `ABORTED` as soon as the signal says so; `work` itself goes on. */
+export async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  return signal ? giveUpAfter(0, work, signal) : work
+}
+
+/**
+ * What `work` comes to, where it ends itself soon after an abort. A server that is silent does not let it, though: after
+ * a grace period the caller gets `ABORTED` all the same.
+ */
+export async function settled<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  return signal ? giveUpAfter(GRACE_MS, work, signal) : work
+}
+
+async function giveUpAfter<T>(graceMs: number, work: Promise<T>, signal: AbortSignal): Promise<T> {
+  const { promise: givenUp, reject } = Promise.withResolvers<never>()
+  let timer: NodeJS.Timeout | undefined
+  const onAbort = () => {
+    if (graceMs === 0) return reject(abortError(signal))
+    timer = setTimeout(() => {
+      const { message } = abortError(signal)
+      const more = `The server has not answered for ${graceMs / 1000} s; an unfinished upload may be left on it.`
+      reject(new VarveError('ABORTED', `${message}. ${more}`, { cause: signal.reason }))
+    }, graceMs)
+  }
+  signal.addEventListener('abort', onAbort, { once: true })
+  if (signal.aborted) onAbort()
+  try {
+    return await Promise.race([work, givenUp])
+  } finally {
+    clearTimeout(timer)
+    signal.removeEventListener('abort', onAbort)
+  }
+}

@@ -1,0 +1,82 @@
+import { abortError, type PutOptions, type StoredObject, type UploadBody, VarveError } from '@varve/core'
+import { PendingFile } from './pending-file.ts'
+import type { SftpSession } from './session.ts'
+import { isLost, sftpError } from './sftp-error.ts'
+
+/** How long the removal of an unfinished upload is tried. */
+const DISCARD_MS = 8000
+
+/**
+ * Uploads a body. A connection that breaks is made anew: a replayable body goes on where it broke off, any other one
+ * only when it is already written as a whole, or not yet begun.
+ */
+export async function storeObject(
+  session: SftpSession,
+  key: string,
+  body: UploadBody,
+  options: PutOptions,
+): Promise<StoredObject> {
+  const { signal } = options
+  const folders = key.split('/')
+  const name = folders.pop() ?? ''
+  const file = new PendingFile(folders)
+  const source = new WatchedBody(body)
+  let failures = 0
+  try {
+    for (;;) {
+      const { kept } = file
+      try {
+        using lease = await session.lease(signal)
+        if (!file.isWhole) await file.write(lease.root, key, source, options)
+        const { size, mtime } = await file.publish(lease.root, name, signal)
+        return { key, size, modifiedAt: new Date(mtime * 1000) }
+      } catch (error) {
+        if (!isLost(error) || !(file.isWhole || source.canGoOn)) throw error
+        if (file.kept > kept) failures = 0
+        await session.pause(error, ++failures, signal)
+      }
+    }
+  } catch (error) {
+    const failure = signal?.aborted ? abortError(signal) : sftpError(error, 'Writing', key)
+    throw await discarded(session, file, failure)
+  }
+}
+
+/** Discards what there is of an upload and returns the error to throw, which tells if something stays. */
+async function discarded(session: SftpSession, file: PendingFile, failure: VarveError): Promise<VarveError> {
+  if (!file.isCreated) return failure
+  const signal = AbortSignal.timeout(DISCARD_MS)
+  try {
+    await session.use(root => file.discard(root, signal), signal)
+    return failure
+  } catch {
+    const { code, message, context, cause, retryable } = failure
+    const left = 'What was written so far could not be removed; prune removes it later.'
+    return new VarveError(code, `${message} ${left}`, { context, cause, retryable })
+  }
+}
+
+/** A body that knows whether it can be opened again. */
+class WatchedBody implements UploadBody {
+  readonly replayable: boolean
+  readonly size?: number
+  readonly recycle?: (chunk: Uint8Array) => void
+  readonly #body: UploadBody
+  #opened = false
+
+  constructor(body: UploadBody) {
+    this.#body = body
+    this.replayable = body.replayable
+    if (body.size !== undefined) this.size = body.size
+    if (body.recycle) this.recycle = chunk => body.recycle?.(chunk)
+  }
+
+  get canGoOn(): boolean {
+    return this.replayable || !this.#opened
+  }
+
+  open(range?: { start: number; end: number }): ReturnType<UploadBody['open']> {
+    this.#opened = true
+    return this.#body.open(range)
+  }
+}
