@@ -26,6 +26,8 @@ export class Transfer {
   static async begin(connection: FtpConnection, command: string, offset = 0): Promise<Transfer> {
     const socket = await openDataConnection(connection)
     socket.on('error', () => undefined) // the 'close' that follows is what is looked at
+    const encrypted = handshake(socket)
+    encrypted.catch(() => undefined) // looked at once the server has agreed
     let transfer: Transfer | undefined
     try {
       if (offset > 0) await connection.command(`REST ${offset}`)
@@ -40,10 +42,7 @@ export class Transfer {
       transfer = new Transfer(connection, socket, reply)
       const [verb = ''] = command.split(' ', 1)
       await connection.answered(Promise.race([agreed, reply]), `no reply to ${verb}`)
-      await connection.answered(
-        Promise.race([secured(socket), refused(reply)]),
-        'no TLS on the data connection',
-      )
+      await connection.answered(Promise.race([encrypted, refused(reply)]), 'no TLS on the data connection')
       return transfer
     } catch (error) {
       if (transfer) await transfer.abandon()
@@ -76,8 +75,12 @@ export class Transfer {
   }
 }
 
-async function secured(socket: Socket): Promise<void> {
-  if (!(socket instanceof TLSSocket) || socket.getCipher() !== undefined) return
+/**
+ * Waits for the end of the TLS handshake that has just begun, where there is one. What is ended before it is cut off,
+ * and a socket that takes up a session names a cipher from its beginning.
+ */
+async function handshake(socket: Socket): Promise<void> {
+  if (!(socket instanceof TLSSocket)) return
   await new Promise<void>((resolve, reject) => {
     socket.once('secureConnect', resolve)
     socket.once('error', reject)
