@@ -1,0 +1,74 @@
+import type { Readable } from 'node:stream'
+import { VarveError } from '@varve/core'
+
+/** A file that rclone tells of. */
+export interface RemoteFile {
+  /** Its path below the folder that was listed. */
+  readonly path: string
+  /** Size in bytes. */
+  readonly size: number
+  /** When it was last written, by the server's clock, where the remote tells. */
+  readonly modifiedAt?: Date
+}
+
+/** The longest line: a path of 1024 bytes, escaped, and the rest. */
+const LONGEST_LINE = 1024 * 1024
+
+/** One line of `rclone lsjson`: an entry, or undefined for what stands around them. @throws STORAGE_FAILED */
+export function parseLine(line: string): RemoteFile | undefined {
+  const text = line.trim().replace(/,$/, '')
+  if (text === '' || text === '[' || text === ']') return undefined
+  return toFile(parseJson(text))
+}
+
+/** What `rclone lsjson --stat` prints: a file, or undefined for a folder or nothing. @throws STORAGE_FAILED */
+export function parseStat(text: string): RemoteFile | undefined {
+  const entry = parseJson(text)
+  if (entry === null || (typeof entry === 'object' && 'IsDir' in entry && entry.IsDir === true))
+    return undefined
+  return toFile(entry)
+}
+
+/**
+ * The lines of what `rclone lsjson` prints, each with one entry, as they come.
+ *
+ * @throws STORAGE_FAILED
+ */
+export async function* readLines(output: Readable): AsyncGenerator<string> {
+  let rest = ''
+  const decoder = new TextDecoder()
+  for await (const chunk of output) {
+    rest += decoder.decode(chunk, { stream: true })
+    const lines = rest.split('\n')
+    rest = lines.pop() ?? ''
+    yield* lines
+    if (rest.length > LONGEST_LINE) throw unreadable(rest.slice(0, 80))
+  }
+  if (rest !== '') yield rest
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    throw unreadable(text.slice(0, 80))
+  }
+}
+
+function toFile(entry: unknown): RemoteFile | undefined {
+  if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry))
+  const { Path, Size, ModTime } = entry as Record<string, unknown>
+  if (typeof Path !== 'string' || typeof Size !== 'number')
+    throw unreadable(JSON.stringify(entry).slice(0, 80))
+  if (Size < 0) return undefined // a document that exists only by its export, and is none of ours
+  const modifiedAt = typeof ModTime === 'string' ? new Date(ModTime) : undefined
+  const known = modifiedAt !== undefined && !Number.isNaN(modifiedAt.getTime())
+  return { path: Path, size: Size, ...(known && { modifiedAt }) }
+}
+
+function unreadable(text: string): VarveError {
+  return new VarveError(
+    'STORAGE_FAILED',
+    `rclone lsjson printed something that is no entry: ${JSON.stringify(text)}. Is command really rclone?`,
+  )
+}

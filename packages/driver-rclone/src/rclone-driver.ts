@@ -1,0 +1,273 @@
+import { randomBytes } from 'node:crypto'
+import { Readable } from 'node:stream'
+import { setTimeout as sleep } from 'node:timers/promises'
+import {
+  abortError,
+  assertKey,
+  assertRange,
+  type CallOptions,
+  type CleanUpOptions,
+  checkStorage,
+  type DriverCapabilities,
+  type GetOptions,
+  isKey,
+  isVarveError,
+  type PutOptions,
+  readUpload,
+  type StorageDriver,
+  type StorageHealth,
+  type StoredObject,
+  TEMPORARY_PREFIX,
+  toUploadBody,
+  type UploadBody,
+  VarveError,
+} from '@varve/core'
+import type { RemoteFile } from './lsjson.ts'
+import { RcloneHelper } from './rclone-helper.ts'
+import { checkedPathPrefix, type RcloneDriverOptions } from './rclone-options.ts'
+
+/** How often a call is made that fails by what may go away. */
+const ATTEMPTS = 3
+const FIRST_PAUSE_MS = 500
+/** For the removal of what there is of an upload that failed or was given up. */
+const REMOVAL_TIMEOUT_MS = 15_000
+
+/**
+ * Keeps backups on whatever `rclone` reaches. Each call runs the program: data is piped through it, never over a local
+ * disk. An object is uploaded under a temporary name beside its place (`rclone rcat`), looked at, and moved to its
+ * name on the server (`rclone moveto`).
+ *
+ * It keeps no process and no connection between calls. Folders that have become empty stay.
+ */
+export class RcloneDriver implements StorageDriver {
+  readonly type = 'rclone'
+  readonly location: string
+  readonly capabilities: DriverCapabilities = {
+    rangeRead: true,
+    atomicPublish: true,
+    resume: false,
+    parallelParts: false,
+  }
+  readonly #rclone: RcloneHelper
+  readonly #path: string
+  readonly #create: boolean
+  #isThere = false
+
+  /** @throws INVALID_CONFIG, which names the option */
+  constructor(options: RcloneDriverOptions) {
+    const { pathPrefix = '', create = false, ...rest } = options
+    this.#rclone = new RcloneHelper(rest)
+    this.#path = checkedPathPrefix(pathPrefix)
+    this.#create = create
+    this.location = `rclone ${this.#rclone.target(this.#path)}`
+  }
+
+  async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
+    try {
+      assertKey(key)
+      const upload = toUploadBody(body)
+      if (options.signal?.aborted) throw abortError(options.signal)
+      if (!this.#isThere) await this.#mustBeThere(options)
+      if (upload.size === undefined) await this.#mustStream(key, options)
+      const attempts = upload.replayable ? ATTEMPTS : 1
+      return await retrying(() => this.#store(key, upload, options), options, attempts)
+    } finally {
+      if (body instanceof Readable) body.destroy()
+    }
+  }
+
+  async get(key: string, options: GetOptions = {}): Promise<Readable> {
+    const { range } = options
+    if (range) assertRange(range)
+    const object = await this.stat(key, options)
+    if (!object) {
+      throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
+        context: { key, location: this.location },
+      })
+    }
+    const start = Math.min(range?.start ?? 0, object.size)
+    const end = Math.max(start, Math.min(range?.end ?? object.size, object.size))
+    return this.#rclone.cat(this.#pathOf(key), { start, end }, options)
+  }
+
+  async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
+    assertKey(key)
+    const file = await retrying(() => this.#rclone.stat(this.#pathOf(key), options), options)
+    if (!file) await this.#mustBeThere(options)
+    return file && toObject(key, file)
+  }
+
+  async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
+    assertKey(prefix, 'prefix')
+    for await (const { key, file } of this.#files(prefix, options)) {
+      if (key.startsWith(prefix) && isKey(key)) yield toObject(key, file)
+    }
+  }
+
+  async delete(key: string, options: CallOptions = {}): Promise<void> {
+    assertKey(key)
+    const found = await retrying(() => this.#rclone.deleteFile(this.#pathOf(key), options), options)
+    if (!found) await this.#mustBeThere(options)
+  }
+
+  async check(options: CallOptions = {}): Promise<StorageHealth> {
+    const connect = async () => {
+      await this.#rclone.version(options)
+      await this.#mustBeThere(options)
+      const freeBytes = await this.#rclone.freeBytes(this.#path, options)
+      return freeBytes === undefined ? {} : { freeBytes }
+    }
+    return checkStorage(this, { ...options, connect })
+  }
+
+  /**
+   * Removes the temporary objects that killed processes left of their uploads. Parts of a multipart upload that was
+   * killed are no objects: rclone has `rclone backend cleanup` for them, and buckets have rules.
+   */
+  async cleanUp({ olderThan, ...options }: CleanUpOptions): Promise<number> {
+    let removed = 0
+    for await (const { key, file } of this.#files('', options)) {
+      const name = key.slice(key.lastIndexOf('/') + 1)
+      if (!name.startsWith(TEMPORARY_PREFIX) || !file.modifiedAt || file.modifiedAt >= olderThan) continue
+      if (await this.#rclone.deleteFile(this.#pathOf(key), options)) removed++
+    }
+    return removed
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    // nothing to end: no process outlives its call
+  }
+
+  async #store(key: string, body: UploadBody, options: PutOptions): Promise<StoredObject> {
+    const { onProgress } = options
+    const call = callOptions(options)
+    const temporary = siblingOf(this.#pathOf(key), TEMPORARY_PREFIX + randomBytes(8).toString('hex'))
+    let size = 0
+    try {
+      await this.#rclone.rcat(temporary, signal => readUpload(body, { key, signal }), {
+        ...call,
+        ...(body.size !== undefined && { size: body.size }),
+        onTaken: chunk => {
+          size += chunk.byteLength
+          body.recycle?.(chunk)
+          onProgress?.(size)
+        },
+      })
+      const file = await this.#rclone.stat(temporary, call)
+      if (file?.size !== size) throw this.#damaged(key, size, file?.size)
+      await this.#publish(temporary, key, size, call)
+      return toObject(key, file)
+    } catch (error) {
+      throw await this.#discarded(temporary, error)
+    }
+  }
+
+  async #publish(temporary: string, key: string, size: number, call: CallOptions): Promise<void> {
+    try {
+      await this.#rclone.moveTo(temporary, this.#pathOf(key), size, call)
+    } catch (error) {
+      // a move whose answer was lost has been made all the same
+      if (call.signal?.aborted || (await this.#rclone.stat(temporary, call))) throw error
+      if ((await this.#rclone.stat(this.#pathOf(key), call))?.size !== size) throw error
+    }
+  }
+
+  /** Removes what there is of an upload and returns the error to throw, which tells if something stays. */
+  async #discarded(temporary: string, failure: unknown): Promise<unknown> {
+    try {
+      await this.#rclone.deleteFile(temporary, { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) })
+      return failure
+    } catch {
+      if (!isVarveError(failure)) return failure
+      const { code, message, context, cause, retryable } = failure
+      const left = `What was uploaded so far could not be removed; it is ${this.#rclone.target(temporary)}.`
+      return new VarveError(code, `${message} ${left}`, { context, cause, retryable })
+    }
+  }
+
+  /** The files that a prefix may mean, also temporary ones, by their keys. */
+  async *#files(prefix: string, options: CallOptions): AsyncGenerator<{ key: string; file: RemoteFile }> {
+    const folder = prefix.slice(0, prefix.lastIndexOf('/') + 1)
+    let found = false
+    for await (const file of this.#rclone.list(this.#pathOf(folder.slice(0, -1)), options)) {
+      // of a folder that is a file, rclone gives the file, as it would a file of that name inside it
+      if (!found && `/${folder}`.endsWith(`/${file.path}/`) && (await this.stat(folder.slice(0, -1), options)))
+        return
+      found = true
+      yield { key: folder + file.path, file }
+    }
+    if (!found) await this.#mustBeThere(options)
+  }
+
+  /** Nothing found is an answer only where something could be. */
+  async #mustBeThere(options: CallOptions): Promise<void> {
+    const call = callOptions(options)
+    if (!(await retrying(() => this.#rclone.hasFolder(this.#path, call), call))) {
+      this.#isThere = false
+      if (!this.#create) throw this.#missing()
+      await this.#rclone.makeFolder(this.#path, call)
+    }
+    this.#isThere = true
+  }
+
+  #missing(): VarveError {
+    return new VarveError(
+      'STORAGE_NOT_FOUND',
+      `${this.location} is not there. Make the bucket or the folder (\`rclone mkdir\`), correct pathPrefix, or set create.`,
+      { context: { location: this.location } },
+    )
+  }
+
+  async #mustStream(key: string, options: CallOptions): Promise<void> {
+    const { streamingUpload } = await this.#rclone.features(callOptions(options))
+    if (streamingUpload) return
+    throw new VarveError(
+      'UPLOAD_FAILED',
+      `rclone rcat: failed to upload ${key}: its size is not known, and ${this.location} takes no upload without it: rclone would spool it to a local disk. Give the size with the body.`,
+      { context: { key, location: this.location } },
+    )
+  }
+
+  #damaged(key: string, sent: number, stored: number | undefined): VarveError {
+    const found = stored === undefined ? 'there is no object' : `the object has ${stored}`
+    return new VarveError(
+      'UPLOAD_FAILED',
+      `rclone rcat: failed to upload ${key}: ${sent} bytes were sent, but ${found}. Check the storage.`,
+      { context: { key, sent, stored }, retryable: true },
+    )
+  }
+
+  #pathOf(key: string): string {
+    if (key === '' || this.#path === '' || this.#path.endsWith('/')) return this.#path + key
+    return `${this.#path}/${key}`
+  }
+}
+
+function siblingOf(path: string, name: string): string {
+  return path.slice(0, path.lastIndexOf('/') + 1) + name
+}
+
+function toObject(key: string, { size, modifiedAt }: RemoteFile): StoredObject {
+  return { key, size, ...(modifiedAt && { modifiedAt }) }
+}
+
+/** The signal alone: a helper's calls have other options than a driver's. */
+function callOptions({ signal }: CallOptions): CallOptions {
+  return signal ? { signal } : {}
+}
+
+/** Makes a call again, after a pause, that failed by what may go away. One that timed out has taken long enough. */
+async function retrying<T>(call: () => Promise<T>, { signal }: CallOptions, attempts = ATTEMPTS): Promise<T> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await call()
+    } catch (error) {
+      const again = isVarveError(error) && error.retryable && error.code !== 'TIMEOUT'
+      if (!again || attempt >= attempts || signal?.aborted) throw error
+    }
+    await sleep(FIRST_PAUSE_MS * 2 ** (attempt - 1), undefined, signal ? { signal } : {}).catch(
+      () => undefined,
+    )
+    if (signal?.aborted) throw abortError(signal)
+  }
+}

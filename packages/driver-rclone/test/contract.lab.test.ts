@@ -1,0 +1,9 @@
+import { describeDriver } from '@varve/testkit'
+import { folderTarget } from './rclone-target.ts'
+
+describeDriver('RcloneDriver on a folder', {
+  capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
+  create: folderTarget,
+  largeSize: 8_000_011,
+  manyObjects: 60,
+})
