@@ -10,7 +10,7 @@ const WINDOW = 4 * 1024 * 1024
 /** What a request takes of the window at least, so that small chunks cannot make endlessly many. */
 const LEAST_WEIGHT = 2048
 /** After so many bytes the server is asked to make them durable, so that a resumed upload can build on them. */
-const SYNC_BYTES = 16 * 1024 * 1024
+const SYNC_BYTES = 8 * 1024 * 1024
 /** Making durable may take this part of an upload's time. */
 const SYNC_SHARE = 0.1
 

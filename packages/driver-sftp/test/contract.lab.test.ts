@@ -1,19 +1,85 @@
-import { describeDriver } from '@varve/testkit'
+import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
+import { describeDriver, NetworkProxy } from '@varve/testkit'
 import { type SshdLab, startSshd } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
-import { sftpTarget } from './sftp-target.ts'
+import { login, sftpTarget } from './sftp-target.ts'
+import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
 
+const CAPACITY = 8 * 1024 * 1024
+
+let disk: Tmpfs
 let lab: SshdLab
 
 beforeAll(async () => {
+  disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
   lab = await startSshd()
 })
 
-afterAll(() => lab[Symbol.asyncDispose]())
+afterAll(async () => {
+  await lab[Symbol.asyncDispose]()
+  await disk.dispose()
+})
 
 describeDriver('SftpDriver', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: true, parallelParts: false },
   create: () => sftpTarget(lab),
+  createFull: async () => ({ ...(await sftpTarget(lab, {}, disk.path)), capacity: CAPACITY }),
   largeSize: 24 * 1024 * 1024 + 12345,
   manyObjects: 1000,
+  remote: {
+    async create() {
+      const proxy = await NetworkProxy.start({ port: lab.port })
+      const { username, password } = lab
+      const target = await sftpTarget(lab, {
+        port: proxy.port,
+        timeoutMs: 1500,
+        retries: 2,
+        username,
+        password,
+      })
+      const dispose = async () => {
+        await target.dispose()
+        await proxy[Symbol.asyncDispose]()
+      }
+      return { ...target, proxy, dispose }
+    },
+    restartServer: () => lab.restart(),
+    refused: [
+      {
+        what: 'a wrong password',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ password: 'not the password' }),
+      },
+      {
+        what: 'an unknown user',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ username: 'nobody-at-all' }),
+      },
+      {
+        what: 'another host key than the pinned one',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ hostKey: `SHA256:${'A'.repeat(43)}` }),
+      },
+      {
+        what: 'a missing folder',
+        code: 'STORAGE_NOT_FOUND',
+        create: () => refused({ pathPrefix: 'missing/folder' }),
+      },
+    ],
+    secrets: ['lab-password-3f9c27', 'not the password'],
+  },
 })
+
+/** A driver that logs in with a password, where the options do not say otherwise. */
+async function refused(options: Partial<SftpDriverOptions>): Promise<SftpDriver> {
+  const { host, port, username, hostKey } = await login(lab)
+  return new SftpDriver({
+    host,
+    port,
+    username,
+    password: lab.password,
+    hostKey,
+    timeoutMs: 5000,
+    ...options,
+  })
+}

@@ -38,7 +38,7 @@ export async function sftpTarget(
 }
 
 /** What it takes to log in to the lab's server by a key. */
-export async function login(lab: SshdLab): Promise<SftpDriverOptions> {
+export async function login(lab: SshdLab): Promise<SftpDriverOptions & { port: number; hostKey: string }> {
   return {
     host: '127.0.0.1',
     port: lab.port,
