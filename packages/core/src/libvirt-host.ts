@@ -117,6 +117,8 @@ export class LibvirtHost implements Host {
   async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
     const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
     const { disks } = readDomainXml(await this.#virsh(run, 'dumpxml', instance))
+    const defined = readDomainXml(await this.#virsh(run, 'dumpxml', '--inactive', instance))
+    for (const disk of disks) if (byDisk.has(disk.name)) assertSameSource(instance, disk, defined.disks)
     const specs = disks.flatMap(({ name }) => {
       const overlay = byDisk.get(name)
       // In a diskspec a comma is written twice.
@@ -352,6 +354,26 @@ function unsupportedReason(disk: DomainDisk, path: string | undefined): string |
   if (disk.shareable) return 'it is shared between instances'
   if (disk.format !== 'qcow2' && disk.format !== 'raw') return `its format is ${disk.format}`
   return undefined
+}
+
+/**
+ * libvirt puts the overlay into an instance's definition only where that names the very source which the instance
+ * runs on. Otherwise an instance that shut down meanwhile would be back on its disk without its last writes.
+ */
+function assertSameSource(instance: string, live: DomainDisk, defined: readonly DomainDisk[]): void {
+  const disk = defined.find(({ name }) => name === live.name)
+  if (!disk) return // plugged in while it runs: it goes when the instance stops
+  const [runs, starts] = [live, disk].map(sourceText)
+  if (runs === starts) return
+  throw new VarveError(
+    'SNAPSHOT_FAILED',
+    `The disk ${live.name} of ${instance} is on ${runs}, but defined to be on ${starts} at the next start. Nothing was changed; make the definition name what the instance runs on (virsh edit), or back it up while it is off.`,
+    { context: { instance, disk: live.name, runsOn: runs, definedAs: starts } },
+  )
+}
+
+function sourceText({ source, volume, type }: DomainDisk): string {
+  return volume ? `volume ${volume.name} of pool ${volume.pool}` : (source ?? `a source of type ${type}`)
 }
 
 async function readDisk(

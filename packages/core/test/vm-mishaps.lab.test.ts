@@ -1,4 +1,4 @@
-import { readdir, stat } from 'node:fs/promises'
+import { readdir, stat, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execaSync } from 'execa'
@@ -101,6 +101,25 @@ test('an overlay under a snapshot that somebody made meanwhile is never removed'
   await site.lab.virsh(['blockcommit', vm.name, 'vda', '--active', '--shallow', '--pivot', '--wait'])
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   await expectCleanHost([`varve-${error.context.published}`])
+})
+
+test('a disk that is to be on another file after the next start is refused, as its last writes could be left behind', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  const link = join(site.folder, 'link')
+  await symlink(image('vda'), link)
+  const definition = join(site.folder, 'domain.xml')
+  await writeFile(
+    definition,
+    (await site.lab.virsh(['dumpxml', '--inactive', vm.name])).replace(`'${image('vda')}'`, `'${link}'`),
+  )
+  await site.lab.virsh(['define', definition])
+  await expect(backup()).rejects.toMatchObject({
+    code: 'SNAPSHOT_FAILED',
+    context: { disk: 'vda', runsOn: image('vda'), definedAs: link },
+  })
+  await expectCleanHost([])
+  expect(await readdir(site.storagePath)).toEqual([])
 })
 
 test('a qemu-nbd that is killed in the middle of an upload is named, and nothing stays', async () => {
