@@ -1,4 +1,4 @@
-import { mkdir, open, readdir, writeFile } from 'node:fs/promises'
+import { mkdir, open, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { expect, test } from 'vitest'
@@ -81,6 +81,40 @@ test('a UEFI instance becomes a new one beside it, and gets its definition and U
   expect(readDomainXml(await vm.xml()).uuid).toBe(uuid)
   await vm.boot()
   expect(await sum('/dev/vda')).toBe(wanted)
+})
+
+test('a definition goes to its own instance only, made anew or as a copy with UEFI variables of its own', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+  const { nvram = '' } = vm
+  const manifest = await backup() // it never ran, so it has no variables yet
+  expect(manifest).not.toHaveProperty('nvram')
+  const inactive = (name: string) => site.lab.virsh(['dumpxml', '--inactive', name])
+
+  const copy = `${vm.name}-copy`
+  const to = { newInstance: copy, directory: site.folder }
+  await writeFile(join(site.folder, `${copy}-nvram.fd`), 'of another instance')
+  await expect(restore({ backup: manifest.id, to })).rejects.toMatchObject({ code: 'TARGET_EXISTS' })
+  await rm(join(site.folder, `${copy}-nvram.fd`))
+  await restore({ backup: manifest.id, to })
+  try {
+    expect(readDomainXml(await inactive(copy)).nvram).toBe(join(site.folder, `${copy}-nvram.fd`))
+    const over = { backup: manifest.id, to: { instance: copy }, definition: 'restore' } as const
+    await expect(restore(over)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' })
+    expect(readDomainXml(await inactive(vm.name)).disks[0]?.source).toBe(image('vda'))
+  } finally {
+    await site.lab.virsh(['undefine', copy, '--nvram'])
+  }
+
+  // Somebody has made the instance anew, under a UUID of its own and without what it had.
+  const before = readDomainXml(await inactive(vm.name)).uuid ?? ''
+  const other = '0f4d4b4e-9a24-4b0f-9d0d-2c2a0f4d4b4e'
+  const definition = join(site.folder, 'domain.xml')
+  await writeFile(definition, (await inactive(vm.name)).replace(before, other).replaceAll('262144', '196608'))
+  await site.lab.virsh(['undefine', vm.name, '--nvram'])
+  await site.lab.virsh(['define', definition])
+  await restore({ backup: manifest.id, to: { instance: vm.name }, definition: 'restore' })
+  expect(readDomainXml(await inactive(vm.name))).toMatchObject({ uuid: other, nvram })
+  expect(await inactive(vm.name)).toContain('>262144</memory>')
 })
 
 test('one disk of two is backed up and restored, and the other is left alone', async () => {
