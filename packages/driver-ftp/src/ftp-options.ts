@@ -41,7 +41,7 @@ export interface FtpDriverOptions {
   timeoutMs?: number
   /**
    * How often a call is tried whose connection fails. An upload that went on in the meantime begins to count anew.
-   * Default: 4.
+   * Default: 5, over some 4 seconds.
    */
   attempts?: number
 }
@@ -104,7 +104,7 @@ export function checkOptions(options: FtpDriverOptions): FtpSettings {
     },
     connections: whole('connections', options.connections ?? 4, 1, 100),
     timeoutMs: whole('timeoutMs', options.timeoutMs ?? 30_000, 1, 24 * 3_600_000),
-    attempts: whole('attempts', options.attempts ?? 4, 1, 100),
+    attempts: whole('attempts', options.attempts ?? 5, 1, 100),
     location: `${scheme}://${isIP(host) === 6 ? `[${host}]` : host}:${port}/${pathPrefix.replace(/^\//, '')}`,
   }
 }

@@ -18,7 +18,7 @@ import { Transfer } from './transfer.ts'
 import { UploadCursor } from './upload-cursor.ts'
 import { backOff } from './waiting.ts'
 
-/** How long an upload that was given up may take to tidy up, in milliseconds. */
+/** How long an upload that was given up may take to tidy up, in milliseconds, if the server may be silent for longer. */
 const GRACE_MS = 5_000
 /** How often in a row the server may refuse a file in a folder that seems to be there. */
 const REFUSALS = 5
@@ -105,9 +105,10 @@ export class Upload {
   /** Lets an upload that is given up come to an orderly end, but not for long. */
   async #withGrace(connection: FtpConnection, work: () => Promise<void>): Promise<void> {
     const { signal } = this.#options
+    const graceMs = Math.min(GRACE_MS, this.#context.settings.timeoutMs)
     let timer: NodeJS.Timeout | undefined
     const onAbort = () => {
-      timer = setTimeout(() => connection.close(), GRACE_MS)
+      timer = setTimeout(() => connection.close(), graceMs)
     }
     signal?.addEventListener('abort', onAbort, { once: true })
     try {
@@ -247,8 +248,8 @@ export class Upload {
   /** Removes what there is on the server and returns the error to throw, which tells if something stays. */
   async #discarded(failure: VarveError): Promise<VarveError> {
     if (!this.#begun) return failure
-    const { pool, foldersInUse } = this.#context
-    const timeout = AbortSignal.timeout(GRACE_MS)
+    const { pool, foldersInUse, settings } = this.#context
+    const timeout = AbortSignal.timeout(Math.min(GRACE_MS, settings.timeoutMs))
     for (let failures = 1; ; failures++) {
       try {
         await pool.use('command', timeout, async connection => {
@@ -257,8 +258,8 @@ export class Upload {
         })
         return failure
       } catch (error) {
-        const left = ftpError(error, 'Removing what was written so far', this.#context.settings)
-        if (left.retryable && !timeout.aborted && failures < this.#context.settings.attempts) {
+        const left = ftpError(error, 'Removing what was written so far', settings)
+        if (left.retryable && !timeout.aborted && failures < settings.attempts) {
           await backOff(failures, undefined)
           continue
         }

@@ -1,21 +1,93 @@
+import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { describeDriver } from '@varve/testkit'
 import { startVsftpd, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
+import { openTunnel } from './ftp-tunnel.ts'
+import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
+
+const CAPACITY = 8 * 1024 * 1024
 
 const capabilities = { rangeRead: true, atomicPublish: true, resume: true, parallelParts: false }
 
-describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
+describe('without TLS', () => {
+  let disk: Tmpfs
   let lab: VsftpdLab
   beforeAll(async () => {
-    lab = await startVsftpd({ tls })
+    disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
+    lab = await startVsftpd({ config: ['chroot_local_user=NO', 'delay_failed_login=0'] })
+  })
+  afterAll(async () => {
+    await lab[Symbol.asyncDispose]()
+    await disk.dispose()
+  })
+  const refused = async (options: Partial<FtpDriverOptions>) =>
+    new FtpDriver({ ...(await optionsOf(lab, 'none')), ...options })
+
+  describeDriver('FtpDriver', {
+    capabilities,
+    create: async () => ftpTarget(lab, await optionsOf(lab, 'none')),
+    createFull: async () => ({
+      ...(await ftpTarget(lab, await optionsOf(lab, 'none'), disk.path)),
+      capacity: CAPACITY,
+    }),
+    largeSize: 12_000_011,
+    manyObjects: 300,
+    remote: {
+      async create() {
+        const tunnel = await openTunnel(lab)
+        const { host, proxy } = tunnel
+        const target = await ftpTarget(lab, {
+          ...(await optionsOf(lab, 'none')),
+          host,
+          timeoutMs: 1500,
+          attempts: 2,
+        })
+        const dispose = async () => {
+          await target.dispose()
+          await tunnel[Symbol.asyncDispose]()
+        }
+        return { ...target, proxy, dispose }
+      },
+      restartServer: () => lab.restart(),
+      refused: [
+        {
+          what: 'a wrong password',
+          code: 'STORAGE_ACCESS_DENIED',
+          create: () => refused({ password: 'not the password' }),
+        },
+        {
+          what: 'an unknown user',
+          code: 'STORAGE_ACCESS_DENIED',
+          create: () => refused({ username: 'nobody-at-all' }),
+        },
+        {
+          what: 'a missing folder',
+          code: 'STORAGE_NOT_FOUND',
+          create: () => refused({ pathPrefix: 'missing/folder' }),
+        },
+        {
+          what: 'a server that offers no TLS',
+          code: 'STORAGE_UNREACHABLE',
+          create: () => refused({ tls: 'explicit' }),
+        },
+      ],
+      secrets: ['lab password 5d81c4', 'not the password'],
+    },
+  })
+})
+
+describe('with explicit TLS', () => {
+  let lab: VsftpdLab
+  beforeAll(async () => {
+    lab = await startVsftpd({ tls: 'explicit' })
   })
   afterAll(() => lab[Symbol.asyncDispose]())
 
   describeDriver('FtpDriver', {
     capabilities,
-    create: async () => ftpTarget(lab, await optionsOf(lab, tls)),
-    largeSize: 12_000_011,
-    manyObjects: 400,
+    create: async () => ftpTarget(lab, await optionsOf(lab, 'explicit')),
+    largeSize: 5_000_011,
+    manyObjects: 60,
   })
 })

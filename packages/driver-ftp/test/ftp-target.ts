@@ -1,10 +1,9 @@
+import { randomBytes } from 'node:crypto'
 import { readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import type { DriverTarget, RawObject } from '@varve/testkit'
 import type { VsftpdLab } from '@varve/testkit/lab'
-
-let targets = 0
 
 /** The options that a driver of the lab's server needs. */
 export async function optionsOf(
@@ -12,26 +11,21 @@ export async function optionsOf(
   tls: 'explicit' | 'implicit' | 'none',
 ): Promise<FtpDriverOptions> {
   const { port, username, password } = lab
-  return {
-    host: '127.0.0.1',
-    port,
-    username,
-    password,
-    tls,
-    ...(tls === 'none' ? {} : { ca: await lab.certificate() }),
-  }
+  const ca = tls === 'none' ? {} : { ca: await lab.certificate() }
+  return { host: '127.0.0.1', port, username, password, tls, ...ca }
 }
 
-/** A driver on a folder of its own, below the home or at `folder`, which is then removed. */
+/** A driver on a new folder: below the home, or in another one that the user sees as it is. */
 export async function ftpTarget(
   lab: VsftpdLab,
   options: FtpDriverOptions,
-  folder: string = `storage ${++targets}`,
+  elsewhere?: string,
 ): Promise<DriverTarget & { path: string }> {
-  const path = join(lab.home, folder)
+  const name = `storage ${randomBytes(4).toString('hex')}`
+  const path = join(elsewhere ?? lab.home, name)
+  const seen = elsewhere === undefined ? name : path
   await lab.makeFolder(path)
-  const driver = new FtpDriver({ ...options, pathPrefix: folder })
-  let neighbour: FtpDriver | undefined
+  const driver = new FtpDriver({ ...options, pathPrefix: seen })
   return {
     path,
     driver,
@@ -43,27 +37,26 @@ export async function ftpTarget(
     },
     async neighbour() {
       await lab.makeFolder(`${path}2`)
-      neighbour = new FtpDriver({ ...options, pathPrefix: `${folder}2` })
-      return neighbour
+      return new FtpDriver({ ...options, pathPrefix: `${seen}2` })
     },
     async dispose() {
       await driver[Symbol.asyncDispose]()
-      await neighbour?.[Symbol.asyncDispose]()
       await rm(path, { recursive: true, force: true })
       await rm(`${path}2`, { recursive: true, force: true })
     },
   }
 }
 
-/** All files below a folder. */
+/** All that is below a folder and is no folder; folders that hold nothing, too, since none should stay. */
 export async function filesIn(path: string): Promise<RawObject[]> {
   const entries = await readdir(path, { recursive: true, withFileTypes: true })
-  return Promise.all(
-    entries
-      .filter(entry => !entry.isDirectory())
-      .map(async entry => {
-        const file = join(entry.parentPath, entry.name)
-        return { name: relative(path, file), size: (await stat(file)).size }
-      }),
+  const found = await Promise.all(
+    entries.map(async entry => {
+      const file = join(entry.parentPath, entry.name)
+      const name = relative(path, file)
+      if (!entry.isDirectory()) return [{ name, size: (await stat(file)).size }]
+      return (await readdir(file)).length === 0 ? [{ name: `${name}/`, size: 0 }] : []
+    }),
   )
+  return found.flat()
 }

@@ -188,7 +188,7 @@ async function makeUser(folder: string, home: string): Promise<void> {
   })
   await writeFile(join(folder, 'passwd'), `${passwd}${name}:x:${id}:${id}::${home}:/bin/sh\n`)
   await writeFile(join(folder, 'shadow'), `${name}:${hash}:19000:0:99999:7:::\n`, { mode: 0o600 })
-  await writeFile(join(folder, 'pam'), 'auth required pam_unix.so\naccount required pam_unix.so\n')
+  await writeFile(join(folder, 'pam'), 'auth required pam_unix.so nodelay\naccount required pam_unix.so\n')
 }
 
 async function makeCertificate(folder: string): Promise<void> {
