@@ -1,0 +1,50 @@
+import { MAX_OBJECT_SIZE, MAX_PART_SIZE, MIN_PART_SIZE, type S3Settings } from './s3-options.ts'
+
+const MIB = 1024 * 1024
+/** The first part of a stream of unknown size, in bytes. */
+const FIRST_PART_SIZE = 8 * MIB
+/** The parts of a stream of unknown size where all are to be of one size, in bytes. */
+const EQUAL_PART_SIZE = 32 * MIB
+/** The parts of one stream that are in memory together take no more than this, in bytes. */
+export const BUFFER_SIZE: number = 96 * MIB
+
+/** What a plan is made for. */
+export type PartLimits = Pick<S3Settings, 'partSize' | 'maxParts' | 'equalParts'>
+
+/** The largest object that fits into `maxParts` parts, in bytes. */
+export function largestObject({ maxParts }: Pick<PartLimits, 'maxParts'>): number {
+  return Math.min(MAX_OBJECT_SIZE, maxParts * MAX_PART_SIZE)
+}
+
+/**
+ * The size of the parts of an object of `size` bytes, which is at most {@link largestObject}: `least`, or as
+ * much more as keeps to `maxParts`. All parts but the last are of this size.
+ */
+export function plannedPartSize(
+  size: number,
+  { maxParts }: Pick<PartLimits, 'maxParts'>,
+  least: number,
+): number {
+  const needed = Math.ceil(size / maxParts / MIB) * MIB
+  return Math.min(MAX_PART_SIZE, Math.max(MIN_PART_SIZE, least, needed))
+}
+
+/**
+ * The size of the parts of a stream, the part of this number (from 1 on) among them. A part has to be in memory
+ * to be sent, and sent again, so it ends at {@link BUFFER_SIZE}. Where the size of the stream is unknown, small
+ * streams get small parts, and large ones still fit: it doubles each time that a twentieth of the parts is used.
+ */
+export function streamPartSize(number: number, limits: PartLimits, size: number | undefined): number {
+  if (size !== undefined) return plannedPartSize(size, limits, FIRST_PART_SIZE)
+  if (limits.equalParts) return EQUAL_PART_SIZE
+  const doublings = Math.floor(((number - 1) * 20) / limits.maxParts)
+  return doublings > 3 ? BUFFER_SIZE : FIRST_PART_SIZE * 2 ** doublings
+}
+
+/** The largest stream that {@link streamPartSize} has parts for, in bytes. */
+export function largestStream(limits: PartLimits, size: number | undefined): number {
+  if (size !== undefined) return limits.maxParts * BUFFER_SIZE
+  let bytes = 0
+  for (let number = 1; number <= limits.maxParts; number++) bytes += streamPartSize(number, limits, size)
+  return bytes
+}

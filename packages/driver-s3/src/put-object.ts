@@ -1,0 +1,78 @@
+import { randomUUID } from 'node:crypto'
+import { PutObjectCommand, type PutObjectCommandInput } from '@aws-sdk/client-s3'
+import { abortError, type UploadBody } from '@varve/core'
+import { type Bucket, UPLOAD_TAG } from './bucket.ts'
+import { abortBy, soonAfter } from './grace.ts'
+import { isTransient, withRetries } from './retrying.ts'
+import { UploadStream } from './upload-stream.ts'
+
+/** What an upload is made with. */
+export interface Upload {
+  readonly bucket: Bucket
+  readonly key: string
+  readonly signal?: AbortSignal | undefined
+  /** Called with the bytes that have reached the storage so far. */
+  readonly onProgress?: ((bytes: number) => void) | undefined
+}
+
+/** Options of the objects that are made: where the settings name them. */
+export function objectOptions({
+  settings,
+}: Bucket): Pick<PutObjectCommandInput, 'StorageClass' | 'ServerSideEncryption' | 'SSEKMSKeyId'> {
+  const { storageClass, serverSideEncryption, kmsKeyId } = settings
+  return {
+    // The provider knows its classes; the SDK's list is of Amazon's.
+    ...(storageClass !== undefined && {
+      StorageClass: storageClass as PutObjectCommandInput['StorageClass'] & string,
+    }),
+    ...(serverSideEncryption !== undefined && { ServerSideEncryption: serverSideEncryption }),
+    ...(kmsKeyId !== undefined && { SSEKMSKeyId: kmsKeyId }),
+  }
+}
+
+/** Stores a replayable body in one request; the object is replaced at once when the last byte has come. */
+export async function putObject(upload: Upload, body: UploadBody, size: number): Promise<void> {
+  const { bucket, key, signal, onProgress } = upload
+  const action = { doing: `Writing ${key}`, permission: 's3:PutObject' }
+  const tag = randomUUID()
+  let mayBeStored = false
+
+  const attempt = async () => {
+    let sent = 0
+    const onSent = (bytes: number) => {
+      sent += bytes
+      onProgress?.(sent)
+    }
+    const stream = new UploadStream(body, { key, signal, onSent })
+    try {
+      await bucket.client.send(
+        new PutObjectCommand({
+          ...bucket.at(key),
+          ...objectOptions(bucket),
+          Body: stream,
+          ContentLength: size,
+          Metadata: { [UPLOAD_TAG]: tag },
+        }),
+        // until its last byte is given an abort comes by the stream; from then on the storage has the object
+        abortBy(soonAfter(signal)),
+      )
+      if (sent < size) onProgress?.(size)
+    } catch (error) {
+      if (stream.failure) throw stream.failure.error
+      mayBeStored ||= stream.complete
+      throw error
+    } finally {
+      stream.destroy()
+    }
+  }
+  try {
+    await withRetries(attempt, { retries: bucket.settings.retries, signal })
+  } catch (error) {
+    // The answer may have been lost. What counts is what the storage holds now.
+    if (mayBeStored && (isTransient(error) || signal?.aborted)) {
+      const head = await bucket.head(key, { retries: 0 }).catch(() => undefined)
+      if (head?.upload === tag) return
+    }
+    throw signal?.aborted ? abortError(signal) : bucket.error(error, action)
+  }
+}

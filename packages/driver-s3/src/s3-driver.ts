@@ -1,0 +1,217 @@
+import { Readable } from 'node:stream'
+import { DeleteObjectCommand, GetObjectCommand } from '@aws-sdk/client-s3'
+import {
+  abortError,
+  assertKey,
+  assertRange,
+  type ByteRange,
+  type CallOptions,
+  type CleanUpOptions,
+  checkStorage,
+  type DriverCapabilities,
+  type GetOptions,
+  type ObjectStream,
+  type PutOptions,
+  type StorageDriver,
+  type StorageHealth,
+  type StoredObject,
+  toUploadBody,
+  type UploadBody,
+  VarveError,
+} from '@varve/core'
+import { Bucket } from './bucket.ts'
+import { DownloadStream } from './download-stream.ts'
+import { abortBy } from './grace.ts'
+import { listObjects } from './list-objects.ts'
+import { removeUpload } from './multipart-upload.ts'
+import { largestObject } from './part-plan.ts'
+import { putObject } from './put-object.ts'
+import { statusOf, withRetries } from './retrying.ts'
+import { type S3DriverOptions, settingsOf } from './s3-options.ts'
+import { foundUploads, hasPartsSince } from './stale-uploads.ts'
+import { uploadInParts, uploadStream } from './upload-parts.ts'
+
+const LONGEST_NAME = 1024
+
+/**
+ * Keeps backups in a bucket of S3 or of a storage that is compatible with it.
+ *
+ * A large object is sent in several parts at once, each read from the body on its own, so that a part which
+ * fails is read again rather than kept in memory. It is seen when its last part is there, and so is an upload
+ * whose answer was lost: objects carry the id of their upload in the metadata `varve-upload`.
+ */
+export class S3Driver implements StorageDriver {
+  readonly type = 's3'
+  readonly location: string
+  readonly capabilities: DriverCapabilities
+  readonly #bucket: Bucket
+
+  /** @throws INVALID_CONFIG for an option that is wrong; nothing is contacted */
+  constructor(options: S3DriverOptions) {
+    const settings = settingsOf(options)
+    this.#bucket = new Bucket(settings)
+    this.location = this.#bucket.location
+    this.capabilities = {
+      rangeRead: true,
+      atomicPublish: true,
+      resume: true,
+      parallelParts: true,
+      maxObjectSize: largestObject(settings),
+    }
+  }
+
+  async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
+    const { signal, onProgress } = options
+    try {
+      this.#assertKey(key)
+      if (signal?.aborted) throw abortError(signal)
+      const upload = { bucket: this.#bucket, key, signal, onProgress }
+      return { key, size: await this.#store(upload, toUploadBody(body)) }
+    } finally {
+      if (body instanceof Readable) body.destroy()
+    }
+  }
+
+  async get(key: string, { range, signal }: GetOptions = {}): Promise<ObjectStream> {
+    this.#assertKey(key)
+    if (range) assertRange(range)
+    if (signal?.aborted) throw abortError(signal)
+    if (range && range.start === range.end) {
+      if ((await this.stat(key, signal ? { signal } : {})) === undefined) throw this.#missing(key)
+      return Readable.from([], { objectMode: false })
+    }
+    const action = { doing: `Reading ${key}`, permission: 's3:GetObject' }
+    const { retries } = this.#bucket.settings
+    try {
+      const first = await withRetries(() => this.#open(key, range, { signal }), { retries, signal })
+      return new DownloadStream(first.stream, {
+        range: first.range,
+        open: async start => {
+          const rest = { start, end: first.range.end }
+          return (await this.#open(key, rest, { signal, etag: first.etag })).stream
+        },
+        retries,
+        error: error => this.#bucket.error(error, action),
+        signal,
+      })
+    } catch (error) {
+      if (statusOf(error) === 416) return Readable.from([], { objectMode: false }) // all of it is past the end
+      if (error instanceof Error && error.name === 'NoSuchKey') throw this.#missing(key)
+      throw this.#bucket.error(error, action)
+    }
+  }
+
+  async stat(key: string, { signal }: CallOptions = {}): Promise<StoredObject | undefined> {
+    this.#assertKey(key)
+    const head = await this.#bucket.head(key, { signal })
+    return head && { key, size: head.size, ...(head.modifiedAt && { modifiedAt: head.modifiedAt }) }
+  }
+
+  async *list(prefix: string, { signal }: CallOptions = {}): AsyncGenerator<StoredObject> {
+    assertKey(prefix, 'prefix')
+    for await (const object of listObjects(this.#bucket, prefix, { signal })) {
+      if (signal?.aborted) throw abortError(signal)
+      yield object
+    }
+    if (signal?.aborted) throw abortError(signal)
+  }
+
+  async delete(key: string, { signal }: CallOptions = {}): Promise<void> {
+    this.#assertKey(key)
+    const action = { doing: `Deleting ${key}`, permission: 's3:DeleteObject' }
+    const command = new DeleteObjectCommand(this.#bucket.at(key))
+    await this.#bucket.call(
+      action,
+      async options => {
+        try {
+          await this.#bucket.client.send(command, options)
+        } catch (error) {
+          if (!(error instanceof Error && error.name === 'NoSuchKey')) throw error // some servers say so
+        }
+      },
+      { signal },
+    )
+  }
+
+  async check({ signal }: CallOptions = {}): Promise<StorageHealth> {
+    const connect = async () => {
+      await this.#bucket.probe({ retries: 0, signal })
+      return {}
+    }
+    return checkStorage(this, { connect, ...(signal && { signal }) })
+  }
+
+  async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
+    let removed = 0
+    for await (const upload of foundUploads(this.#bucket, '', { signal })) {
+      if (signal?.aborted) throw abortError(signal)
+      if (upload.begunAt >= olderThan) continue
+      if (await hasPartsSince(this.#bucket, upload, olderThan, { signal })) continue
+      await removeUpload(this.#bucket, upload)
+      removed++
+    }
+    return removed
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#bucket[Symbol.dispose]()
+  }
+
+  async #store(upload: Parameters<typeof putObject>[0], body: UploadBody): Promise<number> {
+    const { size, replayable } = body
+    const { maxObjectSize = Number.POSITIVE_INFINITY } = this.capabilities
+    if (size !== undefined && size > maxObjectSize) {
+      throw new VarveError(
+        'UPLOAD_FAILED',
+        `${upload.key} has ${size} bytes; the largest object of ${this.location} is ${maxObjectSize}.`,
+        { context: { key: upload.key, size, maxObjectSize } },
+      )
+    }
+    if (size === undefined || !replayable) return uploadStream(upload, body)
+    if (size <= this.#bucket.settings.partSize) await putObject(upload, body, size)
+    else await uploadInParts(upload, body, size)
+    return size
+  }
+
+  async #open(
+    key: string,
+    range: ByteRange | undefined,
+    { signal, etag }: { signal: AbortSignal | undefined; etag?: string | undefined },
+  ): Promise<{ stream: Readable; range: ByteRange; etag: string | undefined }> {
+    const answer = await this.#bucket.client.send(
+      new GetObjectCommand({
+        ...this.#bucket.at(key),
+        ...(range && { Range: `bytes=${range.start}-${range.end - 1}` }),
+        ...(etag !== undefined && { IfMatch: etag }),
+      }),
+      abortBy(signal),
+    )
+    const { Body: stream, ContentLength: length, ContentRange: sent } = answer
+    const start = range?.start ?? 0
+    if (
+      !(stream instanceof Readable) ||
+      length === undefined ||
+      (range && !sent?.startsWith(`bytes ${start}-`))
+    ) {
+      if (stream instanceof Readable) stream.destroy()
+      throw new Error('the storage answered with something else than the bytes that were asked for')
+    }
+    return { stream, range: { start, end: start + length }, etag: answer.ETag }
+  }
+
+  #assertKey(key: string): void {
+    assertKey(key)
+    if (Buffer.byteLength(this.#bucket.settings.prefix + key) <= LONGEST_NAME) return
+    throw new VarveError(
+      'INVALID_KEY',
+      `Not a storage key: ${JSON.stringify(key)} is longer than 1024 bytes with the path prefix before it.`,
+      { context: { key } },
+    )
+  }
+
+  #missing(key: string): VarveError {
+    return new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
+      context: { key },
+    })
+  }
+}

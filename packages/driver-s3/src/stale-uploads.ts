@@ -1,0 +1,75 @@
+import { ListMultipartUploadsCommand, ListPartsCommand } from '@aws-sdk/client-s3'
+import { isKey } from '@varve/core'
+import type { Bucket, CallRules } from './bucket.ts'
+import { decodeName } from './list-objects.ts'
+
+/** An upload in parts that was neither completed nor aborted. */
+export interface FoundUpload {
+  readonly key: string
+  readonly uploadId: string
+  readonly begunAt: Date
+}
+
+/** The unfinished uploads of keys that begin with `prefix`. */
+export async function* foundUploads(
+  bucket: Bucket,
+  prefix: string,
+  rules: CallRules,
+): AsyncGenerator<FoundUpload> {
+  const action = { doing: 'Listing unfinished uploads', permission: 's3:ListBucketMultipartUploads' }
+  let place: { KeyMarker?: string; UploadIdMarker?: string } | undefined = {}
+  while (place) {
+    const command: ListMultipartUploadsCommand = new ListMultipartUploadsCommand({
+      Bucket: bucket.settings.bucket,
+      Prefix: bucket.settings.prefix + prefix,
+      EncodingType: 'url',
+      ...place,
+    })
+    const page = await bucket.call(action, options => bucket.client.send(command, options), rules)
+    for (const { Key, UploadId, Initiated } of page.Uploads ?? []) {
+      const key = bucket.keyOf(decodeName(Key ?? '') ?? '')
+      if (key === undefined || !isKey(key) || UploadId === undefined || Initiated === undefined) continue
+      yield { key, uploadId: UploadId, begunAt: Initiated }
+    }
+    place = page.IsTruncated
+      ? {
+          KeyMarker: decodeName(page.NextKeyMarker ?? '') ?? '',
+          ...(page.NextUploadIdMarker !== undefined && { UploadIdMarker: page.NextUploadIdMarker }),
+        }
+      : undefined
+  }
+}
+
+/** Whether any part of an upload was written at `time` or later. One that is gone by now was not. */
+export async function hasPartsSince(
+  bucket: Bucket,
+  { key, uploadId }: FoundUpload,
+  time: Date,
+  rules: CallRules,
+): Promise<boolean> {
+  const action = {
+    doing: `Looking at the unfinished upload of ${key}`,
+    permission: 's3:ListMultipartUploadParts',
+  }
+  let marker: string | undefined
+  do {
+    const command: ListPartsCommand = new ListPartsCommand({
+      ...bucket.at(key),
+      UploadId: uploadId,
+      ...(marker !== undefined && { PartNumberMarker: marker }),
+    })
+    const page = await bucket.call(
+      action,
+      options => bucket.client.send(command, options).catch(unlessGone),
+      rules,
+    )
+    if (page?.Parts?.some(part => part.LastModified && part.LastModified >= time)) return true
+    marker = page?.IsTruncated ? page.NextPartNumberMarker : undefined
+  } while (marker !== undefined)
+  return false
+}
+
+function unlessGone(error: unknown): undefined {
+  if (error instanceof Error && error.name === 'NoSuchUpload') return undefined
+  throw error
+}
