@@ -1,5 +1,6 @@
 import { isAbsolute } from 'node:path'
 import { z } from 'zod'
+import { secretField } from './secret.ts'
 import { type StorageType, storageType } from './storage-type.ts'
 
 const local = storageType(
@@ -12,5 +13,60 @@ const local = storageType(
   async options => new (await import('@varve/driver-local')).LocalDriver(options),
 )
 
+const ftp = storageType(
+  z.strictObject({
+    host: z.string().min(1),
+    port: z.int().min(1).max(65_535).exactOptional(),
+    username: z.string().min(1),
+    password: secretField,
+    pathPrefix: z.string().exactOptional(),
+    create: z.boolean().exactOptional(),
+    tls: z.enum(['explicit', 'implicit', 'none']).exactOptional(),
+    ca: secretField.exactOptional(), // no secret, but a certificate is easier kept in a file
+    tlsServerName: z.string().exactOptional(),
+    connections: z.int().min(1).max(100).exactOptional(),
+    timeoutMs: z.int().min(1).exactOptional(),
+  }),
+  async ({ password, ca, ...options }, secrets) => {
+    const { FtpDriver } = await import('@varve/driver-ftp')
+    return new FtpDriver({
+      ...options,
+      password: await secrets('password', password),
+      ...(ca === undefined ? {} : { ca: await secrets('ca', ca) }),
+    })
+  },
+)
+
+const sftp = storageType(
+  z.strictObject({
+    host: z.string().min(1, 'must not be empty'),
+    port: z.int().min(1).max(65_535).exactOptional(),
+    username: z.string().min(1, 'must not be empty'),
+    password: secretField.exactOptional(),
+    pathPrefix: z.string().exactOptional(),
+    privateKey: secretField.exactOptional(),
+    passphrase: secretField.exactOptional(),
+    agent: z.string().refine(isAbsolute, "must be the path of an agent's socket").exactOptional(),
+    hostKey: z.union([z.string(), z.array(z.string())]).exactOptional(),
+    knownHosts: z.string().refine(isAbsolute, 'must be the path of a known_hosts file').exactOptional(),
+    create: z.boolean().exactOptional(),
+    timeoutMs: z.int().exactOptional(),
+    retries: z.int().exactOptional(),
+  }),
+  async ({ password, privateKey, passphrase, ...options }, secrets) => {
+    const { SftpDriver } = await import('@varve/driver-sftp')
+    return new SftpDriver({
+      ...options,
+      ...(password !== undefined && { password: await secrets('password', password) }),
+      ...(privateKey !== undefined && { privateKey: await secrets('privateKey', privateKey) }),
+      ...(passphrase !== undefined && { passphrase: await secrets('passphrase', passphrase) }),
+    })
+  },
+)
+
 /** The kinds of storage that the configuration may name, by their `type`. */
-export const STORAGE_TYPES: ReadonlyMap<string, StorageType> = new Map([['local', local]])
+export const STORAGE_TYPES: ReadonlyMap<string, StorageType> = new Map([
+  ['local', local],
+  ['ftp', ftp],
+  ['sftp', sftp],
+])

@@ -23,11 +23,46 @@ test('a storage is opened by its name, or without one where there is only one', 
   })
 })
 
+test('an FTP server is a storage, whose password may be kept elsewhere', async () => {
+  const ftp = {
+    type: 'ftp',
+    host: 'nas',
+    username: 'varve',
+    password: { env: 'FTP_PASSWORD' },
+    pathPrefix: 'b',
+  }
+  const config = parse({ storages: { ftp } })
+  await using storage = await openStorage(config, undefined, { FTP_PASSWORD: 'hunter2' })
+  expect(storage).toMatchObject({ type: 'ftp', location: 'ftps://nas:21/b' })
+  expect(JSON.stringify(storage)).not.toContain('hunter2')
+  expect(message({ storages: { ftp: { ...ftp, tls: 'maybe' } } })).toContain('storages.ftp.tls')
+  expect(message({ storages: { ftp: { ...ftp, port: 0 } } })).toContain('storages.ftp.port')
+})
+
 test('with several storages one has to be named', async () => {
   const config = parse({ storages: { a: { type: 'local', path: '/a' }, b: { type: 'local', path: '/b' } } })
   await expect(openStorage(config, undefined, {})).rejects.toMatchObject({
     message: expect.stringContaining('a, b'),
   })
+})
+
+test('an SFTP storage is opened with its secrets, and without the program having reached it', async () => {
+  const backup = {
+    type: 'sftp',
+    host: 'backup.example',
+    username: 'varve',
+    password: { env: 'SFTP_PASSWORD' },
+    pathPrefix: 'vm',
+  }
+  const config = parse({ storages: { backup } })
+  const storage = await openStorage(config, undefined, { SFTP_PASSWORD: 'hunter2' })
+  expect(storage).toMatchObject({ type: 'sftp', location: 'sftp://backup.example:22/vm' })
+  await expect(openStorage(config, undefined, {})).rejects.toMatchObject({
+    code: 'INVALID_CONFIG',
+    message: expect.stringContaining('SFTP_PASSWORD'),
+  })
+  const { host: _, ...hostless } = backup
+  expect(message({ storages: { backup: hostless } })).toContain('storages.backup.host')
 })
 
 test.each([
