@@ -186,6 +186,10 @@ class Connection {
 
   cut(): void {
     for (const flow of this.#flows) flow.stop()
-    for (const socket of this.#sockets) socket.resetAndDestroy()
+    for (const socket of this.#sockets) {
+      // libuv resets no connection that it has half closed; and a reset by itself waits until all is written
+      if (!socket.writableEnded) socket.resetAndDestroy()
+      socket.destroy()
+    }
   }
 }
