@@ -191,7 +191,11 @@ export class RcloneDriver implements StorageDriver {
     let found = false
     for await (const file of this.#rclone.list(this.#pathOf(folder.slice(0, -1)), options)) {
       // of a folder that is a file, rclone gives the file, as it would a file of that name inside it
-      if (!found && `/${folder}`.endsWith(`/${file.path}/`) && (await this.stat(folder.slice(0, -1), options)))
+      if (
+        !found &&
+        `/${folder}`.endsWith(`/${file.path}/`) &&
+        (await this.stat(folder.slice(0, -1), options))
+      )
         return
       found = true
       yield { key: folder + file.path, file }

@@ -1,0 +1,69 @@
+import { Readable } from 'node:stream'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { parseLine, parseStat, readLines } from '../src/lsjson.ts'
+
+const files = fc.array(
+  fc.record({
+    path: fc.string({ unit: 'binary', minLength: 1 }),
+    size: fc.maxSafeNat(),
+    time: fc.date({ noInvalidDate: true }),
+  }),
+)
+
+test('a listing comes back whole, wherever the pipe cuts it', async () => {
+  await fc.assert(
+    fc.asyncProperty(files, fc.integer({ min: 1, max: 50 }), async (files, pieceSize) => {
+      const expected = files.map(({ path, size, time }) => ({
+        path: path.toWellFormed(),
+        size,
+        modifiedAt: time,
+      }))
+      const entries = expected.map(({ path, size, modifiedAt }) =>
+        JSON.stringify({
+          Path: path,
+          Name: 'x',
+          Size: size,
+          ModTime: modifiedAt.toISOString(),
+          IsDir: false,
+        }),
+      )
+      const printed = Buffer.from(`[\n${entries.join(',\n')}\n]\n`)
+      const pieces: Buffer[] = []
+      for (let at = 0; at < printed.length; at += pieceSize) pieces.push(printed.subarray(at, at + pieceSize))
+      const parsed = []
+      for await (const line of readLines(Readable.from(pieces))) {
+        const file = parseLine(line)
+        if (file) parsed.push(file)
+      }
+      expect(parsed).toEqual(expected)
+    }),
+  )
+})
+
+test('a folder, nothing, and a document without a size are no files', () => {
+  expect(parseStat('{"Path":"","Size":-1,"IsDir":true}')).toBeUndefined()
+  expect(parseStat('null\n')).toBeUndefined()
+  expect(parseStat('{"Path":"letter.docx","Size":-1,"IsDir":false}')).toBeUndefined()
+})
+
+test('a file without a time is one', () => {
+  expect(parseStat('{"Path":"a","Size":3,"ModTime":"","IsDir":false}')).toEqual({ path: 'a', size: 3 })
+})
+
+test.each(['{"Path":"a","Si', '<html>', '7', '{"Size":3}', '{"Path":"a","Size":"3"}'])(
+  'what is no entry is an error and no file: %s',
+  text => {
+    for (const parse of [parseStat, parseLine]) {
+      expect(() => parse(text)).toThrow(expect.objectContaining({ code: 'STORAGE_FAILED' }))
+    }
+  },
+)
+
+test('a line without an end is given up', async () => {
+  const endless = Readable.from(Array.from({ length: 40 }, () => Buffer.alloc(65_536, 'x')))
+  const read = async () => {
+    for await (const _ of readLines(endless));
+  }
+  await expect(read()).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+})
