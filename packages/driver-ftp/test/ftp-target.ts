@@ -1,9 +1,11 @@
 import { randomBytes } from 'node:crypto'
 import { readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { join, relative } from 'node:path'
+import type { StorageDriver, StoredObject } from '@varve/core'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import type { DriverTarget, RawObject } from '@varve/testkit'
-import type { VsftpdLab } from '@varve/testkit/lab'
+import { startVsftpd, type VsftpdLab, type VsftpdOptions } from '@varve/testkit/lab'
+import { onTestFinished } from 'vitest'
 
 /** The options that a driver of the lab's server needs. */
 export async function optionsOf(
@@ -45,6 +47,30 @@ export async function ftpTarget(
       await rm(`${path}2`, { recursive: true, force: true })
     },
   }
+}
+
+/** A driver of a server of its own, both for the test that runs. */
+export async function begin(
+  options: VsftpdOptions,
+  more: Partial<FtpDriverOptions> = {},
+): Promise<{ lab: VsftpdLab; driver: FtpDriver }> {
+  const lab = await startVsftpd(options)
+  onTestFinished(() => lab[Symbol.asyncDispose]())
+  const driver = new FtpDriver({ ...(await optionsOf(lab, options.tls ?? 'none')), ...more })
+  onTestFinished(() => driver[Symbol.asyncDispose]())
+  return { lab, driver }
+}
+
+/** The commands that the server got, such as `STOR`, without what follows them. */
+export async function commandsOf(lab: VsftpdLab): Promise<string[]> {
+  return [...(await lab.log()).matchAll(/FTP command: Client "[^"]*", "(\w+)/g)].map(([, verb = '']) => verb)
+}
+
+/** What a driver lists. */
+export async function listed(driver: StorageDriver, prefix = ''): Promise<StoredObject[]> {
+  const objects: StoredObject[] = []
+  for await (const object of driver.list(prefix)) objects.push(object)
+  return objects
 }
 
 /** All that is below a folder and is no folder; folders that hold nothing, too, since none should stay. */
