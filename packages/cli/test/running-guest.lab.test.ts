@@ -82,7 +82,9 @@ exec virsh "$@"
     const { error } = await json('backup web-1', 3)
     expect(error).toMatchObject({
       code: 'BLOCK_COMMIT_FAILED',
-      message: expect.stringMatching(/Block commit failed.*no commit today.*varve recover/s),
+      message: expect.stringMatching(
+        /Block commit failed.*virsh blockcommit failed.*no commit today.*varve recover/s,
+      ),
     })
     published = error.context.published
     await write(8) // to the overlay

@@ -17,6 +17,8 @@ const PACKAGES: Readonly<Record<string, string>> = {
 
 /** Options of {@link runCommand}. */
 export interface CommandOptions extends RunOptions {
+  /** What is run, for messages. Default: the program and its first argument. */
+  label?: string
   /** The command is ended after this many milliseconds. Default: 60,000. */
   timeoutMs?: number
 }
@@ -37,7 +39,7 @@ export async function runCommand(
   args: readonly string[],
   options: CommandOptions = {},
 ): Promise<CommandResult> {
-  const { signal, timeoutMs = 60_000 } = options
+  const { signal, timeoutMs = 60_000, label = `${command} ${args[0] ?? ''}` } = options
   if (signal?.aborted) throw abortError(signal)
   const run = () =>
     execa(command, args, {
@@ -80,7 +82,7 @@ export async function runCommand(
   if (result.timedOut) {
     throw new VarveError(
       'COMMAND_TIMEOUT',
-      `${command} ${args[0] ?? ''} did not end within ${timeoutMs / 1000} s and was stopped.`,
+      `${label} did not end within ${timeoutMs / 1000} s and was stopped.`,
       {
         context,
         cause: result,
@@ -91,7 +93,7 @@ export async function runCommand(
   const said = lastLine(result.stderr) || lastLine(result.stdout) || result.shortMessage
   throw new VarveError(
     'COMMAND_FAILED',
-    `${command} ${args[0] ?? ''} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
+    `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
     {
       context,
       cause: result,

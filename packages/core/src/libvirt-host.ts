@@ -328,7 +328,8 @@ export class LibvirtHost implements Host {
 
   async #virsh(run: RunOptions & { timeoutMs?: number }, ...args: string[]): Promise<string> {
     try {
-      return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], run)).stdout
+      const options = { ...run, label: `virsh ${args[0]}` }
+      return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], options)).stdout
     } catch (error) {
       const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
       if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
