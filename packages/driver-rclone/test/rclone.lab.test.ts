@@ -1,0 +1,279 @@
+import { chmod, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { Readable } from 'node:stream'
+import { buffer } from 'node:stream/consumers'
+import { bytesBody, type CommandEvent, type StorageDriver } from '@varve/core'
+import { RcloneDriver, RcloneHelper } from '@varve/driver-rclone'
+import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
+import { describe, expect, onTestFinished, test } from 'vitest'
+import { filesIn, folderTarget } from './rclone-target.ts'
+
+const never = new Promise<never>(() => undefined)
+
+/** A driver on a folder of its own, for one test, which is told the commands that it runs. */
+async function begin(options: Parameters<typeof folderTarget>[1] = {}) {
+  const commands: CommandEvent[] = []
+  const target = await folderTarget(undefined, { onCommand: event => commands.push(event), ...options })
+  onTestFinished(() => target.dispose())
+  return { ...target, commands }
+}
+
+/** A program in rclone's place: what `script` says, and otherwise rclone itself. */
+async function beginWithScript(script: string, options: Parameters<typeof folderTarget>[1] = {}) {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-script-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const command = join(folder, 'rclone')
+  await writeFile(command, `#!/bin/sh\n${script}\nexec rclone "$@"\n`)
+  await chmod(command, 0o755)
+  return begin({ command, ...options })
+}
+
+/** The processes of this one's children that run rclone. */
+async function rcloneProcesses(): Promise<number[]> {
+  const children = await readFile(`/proc/self/task/${process.pid}/children`, 'utf8')
+  const found: number[] = []
+  for (const pid of children.split(' ').filter(Boolean)) {
+    const name = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '')
+    if (name.trim() === 'rclone') found.push(Number(pid))
+  }
+  return found
+}
+
+async function listed(driver: StorageDriver, prefix: string): Promise<string[]> {
+  const keys: string[] = []
+  for await (const { key } of driver.list(prefix)) keys.push(key)
+  return keys
+}
+
+describe('an upload', () => {
+  test('runs rcat with the size, to a temporary name in the same folder, and then moveto', async () => {
+    const { driver, commands } = await begin()
+    await driver.put('a/b.img', bytesBody(Buffer.from('hello')))
+    const [upload] = commands.filter(({ args }) => args[0] === 'rcat')
+    expect(upload?.args.slice(0, 3)).toEqual(['rcat', '--size', '5'])
+    expect(upload?.args).toContainEqual(expect.stringMatching(/^nas:backup\/a\/\.varve-part-[0-9a-f]+$/))
+    const [move] = commands.filter(({ args }) => args[0] === 'moveto')
+    expect(move?.args).toContain('nas:backup/a/b.img')
+    expect(move).toMatchObject({ type: 'command', command: 'rclone', exitCode: 0 })
+  })
+
+  test('replaces an object of the same size within the same second', async () => {
+    const { driver } = await begin()
+    for (const text of ['one', 'two', 'six']) {
+      await driver.put('same', bytesBody(Buffer.from(text)))
+      expect(String(await buffer(await driver.get('same')))).toBe(text)
+    }
+  })
+
+  test('uses no folder for temporary files, and holds nothing open but its target', async () => {
+    const { driver, path } = await begin()
+    const opened: string[] = [] // for writing
+    const lookAround = async () => {
+      for (const pid of await rcloneProcesses()) {
+        const environment = await readFile(`/proc/${pid}/environ`, 'utf8')
+        expect(environment).toContain('TMPDIR=/dev/null/')
+        for (const fd of await readdir(`/proc/${pid}/fd`)) {
+          const [, flags = '0'] =
+            /^flags:\s*(\d+)/m.exec(await readFile(`/proc/${pid}/fdinfo/${fd}`, 'utf8')) ?? []
+          if ((Number.parseInt(flags, 8) & 3) === 0) continue
+          opened.push(await readlink(`/proc/${pid}/fd/${fd}`))
+        }
+      }
+    }
+    const seen = Promise.withResolvers<void>()
+    const source = troubledSource(
+      { kind: 'wait', resumed: seen.promise, size: 8_000_000 },
+      { bytes: 6_000_000, onTaken: () => lookAround().then(seen.resolve, seen.reject) },
+    )
+    await driver.put('large', source)
+    const files = opened.filter(name => name.startsWith('/') && !/^\/(dev|proc|sys)\//.test(name))
+    expect(files).not.toEqual([])
+    expect(files.filter(name => !name.startsWith(`${path}/.varve-part-`))).toEqual([])
+  })
+
+  test('whose source fails leaves no rclone behind, and nothing that it wrote', async () => {
+    const { driver, path, commands } = await begin()
+    const source = troubledSource({ kind: 'fail', error: new Error('boom') }, { bytes: 1_000_000 })
+    await expect(driver.put('a/b', source)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+    expect(await rcloneProcesses()).toEqual([])
+    expect(await filesIn(path)).toEqual([])
+    expect(commands.find(({ args }) => args[0] === 'rcat')?.exitCode).not.toBe(0)
+    expect(commands.filter(({ args }) => args[0] === 'moveto')).toEqual([])
+  })
+
+  test('whose rclone dies fails at once, also while the source gives nothing', async () => {
+    const { driver } = await beginWithScript(
+      'case "$1" in rcat) echo "2026/01/01 00:00:00 Failed to rcat: the cable is loose" >&2; exit 1;; esac',
+    )
+    const source = troubledSource({ kind: 'wait', resumed: never, size: 100 }, { bytes: 10 })
+    await expect(driver.put('a/b', source)).rejects.toMatchObject({
+      code: 'UPLOAD_FAILED',
+      message: expect.stringMatching(
+        /^rclone rcat: failed to upload nas:backup\/a\/.*: the cable is loose\. /,
+      ),
+    })
+    expect(source.destroyed).toBe(true)
+  })
+
+  test('that rclone cuts short and calls a success is none', async () => {
+    const { driver, path } = await beginWithScript(
+      'case "$1" in rcat) for last; do :; done; head -c 1000 | rclone "$@"; cat > /dev/null; exit 0;; esac',
+    )
+    const upload = driver.put('a/b', Readable.from([patternBytes(0, 0, 70_000)]))
+    await expect(upload).rejects.toMatchObject({
+      code: 'UPLOAD_FAILED',
+      message: expect.stringMatching(/^rclone rcat: failed to upload a\/b: 70000 bytes were sent/),
+    })
+    expect(await filesIn(path)).toEqual([])
+  })
+
+  test('that fails by what may go away is made again from a body that opens again', async () => {
+    const marker = join(await mkdtemp(join(tmpdir(), 'varve-rclone-once-')), 'done')
+    onTestFinished(() => rm(join(marker, '..'), { recursive: true }))
+    const { driver } = await beginWithScript(
+      `case "$1" in rcat) if [ ! -e ${marker} ]; then touch ${marker}; head -c 100 > /dev/null; exit 5; fi;; esac`,
+    )
+    const body = new PatternBody({ size: 3_000_000, seed: 4 })
+    await driver.put('a/b', body)
+    expect(body.faults).toEqual([])
+    expect((await buffer(await driver.get('a/b'))).equals(patternBytes(4, 0, body.size))).toBe(true)
+  })
+
+  test('to an rclone that takes nothing ends with TIMEOUT; a source that gives nothing is waited for', async () => {
+    const stuck = await beginWithScript('case "$1" in rcat) exec sleep 1000;; esac', { timeoutMs: 600 })
+    const body = new PatternBody({ size: 8_000_000 })
+    await expect(stuck.driver.put('a', body)).rejects.toMatchObject({ code: 'TIMEOUT', retryable: true })
+
+    const { driver } = await begin({ timeoutMs: 600 })
+    const { promise: later, resolve } = Promise.withResolvers<void>()
+    const slow = troubledSource(
+      { kind: 'wait', resumed: later, size: 2_000_000 },
+      { bytes: 1_000_000, onTaken: () => setTimeout(resolve, 1500) },
+    )
+    await driver.put('a', slow)
+    expect(await driver.stat('a')).toMatchObject({ size: 2_000_000 })
+  })
+})
+
+describe('a download', () => {
+  test.each([
+    ['ends early and is called a success', 'exit 0'],
+    ['ends early with an exit code', 'exit 1'],
+  ])('that %s fails', async (_, end) => {
+    const { driver } = await beginWithScript(`case "$1" in cat) rclone "$@" | head -c 1000; ${end};; esac`)
+    await driver.put('a', bytesBody(patternBytes(0, 0, 5000)))
+    await expect(driver.get('a').then(buffer)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+  })
+
+  test('that gives too much fails', async () => {
+    const { driver } = await beginWithScript('case "$1" in cat) yes;; esac')
+    await driver.put('a', bytesBody(patternBytes(0, 0, 5000)))
+    await expect(driver.get('a').then(buffer)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+  })
+
+  test('that is read slowly is not held against the server', async () => {
+    const { driver } = await begin({ timeoutMs: 500 })
+    await driver.put('a', new PatternBody({ size: 30_000_000 }))
+    const download = await driver.get('a')
+    let size = 0
+    for await (const chunk of download) {
+      if (size === 0) await new Promise(resolve => setTimeout(resolve, 1200))
+      size += chunk.byteLength
+    }
+    expect(size).toBe(30_000_000)
+  })
+})
+
+describe('rclone itself', () => {
+  test('that is not installed is named, by every call', async () => {
+    const { driver } = await begin({ command: '/nonexistent/rclone' })
+    const missing = { code: 'COMMAND_MISSING', message: expect.stringContaining('Install') }
+    await expect(driver.put('a', bytesBody(Buffer.from('x')))).rejects.toMatchObject(missing)
+    await expect(driver.stat('a')).rejects.toMatchObject(missing)
+    await expect(driver.delete('a')).rejects.toMatchObject(missing)
+    expect((await driver.check()).checks).toMatchObject([{ name: 'connect', ok: false }])
+  })
+
+  test('that is too old is named with both versions, when it fails or is checked', async () => {
+    const { driver } = await beginWithScript(
+      'case "$1" in version) echo "rclone v1.53.3-DEV"; exit;; *) echo "Error: unknown flag: --stat" >&2; exit 1;; esac',
+    )
+    const tooOld = { code: 'INVALID_CONFIG', message: expect.stringMatching(/1\.53\.3.*1\.59\.0/) }
+    await expect(driver.stat('a')).rejects.toMatchObject(tooOld)
+    const { checks } = await driver.check()
+    expect(checks[0]).toMatchObject({ ok: false, message: expect.stringMatching(/1\.53\.3.*1\.59\.0/) })
+  })
+
+  test('does not see what of the environment would change it', async () => {
+    const { driver } = await begin()
+    process.env.RCLONE_DRY_RUN = 'true'
+    onTestFinished(() => {
+      delete process.env.RCLONE_DRY_RUN
+    })
+    await driver.put('a', bytesBody(Buffer.from('x')))
+    expect(await driver.stat('a')).toMatchObject({ size: 1 })
+  })
+})
+
+describe('the remote', () => {
+  test('that is not configured is named', async () => {
+    const { configFile } = await begin()
+    const driver = new RcloneDriver({ remoteName: 'tape', configFile })
+    await expect(driver.stat('a')).rejects.toMatchObject({
+      code: 'INVALID_CONFIG',
+      message: expect.stringContaining('remoteName'),
+    })
+  })
+
+  test('whose folder is missing is STORAGE_NOT_FOUND for every call, unless it is to be made', async () => {
+    const { configFile, path } = await begin()
+    const driver = new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup/missing' })
+    const missing = { code: 'STORAGE_NOT_FOUND' }
+    await expect(driver.put('a', bytesBody(Buffer.from('x')))).rejects.toMatchObject(missing)
+    await expect(driver.get('a')).rejects.toMatchObject(missing)
+    await expect(driver.stat('a')).rejects.toMatchObject(missing)
+    await expect(driver.delete('a')).rejects.toMatchObject(missing)
+    await expect(driver.list('').next()).rejects.toMatchObject(missing)
+    expect(await readdir(path)).toEqual([])
+    const made = new RcloneDriver({
+      remoteName: 'nas',
+      configFile,
+      pathPrefix: 'backup/missing',
+      create: true,
+    })
+    await made.put('a', bytesBody(Buffer.from('x')))
+    expect(await filesIn(path)).toEqual([{ name: 'missing/a', size: 1 }])
+  })
+
+  test('a prefix that is a file lists nothing', async () => {
+    const { driver } = await begin()
+    await driver.put('a', bytesBody(Buffer.from('x')))
+    expect(await listed(driver, 'a/')).toEqual([])
+    await driver.put('b/b', bytesBody(Buffer.from('x')))
+    expect(await listed(driver, 'b/')).toEqual(['b/b'])
+  })
+
+  test('its features tell whether an upload needs a size', async () => {
+    const { configFile } = await begin()
+    const helper = new RcloneHelper({ remoteName: 'nas', configFile })
+    expect(await helper.features()).toEqual({
+      streamingUpload: true,
+      duplicateNames: false,
+      tellsSpace: true,
+    })
+    expect(await helper.version()).toMatch(/^1\.\d+\.\d+$/)
+  })
+
+  test('one that takes no upload without a size is not sent one', async () => {
+    const { driver, path } = await beginWithScript(
+      'case "$1" in backend) echo "{\\"Features\\":{\\"PutStream\\":false}}"; exit;; esac',
+    )
+    await expect(driver.put('a', Readable.from([Buffer.from('x')]))).rejects.toMatchObject({
+      code: 'UPLOAD_FAILED',
+      message: expect.stringMatching(/^rclone rcat: failed to upload a: .*size/),
+    })
+    await driver.put('b', bytesBody(Buffer.from('x')))
+    expect(await filesIn(path)).toEqual([{ name: 'b', size: 1 }])
+  })
+})
