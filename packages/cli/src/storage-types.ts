@@ -64,9 +64,42 @@ const sftp = storageType(
   },
 )
 
+const s3 = storageType(
+  z.strictObject({
+    endpoint: z.url({ protocol: /^https?$/ }).exactOptional(),
+    bucket: z.string().min(1, 'must not be empty'),
+    region: z.string().exactOptional(),
+    accessKey: z.string().min(1, 'must not be empty').exactOptional(),
+    secretKey: secretField.exactOptional(),
+    sessionToken: secretField.exactOptional(),
+    pathPrefix: z.string().exactOptional(),
+    pathStyle: z.boolean().exactOptional(),
+    storageClass: z.string().exactOptional(),
+    serverSideEncryption: z.enum(['AES256', 'aws:kms', 'aws:kms:dsse']).exactOptional(),
+    kmsKeyId: z.string().exactOptional(),
+    ca: z.string().exactOptional(),
+    checksums: z.enum(['WHEN_SUPPORTED', 'WHEN_REQUIRED']).exactOptional(),
+    partSize: z.int().exactOptional(),
+    maxParts: z.int().exactOptional(),
+    equalParts: z.boolean().exactOptional(),
+    parallelParts: z.int().exactOptional(),
+    timeoutMs: z.int().exactOptional(),
+    retries: z.int().exactOptional(),
+  }),
+  async ({ secretKey, sessionToken, ...options }, secrets) => {
+    const { S3Driver } = await import('@varve/driver-s3')
+    return new S3Driver({
+      ...options,
+      ...(secretKey !== undefined && { secretKey: await secrets('secretKey', secretKey) }),
+      ...(sessionToken !== undefined && { sessionToken: await secrets('sessionToken', sessionToken) }),
+    })
+  },
+)
+
 /** The kinds of storage that the configuration may name, by their `type`. */
 export const STORAGE_TYPES: ReadonlyMap<string, StorageType> = new Map([
   ['local', local],
   ['ftp', ftp],
   ['sftp', sftp],
+  ['s3', s3],
 ])

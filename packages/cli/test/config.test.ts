@@ -46,6 +46,27 @@ test('with several storages one has to be named', async () => {
   })
 })
 
+test('an S3 storage is opened with its secrets, and without the program having reached it', async () => {
+  const bucket = {
+    type: 's3',
+    endpoint: 'https://s3.example:9000',
+    bucket: 'backups',
+    accessKey: 'AK',
+    secretKey: { env: 'S3_SECRET' },
+    pathPrefix: 'vm',
+  }
+  const config = parse({ storages: { bucket } })
+  await using storage = await openStorage(config, undefined, { S3_SECRET: 'hunter2' })
+  expect(storage).toMatchObject({ type: 's3', location: 'https://s3.example:9000/backups/vm' })
+  expect(JSON.stringify(storage)).not.toContain('hunter2')
+  expect(message({ storages: { bucket: { ...bucket, endpoint: 's3.example' } } })).toContain(
+    'storages.bucket.endpoint',
+  )
+  expect(message({ storages: { bucket: { ...bucket, checksums: 'NEVER' } } })).toContain(
+    'storages.bucket.checksums',
+  )
+})
+
 test('an SFTP storage is opened with its secrets, and without the program having reached it', async () => {
   const backup = {
     type: 'sftp',

@@ -6,6 +6,10 @@ import { isTransient, statusOf, withRetries } from './retrying.ts'
 import { type S3Action, s3Error } from './s3-error.ts'
 import type { S3Settings } from './s3-options.ts'
 
+const nothing = () => undefined
+/** The SDK would warn on the console of requests that are made again here. */
+const SILENT = { trace: nothing, debug: nothing, info: nothing, warn: nothing, error: nothing }
+
 /** How a call is made. */
 export interface CallRules {
   /** Ends the call with `ABORTED`. */
@@ -135,6 +139,7 @@ function clientConfig(settings: S3Settings): S3ClientConfig {
     responseChecksumValidation: 'WHEN_REQUIRED',
     // A body is not sent to a server that refuses it: the answer would be lost with the connection.
     expectContinueHeader: 64 * 1024,
+    logger: SILENT,
     maxAttempts: 1, // a retry reads the body anew, which the SDK cannot
     requestHandler: {
       metadata: { handlerProtocol: 'http/1.1' },

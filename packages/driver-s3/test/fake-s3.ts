@@ -1,0 +1,158 @@
+import { createHash } from 'node:crypto'
+import { once } from 'node:events'
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { buffer } from 'node:stream/consumers'
+import type { S3DriverOptions } from '@varve/driver-s3'
+
+/** The calls that {@link FakeS3} knows. */
+export type Call = 'put' | 'get' | 'head' | 'list' | 'create' | 'part' | 'complete' | 'abort'
+
+/** What becomes of one call: it is answered before or after it has been carried out. */
+export interface Fault {
+  readonly when: 'before' | 'after'
+  /** An answer with an error of S3 in it, or a connection that is cut. */
+  readonly answer: { status: number; code: string } | 'cut'
+}
+
+/** Just so much of S3 that it can be made to fail in ways that a real server cannot. */
+export class FakeS3 implements AsyncDisposable {
+  readonly objects = new Map<string, { bytes: Buffer; tag: string | undefined }>()
+  readonly uploads = new Map<string, { tag: string | undefined; parts: Map<number, Buffer> }>()
+  /** The calls that came, in order. */
+  readonly calls: Call[] = []
+  /** The heads of the requests that came. */
+  readonly requests: IncomingMessage[] = []
+  /** The bodies of `put` and `part`, as they came. */
+  readonly bodies: Buffer[] = []
+  /** What becomes of the next calls of a kind, one after the other. */
+  readonly faults = new Map<Call, Fault[]>()
+  /** How many bytes a `get` sends before its connection is cut, once. */
+  cutDownloadAfter: number | undefined
+  readonly #server = createServer((request, response) => {
+    this.#serve(request, response).catch(error => response.destroy(error))
+  })
+
+  static async start(): Promise<FakeS3> {
+    const fake = new FakeS3()
+    fake.#server.listen(0, '127.0.0.1')
+    await once(fake.#server, 'listening')
+    return fake
+  }
+
+  get options(): S3DriverOptions {
+    const { port } = this.#server.address() as AddressInfo
+    return { endpoint: `http://127.0.0.1:${port}`, bucket: 'b', accessKey: 'AK', secretKey: 'the-secret' }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#server.closeAllConnections()
+    this.#server.close()
+    await once(this.#server, 'close')
+  }
+
+  async #serve(request: IncomingMessage, response: ServerResponse): Promise<void> {
+    const url = new URL(request.url ?? '', 'http://s3')
+    const call = callOf(request.method ?? '', url)
+    this.calls.push(call)
+    this.requests.push(request)
+    const body = await buffer(request)
+    if (call === 'put' || call === 'part') this.bodies.push(body)
+    const fault = this.faults.get(call)?.shift()
+    const spoil = ({ answer }: Fault) => {
+      if (answer === 'cut') response.destroy()
+      else this.#fail(response, answer.status, answer.code)
+    }
+    if (fault?.when === 'before') return spoil(fault)
+    const answer = this.#carryOut(call, url, request, body)
+    if (fault) return spoil(fault)
+    answer(response)
+  }
+
+  #carryOut(
+    call: Call,
+    url: URL,
+    request: IncomingMessage,
+    body: Buffer,
+  ): (response: ServerResponse) => void {
+    const key = decodeURIComponent(url.pathname.slice('/b/'.length))
+    const id = url.searchParams.get('uploadId') ?? ''
+    const upload = this.uploads.get(id)
+    const tag = request.headers['x-amz-meta-varve-upload']?.toString()
+    const object = this.objects.get(key)
+    switch (call) {
+      case 'put':
+        this.objects.set(key, { bytes: body, tag })
+        return response => response.setHeader('etag', etag(body)).end()
+      case 'create': {
+        const made = `upload-${this.uploads.size + 1}`
+        this.uploads.set(made, { tag, parts: new Map() })
+        const xml = `<InitiateMultipartUploadResult><UploadId>${made}</UploadId></InitiateMultipartUploadResult>`
+        return response => response.end(xml)
+      }
+      case 'part':
+        upload?.parts.set(Number(url.searchParams.get('partNumber')), body)
+        return response => response.setHeader('etag', etag(body)).end()
+      case 'complete': {
+        if (!upload) return response => this.#fail(response, 404, 'NoSuchUpload')
+        const numbers = [...upload.parts.keys()].sort((a, b) => a - b)
+        const bytes = Buffer.concat(numbers.map(number => upload.parts.get(number) ?? Buffer.alloc(0)))
+        this.objects.set(key, { bytes, tag: upload.tag })
+        this.uploads.delete(id)
+        return response =>
+          response.end('<CompleteMultipartUploadResult><ETag>"x-2"</ETag></CompleteMultipartUploadResult>')
+      }
+      case 'abort':
+        return response => {
+          if (this.uploads.delete(id)) response.writeHead(204).end()
+          else this.#fail(response, 404, 'NoSuchUpload')
+        }
+      case 'list':
+        return response => response.end('<ListBucketResult></ListBucketResult>')
+      default: {
+        if (!object) return response => this.#fail(response, 404, 'NoSuchKey')
+        if (request.headers['if-match'] && request.headers['if-match'] !== etag(object.bytes)) {
+          return response => this.#fail(response, 412, 'PreconditionFailed')
+        }
+        return response => this.#send(request, response, object)
+      }
+    }
+  }
+
+  #send(
+    request: IncomingMessage,
+    response: ServerResponse,
+    { bytes, tag }: { bytes: Buffer; tag: string | undefined },
+  ): void {
+    const [, start] = /bytes=(\d+)-/.exec(request.headers.range ?? '') ?? []
+    const part = bytes.subarray(Number(start ?? 0))
+    if (start !== undefined) {
+      response.statusCode = 206
+      response.setHeader('content-range', `bytes ${start}-${bytes.length - 1}/${bytes.length}`)
+    }
+    response.setHeader('etag', etag(bytes)).setHeader('content-length', part.length)
+    if (tag !== undefined) response.setHeader('x-amz-meta-varve-upload', tag)
+    const cut = this.cutDownloadAfter
+    this.cutDownloadAfter = undefined
+    if (request.method === 'HEAD') response.end()
+    else if (cut === undefined) response.end(part)
+    else response.write(part.subarray(0, cut), () => response.destroy())
+  }
+
+  #fail(response: ServerResponse, status: number, code: string): void {
+    response.statusCode = status
+    response.end(`<?xml version="1.0"?><Error><Code>${code}</Code><Message>as told</Message></Error>`)
+  }
+}
+
+function etag(bytes: Buffer): string {
+  return `"${createHash('md5').update(bytes).digest('hex')}"`
+}
+
+function callOf(method: string, { searchParams, pathname }: URL): Call {
+  if (method === 'POST') return searchParams.has('uploads') ? 'create' : 'complete'
+  if (method === 'PUT') return searchParams.has('partNumber') ? 'part' : 'put'
+  if (method === 'DELETE') return 'abort'
+  if (method === 'HEAD') return 'head'
+  return pathname.length > '/b/'.length ? 'get' : 'list'
+}

@@ -1,0 +1,166 @@
+import { buffer } from 'node:stream/consumers'
+import { crc32 } from 'node:zlib'
+import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
+import { PatternBody, patternBytes } from '@varve/testkit'
+import { expect, onTestFinished, test } from 'vitest'
+import { type Call, FakeS3, type Fault } from './fake-s3.ts'
+
+const MIB = 1024 * 1024
+const SIZE = 6 * MIB + 1
+const slowDown: Fault = { when: 'before', answer: { status: 503, code: 'SlowDown' } }
+
+async function begin(options: Partial<S3DriverOptions> = {}, faults: Partial<Record<Call, Fault[]>> = {}) {
+  const fake = await FakeS3.start()
+  const driver = new S3Driver({ ...fake.options, partSize: 5 * MIB, ...options })
+  onTestFinished(async () => {
+    await driver[Symbol.asyncDispose]()
+    await fake[Symbol.asyncDispose]()
+  })
+  for (const [call, script] of Object.entries(faults)) fake.faults.set(call as Call, script)
+  return { fake, driver }
+}
+
+function count(fake: FakeS3, call: Call): number {
+  return fake.calls.filter(name => name === call).length
+}
+
+test('a small object that meets SlowDown is read anew and sent again', async () => {
+  const { fake, driver } = await begin({}, { put: [slowDown, slowDown] })
+  const body = new PatternBody({ size: 100_000, seed: 1 })
+  const progress: number[] = []
+  await driver.put('a', body, { onProgress: bytes => progress.push(bytes) })
+  expect(count(fake, 'put')).toBe(3)
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(1, 0, 100_000))).toBe(true)
+  expect(progress.at(-1)).toBe(100_000)
+  expect(body.faults).toEqual([])
+})
+
+test('a part that fails is read again, alone', async () => {
+  const cut: Fault = { when: 'before', answer: 'cut' }
+  const { fake, driver } = await begin({ parallelParts: 1 }, { part: [slowDown, cut] })
+  const body = new PatternBody({ size: SIZE, seed: 2 })
+  await driver.put('a', body)
+  expect(fake.bodies.map(bytes => bytes.length)).toEqual([5 * MIB, 5 * MIB, 5 * MIB, MIB + 1])
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(2, 0, SIZE))).toBe(true)
+})
+
+test('the memory of chunks is used again while a part is sent', async () => {
+  const { driver } = await begin()
+  const body = new PatternBody({ size: 20 * MIB, chunkSize: 64 * 1024 })
+  await driver.put('a', body)
+  expect(body.faults).toEqual([])
+  expect(body.allocations).toBeLessThan(64) // of 320 chunks
+})
+
+test('a completion that answers 200 with an error in it is made again', async () => {
+  const inBody: Fault = { when: 'before', answer: { status: 200, code: 'InternalError' } }
+  const { fake, driver } = await begin({}, { complete: [inBody] })
+  await driver.put('a', new PatternBody({ size: SIZE, seed: 3 }))
+  expect(count(fake, 'complete')).toBe(2)
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(3, 0, SIZE))).toBe(true)
+})
+
+test.each<[string, Fault['answer']]>([
+  ['whose connection is cut', 'cut'],
+  ['that answers InternalError', { status: 500, code: 'InternalError' }],
+  ['that answers 200 with an error in it', { status: 200, code: 'InternalError' }],
+])('a completion %s after it has succeeded is a success', async (_, answer) => {
+  const { fake, driver } = await begin({}, { complete: [{ when: 'after', answer }] })
+  await driver.put('a', new PatternBody({ size: SIZE, seed: 4 }))
+  expect(count(fake, 'complete')).toBe(1)
+  expect(count(fake, 'abort')).toBe(0)
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(4, 0, SIZE))).toBe(true)
+})
+
+test('a completion that fails for good is no success because a former object is there', async () => {
+  const refusal: Fault = { when: 'before', answer: { status: 400, code: 'InvalidPart' } }
+  const { fake, driver } = await begin({}, { complete: [refusal] })
+  const former = { bytes: patternBytes(5, 0, SIZE), tag: 'another upload' }
+  fake.objects.set('a', former)
+  await expect(driver.put('a', new PatternBody({ size: SIZE, seed: 6 }))).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    message: expect.stringContaining('InvalidPart'),
+  })
+  expect(fake.objects.get('a')).toBe(former)
+  expect(fake.uploads.size).toBe(0)
+})
+
+test('a small object whose answer is lost each time is a success when the storage has it', async () => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { fake, driver } = await begin({ retries: 1 }, { put: [lost, lost] })
+  await driver.put('a', new PatternBody({ size: 10, seed: 7 }))
+  expect(fake.calls).toEqual(['put', 'put', 'head'])
+})
+
+test.each(['InvalidAccessKeyId', 'SignatureDoesNotMatch', 'ExpiredToken', 'AccessDenied'])(
+  'a request that is refused with %s is not made again, and the error holds no secret',
+  async code => {
+    const refusal: Fault = { when: 'before', answer: { status: 403, code } }
+    const { fake, driver } = await begin({}, { put: [refusal] })
+    const error = await driver.put('a', new PatternBody({ size: 10 })).catch(error => error)
+    expect(error).toMatchObject({ code: 'STORAGE_ACCESS_DENIED', message: expect.stringContaining(code) })
+    expect(`${error.stack} ${JSON.stringify(error)} ${error.cause.stack}`).not.toContain('the-secret')
+    expect(fake.calls).toEqual(['put'])
+  },
+)
+
+test('a quota that is used up is STORAGE_FULL', async () => {
+  const full: Fault = { when: 'before', answer: { status: 403, code: 'QuotaExceeded' } }
+  const { driver } = await begin({}, { put: [full] })
+  await expect(driver.put('a', new PatternBody({ size: 10 }))).rejects.toMatchObject({ code: 'STORAGE_FULL' })
+})
+
+test('a download that is cut goes on where it broke off, with the same object', async () => {
+  const { fake, driver } = await begin()
+  const bytes = patternBytes(8, 0, 300_000)
+  fake.objects.set('a', { bytes, tag: undefined })
+  fake.cutDownloadAfter = 100_000
+  expect((await buffer(await driver.get('a'))).equals(bytes)).toBe(true)
+  const [first, second] = fake.requests
+  expect(first?.headers.range).toBeUndefined()
+  expect(second?.headers).toMatchObject({
+    range: expect.stringMatching(/^bytes=\d+-299999$/),
+    'if-match': expect.any(String),
+  })
+})
+
+test('a download whose object is replaced while the connection is cut fails', async () => {
+  const { fake, driver } = await begin()
+  fake.objects.set('a', { bytes: patternBytes(9, 0, 300_000), tag: undefined })
+  fake.cutDownloadAfter = 100_000
+  const download = await driver.get('a')
+  fake.objects.set('a', { bytes: patternBytes(10, 0, 300_000), tag: undefined })
+  await expect(buffer(download)).rejects.toMatchObject({ code: 'STORAGE_FAILED', retryable: true })
+})
+
+test('with WHEN_SUPPORTED an upload ends with its CRC32, and memory is used again too', async () => {
+  const { fake, driver } = await begin({ checksums: 'WHEN_SUPPORTED' })
+  const body = new PatternBody({ size: 4 * MIB, seed: 11, chunkSize: 64 * 1024 })
+  await driver.put('a', body)
+  expect(body.faults).toEqual([])
+  expect(body.allocations).toBeLessThan(64)
+  const checksum = Buffer.alloc(4)
+  checksum.writeUInt32BE(crc32(patternBytes(11, 0, body.size)))
+  const sent = fake.bodies[0]?.subarray(-100).toString('latin1')
+  expect(sent).toContain(`\r\n0\r\nx-amz-checksum-crc32:${checksum.toString('base64')}\r\n\r\n`)
+  expect(fake.requests[0]?.headers).toMatchObject({ 'x-amz-decoded-content-length': String(body.size) })
+})
+
+test('settings of new objects go with each way of making one', async () => {
+  const { fake, driver } = await begin({
+    storageClass: 'STANDARD_IA',
+    serverSideEncryption: 'aws:kms',
+    kmsKeyId: 'key-1',
+    sessionToken: 'session',
+  })
+  await driver.put('small', new PatternBody({ size: 10 }))
+  await driver.put('large', new PatternBody({ size: SIZE }))
+  for (const call of ['put', 'create'] as const) {
+    expect(fake.requests[fake.calls.indexOf(call)]?.headers, call).toMatchObject({
+      'x-amz-storage-class': 'STANDARD_IA',
+      'x-amz-server-side-encryption': 'aws:kms',
+      'x-amz-server-side-encryption-aws-kms-key-id': 'key-1',
+      'x-amz-security-token': 'session',
+    })
+  }
+})
