@@ -1,6 +1,14 @@
 import { abortError, VarveError } from '@varve/core'
 import { Client, type FTPResponse } from 'basic-ftp'
-import { ftpError, isRefusal, isReply, replyText, timeoutError, tlsError } from './ftp-error.ts'
+import {
+  ftpError,
+  isRefusal,
+  isReply,
+  protocolError,
+  replyText,
+  timeoutError,
+  tlsError,
+} from './ftp-error.ts'
 import type { FtpSettings } from './ftp-options.ts'
 import { unlessAborted } from './waiting.ts'
 
@@ -163,7 +171,7 @@ export class FtpConnection {
         if (create) await this.#makeRoot()
         await this.command(`CWD ${pathPrefix}`)
       }
-      this.root = pathFrom(await this.command('PWD'))
+      this.root = this.#pathFrom(await this.command('PWD'))
     } catch (error) {
       if (!isRefusal(error)) throw ftpError(error, 'Entering the folder', this.settings)
       throw new VarveError(
@@ -187,11 +195,11 @@ export class FtpConnection {
       }
     }
   }
-}
 
-/** The path in a reply to `PWD`, whose quotes are doubled (RFC 959, appendix II). */
-function pathFrom({ message }: FTPResponse): string {
-  const quoted = /"((?:[^"]|"")*)"/.exec(message)?.[1]
-  if (quoted === undefined) throw new Error(`the reply to PWD names no folder: ${message.slice(0, 200)}`)
-  return quoted.replaceAll('""', '"').replace(/\/$/, '')
+  /** The path in a reply to `PWD`, whose quotes are doubled (RFC 959, appendix II). */
+  #pathFrom(reply: FTPResponse): string {
+    const quoted = /"((?:[^"]|"")*)"/.exec(reply.message)?.[1]
+    if (quoted === undefined) throw protocolError('names no folder in its reply to PWD', reply, this.settings)
+    return quoted.replaceAll('""', '"').replace(/\/$/, '')
+  }
 }

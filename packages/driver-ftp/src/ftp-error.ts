@@ -1,5 +1,5 @@
 import { errorMessage, isVarveError, VarveError } from '@varve/core'
-import { FTPError } from 'basic-ftp'
+import { FTPError, type FTPResponse } from 'basic-ftp'
 import type { FtpSettings } from './ftp-options.ts'
 
 /** Whether `error` is a server's reply; with `codes`, one of these. */
@@ -21,7 +21,7 @@ export function isTooMany(error: unknown): boolean {
 /** Any error as one that says what was done, what came of it, and what to do now. */
 export function ftpError(error: unknown, doing: string, settings: FtpSettings): VarveError {
   if (isVarveError(error)) return error
-  if (isReply(error)) return replyError(error, doing, settings)
+  if (isReply(error)) return replyError(withoutPassword(error, settings), doing, settings)
   const { location } = settings
   const code = systemCode(error)
   const options = { context: { location, errno: code }, cause: error }
@@ -63,10 +63,25 @@ export function timeoutError(what: string, timeoutMs: number, settings: FtpSetti
   )
 }
 
+/** The error of a server whose reply makes no sense. */
+export function protocolError(what: string, reply: FTPResponse, settings: FtpSettings): VarveError {
+  const { location } = settings
+  return new VarveError(
+    'STORAGE_FAILED',
+    `${location} ${what}: ${replyText(reply, settings)}. Is it an FTP server?`,
+    { context: { location, reply: reply.code } },
+  )
+}
+
 /** A reply as text for people: one line, without the password, should a server send it back. */
 export function replyText(error: { message: string }, { password }: FtpSettings): string {
   const text = error.message.replace(/[^\P{C} ]+/gu, ' ').slice(0, 300)
   return (password === '' ? text : text.replaceAll(password, '***')).replace(/\.$/, '')
+}
+
+function withoutPassword(error: FTPError, { password }: FtpSettings): FTPError {
+  if (password === '' || !error.message.includes(password)) return error
+  return new FTPError({ code: error.code, message: error.message.replaceAll(password, '***') })
 }
 
 function replyError(error: FTPError, doing: string, settings: FtpSettings): VarveError {

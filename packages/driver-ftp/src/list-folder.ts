@@ -1,7 +1,7 @@
 import { VarveError } from '@varve/core'
-import type { FTPResponse } from 'basic-ftp'
+import type { FileInfo, FTPResponse } from 'basic-ftp'
 import type { FtpConnection } from './connection.ts'
-import { deniedError, isRefusal, isReply, timeoutError } from './ftp-error.ts'
+import { deniedError, isRefusal, isReply, replyText, timeoutError } from './ftp-error.ts'
 import { Transfer } from './transfer.ts'
 
 /** A listing beyond this is no backup folder; some 300,000 entries. */
@@ -37,17 +37,30 @@ export async function listFolder(
   }
   const { text, reply } = await readListing(connection, path)
   // vsftpd reports an unreadable folder as a success, in the words
+  const { settings } = connection
   if (/fail|denied|cannot|can't/i.test(reply.message)) {
-    throw deniedError(new Error(reply.message), `Listing ${path}`, connection.settings)
+    throw deniedError(new Error(replyText(reply, settings)), `Listing ${path}`, settings)
   }
   const entries: FolderEntry[] = []
-  for (const entry of connection.client.parseList(text)) {
+  for (const entry of parsed(connection, text, path)) {
     const { name, isFile, isDirectory, size, modifiedAt } = entry
     if (name === '.' || name === '..') continue
     const type = isFile ? 'file' : isDirectory ? 'folder' : 'other'
     entries.push({ name, type, size, ...(modifiedAt && { modifiedAt }) })
   }
   return entries
+}
+
+function parsed({ client, settings }: FtpConnection, text: string, path: string): FileInfo[] {
+  try {
+    return client.parseList(text)
+  } catch (error) {
+    throw new VarveError(
+      'STORAGE_FAILED',
+      `${settings.location} lists ${path} in a way that is not understood. A server with MLSD, or with listings as of Unix, is needed.`,
+      { context: { path }, cause: error },
+    )
+  }
 }
 
 async function readListing(

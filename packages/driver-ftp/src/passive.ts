@@ -2,8 +2,9 @@ import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import { connect as connectTls } from 'node:tls'
 import { VarveError } from '@varve/core'
+import type { FTPResponse } from 'basic-ftp'
 import type { FtpConnection } from './connection.ts'
-import { isReply } from './ftp-error.ts'
+import { isReply, protocolError } from './ftp-error.ts'
 
 /**
  * Opens a data connection to the server. It goes to the host of the control connection: the address in a reply
@@ -39,25 +40,26 @@ function encrypt(raw: Socket, { client: { ftp }, settings }: FtpConnection): Soc
 async function passivePort(connection: FtpConnection): Promise<number> {
   if (connection.extendedPassive) {
     try {
-      const { message } = await connection.command('EPSV')
-      return portFrom(/\((.)\1\1(\d{1,5})\1\)/.exec(message)?.[2], message)
+      const reply = await connection.command('EPSV')
+      return portFrom(/\((.)\1\1(\d{1,5})\1\)/.exec(reply.message)?.[2], reply, connection)
     } catch (error) {
       if (!isReply(error, 500, 501, 502, 504, 522, 550)) throw error
       connection.extendedPassive = false
     }
   }
-  const { message } = await connection.command('PASV')
-  const numbers = /(?<!\d)\d{1,3},\d{1,3},\d{1,3},\d{1,3},(\d{1,3}),(\d{1,3})(?!\d)/.exec(message)
-  return portFrom(numbers ? String(Number(numbers[1]) * 256 + Number(numbers[2])) : undefined, message)
+  const reply = await connection.command('PASV')
+  const numbers = /(?<!\d)\d{1,3},\d{1,3},\d{1,3},\d{1,3},(\d{1,3}),(\d{1,3})(?!\d)/.exec(reply.message)
+  return portFrom(
+    numbers ? String(Number(numbers[1]) * 256 + Number(numbers[2])) : undefined,
+    reply,
+    connection,
+  )
 }
 
-function portFrom(text: string | undefined, message: string): number {
+function portFrom(text: string | undefined, reply: FTPResponse, { settings }: FtpConnection): number {
   const port = Number(text)
   if (port >= 1 && port <= 65_535) return port
-  throw new VarveError(
-    'STORAGE_FAILED',
-    `The server names no port for a data connection: ${message.slice(0, 200)}. Is it an FTP server?`,
-  )
+  throw protocolError('names no port for a data connection', reply, settings)
 }
 
 function dataConnectionError(error: unknown, port: number, { settings }: FtpConnection): VarveError {

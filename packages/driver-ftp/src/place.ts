@@ -1,6 +1,6 @@
 import { VarveError } from '@varve/core'
 import type { FtpConnection } from './connection.ts'
-import { isRefusal } from './ftp-error.ts'
+import { isRefusal, protocolError } from './ftp-error.ts'
 import { type FolderEntry, listFolder } from './list-folder.ts'
 
 /** What is at a place: nothing, an entry of its folder, or something behind a folder that may not be entered. */
@@ -43,10 +43,10 @@ async function lookOnce(connection: FtpConnection, names: readonly string[]): Pr
 /** The size of a file; undefined where the server has none to tell. */
 export async function sizeOf(connection: FtpConnection, path: string): Promise<number | undefined> {
   try {
-    const { message } = await connection.command(`SIZE ${path}`)
-    const size = Number(/^213[ -](\d+)/.exec(message)?.[1])
+    const reply = await connection.command(`SIZE ${path}`)
+    const size = Number(/^213[ -](\d+)/.exec(reply.message)?.[1])
     if (Number.isSafeInteger(size)) return size
-    throw new VarveError('STORAGE_FAILED', `The server's reply to SIZE is no size: ${message.slice(0, 200)}.`)
+    throw protocolError('gives no size in its reply to SIZE', reply, connection.settings)
   } catch (error) {
     if (isRefusal(error)) return undefined
     throw error

@@ -135,7 +135,7 @@ export class Upload {
   async #resumeAt(connection: FtpConnection): Promise<number> {
     const cursor = this.#cursor
     const stored = (await sizeOf(connection, connection.pathOf(this.#temporary))) ?? 0
-    if (stored > this.#confirmed) {
+    if (stored > this.#confirmed && stored <= cursor.position) {
       this.#confirmed = stored
       this.#failures = 0
     }
@@ -178,6 +178,7 @@ export class Upload {
     } catch (error) {
       if (!isReply(error) || isReply(error, 421, 425)) throw error
       this.#resumes = false
+      connection.close() // it may still be about to continue the file
       throw new VarveError(
         'STORAGE_FAILED',
         `The server does not continue an upload: ${replyText(error, this.#context.settings)}. Check the network, and upload it again.`,

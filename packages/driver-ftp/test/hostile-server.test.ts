@@ -1,0 +1,202 @@
+import { Readable } from 'node:stream'
+import { buffer } from 'node:stream/consumers'
+import { inspect } from 'node:util'
+import { bytesBody, isVarveError } from '@varve/core'
+import { PatternBody, patternBytes } from '@varve/testkit'
+import { expect, test } from 'vitest'
+import { FakeServer } from './fake-server.ts'
+import { listed } from './ftp-target.ts'
+
+const x = bytesBody(Buffer.from('x'))
+
+test('data goes to the host of the control connection, whatever address the reply to PASV names', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists.EPSV = () => '500 Unknown.'
+  await driver.put('a/b', x)
+  expect(await buffer(await driver.get('a/b'))).toEqual(Buffer.from('x'))
+  expect(server.count('EPSV')).toBe(1)
+  expect(server.count('PASV')).toBe(2)
+})
+
+test.each(['229 (|||0|)', '229 (|||65536|)', '229 no port', '229 (|||-1|)'])(
+  'a reply to EPSV that names no port is an error: %s',
+  async reply => {
+    const { server, driver } = await FakeServer.begin()
+    server.twists.EPSV = () => reply
+    await expect(driver.put('a', x)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+  },
+)
+
+test('a server with MLSD is not asked for the time of each file', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.features.push('MLST type*;size*;modify*;')
+  for (const key of ['a', 'b/c', 'b/.hidden', 'b/ leading']) await driver.put(key, x)
+  const objects = await listed(driver)
+  expect(objects.map(({ key }) => key).sort()).toEqual(['a', 'b/ leading', 'b/.hidden', 'b/c'])
+  expect(server.count('MDTM')).toBe(0)
+  for (const object of objects) expect(object).toEqual(await driver.stat(object.key))
+  expect(objects[0]?.modifiedAt).toEqual(new Date('2024-02-29T12:34:56Z'))
+})
+
+test('a server that knows no options of LIST is listed without them', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists.LIST = options => (options === '' ? undefined : '501 No options.')
+  await driver.put('a/b', x)
+  expect(await listed(driver)).toMatchObject([{ key: 'a/b', size: 1 }])
+})
+
+test('a server that tells no times lists objects without them, and nothing is cleaned up there', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.features = ['SIZE']
+  await driver.put('a', x)
+  server.files.set('/.varve-part-old', Buffer.from('old'))
+  expect(await listed(driver)).toEqual([{ key: 'a', size: 1 }])
+  expect(await driver.cleanUp({ olderThan: new Date() })).toBe(0)
+})
+
+test.each([
+  ['452 Insufficient space', 'STORAGE_FULL'],
+  ['552 Quota exceeded', 'STORAGE_FULL'],
+  ['451 Failure writing to local file.', 'STORAGE_FULL'],
+  ['550 Permission denied.', 'STORAGE_ACCESS_DENIED'],
+])('an upload that ends with "%s" is %s, and nothing is left', async (reply, code) => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists['end of STOR'] = () => reply
+  await expect(driver.put('a/b', x)).rejects.toMatchObject({ code, retryable: false })
+  expect([...server.files.keys(), ...server.folders]).toEqual(['/'])
+})
+
+test('a server that says it has all but does not is found out, and the upload begins again', async () => {
+  const { server, driver } = await FakeServer.begin()
+  let cut = 0
+  server.twists['end of STOR'] = path => {
+    if (cut++ === 0) server.files.set(path, server.files.get(path)?.subarray(0, 1000) ?? Buffer.alloc(0))
+    return undefined
+  }
+  const body = new PatternBody({ size: 300_000, seed: 3 })
+  await driver.put('a', body)
+  expect(server.files.get('/a')?.equals(patternBytes(3, 0, 300_000))).toBe(true)
+  expect(server.commands).toContain('REST 1000')
+})
+
+test('a stream whose end the server lost is a failed upload, and leaves nothing', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists['end of STOR'] = path => {
+    server.files.set(path, server.files.get(path)?.subarray(0, -1) ?? Buffer.alloc(0))
+    return undefined
+  }
+  await expect(driver.put('a', Readable.from([Buffer.alloc(1000)]))).rejects.toMatchObject({
+    code: 'UPLOAD_FAILED',
+  })
+  expect(server.files.size).toBe(0)
+})
+
+test('an upload whose size on the server never is right fails, and leaves nothing', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 3 })
+  server.twists['end of STOR'] = path => {
+    server.files.set(path, Buffer.alloc(2000))
+    return undefined
+  }
+  await expect(driver.put('a', bytesBody(Buffer.alloc(1000)))).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    message: expect.stringContaining('2000'),
+  })
+  expect(server.count('STOR')).toBe(3)
+  expect(server.files.size).toBe(0)
+})
+
+test('a server that does not continue uploads gets them again from the beginning', async () => {
+  const { server, driver } = await FakeServer.begin()
+  const size = 3_000_000
+  let broken = 0
+  server.twists.STOR = (_, session) => {
+    if (session.offset > 0) return '451 Append/Restart not permitted.'
+    if (broken++ === 0) setTimeout(() => session.control.resetAndDestroy(), 20)
+    return undefined
+  }
+  await driver.put('a', slowBody(size))
+  expect(server.files.get('/a')?.equals(patternBytes(0, 0, size))).toBe(true)
+})
+
+test('a rename whose reply is lost counts when it has come about', async () => {
+  const { server, driver } = await FakeServer.begin()
+  let lost = 0
+  server.twists.RNTO = (argument, session) => {
+    if (lost++ > 0) return undefined
+    const [from = ''] = server.files.keys()
+    server.files.set(argument, server.files.get(from) ?? Buffer.alloc(0))
+    server.files.delete(from)
+    session.control.resetAndDestroy()
+    return ''
+  }
+  await driver.put('a', bytesBody(Buffer.from('once')))
+  expect(server.count('STOR')).toBe(1)
+  expect([...server.files]).toEqual([['/a', Buffer.from('once')]])
+})
+
+test('a rename that is lost with its reply is made again', async () => {
+  const { server, driver } = await FakeServer.begin()
+  let lost = 0
+  server.twists.RNTO = (_, session) => {
+    if (lost++ > 0) return undefined
+    session.control.resetAndDestroy()
+    return ''
+  }
+  await driver.put('a', bytesBody(Buffer.from('once')))
+  expect(server.count('STOR')).toBe(1)
+  expect([...server.files]).toEqual([['/a', Buffer.from('once')]])
+})
+
+test.each([
+  ['shorter', 90],
+  ['longer', 110],
+])('a download that is %s than the object was fails', async (_, length) => {
+  const { server, driver } = await FakeServer.begin()
+  server.files.set('/a', Buffer.alloc(length))
+  server.twists.SIZE = () => '213 100'
+  await expect(buffer(await driver.get('a'))).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    retryable: true,
+  })
+})
+
+test('a server that sends the password back does not get it into an error', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists.PASS = password => `530 Not ${password}, sorry.`
+  const error = await driver.stat('a').catch(error => error)
+  expect(isVarveError(error, 'STORAGE_ACCESS_DENIED') && error.message).toContain('Not ***, sorry')
+  expect(inspect(error, { depth: 12 })).not.toContain('pa55word')
+})
+
+test('a wrong password is tried once', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists.PASS = () => '530 No.'
+  await expect(driver.put('a', x)).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  expect(server.count('PASS')).toBe(1)
+})
+
+test('a server that is no FTP server is told so in one line', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  server.twists.PWD = () => '257 nothing\u001b[31m here'
+  const error = await driver.stat('a').catch(error => error)
+  expect(error).toMatchObject({ name: 'VarveError', code: 'STORAGE_FAILED' })
+  expect(error.message).toContain('257 nothing [31m here. Is it')
+})
+
+/** A body that gives its bytes a little at a time, so that a transfer can be broken in its middle. */
+function slowBody(size: number) {
+  const body = new PatternBody({ size, chunkSize: 50_000 })
+  return {
+    size,
+    replayable: true,
+    open: (range?: { start: number; end: number }) =>
+      Readable.from(
+        (async function* () {
+          for await (const chunk of body.open(range)) {
+            await new Promise(resolve => setTimeout(resolve, 1))
+            yield chunk
+          }
+        })(),
+      ),
+  }
+}
