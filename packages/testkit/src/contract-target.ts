@@ -1,5 +1,5 @@
 import { buffer } from 'node:stream/consumers'
-import type { ByteRange, DriverCapabilities, ErrorCode, StorageDriver } from '@varve/core'
+import type { ByteRange, CallOptions, DriverCapabilities, ErrorCode, StorageDriver } from '@varve/core'
 import { expect, onTestFinished } from 'vitest'
 import type { NetworkProxy } from './network-proxy.ts'
 import { patternBytes } from './pattern.ts'
@@ -113,9 +113,9 @@ export async function rawNames(target: DriverTarget): Promise<string[]> {
 }
 
 /** The keys that a driver lists, sorted. */
-export async function listed(driver: StorageDriver, prefix = ''): Promise<string[]> {
+export async function listed(driver: StorageDriver, prefix = '', options?: CallOptions): Promise<string[]> {
   const keys: string[] = []
-  for await (const { key } of driver.list(prefix)) keys.push(key)
+  for await (const { key } of driver.list(prefix, options)) keys.push(key)
   return keys.sort()
 }
 

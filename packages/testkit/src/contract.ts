@@ -4,6 +4,7 @@ import { describeListing } from './contract-listing.ts'
 import { describeObjects } from './contract-objects.ts'
 import { describePublishing } from './contract-publishing.ts'
 import { describeReading } from './contract-reading.ts'
+import { describeRemote } from './contract-remote.ts'
 import { describeSources } from './contract-sources.ts'
 import { describeStorage } from './contract-storage.ts'
 import type { Contract, ContractOptions } from './contract-target.ts'
@@ -34,5 +35,6 @@ export function describeDriver(name: string, options: ContractOptions): void {
     describeReading(contract)
     describeListing(contract)
     describeStorage(contract)
+    describeRemote(contract)
   })
 }

@@ -1,0 +1,66 @@
+import { Readable } from 'node:stream'
+import { bytesBody } from '@varve/core'
+import { describe, expect, test } from 'vitest'
+import { type Contract, expectStored, listed } from './contract-target.ts'
+import { findProcess } from './lab-process.ts'
+import { PatternBody } from './pattern-body.ts'
+import { beginRemote, expectAllRefused, expectNoSecrets, outcomeOf, type Remote } from './remote-target.ts'
+
+/** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
+export function describeRefusal(contract: Contract, remote: Remote): void {
+  describe('refusal', () => {
+    test.each([
+      ['from the start', false],
+      ['later', true],
+    ])('a server that refuses connections %s cannot be reached by any call', async (_, warm) => {
+      const target = await beginRemote(remote)
+      const { driver, proxy } = target
+      if (warm) await driver.put('calls/stat', bytesBody(Buffer.from('x')))
+      proxy.refuse()
+      proxy.cutAll()
+      await expectAllRefused(driver, ['STORAGE_UNREACHABLE'], remote)
+      proxy.accept()
+      await driver.put('well/again', bytesBody(Buffer.from('x')))
+      await expectStored(target, 'well/again', Buffer.from('x'))
+    })
+
+    for (const { what, code, create } of remote.refused) {
+      test(`${what} is ${code} for every call`, async () => {
+        await using driver = await create()
+        await expectAllRefused(driver, [code], remote)
+        const source = Readable.from([Buffer.from('x')])
+        await expect(driver.put('a/stream', source)).rejects.toMatchObject({ code })
+        expect(source.destroyed).toBe(true)
+        expectNoSecrets(driver.location, remote.secrets, 'the location')
+      })
+    }
+  })
+
+  describe('secrets', () => {
+    test('are not in the location', async () => {
+      const { driver } = await beginRemote(remote)
+      expectNoSecrets(driver.location, remote.secrets, 'the location')
+    })
+
+    test.runIf(process.platform === 'linux')('are in no command line while a driver is at work', async () => {
+      const { driver } = await beginRemote(remote)
+      let done = false
+      const work = async () => {
+        await driver.put('a/large', new PatternBody({ size: contract.largeSize }))
+        for await (const _ of await driver.get('a/large'));
+        await listed(driver)
+        await driver.check()
+        await driver.delete('a/large')
+      }
+      const outcome = outcomeOf(work()).finally(() => {
+        done = true
+      })
+      while (!done) {
+        for (const secret of remote.secrets) {
+          expect(await findProcess(secret), 'the process whose command line shows a secret').toBeUndefined()
+        }
+      }
+      expect(await outcome).toEqual({ value: undefined })
+    })
+  })
+}

@@ -1,0 +1,21 @@
+import { describe } from 'vitest'
+import { describeCuts } from './contract-cuts.ts'
+import { describeRefusal } from './contract-refusal.ts'
+import { describeRestart } from './contract-restart.ts'
+import { describeSilence } from './contract-silence.ts'
+import { describeStaging } from './contract-staging.ts'
+import type { Contract } from './contract-target.ts'
+import type { Remote } from './remote-target.ts'
+
+/** A storage that is reached over a network: all that can happen on the way, and to the server. */
+export function describeRemote(contract: Contract): void {
+  if (contract.remote === undefined) return
+  const remote: Remote = { idleTimeoutMs: 1500, cutSize: 1_000_003, ...contract.remote }
+  describe('over a network', () => {
+    describeCuts(contract, remote)
+    describeSilence(contract, remote)
+    describeRefusal(contract, remote)
+    describeRestart(contract, remote)
+    describeStaging(contract, remote)
+  })
+}
