@@ -4,7 +4,7 @@ import type { Stats } from 'ssh2'
 import type { SftpConnection } from './connection.ts'
 import { freeSpace } from './free-space.ts'
 import { close, openToRead, openToWrite, sync } from './remote-file.ts'
-import { isPlain, look, makeKeyFolders, pathIn, removeEmptyFolders } from './remote-folder.ts'
+import { assertRoot, isPlain, look, makeKeyFolders, pathIn, removeEmptyFolders } from './remote-folder.ts'
 import type { StorageRoot } from './session.ts'
 import { isFull, isStatus, STATUS, sftpError, statusOf } from './sftp-error.ts'
 import { writeWindow } from './write-window.ts'
@@ -117,7 +117,8 @@ export class PendingFile {
     const folder = pathIn(root, ...this.#folders)
     for (let attempt = 1; ; attempt++) {
       try {
-        if (this.#folders.length > 0 && !(await isPlain(connection, folder, { signal }))) {
+        const mayLack = this.#folders.length > 0
+        if (mayLack && (attempt > 1 || !(await isPlain(connection, folder, { signal })))) {
           await makeKeyFolders(root, this.#folders, { signal })
         }
         this.#created = true
@@ -125,7 +126,7 @@ export class PendingFile {
       } catch (error) {
         // whoever deletes the last object of a folder removes the folder; make it again
         if (!isStatus(error, STATUS.NO_SUCH_FILE) || attempt === ATTEMPTS) throw error
-        await this.#makeFolders(root, signal)
+        await assertRoot(root, { signal })
       }
     }
   }
@@ -137,14 +138,6 @@ export class PendingFile {
     if (stats.size < this.kept) this.kept = 0
     const size = this.kept
     await connection.call((sftp, done) => sftp.fsetstat(handle, { size }, done))
-  }
-
-  async #makeFolders(root: StorageRoot, signal: AbortSignal | undefined): Promise<void> {
-    try {
-      await makeKeyFolders(root, this.#folders, { signal })
-    } catch (error) {
-      if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
-    }
   }
 
   /** A refusal with no reason is most often a full disk: the file system tells. */

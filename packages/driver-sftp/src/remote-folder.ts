@@ -55,6 +55,26 @@ export async function isPlain(
   }
 }
 
+/**
+ * Tells a storage without an object from a storage that is not there any more.
+ *
+ * @throws STORAGE_NOT_FOUND
+ */
+export async function assertRoot({ connection, path }: StorageRoot, options?: RequestOptions): Promise<void> {
+  try {
+    if (await isFolder(connection, path, options)) return
+  } catch (error) {
+    if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
+  }
+  throw new VarveError(
+    'STORAGE_NOT_FOUND',
+    `The storage folder ${path} is not there any more on the server.`,
+    {
+      context: { path },
+    },
+  )
+}
+
 /** Makes a folder unless it is there. A missing parent is `NO_SUCH_FILE`. */
 export async function makeFolder(
   connection: SftpConnection,

@@ -24,7 +24,7 @@ import { addressOf } from './connect.ts'
 import { freeSpace } from './free-space.ts'
 import { type OpenObject, SftpStream } from './read-window.ts'
 import { openToRead } from './remote-file.ts'
-import { isFolder, isPlain, look, pathIn, removeEmptyFolders } from './remote-folder.ts'
+import { assertRoot, isPlain, look, pathIn, removeEmptyFolders } from './remote-folder.ts'
 import { type Lease, SftpSession, type StorageRoot } from './session.ts'
 import { settled } from './settling.ts'
 import { isStatus, STATUS, sftpError } from './sftp-error.ts'
@@ -174,24 +174,8 @@ export class SftpDriver implements StorageDriver {
       look(root.connection, path, { signal }),
     ])
     if (plain && stats?.isFile()) return stats
-    if (stats === undefined) await this.#assertThere(root, signal)
+    if (stats === undefined) await assertRoot(root, { signal })
     return undefined
-  }
-
-  /** Tells a storage without an object from a storage that is not there any more. */
-  async #assertThere({ connection, path }: StorageRoot, signal: AbortSignal | undefined): Promise<void> {
-    try {
-      if (await isFolder(connection, path, { signal })) return
-    } catch (error) {
-      if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
-    }
-    throw new VarveError(
-      'STORAGE_NOT_FOUND',
-      `The storage folder ${path} is not there any more on the server.`,
-      {
-        context: { path },
-      },
-    )
   }
 
   /** Opens an object after some failures in a row. */
@@ -253,7 +237,7 @@ export class SftpDriver implements StorageDriver {
     signal: AbortSignal | undefined,
   ): AsyncGenerator<FoundFile> {
     const plain = await this.#use('Listing', folder, signal, async root => {
-      await this.#assertThere(root, signal)
+      await assertRoot(root, { signal })
       return folder === '' || (await isPlain(root.connection, pathIn(root, folder), { signal }))
     })
     if (!plain) return

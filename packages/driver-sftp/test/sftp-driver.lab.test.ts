@@ -1,0 +1,315 @@
+import { execFileSync, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { chmod, copyFile, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { buffer } from 'node:stream/consumers'
+import { bytesBody, type UploadBody } from '@varve/core'
+import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
+import { NetworkProxy, PatternBody, patternBytes } from '@varve/testkit'
+import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import { afterAll, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
+import { filesIn, login, sftpTarget } from './sftp-target.ts'
+
+const MIB = 1024 * 1024
+const X = () => bytesBody(Buffer.from('x'))
+
+describe('a login', () => {
+  let lab: SshdLab
+  let options: SftpDriverOptions & { hostKey: string }
+
+  beforeAll(async () => {
+    lab = await startSshd()
+  })
+  afterAll(() => lab[Symbol.asyncDispose]())
+  beforeEach(async () => {
+    const { host, port, username, hostKey } = await login(lab)
+    options = { host, port, username, hostKey, timeoutMs: 5000, retries: 0 }
+  })
+
+  test('works with a password', async () => {
+    await expectWorks({ ...options, password: lab.password })
+  })
+
+  test('works with a key that is encrypted', async () => {
+    const folder = await temporaryFolder()
+    const file = join(folder, 'key')
+    await copyFile(lab.keyFile, file)
+    await chmod(file, 0o600)
+    execFileSync('ssh-keygen', ['-q', '-p', '-P', '', '-N', 'sesame', '-f', file])
+    await expectWorks({ ...options, privateKey: await readFile(file, 'utf8'), passphrase: 'sesame' })
+  })
+
+  test('works with an agent', async () => {
+    const folder = await temporaryFolder()
+    const agent = join(folder, 'agent.sock')
+    const child = spawn('ssh-agent', ['-D', '-a', agent], { stdio: ['ignore', 'pipe', 'ignore'] })
+    onTestFinished(async () => {
+      child.kill()
+      await once(child, 'exit')
+    })
+    await once(child.stdout, 'data') // it tells its socket once that is there
+    execFileSync('ssh-add', ['-q', lab.keyFile], {
+      env: { ...process.env, SSH_AUTH_SOCK: agent },
+      stdio: 'ignore',
+    })
+    await expectWorks({ ...options, agent })
+  })
+
+  test('with an agent that is not there is refused by name', async () => {
+    await using driver = new SftpDriver({ ...options, agent: '/nowhere/agent.sock' })
+    await expect(driver.stat('a')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  })
+
+  test('goes to no host whose name is unknown, and says so', async () => {
+    await using driver = new SftpDriver({ ...options, host: 'nowhere.invalid', password: 'x' })
+    const refusal = {
+      code: 'STORAGE_UNREACHABLE',
+      message: expect.stringContaining('nowhere.invalid is not known'),
+    }
+    await expect(driver.put('a', X())).rejects.toMatchObject(refusal)
+  })
+
+  test('sends nothing to a server with another key than the pinned one, which is named', async () => {
+    const fingerprint = await lab.fingerprint()
+    const logins = lab.log.split('Accepted ').length
+    await using driver = new SftpDriver({
+      ...options,
+      password: lab.password,
+      hostKey: `SHA256:${'B'.repeat(43)}`,
+    })
+    await expect(driver.put('a', X())).rejects.toMatchObject({
+      code: 'STORAGE_ACCESS_DENIED',
+      message: expect.stringContaining(fingerprint),
+      context: { fingerprint },
+    })
+    expect(lab.log.split('Accepted ').length, 'logins').toBe(logins)
+  })
+
+  test('accepts a host by a known_hosts file, and no other', async () => {
+    const file = join(await temporaryFolder(), 'known_hosts')
+    const { hostKey: _, ...others } = options
+    const known = { ...others, password: lab.password, knownHosts: file }
+    await writeFile(file, `[127.0.0.1]:${lab.port} ${await lab.hostKey()}\n`)
+    await expectWorks(known)
+
+    await writeFile(file, `other.example ${await lab.hostKey()}\n`)
+    const refusal = {
+      code: 'STORAGE_ACCESS_DENIED',
+      message: expect.stringContaining(await lab.fingerprint()),
+    }
+    await using driver = new SftpDriver(known)
+    await expect(driver.stat('a')).rejects.toMatchObject(refusal)
+    await rm(file)
+    await expect(driver.stat('a')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  })
+
+  test('without a pinned key tells the key, and refuses another one later', async () => {
+    const { hostKey: former, ...others } = options
+    await using driver = new SftpDriver({ ...others, password: lab.password })
+    expect(driver.hostKeyFingerprint).toBeUndefined()
+    expect(await driver.check()).toMatchObject({ ok: true })
+    expect(driver.hostKeyFingerprint).toBe(former)
+
+    await lab.replaceHostKey('rsa')
+    await expect(driver.stat('a')).rejects.toMatchObject({
+      code: 'STORAGE_ACCESS_DENIED',
+      message: expect.stringContaining(await lab.fingerprint()),
+    })
+  })
+
+  test('is not granted what the folder does not grant', async () => {
+    const path = join(lab.home, 'foreign')
+    await mkdir(path, { mode: 0o755 }) // root's
+    await using driver = new SftpDriver({ ...options, password: lab.password, pathPrefix: 'foreign' })
+    await expect(driver.put('a', X())).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    await expect(driver.put('a/b', X())).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    expect((await driver.check()).checks).toMatchObject([
+      { name: 'connect', ok: true },
+      { name: 'write', ok: false },
+    ])
+    await writeFile(join(path, 'theirs'), 'x')
+    await expect(driver.delete('theirs')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  })
+
+  test('makes the folder of the storage where that is asked for', async () => {
+    const pathPrefix = join(lab.home, 'made/for/it')
+    const login = { ...options, password: lab.password, pathPrefix }
+    await using refused = new SftpDriver(login)
+    await expect(refused.put('a', X())).rejects.toMatchObject({ code: 'STORAGE_NOT_FOUND' })
+    await expectWorks({ ...login, create: true })
+  })
+
+  async function expectWorks(options: SftpDriverOptions): Promise<void> {
+    await using driver = new SftpDriver(options)
+    expect(await driver.check()).toMatchObject({ ok: true })
+  }
+})
+
+describe('over distance', () => {
+  let lab: SshdLab
+
+  beforeAll(async () => {
+    lab = await startSshd({ config: ['RekeyLimit 5M'] })
+  })
+  afterAll(() => lab[Symbol.asyncDispose]())
+
+  test('an upload has many writes on their way before the first is answered', async () => {
+    await using proxy = await NetworkProxy.start({ port: lab.port })
+    const target = await sftpTarget(lab, { port: proxy.port })
+    onTestFinished(() => target.dispose())
+    await target.driver.put('warm', X())
+    proxy.latencyMs = 400
+    const before = proxy.bytesToServer
+    let sentAtFirstAnswer = 0
+    const body = new PatternBody({ size: 8 * MIB, seed: 3 })
+    await target.driver.put('large', body, {
+      onProgress: () => {
+        sentAtFirstAnswer ||= proxy.bytesToServer - before
+      },
+    })
+    expect(sentAtFirstAnswer).toBeGreaterThan(MIB)
+    expect(Buffer.from(await target.readRaw('large')).equals(patternBytes(3, 0, body.size))).toBe(true)
+  })
+
+  test('a download asks for much more than is read, and for no more than its window', async () => {
+    await using proxy = await NetworkProxy.start({ port: lab.port })
+    const target = await sftpTarget(lab, { port: proxy.port })
+    onTestFinished(() => target.dispose())
+    const body = new PatternBody({ size: 24 * MIB, seed: 8 })
+    await target.driver.put('large', body)
+    const before = proxy.bytesToClient
+    const download = await target.driver.get('large')
+    await once(download, 'readable')
+    await expect.poll(() => proxy.bytesToClient - before, { timeout: 30_000 }).toBeGreaterThan(2 * MIB)
+    expect(proxy.bytesToClient - before).toBeLessThan(3 * MIB)
+    // also while keys are exchanged anew, again and again
+    expect((await buffer(download)).equals(patternBytes(8, 0, body.size))).toBe(true)
+  })
+
+  test('an upload whose connection is cut twice goes on from what the server has kept', async () => {
+    await using proxy = await NetworkProxy.start({ port: lab.port })
+    const target = await sftpTarget(lab, { port: proxy.port })
+    onTestFinished(() => target.dispose())
+    const body = new PatternBody({ size: 64 * MIB, seed: 4 })
+    const starts: number[] = []
+    const watched: UploadBody = {
+      size: body.size,
+      replayable: true,
+      open(range) {
+        starts.push(range?.start ?? 0)
+        return body.open(range)
+      },
+      recycle: chunk => body.recycle(chunk),
+    }
+    const reports: number[] = []
+    let cuts = 0
+    const onProgress = (bytes: number) => {
+      if (cuts < 2 && bytes >= (cuts + 1) * 24 * MIB) {
+        cuts++
+        proxy.cutAll()
+      }
+      reports.push(bytes)
+    }
+    await target.driver.put('large', watched, { onProgress })
+    expect(cuts).toBe(2)
+    // what was acknowledged when it was cut, less what came after the last 8 MiB that were made durable
+    expect(starts).toEqual([
+      0,
+      expect.toSatisfy(first => first >= 8 * MIB),
+      expect.toSatisfy(second => second >= 16 * MIB),
+    ])
+    expect(body.faults).toEqual([])
+    expect(reports.at(-1)).toBe(body.size)
+    expect(Buffer.from(await target.readRaw('large')).equals(patternBytes(4, 0, body.size))).toBe(true)
+    expect(await filesIn(target.path)).toHaveLength(1)
+  })
+
+  test('a download whose connection is cut goes on where it was', async () => {
+    await using proxy = await NetworkProxy.start({ port: lab.port })
+    const target = await sftpTarget(lab, { port: proxy.port })
+    onTestFinished(() => target.dispose())
+    const body = new PatternBody({ size: 24 * MIB, seed: 5 })
+    await target.driver.put('large', body)
+    const before = proxy.bytesToClient
+    proxy.cutAfter(12 * MIB, 'toClient')
+    const bytes = await buffer(await target.driver.get('large'))
+    expect(bytes.equals(patternBytes(5, 0, body.size))).toBe(true)
+    expect(proxy.cuts).toBe(1)
+    expect(proxy.bytesToClient - before).toBeLessThan(1.4 * body.size)
+  })
+
+  test('a download that is cut does not go on with another object', async () => {
+    await using proxy = await NetworkProxy.start({ port: lab.port })
+    const target = await sftpTarget(lab, { port: proxy.port })
+    onTestFinished(() => target.dispose())
+    await target.driver.put('large', new PatternBody({ size: 24 * MIB, seed: 6 }))
+    const download = await target.driver.get('large')
+    await once(download, 'readable')
+    await target.driver.put('large', new PatternBody({ size: 24 * MIB - 1, seed: 7 }))
+    proxy.cutAll()
+    await expect(buffer(download)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+  })
+})
+
+test('a server without any of the extensions keeps objects as well', async () => {
+  const denied = ['posix-rename', 'fsync', 'limits', 'statvfs', 'fstatvfs', 'hardlink', 'lsetstat']
+  await using lab = await startSshd({ denied })
+  await using proxy = await NetworkProxy.start({ port: lab.port })
+  const target = await sftpTarget(lab, { port: proxy.port })
+  onTestFinished(() => target.dispose().catch(() => undefined)) // the server is gone by then
+  const { driver } = target
+  const health = await driver.check()
+  expect(health.ok).toBe(true)
+  expect(health.freeBytes).toBeUndefined()
+  for (const seed of [1, 2]) {
+    await driver.put('a/object', new PatternBody({ size: 3 * MIB, seed }))
+    expect((await buffer(await driver.get('a/object'))).equals(patternBytes(seed, 0, 3 * MIB))).toBe(true)
+  }
+  proxy.cutAfter(20 * MIB, 'toServer')
+  await driver.put('a/large', new PatternBody({ size: 24 * MIB, seed: 3 }))
+  expect(proxy.cuts).toBe(1)
+  expect(Buffer.from(await target.readRaw('a/large')).equals(patternBytes(3, 0, 24 * MIB))).toBe(true)
+  expect((await filesIn(target.path)).map(file => file.name).sort()).toEqual(['a/large', 'a/object'])
+})
+
+test('symbolic links lead nowhere', async () => {
+  await using lab = await startSshd()
+  const target = await sftpTarget(lab)
+  const { driver, path } = target
+  const outside = join(lab.home, 'outside')
+  await lab.makeFolder(outside)
+  await writeFile(join(outside, 'secret'), 'secret', { mode: 0o666 })
+  await symlink(outside, join(path, 'folder'))
+  await symlink(join(outside, 'secret'), join(path, 'file'))
+  for (const key of ['folder/secret', 'file']) {
+    expect(await driver.stat(key)).toBeUndefined()
+    await expect(driver.get(key)).rejects.toMatchObject({ code: 'OBJECT_NOT_FOUND' })
+    await driver.delete(key)
+  }
+  await expect(driver.put('folder/new', X())).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+  for await (const { key } of driver.list('')) expect.unreachable(`${key} is listed`)
+  for await (const { key } of driver.list('folder/')) expect.unreachable(`${key} is listed`)
+  expect(await filesIn(outside)).toEqual([{ name: 'secret', size: 6 }])
+  await driver[Symbol.asyncDispose]()
+})
+
+test('a storage whose folder is gone is no empty storage', async () => {
+  await using lab = await startSshd()
+  const { driver, path } = await sftpTarget(lab)
+  await driver.put('a', X())
+  await rm(path, { recursive: true })
+  const missing = { code: 'STORAGE_NOT_FOUND' }
+  await expect(driver.stat('a')).rejects.toMatchObject(missing)
+  await expect(driver.get('a')).rejects.toMatchObject(missing)
+  await expect(driver.delete('a')).rejects.toMatchObject(missing)
+  await expect(driver.list('')[Symbol.asyncIterator]().next()).rejects.toMatchObject(missing)
+  await expect(driver.put('a', X())).rejects.toMatchObject(missing)
+  await driver[Symbol.asyncDispose]()
+})
+
+async function temporaryFolder(): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-sftp-'))
+  onTestFinished(() => rm(folder, { recursive: true, force: true }))
+  return folder
+}
