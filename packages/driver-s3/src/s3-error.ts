@@ -72,6 +72,12 @@ export function s3Error(error: unknown, { doing, permission }: S3Action, locatio
       `there is no permission (${name}). Allow ${permission} to this user, by its policy and the bucket's.`,
     )
   }
+  if (status === 411 || status === 501) {
+    return make(
+      'STORAGE_FAILED',
+      `the server does not know this kind of upload (${name}). Set checksums to WHEN_REQUIRED.`,
+    )
+  }
   const again = options.retryable ? 'The storage is busy or has a fault; try again later' : 'Look at its log'
   return make(
     'STORAGE_FAILED',
