@@ -125,7 +125,13 @@ export function saysMissing({ exitCode, stderr }: RcloneExit): boolean {
 function withoutPath(text: string, target: string): string {
   const path = target.slice(target.indexOf(':') + 1)
   const parts = [path, path.slice(0, path.lastIndexOf('/')), path.slice(path.lastIndexOf('/') + 1)]
-  return parts.filter(part => part !== '').reduce((rest, part) => rest.replaceAll(part, '…'), text)
+  return parts
+    .filter(part => part !== '')
+    .map(part => part.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'))
+    .reduce(
+      (rest, part) => rest.replace(new RegExp(`(?<![\\p{L}\\p{N}])${part}(?![\\p{L}\\p{N}])`, 'gu'), '…'),
+      text,
+    )
 }
 
 /** What rclone said at last, without the time: its last message, which may go on over several lines. */

@@ -5,5 +5,6 @@ describeDriver('RcloneDriver on a folder', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create: folderTarget,
   largeSize: 8_000_011,
-  manyObjects: 60,
+  manyObjects: 40,
+  timeoutMs: 240_000, // each call starts a program
 })

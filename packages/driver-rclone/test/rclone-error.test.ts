@@ -80,6 +80,11 @@ test('the words of a path are not taken for what failed', () => {
   expect(rcloneError(exitOf(stderr), { target })).toMatchObject({ code: 'STORAGE_FAILED' })
 })
 
+test('a short path leaves the words alone that hold its letters', () => {
+  const stderr = `${AT}Failed to rcat: ssh: unable to authenticate`
+  expect(rcloneError(exitOf(stderr), { target: 'nas:a' })).toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+})
+
 test('exit code 5 may go away, 6 and 7 do not', () => {
   const retryable = [5, 6, 7].map(code => rcloneError(exitOf(`${AT}Failed: oh`, code), { target }).retryable)
   expect(retryable).toEqual([true, false, false])

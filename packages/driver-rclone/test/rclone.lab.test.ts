@@ -141,15 +141,15 @@ describe('an upload', () => {
   })
 
   test('to an rclone that takes nothing ends with TIMEOUT; a source that gives nothing is waited for', async () => {
-    const stuck = await beginWithScript('case "$1" in rcat) exec sleep 1000;; esac', { timeoutMs: 600 })
+    const stuck = await beginWithScript('case "$1" in rcat) exec sleep 1000;; esac', { timeoutMs: 2000 })
     const body = new PatternBody({ size: 8_000_000 })
     await expect(stuck.driver.put('a', body)).rejects.toMatchObject({ code: 'TIMEOUT', retryable: true })
 
-    const { driver } = await begin({ timeoutMs: 600 })
+    const { driver } = await begin({ timeoutMs: 2000 })
     const { promise: later, resolve } = Promise.withResolvers<void>()
     const slow = troubledSource(
       { kind: 'wait', resumed: later, size: 2_000_000 },
-      { bytes: 1_000_000, onTaken: () => setTimeout(resolve, 1500) },
+      { bytes: 1_000_000, onTaken: () => setTimeout(resolve, 3000) },
     )
     await driver.put('a', slow)
     expect(await driver.stat('a')).toMatchObject({ size: 2_000_000 })
@@ -173,12 +173,12 @@ describe('a download', () => {
   })
 
   test('that is read slowly is not held against the server', async () => {
-    const { driver } = await begin({ timeoutMs: 500 })
+    const { driver } = await begin({ timeoutMs: 2000 })
     await driver.put('a', new PatternBody({ size: 30_000_000 }))
     const download = await driver.get('a')
     let size = 0
     for await (const chunk of download) {
-      if (size === 0) await new Promise(resolve => setTimeout(resolve, 1200))
+      if (size === 0) await new Promise(resolve => setTimeout(resolve, 3000))
       size += chunk.byteLength
     }
     expect(size).toBe(30_000_000)
