@@ -153,6 +153,9 @@ function obstacle(
     const isOfDamaged = disk.bitmaps.some(({ name }) => damaged.has(backupOfBitmap(name) ?? ''))
     return isOfDamaged ? 'parent-broken' : 'bitmap-missing'
   }
+  // On another file the bitmap need not tell of every write: libvirt puts an empty copy of it into the overlay of a
+  // snapshot that somebody takes.
+  if (disk.path !== before.source.path) return 'disk-replaced'
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'
@@ -184,6 +187,7 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'chain-limit': 'The chain has reached its length, starting a new one with a full backup',
     'parent-broken': 'The parent backup is not whole on the storage, falling back to full backup',
     'disk-new': 'The disk is not in the parent backup, falling back to full backup',
+    'disk-replaced': 'The disk is on another file than at the parent backup, falling back to full backup',
     'disk-shrunk': 'The disk is smaller than in the parent backup, falling back to full backup',
     'format-raw': 'A raw disk holds no bitmap, taking a full backup',
     'format-qcow2-v2': 'A qcow2 image of version 2 holds no bitmap, taking a full backup',

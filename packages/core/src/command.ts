@@ -21,6 +21,8 @@ export interface CommandOptions extends RunOptions {
   label?: string
   /** The command is ended after this many milliseconds. Default: 60,000. */
   timeoutMs?: number
+  /** Whether standard output may hold a secret, and is left out of events and errors. Default: false. */
+  secretOutput?: boolean
 }
 
 /** What a command that succeeded printed. */
@@ -39,7 +41,7 @@ export async function runCommand(
   args: readonly string[],
   options: CommandOptions = {},
 ): Promise<CommandResult> {
-  const { signal, timeoutMs = 60_000, label = `${command} ${args[0] ?? ''}` } = options
+  const { signal, timeoutMs = 60_000, label = `${command} ${args[0] ?? ''}`, secretOutput = false } = options
   if (signal?.aborted) throw abortError(signal)
   const run = () =>
     execa(command, args, {
@@ -63,7 +65,7 @@ export async function runCommand(
     command,
     args,
     exitCode: result.exitCode,
-    stdout: result.stdout.slice(0, OUTPUT_LIMIT),
+    stdout: secretOutput ? '' : result.stdout.slice(0, OUTPUT_LIMIT),
     stderr: result.stderr.slice(0, OUTPUT_LIMIT),
     durationMs: Math.round(result.durationMs),
   })
@@ -76,7 +78,7 @@ export async function runCommand(
     throw new VarveError(
       'COMMAND_MISSING',
       `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
-      { context, cause: result },
+      { context, cause: secretOutput ? undefined : result },
     )
   }
   if (result.timedOut) {
@@ -85,18 +87,18 @@ export async function runCommand(
       `${label} did not end within ${timeoutMs / 1000} s and was stopped.`,
       {
         context,
-        cause: result,
+        cause: secretOutput ? undefined : result,
         retryable: true,
       },
     )
   }
-  const said = lastLine(result.stderr) || lastLine(result.stdout) || result.shortMessage
+  const said = lastLine(result.stderr) || (secretOutput ? '' : lastLine(result.stdout)) || result.shortMessage
   throw new VarveError(
     'COMMAND_FAILED',
     `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
     {
       context,
-      cause: result,
+      cause: secretOutput ? undefined : result,
     },
   )
 }

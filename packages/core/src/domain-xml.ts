@@ -45,7 +45,7 @@ export function readDomainXml(xml: string): DomainDescription {
 export interface DomainChanges {
   /** The name of a copy, which then shares nothing with the original that both cannot have at a time; see {@link dropIdentity}. */
   copyAs?: string
-  /** The UUID of the instance whose definition it becomes. */
+  /** The UUID of the instance whose definition it becomes, or of the copy. Default: libvirt chooses a copy's. */
   uuid?: string
   /**
    * New files of disks by target. Their backing chain is dropped.
@@ -65,8 +65,7 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
     if (name) name.textContent = changes.copyAs
     dropIdentity(root)
   }
-  const uuid = child(root, 'uuid')
-  if (changes.uuid !== undefined && uuid) uuid.textContent = changes.uuid
+  if (changes.uuid !== undefined) setUuid(document, root, changes.uuid)
   for (const element of diskElements(root)) {
     const change = changes.disks?.[readDisk(element).name]
     if (change) setSource(document, element, change)
@@ -75,6 +74,12 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
   return serializeXml(document)
+}
+
+function setUuid(document: Document, root: Element, value: string): void {
+  const uuid = child(root, 'uuid') ?? document.createElement('uuid')
+  uuid.textContent = value
+  if (!uuid.parentNode) root.insertBefore(uuid, root.firstChild)
 }
 
 function setNvram(document: Document, root: Element, path: string): void {

@@ -49,8 +49,10 @@ export type JournalStep =
     }
   | { readonly step: 'write-in-place'; readonly disk: string; readonly path: string }
   | { readonly step: 'written-in-place' }
-  | { readonly step: 'define'; readonly xml: string; readonly nvram?: Rename }
+  | { readonly step: 'define'; readonly instance: string; readonly xml: string }
   | { readonly step: 'finish'; readonly renames: readonly Rename[] }
+  | { readonly step: 'defined' }
+  | { readonly step: 'undo' }
 
 /** A complete new file and the name that it takes. */
 export interface Rename {

@@ -1,7 +1,7 @@
 import { realpath, rm, stat, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { runCommand } from './command.ts'
+import { type CommandOptions, runCommand } from './command.ts'
 import { type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
@@ -12,6 +12,8 @@ import { withTemporaryFolder } from './temporary-folder.ts'
 
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
 const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
+/** How long libvirt may take for a snapshot, in milliseconds: the guest's writes in flight are waited for. */
+const SNAPSHOT_TIMEOUT_MS = 10 * 60_000
 /** How long the guest agent may take to flush and freeze, in milliseconds. */
 const FREEZE_TIMEOUT_MS = 60_000
 /** An overlay of Varve's, and the backup that it was made for. */
@@ -28,6 +30,8 @@ export interface LibvirtHostOptions {
   overlayFolder?: string
 }
 
+type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput'>
+
 /** The domains of a libvirt daemon, through `virsh`. */
 export class LibvirtHost implements Host {
   readonly reference: HostReference
@@ -42,9 +46,9 @@ export class LibvirtHost implements Host {
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
     const running = await this.#isRunning(name, run)
-    const domain = readDomainXml(await this.#virsh(run, 'dumpxml', name))
-    const definition = await this.#virsh(run, 'dumpxml', '--inactive', name)
-    const qmp = running ? await Qmp.open(args => this.#virsh(run, ...args), name) : undefined
+    const domain = readDomainXml(await this.#onDomain(run, name, 'dumpxml'))
+    const definition = await this.#onDomain(run, name, 'dumpxml', '--inactive')
+    const qmp = running ? await this.#qmp(name, run) : undefined
     const disks: HostDisk[] = []
     const unsupported = new Map<string, string>()
     for (const disk of domain.disks) {
@@ -76,7 +80,7 @@ export class LibvirtHost implements Host {
       for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
       return
     }
-    const qmp = await Qmp.open(args => this.#virsh(run, ...args), instance)
+    const qmp = await this.#qmp(instance, run)
     await qmp.transaction(
       disks.map(disk => ({
         type: 'block-dirty-bitmap-add',
@@ -94,7 +98,7 @@ export class LibvirtHost implements Host {
     const state = await this.#diskState(instance, disk, run)
     if (state === undefined || state.format !== 'qcow2') return
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
-    const qmp = await Qmp.open(args => this.#virsh(run, ...args), instance)
+    const qmp = await this.#qmp(instance, run)
     const node = qmp.node(state.path, state.format)
     const present = bitmaps.filter(name => node.bitmaps.some(bitmap => bitmap.name === name))
     await qmp.transaction(
@@ -116,8 +120,8 @@ export class LibvirtHost implements Host {
 
   async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
     const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
-    const { disks } = readDomainXml(await this.#virsh(run, 'dumpxml', instance))
-    const defined = readDomainXml(await this.#virsh(run, 'dumpxml', '--inactive', instance))
+    const { disks } = readDomainXml(await this.#onDomain(run, instance, 'dumpxml'))
+    const defined = readDomainXml(await this.#onDomain(run, instance, 'dumpxml', '--inactive'))
     for (const disk of disks) if (byDisk.has(disk.name)) assertSameSource(instance, disk, defined.disks)
     const specs = disks.flatMap(({ name }) => {
       const overlay = byDisk.get(name)
@@ -130,15 +134,10 @@ export class LibvirtHost implements Host {
       ]
     })
     try {
-      await this.#virsh(
-        run,
-        'snapshot-create-as',
-        instance,
-        '--disk-only',
-        '--atomic',
-        '--no-metadata',
-        ...specs,
-      )
+      const options = ['--disk-only', '--atomic', '--no-metadata']
+      // Without the signal: libvirt would go on with it, and an overlay that is removed meanwhile takes writes along.
+      const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SNAPSHOT_TIMEOUT_MS }
+      await this.#onDomain(whole, instance, 'snapshot-create-as', ...options, ...specs)
     } catch (error) {
       if (!isVarveError(error, 'COMMAND_FAILED')) throw error
       throw new VarveError(
@@ -164,7 +163,8 @@ export class LibvirtHost implements Host {
           'OVERLAY_LEFT_OVER',
           `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
         )
-      }
+      } else if (state.running && (await exists(overlay.overlay)))
+        await this.#assertUnused(instance, overlay, run)
       await rm(overlay.overlay, { force: true })
     } catch (error) {
       throw new VarveError(
@@ -179,15 +179,23 @@ export class LibvirtHost implements Host {
     }
   }
 
+  /**
+   * The definition says that the disk is on its base. libvirt may all the same be about to put the overlay on
+   * top, for a snapshot that nobody waits for any more: QEMU itself knows, and answers when that is done.
+   */
+  async #assertUnused(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
+    if (!(await this.#qmp(instance, run)).uses(overlay.overlay)) return
+    throw new VarveError('OVERLAY_LEFT_OVER', 'a snapshot is about to take it into use')
+  }
+
   async #commitLive(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
     // A job that a former try left behind refuses a new one.
-    const job = await this.#virsh(run, 'blockjob', instance, overlay.disk, '--info')
-    if (/commit/i.test(job)) await this.#virsh(run, 'blockjob', instance, overlay.disk, '--abort')
+    const job = await this.#onDomain(run, instance, 'blockjob', overlay.disk, '--info')
+    if (/commit/i.test(job)) await this.#onDomain(run, instance, 'blockjob', overlay.disk, '--abort')
     // --shallow: into the overlay's own base, never further down a chain that the instance has of its own.
-    await this.#virsh(
-      { ...run, timeoutMs: COMMIT_TIMEOUT_MS },
-      ...['blockcommit', instance, overlay.disk, '--active', '--shallow', '--pivot', '--wait'],
-    )
+    const options = ['--active', '--shallow', '--pivot', '--wait']
+    const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
+    await this.#onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
     const after = await this.#diskState(instance, overlay.disk, run)
     if (after?.path !== overlay.base) {
       throw new VarveError(
@@ -211,7 +219,10 @@ export class LibvirtHost implements Host {
       ...run,
       timeoutMs: COMMIT_TIMEOUT_MS,
     })
-    const xml = await this.#virsh(run, 'dumpxml', '--inactive', instance).catch(error => {
+    // With the passwords of its console, which would be gone from the definition otherwise.
+    const secret = { ...run, secretOutput: true }
+    const options = ['--inactive', '--security-info']
+    const xml = await this.#onDomain(secret, instance, 'dumpxml', ...options).catch(error => {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined // a transient domain is gone once it stops
       throw error
     })
@@ -222,7 +233,7 @@ export class LibvirtHost implements Host {
 
   async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
     try {
-      await this.#virsh({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, 'domfsfreeze', instance)
+      await this.#onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsfreeze')
     } catch (error) {
       if (isVarveError(error, 'ABORTED')) throw error
       const stderr = isVarveError(error) ? String(error.context.stderr) : ''
@@ -240,7 +251,7 @@ export class LibvirtHost implements Host {
     for (let attempt = 1; ; attempt++) {
       try {
         if (await this.#isRunning(instance, run))
-          await this.#virsh({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, 'domfsthaw', instance)
+          await this.#onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
         return
       } catch (error) {
         if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
@@ -262,30 +273,45 @@ export class LibvirtHost implements Host {
 
   async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
     const deadline = Date.now() + timeoutMs
+    // Once the guest was asked to go it goes, also after an abort: whoever starts it again must find it off.
+    const { signal, ...rest } = run
+    if (signal?.aborted) throw abortError(signal)
     try {
-      if (!(await this.#isRunning(instance, run))) return
-      await this.#virsh(run, 'shutdown', instance)
-      while (await this.#isRunning(instance, run)) {
-        if (Date.now() >= deadline) return void (await this.#virsh(run, 'destroy', instance))
-        await sleep(250, undefined, run.signal && { signal: run.signal })
+      if (!(await this.#isRunning(instance, rest))) return
+      if (await this.#askToShutDown(instance, rest)) {
+        while (Date.now() < deadline && (await this.#isRunning(instance, rest))) await sleep(250)
+      }
+      if (await this.#isRunning(instance, rest)) {
+        if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
+        await this.#onDomain(rest, instance, 'destroy')
       }
     } catch (error) {
-      if (run.signal?.aborted) throw abortError(run.signal)
       // It may have gone by itself in between.
-      if (!isVarveError(error, 'COMMAND_FAILED') || !(await this.#isRunning(instance, run))) {
-        if (isVarveError(error, 'COMMAND_FAILED')) return
-        throw error
+      if (!isVarveError(error, 'COMMAND_FAILED')) throw error
+      if (await this.#isRunning(instance, rest)) {
+        throw new VarveError(
+          'POWER_OFF_FAILED',
+          `${instance} could not be switched off: ${error.message} Switch it off by hand and restore again; its disks are untouched.`,
+          { context: { instance }, cause: error },
+        )
       }
-      throw new VarveError(
-        'POWER_OFF_FAILED',
-        `${instance} could not be switched off: ${error.message} Switch it off by hand and restore again; its disks are untouched.`,
-        { context: { instance }, cause: error },
-      )
+    }
+    if (signal?.aborted) throw abortError(signal)
+  }
+
+  /** Whether it was asked. A paused guest, for one, cannot be. */
+  async #askToShutDown(instance: string, run: RunOptions): Promise<boolean> {
+    try {
+      await this.#onDomain(run, instance, 'shutdown')
+      return true
+    } catch (error) {
+      if (isVarveError(error, 'COMMAND_FAILED')) return false
+      throw error
     }
   }
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
-    if (!(await this.#isRunning(instance, run))) await this.#virsh(run, 'start', instance)
+    if (!(await this.#isRunning(instance, run))) await this.#onDomain(run, instance, 'start')
   }
 
   define(xml: string, run: RunOptions = {}): Promise<void> {
@@ -297,7 +323,7 @@ export class LibvirtHost implements Host {
   }
 
   async #isRunning(instance: string, run: RunOptions): Promise<boolean> {
-    const state = await this.#virsh(run, 'domstate', instance)
+    const state = await this.#onDomain(run, instance, 'domstate')
     return state.trim() !== 'shut off' && state.trim() !== 'crashed'
   }
 
@@ -309,7 +335,7 @@ export class LibvirtHost implements Host {
   ): Promise<{ running: boolean; path: string; format: string } | undefined> {
     try {
       const running = await this.#isRunning(instance, run)
-      const domain = readDomainXml(await this.#virsh(run, 'dumpxml', instance))
+      const domain = readDomainXml(await this.#onDomain(run, instance, 'dumpxml'))
       const found = domain.disks.find(({ name }) => name === disk)
       const path = found && (await this.#diskPath(found, run))
       return found && path !== undefined ? { running, path, format: found.format } : undefined
@@ -326,21 +352,53 @@ export class LibvirtHost implements Host {
     return path === undefined ? undefined : realpath(path).catch(() => path)
   }
 
-  async #virsh(run: RunOptions & { timeoutMs?: number }, ...args: string[]): Promise<string> {
+  #qmp(instance: string, run: RunOptions): Promise<Qmp> {
+    return Qmp.open(json => this.#onDomain(run, instance, 'qemu-monitor-command', json), instance)
+  }
+
+  /** Runs a command of `virsh` on a domain. */
+  async #onDomain(run: VirshOptions, instance: string, command: string, ...args: string[]): Promise<string> {
+    return this.#virsh(run, command, await this.#designation(instance, run), ...args)
+  }
+
+  /**
+   * What stands for a domain on virsh's command line. It takes a number for the id of a running domain, then
+   * text for a UUID, and only then for a name; a name that could be taken for something else is given as the
+   * UUID of the domain that has it.
+   */
+  async #designation(instance: string, run: VirshOptions): Promise<string> {
+    if (/^[a-z_]/i.test(instance) && !/^[\da-f-]+$/i.test(instance)) return instance
+    const list = await this.#virsh({ ...run, secretOutput: false }, 'list', '--all', '--uuid', '--name')
+    const uuid = list
+      .split('\n')
+      .map(line => /^\s*([\da-f-]{36})\s(.*)$/.exec(line))
+      .find(match => match?.[2]?.trim() === instance)?.[1]
+    if (uuid === undefined) throw this.#notFound(instance)
+    return uuid
+  }
+
+  #notFound(instance: string, cause?: unknown): VarveError {
+    return new VarveError(
+      'INSTANCE_NOT_FOUND',
+      `libvirt (${this.#uri}) has no domain ${instance}. "virsh --connect ${this.#uri} list --all" shows those it has.`,
+      { context: { instance, uri: this.#uri }, cause },
+    )
+  }
+
+  async #virsh(run: VirshOptions, ...args: string[]): Promise<string> {
     try {
       const options = { ...run, label: `virsh ${args[0]}` }
       return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], options)).stdout
     } catch (error) {
       const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
       if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
-        const instance = args.find(arg => stderr.includes(`'${arg}'`)) ?? ''
+        throw this.#notFound(args.find(arg => stderr.includes(`'${arg}'`)) ?? '', error)
+      }
+      if (/failed to connect to the hypervisor/i.test(stderr)) {
         throw new VarveError(
-          'INSTANCE_NOT_FOUND',
-          `libvirt (${this.#uri}) has no domain ${instance}. "virsh --connect ${this.#uri} list --all" shows those it has.`,
-          {
-            context: { instance, uri: this.#uri },
-            cause: error,
-          },
+          'COMMAND_FAILED',
+          `libvirt does not answer at ${this.#uri}: ${stderr.trim().split('\n').at(-1)}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
+          { context: { command: 'virsh', args, stderr, uri: this.#uri }, cause: error, retryable: true },
         )
       }
       throw error

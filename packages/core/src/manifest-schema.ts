@@ -21,6 +21,7 @@ const fallbackReasons: WordsOf<FallbackReason> = {
   'chain-limit': 'chain-limit',
   'parent-broken': 'parent-broken',
   'disk-new': 'disk-new',
+  'disk-replaced': 'disk-replaced',
   'disk-shrunk': 'disk-shrunk',
   'format-raw': 'format-raw',
   'format-qcow2-v2': 'format-qcow2-v2',

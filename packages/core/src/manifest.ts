@@ -14,6 +14,7 @@ export type FallbackReason =
   | 'chain-limit'
   | 'parent-broken'
   | 'disk-new'
+  | 'disk-replaced'
   | 'disk-shrunk'
   | 'format-raw'
   | 'format-qcow2-v2'

@@ -34,31 +34,30 @@ export interface BlockNode {
   readonly holdsBitmaps: boolean
 }
 
+/** Sends one command, as JSON, to the monitor of a domain and gives the reply. */
+type Monitor = (json: string) => Promise<string>
+
 /** QEMU's monitor of a running domain, through `virsh qemu-monitor-command`. */
 export class Qmp {
-  readonly #virsh: (args: string[]) => Promise<string>
+  readonly #monitor: Monitor
   readonly #domain: string
   readonly #nodes: z.infer<typeof blockNodes>
 
-  private constructor(
-    virsh: (args: string[]) => Promise<string>,
-    domain: string,
-    nodes: z.infer<typeof blockNodes>,
-  ) {
-    this.#virsh = virsh
+  private constructor(monitor: Monitor, domain: string, nodes: z.infer<typeof blockNodes>) {
+    this.#monitor = monitor
     this.#domain = domain
     this.#nodes = nodes
   }
 
   /** Reads the block nodes. Their state is the one at this moment. */
-  static async open(virsh: (args: string[]) => Promise<string>, domain: string): Promise<Qmp> {
-    const reply = await execute(virsh, domain, 'query-named-block-nodes', { flat: true })
+  static async open(monitor: Monitor, domain: string): Promise<Qmp> {
+    const reply = await execute(monitor, domain, 'query-named-block-nodes', { flat: true })
     const nodes = blockNodes.parse(reply)
     const resolved = nodes.map(async node => ({
       ...node,
       file: await realpath(node.file).catch(() => node.file),
     }))
-    return new Qmp(virsh, domain, await Promise.all(resolved))
+    return new Qmp(monitor, domain, await Promise.all(resolved))
   }
 
   /** The node of an image by its path, symbolic links resolved, and format. */
@@ -86,9 +85,14 @@ export class Qmp {
     }
   }
 
+  /** Whether any node is on this file. */
+  uses(path: string): boolean {
+    return this.#nodes.some(({ file }) => file === path)
+  }
+
   /** Carries out all the actions at one point in time, or none. */
   async transaction(actions: readonly { type: string; data: object }[]): Promise<void> {
-    if (actions.length > 0) await execute(this.#virsh, this.#domain, 'transaction', { actions })
+    if (actions.length > 0) await execute(this.#monitor, this.#domain, 'transaction', { actions })
   }
 }
 
@@ -97,17 +101,8 @@ const monitorReply = z.object({
   error: z.object({ class: z.string(), desc: z.string() }).optional(),
 })
 
-async function execute(
-  virsh: (args: string[]) => Promise<string>,
-  domain: string,
-  command: string,
-  args: object,
-): Promise<unknown> {
-  const output = await virsh([
-    'qemu-monitor-command',
-    domain,
-    JSON.stringify({ execute: command, arguments: args }),
-  ])
+async function execute(monitor: Monitor, domain: string, command: string, args: object): Promise<unknown> {
+  const output = await monitor(JSON.stringify({ execute: command, arguments: args }))
   const reply = monitorReply.parse(JSON.parse(output))
   if (reply.error) {
     throw new VarveError('COMMAND_FAILED', `QEMU refused ${command} for ${domain}: ${reply.error.desc}`, {

@@ -4,9 +4,9 @@ import { indexChains, missingObjects, walkChain } from './chain.ts'
 import { DiskLock } from './disk-lock.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
-import { type Rename, RunJournal } from './journal.ts'
+import { RunJournal } from './journal.ts'
 import { planRestore } from './restore-plan.ts'
-import { define, mark, powerOff, type RestoreContext, stage, writeDisks } from './restore-stages.ts'
+import { define, finish, mark, powerOff, type RestoreContext, stage, writeDisks } from './restore-stages.ts'
 import type { RunOptions } from './run-options.ts'
 import { settleError } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
@@ -125,19 +125,21 @@ export class RestorePipeline {
       disks = await writeDisks(restore)
       await mark(restore, catalog.backups)
       if (!request.inPlace) await powerOff(restore)
-      await define(restore)
-      await journal.record({ step: 'finish', renames: renames(plan.disks) })
+      await finish(restore, await define(restore))
     } catch (error) {
       failure = error
     }
     const { onEvent } = run
-    const { started, incomplete } = await settleRestore(journal, host, onEvent ? { onEvent } : {}).catch(
-      error => {
-        throw settleError(error, failure, undefined)
-      },
-    )
+    const { started, incomplete, refusal } = await settleRestore(
+      journal,
+      host,
+      onEvent ? { onEvent } : {},
+    ).catch(error => {
+      throw settleError(error, failure, undefined)
+    })
     if (incomplete.length > 0) throw incompleteError(failure, incomplete)
     if (failure !== undefined) throw failure
+    if (refusal) throw refusal
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
 }
@@ -149,10 +151,6 @@ function wholeChain(backup: StoredBackup, catalog: Catalog): StoredBackup[] {
   const [damage] = links.flatMap(link => missingObjects(link, catalog.objects))
   if (damage) throw damage
   return links
-}
-
-function renames(disks: readonly { target: string; temporary?: string }[]): Rename[] {
-  return disks.flatMap(({ target, temporary }) => (temporary === undefined ? [] : [{ temporary, target }]))
 }
 
 function incompleteError(failure: unknown, disks: readonly string[]): VarveError {

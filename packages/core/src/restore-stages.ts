@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { chmod, chown, mkdtemp, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -10,7 +11,8 @@ import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, VarveError } from './errors.ts'
 import type { RestoreStage } from './events.ts'
 import type { Host } from './host.ts'
-import type { RunJournal } from './journal.ts'
+import { assertUnused } from './image-lock.ts'
+import type { Rename, RunJournal } from './journal.ts'
 import type { ManifestFile } from './manifest.ts'
 import { NbdTarget } from './nbd-target.ts'
 import { Progress } from './progress.ts'
@@ -165,7 +167,10 @@ export async function powerOff({ host, plan, journal, request, run }: RestoreCon
   await host.powerOff(instance.name, request.powerOffTimeoutMs ?? 60_000, run)
 }
 
-/** Prepares the definition that `settleRestore` puts in place: of a new instance, or where it is asked for. */
+/**
+ * Prepares the definition that `settleRestore` puts in place: of a new instance, or where it is asked for. Returns
+ * the file of UEFI variables that goes with it.
+ */
 export async function define({
   backup,
   storage,
@@ -173,10 +178,12 @@ export async function define({
   request,
   journal,
   run,
-}: RestoreContext): Promise<void> {
+}: RestoreContext): Promise<Rename | undefined> {
   const { definition, nvram } = backup.manifest
-  const { newInstance, instance } = plan
-  if (!newInstance && !(instance && request.definition === 'restore')) return
+  const { newInstance } = plan
+  const instance = request.definition === 'restore' ? plan.instance : undefined
+  const name = newInstance?.name ?? instance?.name
+  if (name === undefined) return undefined
   if (!definition) {
     throw new VarveError(
       'INVALID_ARGUMENT',
@@ -192,15 +199,18 @@ export async function define({
   const isUefi = nvram !== undefined || storedNvram !== undefined
   const nvramTarget = isUefi ? (newInstance?.nvram ?? instance?.nvram ?? storedNvram) : undefined
   const renamed = newInstance && newInstance.name !== backup.manifest.instance.name
+  // An instance that was made anew under its old name has another UUID, which libvirt does not let go. A copy has
+  // one from here, so that it can be defined again after a definition that was cut short.
+  const uuid = instance?.uuid ?? (renamed ? randomUUID() : undefined)
   const xml = rewriteDomainXml(stored, {
     disks,
     onlyTheseDisks: newInstance !== undefined,
     ...(renamed && { copyAs: newInstance.name }),
-    // An instance that was made anew under its old name has another UUID, which libvirt does not let go.
-    ...(instance?.uuid !== undefined && { uuid: instance.uuid }),
+    ...(uuid !== undefined && { uuid }),
     ...(nvramTarget !== undefined && { nvram: nvramTarget }),
   })
-  if (!nvram || nvramTarget === undefined) return journal.record({ step: 'define', xml })
+  await journal.record({ step: 'define', instance: name, xml })
+  if (!nvram || nvramTarget === undefined) return undefined
   const temporary = `${nvramTarget}.varve-restore-${journal.header.id}`
   await journal.record({ step: 'target-create', temporary })
   await writeFile(temporary, await fetchFile(storage, backup.folder, nvram, run), {
@@ -208,7 +218,21 @@ export async function define({
     flush: true,
   })
   await takeOwnership(temporary, nvramTarget)
-  await journal.record({ step: 'define', xml, nvram: { temporary, target: nvramTarget } })
+  return { temporary, target: nvramTarget }
+}
+
+/** From here on the restore is carried through. Refused, as long as it can be undone, where a disk is in use again. */
+export async function finish(
+  { plan, journal, run }: RestoreContext,
+  nvram: Rename | undefined,
+): Promise<void> {
+  const renames = plan.disks.flatMap(({ temporary, target }): Rename[] =>
+    temporary === undefined ? [] : [{ temporary, target }],
+  )
+  if (nvram) renames.push(nvram)
+  for (const { target } of renames) await assertUnused(target, run)
+  if (run.signal?.aborted) throw abortError(run.signal)
+  await journal.record({ step: 'finish', renames })
 }
 
 async function fetchFile(

@@ -1,7 +1,9 @@
-import { open, rename, rm } from 'node:fs/promises'
+import { open, rename, rm, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
+import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
-import type { RunJournal } from './journal.ts'
+import { assertUnused } from './image-lock.ts'
+import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
@@ -12,12 +14,17 @@ export interface SettledRestore {
   readonly started: boolean
   /** The disks that were being written over and are incomplete. */
   readonly incomplete: readonly string[]
+  /** Why libvirt did not take the definition, where that is why everything is as it was. */
+  readonly refusal?: VarveError
 }
 
 /**
  * Ends a restore: after success, failure or, by `recover`, the death of its process. Once every new file is
- * complete, which the step `finish` tells, it is carried through; before, the new files are removed. Then the
- * instance is started if it is to run, unless a disk of it is incomplete. May be cut short and called again.
+ * complete, which the step `finish` tells, it is carried through; before, or where libvirt refuses the
+ * definition, the new files are removed. Then the instance is started if it is to run, unless a disk of it is
+ * incomplete. May be cut short and called again.
+ *
+ * @throws RUN_UNRESOLVED when the instance runs again, on disks that were to be replaced
  */
 export async function settleRestore(
   journal: RunJournal,
@@ -27,20 +34,14 @@ export async function settleRestore(
   const names = journal.header.disks.map(({ name }) => name)
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
 
-  const finish = journal.of('finish').at(-1)
-  if (finish) {
-    emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
-    for (const step of finish.renames) await replace(step)
-    for (const { xml, nvram } of journal.of('define')) {
-      if (nvram) await replace(nvram)
-      await host.define(xml, run)
-    }
-  }
+  const finish = journal.of('undo').length > 0 ? undefined : journal.of('finish').at(-1)
+  const refusal = finish && (await finishSwap(journal, finish, host, run))
   for (const { temporary } of journal.of('target-create')) await rm(temporary, { force: true })
 
+  const finished = finish !== undefined && refusal === undefined
   const writing = journal.of('written-in-place').length > 0 ? [] : journal.of('write-in-place')
   const power = journal.of('power-off').at(-1)
-  const wanted = finish ? power?.start : power?.wasRunning
+  const wanted = finished ? power?.start : power?.wasRunning
   const start = wanted === true && writing.length === 0
   // Settled before the start: an instance that does not start is no reason to hold its disks.
   await journal.settled()
@@ -48,17 +49,88 @@ export async function settleRestore(
     emit(run, { type: 'stage', stage: 'start', message: `Starting ${power.instance}` })
     await host.start(power.instance, run)
   }
-  return { finished: finish !== undefined, started: start, incomplete: writing.map(({ disk }) => disk) }
+  const incomplete = writing.map(({ disk }) => disk)
+  return { finished, started: start, incomplete, ...(refusal && { refusal }) }
 }
 
-/** Renames a complete file over its target, durably. Done before, it is left as it is. */
-async function replace({ temporary, target }: { temporary: string; target: string }): Promise<void> {
-  try {
-    await rename(temporary, target)
-  } catch (error) {
-    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return
-    throw error
+/**
+ * Puts the new definition, then the new disks in place. Returns why libvirt refuses the definition: then
+ * nothing was changed.
+ */
+async function finishSwap(
+  journal: RunJournal,
+  { renames }: JournalStepOf<'finish'>,
+  host: Host,
+  run: RunOptions,
+): Promise<VarveError | undefined> {
+  emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
+  const left: Rename[] = []
+  for (const step of renames) if (await exists(step.temporary)) left.push(step)
+  for (const { target } of left) await assertOff(target, run)
+  const [definition] = journal.of('define')
+  if (definition && journal.of('defined').length === 0) {
+    const refusal = await define(definition, host, run)
+    if (refusal) {
+      await journal.record({ step: 'undo' })
+      return refusal
+    }
+    await journal.record({ step: 'defined' })
   }
+  for (const step of left) await replace(step)
+  return undefined
+}
+
+/** An instance that runs on the disk by now was started by somebody else: what it wrote is not ours to drop. */
+async function assertOff(target: string, run: RunOptions): Promise<void> {
+  await assertUnused(target, run).catch(error => {
+    if (!isVarveError(error, 'DISK_BUSY')) throw error
+    throw new VarveError(
+      'RUN_UNRESOLVED',
+      `The restored disk is complete, but cannot take the place of ${target}: that is in use by a virtual machine or another program. Shut it off, then run "varve recover": the disk is replaced and what was written to it since is lost. Copy the disk before where that is needed.`,
+      { context: { path: target }, cause: error },
+    )
+  })
+}
+
+async function define(
+  { instance, xml }: JournalStepOf<'define'>,
+  host: Host,
+  run: RunOptions,
+): Promise<VarveError | undefined> {
+  try {
+    await host.define(xml, run)
+    return undefined
+  } catch (error) {
+    // Without an answer nobody knows whether it was taken.
+    if (!isVarveError(error, 'COMMAND_FAILED') || !(await answers(host, instance, run))) throw error
+    return new VarveError(
+      'COMMAND_FAILED',
+      `The definition of ${instance} in the backup is refused on this host, and nothing was changed: ${error.message} Restore the disks alone, or to files, and define the instance by hand.`,
+      { context: { ...error.context, instance }, cause: error },
+    )
+  }
+}
+
+async function answers(host: Host, instance: string, run: RunOptions): Promise<boolean> {
+  return host.instance(instance, run).then(
+    () => true,
+    error => isVarveError(error, 'INSTANCE_NOT_FOUND'),
+  )
+}
+
+async function exists(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    error => {
+      if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return false
+      throw error
+    },
+  )
+}
+
+/** Renames a complete file over its target, durably. */
+async function replace({ temporary, target }: Rename): Promise<void> {
+  await rename(temporary, target)
   const folder = await open(dirname(target))
   try {
     await folder.sync()

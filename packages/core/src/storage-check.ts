@@ -16,8 +16,8 @@ const REMOVAL_TIMEOUT_MS = 10_000
 
 /** Options of {@link checkStorage}. */
 export interface CheckStorageOptions extends CallOptions {
-  /** Tries to reach the storage and tells how many bytes can still be written, where it knows. */
-  connect: () => Promise<{ freeBytes?: number }>
+  /** Tries to reach the storage and tells what it knows of it: the health's fields of the same names. */
+  connect: () => Promise<Pick<StorageHealth, 'freeBytes' | 'notice'>>
 }
 
 /**
@@ -36,13 +36,13 @@ export async function checkStorage(
   const key = PROBE_PREFIX + randomBytes(8).toString('hex')
   const probe = randomBytes(1024)
   const checks: StorageCheck[] = []
-  let capacity: { freeBytes?: number } = {}
+  let known: Pick<StorageHealth, 'freeBytes' | 'notice'> = {}
 
   const steps: [StorageCheck['name'], () => Promise<unknown>][] = [
     [
       'connect',
       async () => {
-        capacity = await connect()
+        known = await connect()
       },
     ],
     ['write', () => driver.put(key, bytesBody(probe), call)],
@@ -72,7 +72,7 @@ export async function checkStorage(
     }
   }
   const ok = checks.every(check => check.ok)
-  return { ok, checks, ...capacity, durationMs: performance.now() - began }
+  return { ok, checks, ...known, durationMs: performance.now() - began }
 }
 
 async function listProbes(driver: StorageDriver, key: string, call: CallOptions): Promise<void> {

@@ -100,6 +100,8 @@ export interface StorageHealth {
   readonly checks: readonly StorageCheck[]
   /** Bytes that can still be written, where the storage tells. */
   readonly freeBytes?: number
+  /** What whoever set the storage up should know although it works, such as a server whose key nobody has confirmed. */
+  readonly notice?: string
   /** How long the checks took, in milliseconds. */
   readonly durationMs: number
 }

@@ -109,6 +109,7 @@ test.each([
   ['bitmap-inconsistent', {}, [bitmap(2, { inconsistent: true })]],
   ['bitmap-disabled', {}, [bitmap(2, { enabled: false })]],
   ['bitmap-granularity', {}, [bitmap(2, { granularity: 4096 })]],
+  ['disk-replaced', { path: '/img/snapshot-1' }, [bitmap(2)]],
   ['disk-shrunk', { virtualSize: GiB - 512 }, [bitmap(2)]],
   ['format-raw', { format: 'raw', holdsBitmaps: false }, []],
   ['format-qcow2-v2', { holdsBitmaps: false }, []],

@@ -17,6 +17,7 @@ const fallback = fc.constantFrom<FallbackReason>(
   'chain-limit',
   'parent-broken',
   'disk-new',
+  'disk-replaced',
   'disk-shrunk',
   'format-raw',
   'bitmap-missing',

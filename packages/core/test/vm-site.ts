@@ -61,7 +61,7 @@ export interface VmSite {
   stored(manifest: BackupManifest, name: string): string
   /** Backs the instance up. */
   backup(request?: Partial<BackupRequest>, run?: RunOptions): Promise<BackupManifest>
-  restore(request: RestoreRequest): Promise<RestoreResult>
+  restore(request: RestoreRequest, run?: RunOptions): Promise<RestoreResult>
   /** SHA-256 of a device as the guest reads it from the disk. */
   sum(device: string): Promise<string>
   /** Restores to new files and returns the SHA-256 of what a guest would read in each. */
@@ -145,7 +145,7 @@ export function useVmSite(): VmSite {
 
     backup: (request = {}, run = {}) =>
       new BackupPipeline(pipelines()).run({ instance: theVm().name, ...request }, { onEvent, ...run }),
-    restore: request => new RestorePipeline(pipelines()).run(request, { onEvent }),
+    restore: (request, run = {}) => new RestorePipeline(pipelines()).run(request, { onEvent, ...run }),
 
     async sum(device) {
       const { stdout } = await theVm().run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)

@@ -1,0 +1,128 @@
+import { execFileSync } from 'node:child_process'
+import { stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import { createQcow2 } from '@varve/testkit/lab'
+import { expect, test } from 'vitest'
+import type { DiskOverlay } from '../src/host.ts'
+import { MiB, useVmSite } from './vm-site.ts'
+
+const site = useVmSite()
+const { createVm, image, backup, sum, restoredSums } = site
+
+const overlayOf = (name: string): DiskOverlay => ({
+  disk: 'vda',
+  base: image('vda'),
+  baseFormat: 'qcow2',
+  overlay: join(site.folder, name),
+})
+
+function createOverlay({ base, overlay }: DiskOverlay): void {
+  execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b', base, overlay])
+}
+
+test("a snapshot that somebody takes between two backups makes the next one full, since its bitmap is libvirt's empty copy", async () => {
+  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
+  await vm.boot()
+  const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=${at} conv=fsync`)
+  await write(0)
+  const before = await backup()
+  await write(4)
+  const spec = `vda,snapshot=external,file=${join(site.folder, 'theirs')}`
+  const theirs = ['snapshot-create-as', vm.name, '--disk-only', '--no-metadata', '--diskspec', spec]
+  await site.lab.virsh(theirs)
+  await write(8)
+  const wanted = await sum('/dev/vda')
+
+  const after = await backup()
+  expect(after.disks[0]).toMatchObject({ kind: 'full', fallback: 'disk-replaced' })
+  expect(after.chain).not.toBe(before.chain)
+  expect((await restoredSums(after)).vda).toBe(wanted)
+  await write(12)
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: after.id })
+  expect((await restoredSums(next)).vda).toBe(await sum('/dev/vda'))
+})
+
+test('a name that is a number is no id of another domain', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  await vm.start()
+  const id = (await site.lab.virsh(['domid', vm.name])).trim()
+  const path = join(site.folder, 'other')
+  await createQcow2(path, MiB)
+  const other = await site.lab.createDomain({ name: id, disks: [{ target: 'vda', path, format: 'qcow2' }] })
+  try {
+    const instance = await site.host.instance(id)
+    expect(instance).toMatchObject({ name: id, running: false })
+    expect(instance.disks[0]?.path).toBe(path)
+    await site.host.powerOff(id, 1000) // is off already
+    expect(await vm.state()).toBe('running')
+    await expect(site.host.instance(`${id}${id}`)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+  } finally {
+    // virsh would take its name for the other's id
+    const list = await site.lab.virsh(['list', '--all', '--uuid', '--name'])
+    const uuid = list.split('\n').find(line => line.trim().endsWith(` ${other.name}`))
+    await site.lab.virsh(['undefine', uuid?.trim().split(/\s+/)[0] ?? ''])
+  }
+})
+
+test('a snapshot is seen through although the run is given up, so that its overlay can be merged back', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  await vm.start()
+  const overlay = overlayOf('overlay')
+  const giveUp = new AbortController()
+  await site.host.snapshot(vm.name, [overlay], {
+    signal: giveUp.signal,
+    onEvent: event => {
+      // the last look before the snapshot
+      if (event.type === 'command' && event.args.includes('--inactive')) giveUp.abort()
+    },
+  })
+  expect(giveUp.signal.aborted).toBe(true)
+  expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(overlay.overlay)
+  await site.host.commitOverlay(vm.name, overlay)
+  expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(image('vda'))
+  await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+})
+
+test("an overlay that QEMU has open is not removed, whatever the domain's definition says", async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  await vm.start()
+  const overlay = overlayOf('overlay')
+  createOverlay(overlay)
+  const node = { driver: 'qcow2', 'node-name': 'soon', file: { driver: 'file', filename: overlay.overlay } }
+  await vm.qmp('blockdev-add', { ...node, 'read-only': true, backing: null })
+  await expect(site.host.commitOverlay(vm.name, overlay)).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+  })
+  await stat(overlay.overlay)
+  await vm.qmp('blockdev-del', { 'node-name': 'soon' })
+  await site.host.commitOverlay(vm.name, overlay)
+  await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+})
+
+test("the password of an instance's console stays when an overlay is merged back into one that has stopped", async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const overlay = overlayOf('overlay')
+  const xml = await site.lab.virsh(['dumpxml', vm.name])
+  const withPassword = xml
+    .replace('</devices>', "<graphics type='vnc' port='-1' passwd='console7'/></devices>")
+    .replace(overlay.base, overlay.overlay)
+  createOverlay(overlay)
+  const events: unknown[] = []
+  await site.host.define(withPassword)
+  await site.host.commitOverlay(vm.name, overlay, { onEvent: event => void events.push(event) })
+  const after = await site.lab.virsh(['dumpxml', '--inactive', '--security-info', vm.name])
+  expect(after).toContain("passwd='console7'")
+  expect(after).toContain(overlay.base)
+  expect(after).not.toContain(overlay.overlay)
+  expect(events.length).toBeGreaterThan(2)
+  expect(JSON.stringify(events)).not.toContain('console7')
+})
+
+test('a guest that is paused, and so cannot shut down, is switched off', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  await vm.start()
+  await site.lab.virsh(['suspend', vm.name])
+  await site.host.powerOff(vm.name, 60_000)
+  expect(await vm.state()).toBe('shut off')
+})
