@@ -131,7 +131,7 @@ export class SftpDriver implements StorageDriver {
     const connect = async () => {
       using lease = await this.#session.lease(signal)
       const space = await freeSpace(lease.root, signal)
-      return space ? { freeBytes: space.bytes } : {}
+      return { ...(space && { freeBytes: space.bytes }), ...this.#hostKeyNotice() }
     }
     return checkStorage(this, { connect, ...(signal && { signal }) })
   }
@@ -150,6 +150,13 @@ export class SftpDriver implements StorageDriver {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#session.end()
+  }
+
+  #hostKeyNotice(): { notice?: string } {
+    if (this.#settings.hostKeyRule) return {}
+    return {
+      notice: `The host key ${this.hostKeyFingerprint} was accepted without being compared with anything. Compare it with the server's (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub) and set hostKey to it.`,
+    }
   }
 
   /** Does something with the storage, again where the connection broke meanwhile. */

@@ -108,7 +108,7 @@ describe('a login', () => {
     const { hostKey: former, ...others } = options
     await using driver = new SftpDriver({ ...others, password: lab.password })
     expect(driver.hostKeyFingerprint).toBeUndefined()
-    expect(await driver.check()).toMatchObject({ ok: true })
+    expect(await driver.check()).toMatchObject({ ok: true, notice: expect.stringContaining(former) })
     expect(driver.hostKeyFingerprint).toBe(former)
 
     await lab.replaceHostKey('rsa')
@@ -142,7 +142,9 @@ describe('a login', () => {
 
   async function expectWorks(options: SftpDriverOptions): Promise<void> {
     await using driver = new SftpDriver(options)
-    expect(await driver.check()).toMatchObject({ ok: true })
+    const health = await driver.check()
+    expect(health).toMatchObject({ ok: true, freeBytes: expect.any(Number) })
+    expect(health.notice).toBeUndefined()
   }
 })
 

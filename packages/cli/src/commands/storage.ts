@@ -29,11 +29,15 @@ async function check(session: Session, name: string | undefined): Promise<void> 
 }
 
 /** The outcome of `varve storage check`. */
-export function healthText(what: string, { ok, checks, freeBytes, durationMs }: StorageHealth): string {
+export function healthText(
+  what: string,
+  { ok, checks, freeBytes, notice, durationMs }: StorageHealth,
+): string {
   const lines = checks.map(
     ({ name, ok, message }) => `  ${name.padEnd(8)} ${ok ? 'ok' : `FAILED: ${message ?? ''}`}`,
   )
   if (freeBytes !== undefined) lines.push(`  ${formatSize(freeBytes)} free`)
+  if (notice !== undefined) lines.push(`  ${notice}`)
   const outcome = ok ? 'works' : 'does not work'
   return [`The storage ${what} ${outcome} (${formatDuration(durationMs / 1000)}).`, ...lines].join('\n')
 }
