@@ -45,7 +45,7 @@ export interface S3DriverOptions {
   ca?: string
   /**
    * When uploads carry a CRC32 for the server to check, in a trailer of the body. `WHEN_SUPPORTED`: each
-   * upload; `WHEN_REQUIRED`: none. Many compatible servers, Ceph before 19 among them, refuse the trailer.
+   * upload; `WHEN_REQUIRED`: none. Many compatible servers, Ceph 16 among them, refuse the trailer.
    * Default: `WHEN_REQUIRED` with an `endpoint`, `WHEN_SUPPORTED` without.
    */
   checksums?: 'WHEN_SUPPORTED' | 'WHEN_REQUIRED'

@@ -1,17 +1,28 @@
-import { describeDriver } from '@varve/testkit'
-import { type RadosgwLab, startRadosgw } from '@varve/testkit/lab'
+import { randomBytes } from 'node:crypto'
+import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
+import { describeDriver, NetworkProxy } from '@varve/testkit'
+import { type RadosgwLab, type S3User, startRadosgw } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
 import { TestBucket } from './s3-target.ts'
 
 const MIB = 1024 * 1024
+const CAPACITY = 8 * MIB
 let gateway: RadosgwLab
 let bucket: TestBucket
+let stranger: S3User
+const secrets: string[] = []
 
 beforeAll(async () => {
   gateway = await startRadosgw()
-  bucket = await TestBucket.make(gateway, await gateway.createUser('varve'))
+  const user = await gateway.createUser('varve')
+  bucket = await TestBucket.make(gateway, user)
+  stranger = await gateway.createUser('stranger')
+  secrets.push(user.secretKey, encodeURIComponent(user.secretKey))
 })
 afterAll(() => gateway?.[Symbol.asyncDispose]())
+
+const refused = async (options: Partial<S3DriverOptions>) =>
+  new S3Driver({ ...bucket.options, retries: 1, ...options })
 
 describeDriver('S3Driver', {
   capabilities: {
@@ -22,6 +33,57 @@ describeDriver('S3Driver', {
     maxObjectSize: 5 * MIB * MIB,
   },
   create: () => bucket.target(),
+  async createFull() {
+    const user = await gateway.createUser(`full-${randomBytes(4).toString('hex')}`)
+    const quota = ['--quota-scope', 'bucket', '--uid', user.uid]
+    await gateway.admin('quota', 'set', ...quota, '--max-size', String(CAPACITY))
+    await gateway.admin('quota', 'enable', ...quota)
+    const small = await TestBucket.make(gateway, user)
+    // the gateway counts a part when it is stored, so that several at once may pass together
+    return { ...(await small.target({ parallelParts: 1 })), capacity: CAPACITY }
+  },
   largeSize: 24 * MIB + 12_345,
   manyObjects: 1100, // more than a page
+  remote: {
+    async create() {
+      const proxy = await NetworkProxy.start(gateway)
+      const endpoint = `http://127.0.0.1:${proxy.port}`
+      const target = await bucket.target({ endpoint, timeoutMs: 1500, retries: 2 })
+      const dispose = async () => {
+        await target.dispose()
+        await proxy[Symbol.asyncDispose]()
+      }
+      return { ...target, proxy, dispose }
+    },
+    restartServer: () => gateway.restart(),
+    cutSize: 6_000_003, // two parts
+    refused: [
+      {
+        what: 'a wrong secret key',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ secretKey: 'not-the-secret' }),
+      },
+      {
+        what: 'an unknown access key',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ accessKey: 'UNKNOWN' }),
+      },
+      {
+        what: 'a user without rights',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => refused({ accessKey: stranger.accessKey, secretKey: stranger.secretKey }),
+      },
+      {
+        what: 'a missing bucket',
+        code: 'STORAGE_NOT_FOUND',
+        create: () => refused({ bucket: 'no-such-bucket-here' }),
+      },
+      {
+        what: 'a certificate of an unknown authority',
+        code: 'STORAGE_UNREACHABLE',
+        create: () => refused({ endpoint: `https://127.0.0.1:${gateway.tlsPort}` }),
+      },
+    ],
+    secrets,
+  },
 })
