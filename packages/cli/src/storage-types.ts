@@ -1,7 +1,7 @@
 import { isAbsolute } from 'node:path'
 import { z } from 'zod'
-import { secretField } from './secret.ts'
-import { type StorageType, storageType } from './storage-type.ts'
+import { type Secret, secretField } from './secret.ts'
+import { type SecretReader, type StorageType, storageType } from './storage-type.ts'
 
 const local = storageType(
   z.strictObject({
@@ -96,10 +96,42 @@ const s3 = storageType(
   },
 )
 
+const rclone = storageType(
+  z.strictObject({
+    remoteName: z.string().min(1, 'must not be empty'),
+    pathPrefix: z.string().exactOptional(),
+    create: z.boolean().exactOptional(),
+    configFile: z.string().refine(isAbsolute, 'must be an absolute path').exactOptional(),
+    remotes: z.record(z.string(), z.record(z.string(), secretField)).exactOptional(), // which options are secrets, rclone knows
+    env: z.record(z.string(), secretField).exactOptional(),
+    command: z.string().min(1, 'must not be empty').exactOptional(),
+    timeoutMs: z.int().min(1).exactOptional(),
+  }),
+  async ({ remotes = {}, env = {}, ...options }, secrets) => {
+    const { RcloneDriver } = await import('@varve/driver-rclone')
+    const given: Record<string, Record<string, string>> = {}
+    for (const [name, remote] of Object.entries(remotes)) {
+      given[name] = await readAll(`remotes.${name}`, remote, secrets)
+    }
+    return new RcloneDriver({ ...options, remotes: given, env: await readAll('env', env, secrets) })
+  },
+)
+
+async function readAll(
+  field: string,
+  values: Readonly<Record<string, Secret>>,
+  secrets: SecretReader,
+): Promise<Record<string, string>> {
+  const read: Record<string, string> = {}
+  for (const [name, value] of Object.entries(values)) read[name] = await secrets(`${field}.${name}`, value)
+  return read
+}
+
 /** The kinds of storage that the configuration may name, by their `type`. */
 export const STORAGE_TYPES: ReadonlyMap<string, StorageType> = new Map([
   ['local', local],
   ['ftp', ftp],
   ['sftp', sftp],
   ['s3', s3],
+  ['rclone', rclone],
 ])

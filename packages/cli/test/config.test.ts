@@ -109,6 +109,24 @@ test('a file that is no JSON is refused without quoting it', () => {
   expect(() => parseConfig('{ "secret": hunter2', '/c.json')).not.toThrow(/hunter2/)
 })
 
+test('an rclone storage is a remote of its configuration, or one that is given with its secrets', async () => {
+  const configured = parse({
+    storages: { b2: { type: 'rclone', remoteName: 'my-b2-backup', pathPrefix: 'bucket' } },
+  })
+  expect(await openStorage(configured, 'b2', {})).toMatchObject({
+    type: 'rclone',
+    location: 'rclone my-b2-backup:bucket',
+  })
+  const remotes = { nas: { type: 'sftp', host: 'nas', pass: { env: 'NAS_PASS' } } }
+  const given = parse({ storages: { nas: { type: 'rclone', remoteName: 'nas', remotes } } })
+  expect(await openStorage(given, 'nas', { NAS_PASS: 'x' })).toMatchObject({ location: 'rclone nas:' })
+  await expect(openStorage(given, 'nas', {})).rejects.toMatchObject({
+    code: 'INVALID_CONFIG',
+    message: expect.stringContaining('remotes.nas.pass'),
+  })
+  expect(message({ storages: { b2: { type: 'rclone' } } })).toContain('storages.b2.remoteName')
+})
+
 test('a missing file is named with the way to make one', async () => {
   await expect(loadConfig({ env: {}, cwd: '/nowhere' })).rejects.toMatchObject({
     code: 'INVALID_CONFIG',
