@@ -2,11 +2,12 @@ import { BackupPipeline, LibvirtHost } from '@varve/core'
 import { FtpDriver } from '@varve/driver-ftp'
 
 const [instance = 'web-1', host = 'nas.example.org', username = 'varve'] = process.argv.slice(2)
+const { FTP_PASSWORD: password = '' } = process.env
 
 await using storage = new FtpDriver({
   host,
   username,
-  password: process.env.FTP_PASSWORD ?? '',
+  password,
   pathPrefix: 'backups',
   create: true,
   // Explicit TLS is the default. A server that signs its certificate itself: ca: await readFile('nas.pem', 'utf8')

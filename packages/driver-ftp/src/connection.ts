@@ -74,7 +74,7 @@ export class FtpConnection {
   }
 
   /** Waits for the server. One that is silent for too long is no longer spoken to. */
-  async answered<T>(work: Promise<T>, what: string, timeoutMs = this.settings.timeoutMs): Promise<T> {
+  async answered<T>(work: Promise<T>, what: string, timeoutMs: number = this.settings.timeoutMs): Promise<T> {
     const { promise: tooLate, reject } = Promise.withResolvers<never>()
     const timer = setTimeout(() => {
       reject(timeoutError(what, timeoutMs, this.settings))
