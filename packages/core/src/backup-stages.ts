@@ -306,14 +306,7 @@ async function assertPublishable(
   parent: StoredBackup | undefined,
   run: RunOptions,
 ): Promise<void> {
-  if (parent && !(await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run)))) {
-    const { id } = parent.manifest
-    throw new VarveError(
-      'PARENT_MISSING',
-      `The backup ${id} that this one rests on was deleted during the upload. Nothing was published; back up again.`,
-      { context: { parent: id }, retryable: true },
-    )
-  }
+  await assertParent(storage, parent, run)
   for (const { key, size } of objectsOf(backup)) {
     const stored = await storage.stat(key, signalOf(run))
     if (stored?.size === size) continue
@@ -323,6 +316,20 @@ async function assertPublishable(
       { context: { key, expected: size, actual: stored?.size }, retryable: true },
     )
   }
+}
+
+async function assertParent(
+  storage: StorageDriver,
+  parent: StoredBackup | undefined,
+  run: RunOptions,
+): Promise<void> {
+  if (!parent || (await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run)))) return
+  const { id } = parent.manifest
+  throw new VarveError(
+    'PARENT_MISSING',
+    `The backup ${id} that this one rests on was deleted during the upload. Nothing was published; back up again.`,
+    { context: { parent: id }, retryable: true },
+  )
 }
 
 /** Writes the manifest, last of all: from there on the backup exists. */
@@ -336,6 +343,12 @@ export async function publish(
   const key = `${folder}/${MANIFEST_FILE}`
   await journal.record({ step: 'publish', manifest: key, retire })
   await storage.put(key, bytesBody(serializeManifest(manifest)), signalOf(run))
+  try {
+    await assertParent(storage, plan.parent, run) // see removeBackup
+  } catch (error) {
+    if (isVarveError(error, 'PARENT_MISSING')) await storage.delete(key)
+    throw error
+  }
 }
 
 async function putFile(

@@ -1,8 +1,8 @@
-import { hasManifest, locateBackup } from './backups.ts'
-import { dependentsOf, indexChains } from './chain.ts'
+import { hasManifest, locateBackup, readCatalog } from './backups.ts'
+import { chainOf, dependentsOf, indexChains } from './chain.ts'
 import { VarveError } from './errors.ts'
 import { DEFAULT_GARBAGE_AGE_MS, isStillGarbage } from './garbage.ts'
-import { removeFolder } from './remove-folder.ts'
+import { removeBackup } from './remove-backup.ts'
 import type { StorageDriver } from './storage.ts'
 
 /** Removes one backup, unless another rests on it. See `ChainManager.delete`. */
@@ -12,7 +12,9 @@ export async function deleteBackup(storage: StorageDriver, id: string, signal: A
   const children = dependentsOf(folder, indexChains(chain))
   if (children.length > 0) throw chainDependency(id, children)
   if (!hasManifest(located)) await assertLeftover(storage, id, folder, signal)
-  await removeFolder(storage, folder, signal)
+  if (await removeBackup(storage, folder, chain.objects, signal)) return
+  const now = await readCatalog(storage, `${chainOf(folder)}/`, signal)
+  throw chainDependency(id, dependentsOf(folder, indexChains(now)))
 }
 
 /** A folder without a manifest is no backup: it is being written now, or it was left over. */

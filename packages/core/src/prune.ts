@@ -8,6 +8,7 @@ import {
   type GarbageFolder,
   isStillGarbage,
 } from './garbage.ts'
+import { removeBackup } from './remove-backup.ts'
 import { removeFolder } from './remove-folder.ts'
 import { planRetention, type RetentionPolicy, type RetentionReason } from './retention.ts'
 import type { StorageDriver } from './storage.ts'
@@ -100,12 +101,8 @@ async function carryOut(
   const removed: StoredBackup[] = []
   const spared: KeptBackup[] = []
   for (const backup of plan.removed) {
-    if (await hasNewBackup(storage, chainOf(backup.folder), catalog, signal)) {
-      spared.push({ backup, reasons: ['ancestor'] })
-    } else {
-      await removeFolder(storage, backup.folder, signal)
-      removed.push(backup)
-    }
+    if (await removeBackup(storage, backup.folder, catalog.objects, signal)) removed.push(backup)
+    else spared.push({ backup, reasons: ['ancestor'] }) // of one that was published meanwhile
   }
   const garbage: GarbageFolder[] = []
   for (const leftover of plan.garbage) {
@@ -116,19 +113,6 @@ async function carryOut(
   const olderThan = new Date(Date.now() - garbageAgeMs)
   const unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0
   return { ...plan, kept: [...plan.kept, ...spared], removed, garbage, unfinishedUploads }
-}
-
-/** Whether a backup was published in a chain since it was read: it may rest on one that is about to go. */
-async function hasNewBackup(
-  storage: StorageDriver,
-  chain: string,
-  catalog: Catalog,
-  signal: AbortSignal,
-): Promise<boolean> {
-  for await (const { key } of storage.list(`${chain}/`, { signal })) {
-    if (parseManifestKey(key) && !catalog.objects.has(key)) return true
-  }
-  return false
 }
 
 /** Backups whose manifest, chain or objects are not as they should be. */

@@ -53,6 +53,24 @@ describe('deleting a backup', () => {
     expect(storage.keys).toEqual([])
   })
 
+  it('is undone where another machine publishes an increment on it at that moment', async () => {
+    const [folder = ''] = await storeFakeChain(storage, [1])
+    const before = new Map(storage.objects)
+    const elsewhere = new WatchedStorage()
+    await storeFake(elsewhere, { id: dayId(2), parent: dayId(1), chain: dayId(1) })
+    storage.intercept = call => {
+      if (call !== `delete ${folder}/manifest.json`) return
+      storage.intercept = undefined
+      for (const [key, bytes] of elsewhere.objects) storage.objects.set(key, bytes)
+    }
+    await expect(chains.delete(dayId(1))).rejects.toMatchObject({
+      code: 'CHAIN_DEPENDENCY',
+      context: { children: [dayId(2)] },
+    })
+    for (const [key, bytes] of before) expect(storage.objects.get(key)).toEqual(bytes)
+    expect((await chains.resolve(dayId(2))).length).toBe(2)
+  })
+
   it('is refused while others rest on it, and tells the order in which they can go', async () => {
     await storeFakeChain(storage, [1, 2, 3])
     await storeFake(storage, { id: dayId(4), parent: dayId(2), chain: dayId(1) })

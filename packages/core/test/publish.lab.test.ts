@@ -2,15 +2,16 @@ import { readdirSync, rmSync } from 'node:fs'
 import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo } from '@varve/testkit/lab'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
+import { PausingStorage } from './vm-site.ts'
 
 let folder: string
 let pipeline: BackupPipeline
+let storage: PausingStorage
 const chainFolder = (chain: string) => join(folder, 'storage', 'web-1', chain)
 
 beforeEach(async () => {
@@ -19,9 +20,10 @@ beforeEach(async () => {
   await mkdir(join(folder, 'storage'))
   await createQcow2(disk, 16 * 1024 * 1024)
   await qemuIo(disk, 'qcow2', ['write -P 0x11 0 4M'])
+  storage = new PausingStorage({ path: join(folder, 'storage') })
   pipeline = new BackupPipeline({
     host: new ImageHost({ instance: 'web-1', disks: { vda: disk } }),
-    storage: new LocalDriver({ path: join(folder, 'storage') }),
+    storage,
     stateDir: join(folder, 'state'),
   })
 })
@@ -57,4 +59,15 @@ test('a backup that lost an image before its manifest is not published', async (
     context: { key: expect.stringContaining('vda.qcow2') },
   })
   expect(await left()).toEqual([])
+})
+
+test('an increment whose parent is deleted while its manifest is written is taken back', async () => {
+  const { id, chain } = await pipeline.run({ instance: 'web-1' })
+  storage.beforePut = async key => {
+    if (key.endsWith('manifest.json')) rmSync(join(chainFolder(chain), id), { recursive: true })
+  }
+  const error = await pipeline.run({ instance: 'web-1' }).catch((reason: unknown) => reason)
+  expect(error).toMatchObject({ code: 'PARENT_MISSING', retryable: true })
+  expect(await left()).toEqual([])
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
 })
