@@ -1,0 +1,198 @@
+import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { execaSync } from 'execa'
+import { expect, test } from 'vitest'
+import { blake3Hex } from '../src/digest.ts'
+import { VarveError } from '../src/errors.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { LibvirtHost } from '../src/libvirt-host.ts'
+import type { BackupManifest } from '../src/manifest.ts'
+import { type RecoverReport, recover } from '../src/recover.ts'
+import { RestorePipeline } from '../src/restore-pipeline.ts'
+import { MiB, useVmSite } from './vm-site.ts'
+
+const site = useVmSite()
+const { createVm, image, backup, restore, expectCleanHost } = site
+
+const recoverNow = (): Promise<RecoverReport> =>
+  recover({ stateDir: site.stateDir, storages: [site.storage] })
+
+const content = (disk: string) => sha256Content(image(disk), 'qcow2')
+
+/** A guest that does not shut itself down is switched off at once. */
+const AT_ONCE = { powerOffTimeoutMs: 0 }
+
+function onStage(stage: string, happens: () => void): { onEvent: (event: VarveEvent) => void } {
+  return {
+    onEvent: event => {
+      if (event.type === 'stage' && event.stage === stage) happens()
+    },
+  }
+}
+
+/** Puts another definition into a backup, as one of another host may be. */
+async function changeDefinition(manifest: BackupManifest, change: (xml: string) => string): Promise<void> {
+  const xml = change(await readFile(site.stored(manifest, 'domain.xml'), 'utf8'))
+  await writeFile(site.stored(manifest, 'domain.xml'), xml)
+  const path = site.stored(manifest, 'manifest.json')
+  const json = JSON.parse(await readFile(path, 'utf8'))
+  Object.assign(json.definition, { size: Buffer.byteLength(xml), blake3: blake3Hex(Buffer.from(xml)) })
+  await writeFile(path, JSON.stringify(json))
+}
+
+const ofAnotherHost = (xml: string) => xml.replace(/machine='[^']*'/, "machine='pc-q35-99.9'")
+
+test('an instance that somebody started again right before the swap keeps its disk until it is off', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 8M'])
+  const manifest = await backup()
+  const wanted = await content('vda')
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+  const theirs = await content('vda')
+  await vm.start()
+  const startAgain = onStage('swap', () => execaSync('virsh', ['--connect', site.lab.uri, 'start', vm.name]))
+  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
+  const unresolved = {
+    code: 'RUN_UNRESOLVED',
+    message: expect.stringMatching(/varve recover.*is lost/s),
+    context: { path: image('vda') },
+  }
+  await expect(restore(request, startAgain)).rejects.toMatchObject(unresolved)
+  expect(await recoverNow()).toMatchObject({
+    ok: false,
+    runs: [{ outcome: 'unresolved', error: unresolved }],
+  })
+  expect(await vm.state()).toBe('running')
+  await vm.destroy()
+  expect(await content('vda')).toBe(theirs)
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  expect(await vm.state()).toBe('running')
+  await vm.destroy()
+  expect(await content('vda')).toBe(wanted)
+  await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test('an instance that somebody started again before the restore was complete has its old disk', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const manifest = await backup()
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+  const theirs = await content('vda')
+  class Watchdog extends LibvirtHost {
+    override async powerOff(...args: Parameters<LibvirtHost['powerOff']>): Promise<void> {
+      await super.powerOff(...args)
+      await vm.start()
+    }
+  }
+  const { stateDir, storage } = site
+  const pipeline = new RestorePipeline({ host: new Watchdog({ uri: site.lab.uri }), storage, stateDir })
+  await expect(pipeline.run({ backup: manifest.id, to: { instance: vm.name } })).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { path: image('vda') },
+  })
+  expect(await vm.state()).toBe('running')
+  await vm.destroy()
+  expect(await content('vda')).toBe(theirs)
+  await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test('a definition that libvirt refuses leaves the instance running as it was, and no copy behind', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+  const nvram = vm.nvram ?? expect.fail('no UEFI')
+  await vm.start() // makes its UEFI variables
+  const manifest = await backup()
+  await changeDefinition(manifest, ofAnotherHost)
+  await vm.destroy()
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+  await writeFile(nvram, 'theirs', { flag: 'r+' })
+  const theirs = await content('vda')
+  const variables = await sha256File(nvram)
+  const definition = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+  const asItWas = async () => {
+    expect(await vm.state()).toBe('running')
+    await vm.destroy()
+    expect(await content('vda')).toBe(theirs)
+    expect(await sha256File(nvram)).toBe(variables)
+    expect(await site.lab.virsh(['dumpxml', '--inactive', vm.name])).toBe(definition)
+    await expectCleanHost([`varve-${manifest.id}`])
+    expect(await readdir(site.folder)).toEqual(['copies', 'state', 'storage', 'vda'])
+  }
+  const directory = join(site.folder, 'copies')
+  await mkdir(directory)
+
+  await vm.start()
+  const request = {
+    backup: manifest.id,
+    to: { instance: vm.name },
+    definition: 'restore',
+    ...AT_ONCE,
+  } as const
+  const refused = {
+    code: 'COMMAND_FAILED',
+    message: expect.stringMatching(/refused.*nothing was changed.*pc-q35-99.9.*disks alone/s),
+  }
+  await expect(restore(request)).rejects.toMatchObject(refused)
+  await asItWas()
+
+  const copy = `${vm.name}-copy`
+  const to = { newInstance: copy, directory }
+  await expect(restore({ backup: manifest.id, to, start: true })).rejects.toMatchObject(refused)
+  expect(await readdir(directory)).toEqual([])
+  await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+
+  // The process dies, or libvirt gives no answer, right when the definition is to go in.
+  await vm.start()
+  class Silent extends LibvirtHost {
+    override define(): Promise<void> {
+      return Promise.reject(new VarveError('COMMAND_TIMEOUT', 'virsh define did not end.'))
+    }
+  }
+  const { stateDir, storage } = site
+  const pipeline = new RestorePipeline({ host: new Silent({ uri: site.lab.uri }), storage, stateDir })
+  await expect(pipeline.run(request)).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  await asItWas()
+})
+
+test('a copy whose definition was cut short is defined by recover, be it defined already or not', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const manifest = await backup()
+  const wanted = await content('vda')
+  const copy = `${vm.name}-copy`
+  class Lost extends LibvirtHost {
+    override async define(...args: Parameters<LibvirtHost['define']>): Promise<void> {
+      await super.define(...args)
+      throw new VarveError('COMMAND_TIMEOUT', 'virsh define did not end.')
+    }
+  }
+  const { stateDir, storage } = site
+  const pipeline = new RestorePipeline({ host: new Lost({ uri: site.lab.uri }), storage, stateDir })
+  const to = { newInstance: copy, directory: site.folder }
+  await expect(pipeline.run({ backup: manifest.id, to })).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
+  try {
+    expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+    const path = join(site.folder, `${copy}-vda.qcow2`)
+    expect((await site.host.instance(copy)).disks).toMatchObject([{ name: 'vda', path }])
+    expect(await sha256Content(path, 'qcow2')).toBe(wanted)
+  } finally {
+    await site.lab.virsh(['undefine', copy])
+  }
+})
+
+test('a restore that is given up while the guest shuts down has it run again', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  const before = await vm.qemuPid()
+  const manifest = await backup()
+  const given = new AbortController()
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'command' && event.args.includes('shutdown')) given.abort(new Error('enough'))
+  }
+  await expect(
+    restore({ backup: manifest.id, to: { instance: vm.name } }, { signal: given.signal, onEvent }),
+  ).rejects.toMatchObject({ code: 'ABORTED' })
+  expect(await vm.state()).toBe('running')
+  expect(await vm.qemuPid()).not.toBe(before)
+  await vm.waitForBoot()
+  await expectCleanHost([`varve-${manifest.id}`])
+})
