@@ -7,7 +7,6 @@ import { bytesBody, type CommandEvent, isVarveError, type StorageDriver } from '
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
 import { type RadosgwLab, type S3User, type SshdLab, startRadosgw, startSshd } from '@varve/testkit/lab'
-import { execa } from 'execa'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { filesIn } from './rclone-target.ts'
 
@@ -129,37 +128,6 @@ describe.each(REMOTES)('over %s, given by the environment,', (_, optionsOf) => {
       expect(told).not.toContain(secret)
     }
   })
-})
-
-test('an upload to s3 that is given up leaves no parts', async () => {
-  const driver = new RcloneDriver({
-    remoteName: 'cloud',
-    remotes: { cloud: s3() },
-    pathPrefix: 'parts',
-    create: true,
-  })
-  const controller = new AbortController()
-  const source = troubledSource(
-    { kind: 'wait', resumed: new Promise(() => undefined), size: 2 * LARGE },
-    { bytes: LARGE, onTaken: () => controller.abort() },
-  )
-  await expect(driver.put('large', source, { signal: controller.signal })).rejects.toMatchObject({
-    code: 'ABORTED',
-  })
-  const { stdout } = await execa(
-    'rclone',
-    ['backend', 'list-multipart-uploads', 'cloud:parts', '--config', ''],
-    {
-      extendEnv: false,
-      env: {
-        PATH: process.env.PATH,
-        ...Object.fromEntries(
-          Object.entries(s3()).map(([name, value]) => [`RCLONE_CONFIG_CLOUD_${name.toUpperCase()}`, value]),
-        ),
-      },
-    },
-  )
-  expect(JSON.parse(stdout)).toEqual({ parts: [] })
 })
 
 test('what is encrypted shows neither names nor bytes', async () => {
