@@ -181,6 +181,21 @@ function checkRequest(request: BackupRequest): void {
       )
     }
   }
+  const choices = {
+    type: ['auto', 'full', 'incremental'],
+    freeze: ['off', 'try', 'require'],
+    verifyUpload: ['size', 'digest'],
+  } as const
+  for (const name of ['type', 'freeze', 'verifyUpload'] as const) {
+    const value: string | undefined = request[name]
+    if (value !== undefined && !choices[name].some(choice => choice === value)) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `${name} is ${JSON.stringify(value)}; it needs one of ${choices[name].join(', ')}.`,
+        { context: { [name]: value } },
+      )
+    }
+  }
   const { clusterSize = 65_536 } = request
   if (!Number.isInteger(Math.log2(clusterSize)) || clusterSize < 4096 || clusterSize > 2 * 1024 * 1024) {
     throw new VarveError(

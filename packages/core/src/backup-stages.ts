@@ -1,4 +1,4 @@
-import { mkdtemp, readFile } from 'node:fs/promises'
+import { mkdtemp, readFile, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { NbdClient } from '@varve/nbd'
@@ -131,6 +131,19 @@ async function thaw({ host, instance, journal, run: { onEvent } }: BackupContext
   await journal.record({ step: 'filesystem-thawed' })
 }
 
+/**
+ * What shows that somebody wrote to the raw disks of an instance that is off. QEMU keeps writers from a qcow2 image
+ * that `qemu-nbd` reads, but not from a raw one. A block device shows nothing.
+ */
+async function rawDiskTimes({ instance, plan }: BackupContext): Promise<ReadonlyMap<string, bigint>> {
+  const times = new Map<string, bigint>()
+  for (const { disk } of plan.disks) {
+    if (instance.running || disk.format !== 'raw' || disk.blockDevice) continue
+    times.set(disk.name, (await stat(disk.path, { bigint: true })).mtimeNs)
+  }
+  return times
+}
+
 /** Streams the image of every disk to the storage, several at once; the first failure ends the others. */
 export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
   const { plan, journal, run, request, folder } = backup
@@ -139,6 +152,7 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
   await journal.record({ step: 'export', folder: sockets })
   await journal.record({ step: 'upload', folder })
   stage(run, 'stream', 'Reading what is to be stored')
+  const before = await rawDiskTimes(backup)
 
   const failed = new AbortController()
   const signal = run.signal ? AbortSignal.any([run.signal, failed.signal]) : failed.signal
@@ -158,6 +172,14 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
     ),
   )
   if (failed.signal.aborted) throw run.signal?.aborted ? abortError(run.signal) : failed.signal.reason
+  for (const [disk, time] of await rawDiskTimes(backup)) {
+    if (time === before.get(disk)) continue
+    throw new VarveError(
+      'DISK_BUSY',
+      `The raw disk ${disk} was written to while it was read as that of an instance that is off. Nothing was published; back up again while it stays off, or as a running libvirt domain.`,
+      { context: { disk }, retryable: true },
+    )
+  }
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
 }
 

@@ -12,7 +12,7 @@ import { removeBackup } from './remove-backup.ts'
 import { removeFolder } from './remove-folder.ts'
 import { planRetention, type RetentionPolicy, type RetentionReason } from './retention.ts'
 import type { StorageDriver } from './storage.ts'
-import { instanceFolder, parseManifestKey } from './storage-layout.ts'
+import { instanceFolder } from './storage-layout.ts'
 
 /** What to prune, and what to keep of each instance. */
 export interface PrunePolicy extends RetentionPolicy {

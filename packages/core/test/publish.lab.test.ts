@@ -1,8 +1,8 @@
 import { readdirSync, rmSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, open, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { createQcow2, createRaw, qemuIo } from '@varve/testkit/lab'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
@@ -70,4 +70,47 @@ test('an increment whose parent is deleted while its manifest is written is take
   expect(error).toMatchObject({ code: 'PARENT_MISSING', retryable: true })
   expect(await left()).toEqual([])
   expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
+})
+
+test('a raw disk that is written to while it is read as one that is off is not published', async () => {
+  const path = join(folder, 'disk.raw')
+  await createRaw(path, 1024 * 1024)
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: path } })
+  const raw = new BackupPipeline({ host, storage, stateDir: join(folder, 'state') })
+  await raw.run({ instance: 'web-1' })
+  storage.beforePut = async key => {
+    if (key.endsWith('.qcow2')) await writeFile(path, 'a guest', { flag: 'r+' })
+  }
+  const error = await raw.run({ instance: 'web-1' }).catch((reason: unknown) => reason)
+  expect(error).toMatchObject({ code: 'DISK_BUSY', context: { disk: 'vda' }, retryable: true })
+  expect((await left()).filter(name => name.endsWith('manifest.json'))).toHaveLength(1)
+})
+
+test.each([
+  ['type', 'differential'],
+  ['freeze', 'yes'],
+  ['verifyUpload', 'deep'],
+])('%s %s is refused before anything is touched', async (name, value) => {
+  const request = { instance: 'web-1', [name]: value }
+  await expect(pipeline.run(request)).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    context: { [name]: value },
+  })
+})
+
+test('verifyUpload by digest sees one bit that the storage changed, by size it does not', async () => {
+  const flip = async (key: string) => {
+    if (!key.endsWith('.blake3')) return
+    const image = join(folder, 'storage', key.replace('.blake3', '.qcow2'))
+    const file = await open(image, 'r+')
+    const { buffer } = await file.read(Buffer.alloc(1), 0, 1, 3 * 1024 * 1024)
+    await file.write(Buffer.from([(buffer[0] ?? 0) ^ 4]), 0, 1, 3 * 1024 * 1024)
+    await file.close()
+  }
+  storage.beforePut = flip
+  await expect(pipeline.run({ instance: 'web-1', verifyUpload: 'digest' })).rejects.toMatchObject({
+    code: 'DIGEST_MISMATCH',
+  })
+  expect(await left()).toEqual([])
+  await pipeline.run({ instance: 'web-1', verifyUpload: 'size' })
 })

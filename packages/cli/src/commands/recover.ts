@@ -1,4 +1,4 @@
-import { type RecoveredRun, type RecoverReport, recover, type StorageDriver } from '@varve/core'
+import { errorMessage, type RecoveredRun, type RecoverReport, recover, type StorageDriver } from '@varve/core'
 import type { Command } from 'commander'
 import { openStorage } from '../config.ts'
 import { EXIT } from '../exit-code.ts'
@@ -32,8 +32,13 @@ async function recoverRuns(session: Session, options: { stateDir?: string }): Pr
   const stateDir = await session.stateDir(options.stateDir)
   const storages: StorageDriver[] = []
   try {
-    for (const name of config.storages.keys())
-      storages.push(await openStorage(config, name, session.terminal.env))
+    for (const name of config.storages.keys()) {
+      // One that cannot be opened must not keep instances off their disks: its own runs stay unresolved.
+      await openStorage(config, name, session.terminal.env).then(
+        storage => storages.push(storage),
+        error => session.notice(`The storage ${name} is left out: ${errorMessage(error)}`),
+      )
+    }
     const report = await recover({ stateDir, storages }, session.run())
     if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
     await session.result(recoverDocument(report), recoverText(report))
