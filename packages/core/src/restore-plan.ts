@@ -4,6 +4,7 @@ import { chooseDisks } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host, HostDisk, Instance } from './host.ts'
+import { assertUnused } from './image-lock.ts'
 import type { ManifestDisk } from './manifest.ts'
 import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
 import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
@@ -36,7 +37,7 @@ export interface RestorePlan {
 /**
  * Finds the targets and refuses what cannot work, before anything is touched.
  *
- * @throws DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, TARGET_EXISTS, TARGET_TOO_SMALL, INVALID_ARGUMENT
+ * @throws DISK_BUSY, DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, TARGET_EXISTS, TARGET_TOO_SMALL, INVALID_ARGUMENT
  */
 export async function planRestore(
   request: RestoreRequest,
@@ -60,7 +61,7 @@ export async function planRestore(
     disks.push(
       await (request.inPlace
         ? planInPlacePath(disk, path, to.format, run)
-        : planNewFile(disk, path, to, runId)),
+        : planNewFile(disk, path, to, runId, run)),
     )
   }
   if (disks.length === 0)
@@ -149,7 +150,7 @@ async function planNewInstance(
   for (const diskName of request.disks ?? backup.manifest.disks.map(disk => disk.name)) {
     const disk = diskOf(backup, diskName)
     const path = join(directory, `${name}-${diskName}.${format}`)
-    disks.push(await planNewFile(disk, path, { format }, runId))
+    disks.push(await planNewFile(disk, path, { format }, runId, run))
   }
   const nvram = await resolveTarget(join(directory, `${name}-nvram.fd`))
   if ((await stat(nvram).catch(() => undefined)) !== undefined) {
@@ -167,6 +168,7 @@ async function planNewFile(
   path: string,
   options: { format?: 'qcow2' | 'raw'; overwrite?: boolean },
   runId: string,
+  run: RunOptions,
 ): Promise<DiskRestore> {
   const target = await resolveTarget(path)
   const status = await stat(target).catch(() => undefined)
@@ -187,6 +189,7 @@ async function planNewFile(
       { context },
     )
   }
+  await assertUnused(target, run)
   return { disk, format: options.format ?? 'qcow2', target, temporary: temporaryOf(target, runId) }
 }
 
@@ -205,6 +208,7 @@ async function planInPlacePath(
     )
   }
   const target = await readOfflineDisk(disk.name, path, found, run)
+  await assertUnused(target.path, run)
   assertFits(disk, target)
   return { disk, format: found, target: target.path }
 }

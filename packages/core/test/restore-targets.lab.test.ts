@@ -1,0 +1,97 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import { createQcow2, createRaw, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { ImageHost } from '../src/image-host.ts'
+import type { BackupManifest } from '../src/manifest.ts'
+import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
+
+const SIZE = 8 * 1024 * 1024
+
+let workshop: string
+let storage: LocalDriver
+let manifest: BackupManifest
+let wanted: string
+
+let folder: string
+let events: VarveEvent[]
+
+beforeAll(async () => {
+  workshop = await mkdtemp(join(tmpdir(), 'varve-targets-'))
+  await mkdir(join(workshop, 'storage'))
+  storage = new LocalDriver({ path: join(workshop, 'storage') })
+  const disk = join(workshop, 'disk.qcow2')
+  await createQcow2(disk, SIZE)
+  await qemuIo(disk, 'qcow2', ['write -P 0x11 1M 3M'])
+  wanted = await sha256Content(disk, 'qcow2')
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
+  manifest = await new BackupPipeline({ host, storage, stateDir: join(workshop, 'state') }).run({
+    instance: 'web-1',
+  })
+})
+afterAll(() => rm(workshop, { recursive: true }))
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(workshop, 'test-'))
+  events = []
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+async function restore(request: Omit<RestoreRequest, 'backup'>): Promise<void> {
+  const host = new ImageHost({ instance: 'web-1', disks: {} })
+  const pipeline = new RestorePipeline({ host, storage, stateDir: join(workshop, 'state') })
+  await pipeline.run({ backup: manifest.id, ...request }, { onEvent: event => void events.push(event) })
+}
+
+/** A virtual machine that has the image open, and never gets to its first instruction. */
+async function runOn(path: string, format: 'qcow2' | 'raw'): Promise<AsyncDisposable> {
+  const vm = spawn(
+    'qemu-system-x86_64',
+    [
+      ...['-machine', 'q35,accel=tcg', '-nodefaults', '-display', 'none', '-S', '-monitor', 'stdio'],
+      ...['-drive', `if=none,id=disk,file=${path},format=${format}`, '-device', 'virtio-blk-pci,drive=disk'],
+    ],
+    { stdio: ['pipe', 'pipe', 'inherit'] },
+  )
+  const exit = once(vm, 'exit')
+  await once(vm.stdout, 'data') // the monitor's greeting: the disk is open
+  return {
+    [Symbol.asyncDispose]: async () => {
+      vm.stdin.end('quit\n')
+      await exit
+    },
+  }
+}
+
+test.each([
+  ['qcow2', 'as its disk', 'replaced'],
+  ['raw', 'as its disk', 'replaced'],
+  ['qcow2', 'as a backing file', 'replaced'],
+  ['raw', 'as a backing file', 'replaced'],
+  ['qcow2', 'as its disk', 'written over'],
+  ['raw', 'as its disk', 'written over'],
+] as const)('a %s image that a virtual machine has open %s is not %s', async (format, use, how) => {
+  const target = join(folder, 'target')
+  const overlay = join(folder, 'overlay')
+  await (format === 'raw' ? createRaw : createQcow2)(target, SIZE)
+  await execa('qemu-img', ['create', '-f', 'qcow2', '-F', format, '-b', target, overlay])
+  const before = await sha256File(target)
+  const to = { disks: { vda: target }, format, overwrite: true }
+  const request = { to, inPlace: how === 'written over' }
+  {
+    await using _vm = await (use === 'as its disk' ? runOn(target, format) : runOn(overlay, 'qcow2'))
+    await expect(restore(request)).rejects.toMatchObject({ code: 'DISK_BUSY', context: { path: target } })
+    expect((await readdir(folder)).sort()).toEqual(['overlay', 'target'])
+    expect(events).not.toContainEqual(expect.objectContaining({ stage: 'write' }))
+  }
+  expect(await sha256File(target)).toBe(before)
+  await restore(request)
+  expect(await sha256Content(target, format)).toBe(wanted)
+})
