@@ -3,8 +3,8 @@ import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { type Contract, expectStored, listed } from './contract-target.ts'
 import { findProcess } from './lab-process.ts'
-import { PatternBody } from './pattern-body.ts'
 import { beginRemote, expectAllRefused, expectNoSecrets, outcomeOf, type Remote } from './remote-target.ts'
+import { troubledSource } from './troubled-source.ts'
 
 /** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
 export function describeRefusal(contract: Contract, remote: Remote): void {
@@ -44,9 +44,20 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
 
     test.runIf(process.platform === 'linux')('are in no command line while a driver is at work', async () => {
       const { driver } = await beginRemote(remote)
+      const lookAround = async () => {
+        for (const secret of remote.secrets) {
+          expect(await findProcess(secret), 'the process whose command line shows a secret').toBeUndefined()
+        }
+      }
+      const size = contract.largeSize
+      const seen = Promise.withResolvers<void>()
+      const source = troubledSource(
+        { kind: 'wait', resumed: seen.promise, size },
+        { bytes: Math.floor(size / 2), onTaken: () => lookAround().then(seen.resolve, seen.reject) },
+      )
       let done = false
       const work = async () => {
-        await driver.put('a/large', new PatternBody({ size: contract.largeSize }))
+        await Promise.all([seen.promise, driver.put('a/large', source)])
         for await (const _ of await driver.get('a/large'));
         await listed(driver)
         await driver.check()
@@ -55,11 +66,7 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
       const outcome = outcomeOf(work()).finally(() => {
         done = true
       })
-      while (!done) {
-        for (const secret of remote.secrets) {
-          expect(await findProcess(secret), 'the process whose command line shows a secret').toBeUndefined()
-        }
-      }
+      while (!done) await lookAround()
       expect(await outcome).toEqual({ value: undefined })
     })
   })
