@@ -8,6 +8,7 @@ import { startLibvirt } from '@varve/testkit/lab'
 import { createDisk, rewriteOnePercent, withExport } from './disk-data.ts'
 import { alternate, median, type Run, ratio, runTask, timeCommand } from './measure.ts'
 import { measureStalls } from './stall.ts'
+import { storage } from './storage.ts'
 
 /** Where and how much. */
 export interface Setting {
@@ -24,7 +25,8 @@ export interface Figure {
   readonly peer?: string
   readonly value: string
   readonly aim: string
-  readonly met: boolean
+  /** Absent where there is no aim. */
+  readonly met?: boolean
   /** Every run behind it. */
   readonly runs: unknown
 }
@@ -266,4 +268,5 @@ export const cases: Record<string, (setting: Setting) => Promise<Figure[]>> = {
   memory,
   planner,
   stall,
+  storage,
 }

@@ -8,10 +8,18 @@ export interface Run {
   readonly peakMiB?: number
 }
 
-/** Times an external program, from its start to its end. */
-export async function timeCommand(command: string, args: readonly string[]): Promise<Run> {
+/** Times an external program, from its start to its end; with `env`, in that environment alone. */
+export async function timeCommand(
+  command: string,
+  args: readonly string[],
+  { env, inputFile }: { env?: Record<string, string>; inputFile?: string } = {},
+): Promise<Run> {
   const start = performance.now()
-  await execa(command, args, { stdin: 'ignore' })
+  await execa(command, args, {
+    stdout: 'ignore',
+    ...(inputFile === undefined ? { stdin: 'ignore' } : { stdin: { file: inputFile } }),
+    ...(env && { env, extendEnv: false }),
+  })
   return { seconds: (performance.now() - start) / 1000 }
 }
 

@@ -56,6 +56,8 @@ await writeFile(file, `${JSON.stringify(report, undefined, 2)}\n`)
 
 console.log(`| figure | Varve | peer | ratio | aim | met |\n| --- | ---: | ---: | ---: | ---: | --- |`)
 for (const { name, varve, peer, value, aim, met } of figures) {
-  console.log(`| ${[name, varve ?? '', peer ?? '', value, aim, met ? 'yes' : 'no'].join(' | ')} |`)
+  console.log(
+    `| ${[name, varve ?? '', peer ?? '', value, aim, met === undefined ? '' : met ? 'yes' : 'no'].join(' | ')} |`,
+  )
 }
 console.error(`All runs: ${file.pathname}`)

@@ -3,6 +3,7 @@ import { mkdir } from 'node:fs/promises'
 import { BackupPipeline, ImageHost, RestorePipeline } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { NbdClient } from '@varve/nbd'
+import { get, plainPut, put } from './remote.ts'
 
 interface Places {
   readonly storage: string
@@ -47,7 +48,14 @@ async function nbdRead(input: { socketPath: string }): Promise<object> {
   return { bytes: client.size }
 }
 
-const tasks: Record<string, (input: never) => Promise<object>> = { backup, restore, 'nbd-read': nbdRead }
+const tasks: Record<string, (input: never) => Promise<object>> = {
+  backup,
+  restore,
+  'nbd-read': nbdRead,
+  put,
+  get,
+  'plain-put': plainPut,
+}
 const [, , name = '', input = '{}'] = process.argv
 const task = tasks[name]
 if (!task) throw new Error(`There is no task ${name}.`)

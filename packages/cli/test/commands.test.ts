@@ -258,3 +258,15 @@ test('recover settles what it can; what needs a person is exit code 3 and stays'
   })
   expect((await run(`recover --state-dir ${join(folder, 'other')}`)).stdout).toContain('Nothing to recover')
 })
+
+test('recover does without a storage that cannot be opened', async () => {
+  await configure({
+    storages: {
+      far: { type: 'sftp', host: 'far', username: 'me', password: { env: 'NOT_SET' } },
+      nas: { type: 'local', path: join(folder, 'nas') },
+    },
+  })
+  const result = await run('recover')
+  expect(result).toMatchObject({ code: 0, stdout: expect.stringContaining('Nothing to recover') })
+  expect(result.stderr).toMatch(/far is left out: .*NOT_SET/)
+})
