@@ -64,8 +64,9 @@ export async function checkFile(reader: ObjectReader, file: ManifestFile): Promi
   })
 }
 
-async function digestObject(
-  reader: ObjectReader,
+/** Reads an object of `size` bytes through a digester. */
+export async function digestObject(
+  reader: Pick<ObjectReader, 'storage' | 'signal' | 'onBytes'>,
   key: string,
   size: number,
   digester: BlockDigester,

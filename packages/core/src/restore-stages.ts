@@ -13,6 +13,7 @@ import type { RestoreStage } from './events.ts'
 import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { Rename, RunJournal } from './journal.ts'
+import { loadObject } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { NbdTarget } from './nbd-target.ts'
 import { Progress } from './progress.ts'
@@ -136,17 +137,18 @@ export async function mark(
   const { manifest } = backup
   const elsewhere = plan.newInstance ?? (plan.instance && plan.instance.name !== manifest.instance.name)
   if (elsewhere) return
-  stage(run, 'mark', `Adding the bitmap ${bitmapName(manifest.id)}`)
   const known = new Set(backups.map(stored => stored.manifest.id))
-  for (const { disk, format, target, temporary } of plan.disks) {
-    if (format !== 'qcow2' || !disk.bitmap) continue
-    const path = temporary ?? target
+  const marked = plan.disks.flatMap(({ disk: { bitmap }, format, target, temporary }) =>
+    format === 'qcow2' && bitmap ? [{ bitmap, path: temporary ?? target }] : [],
+  )
+  if (marked.length > 0) stage(run, 'mark', `Adding the bitmap ${bitmapName(manifest.id)}`)
+  for (const { bitmap, path } of marked) {
     if (request.inPlace) {
       const { bitmaps } = await readImageInfo(path, 'qcow2', run)
       const old = bitmaps.map(({ name }) => name).filter(name => known.has(backupOfBitmap(name) ?? ''))
       await removeImageBitmaps(path, old, run)
     }
-    await addImageBitmap(path, disk.bitmap.name, disk.bitmap.granularity, run)
+    await addImageBitmap(path, bitmap.name, bitmap.granularity, run)
   }
 }
 
@@ -242,18 +244,9 @@ async function fetchFile(
   run: RunOptions,
 ): Promise<Buffer> {
   const key = `${folder}/${file.key}`
-  const chunks: Buffer[] = []
-  let size = 0
-  for await (const chunk of (await storage.get(
-    key,
-    run.signal && { signal: run.signal },
-  )) as AsyncIterable<Buffer>) {
-    size += chunk.length
-    if (size > file.size) break
-    chunks.push(chunk)
-  }
-  const bytes = Buffer.concat(chunks)
-  if (size === file.size && blake3Hex(bytes) === file.blake3) return bytes
+  const { signal = new AbortController().signal } = run
+  const bytes = await loadObject({ storage, key, range: { start: 0, end: file.size }, signal })
+  if (blake3Hex(bytes) === file.blake3) return bytes
   throw new VarveError(
     'DIGEST_MISMATCH',
     `${key} is not what was stored with the backup. Restore the disks alone, or another backup.`,

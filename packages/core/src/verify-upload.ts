@@ -1,3 +1,4 @@
+import { digestObject } from './check-objects.ts'
 import { BlockDigester } from './digest.ts'
 import { VarveError } from './errors.ts'
 import type { ObjectDigest } from './manifest.ts'
@@ -29,8 +30,7 @@ export async function verifyUpload(
   }
   if (mode === 'size' || !digest) return
   const digester = new BlockDigester(digest.blockSize)
-  for await (const chunk of (await storage.get(key, { signal })) as AsyncIterable<Buffer>)
-    digester.update(chunk)
+  await digestObject({ storage, signal, onBytes: () => undefined }, key, size, digester)
   const readBack = digester.finish().digest
   if (readBack.root !== digest.root) {
     throw new VarveError(

@@ -1,13 +1,15 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { Readable } from 'node:stream'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, createRaw, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
@@ -50,6 +52,50 @@ async function restore(request: Omit<RestoreRequest, 'backup'>): Promise<void> {
   await pipeline.run({ backup: manifest.id, ...request }, { onEvent: event => void events.push(event) })
 }
 
+const stages = () => events.flatMap(event => (event.type === 'stage' ? [event.stage] : []))
+
+test('a bitmap is told of where one is added', async () => {
+  const path = join(folder, 'restored')
+  await restore({ to: { disks: { vda: path }, format: 'raw' } })
+  expect(stages()).toEqual(['preflight', 'write', 'swap'])
+  events = []
+  await restore({ to: { disks: { vda: path }, overwrite: true } })
+  expect(stages()).toEqual(['preflight', 'write', 'mark', 'swap'])
+  const bitmaps = await execa('qemu-img', ['info', '--output=json', path])
+  expect(JSON.parse(bitmaps.stdout)['format-specific'].data.bitmaps).toMatchObject([
+    { name: `varve-${manifest.id}` },
+  ])
+})
+
+test('a definition whose download breaks off is asked for again', async () => {
+  const xml = `<domain><name>web-1</name><devices><disk><source file='/x'/><target dev='vda'/></disk></devices></domain>`
+  class Host extends ImageHost {
+    defined: string | undefined
+    override define(xml?: string): Promise<void> {
+      this.defined = xml
+      return Promise.resolve()
+    }
+  }
+  const folderOf = join(workshop, 'storage', manifest.instance.name, manifest.chain, manifest.id)
+  await writeFile(join(folderOf, 'domain.xml'), xml)
+  const definition = { key: 'domain.xml', size: xml.length, blake3: blake3Hex(Buffer.from(xml)) }
+  await writeFile(join(folderOf, 'manifest.json'), JSON.stringify({ ...manifest, definition }))
+  const tries: string[] = []
+  class Unsteady extends LocalDriver {
+    override async get(...args: Parameters<LocalDriver['get']>): ReturnType<LocalDriver['get']> {
+      if (!args[0].endsWith('domain.xml')) return super.get(...args)
+      tries.push(args[0])
+      return tries.length > 1 ? super.get(...args) : Readable.from(['<dom'])
+    }
+  }
+  const host = new Host({ instance: 'web-2', disks: {} })
+  const unsteady = new Unsteady({ path: join(workshop, 'storage') })
+  const pipeline = new RestorePipeline({ host, storage: unsteady, stateDir: join(workshop, 'state') })
+  await pipeline.run({ backup: manifest.id, to: { newInstance: 'copy', directory: folder } })
+  expect(tries).toHaveLength(2)
+  expect(host.defined).toContain(join(folder, 'copy-vda.qcow2'))
+})
+
 /** A virtual machine that has the image open, and never gets to its first instruction. */
 async function runOn(path: string, format: 'qcow2' | 'raw'): Promise<AsyncDisposable> {
   const vm = spawn(
@@ -89,7 +135,7 @@ test.each([
     await using _vm = await (use === 'as its disk' ? runOn(target, format) : runOn(overlay, 'qcow2'))
     await expect(restore(request)).rejects.toMatchObject({ code: 'DISK_BUSY', context: { path: target } })
     expect((await readdir(folder)).sort()).toEqual(['overlay', 'target'])
-    expect(events).not.toContainEqual(expect.objectContaining({ stage: 'write' }))
+    expect(stages()).not.toContain('write')
   }
   expect(await sha256File(target)).toBe(before)
   await restore(request)
