@@ -16,6 +16,8 @@ export interface DomainDisk {
   readonly source?: string
   /** Storage pool and volume, for the type `volume`. */
   readonly volume?: { readonly pool: string; readonly name: string }
+  /** Whether a backing file is named here. QEMU is then given that one, whatever the image itself says. */
+  readonly backed: boolean
   readonly shareable: boolean
   readonly encrypted: boolean
 }
@@ -118,6 +120,7 @@ function readDisk(element: Element): DomainDisk {
     format: child(element, 'driver')?.getAttribute('type') ?? 'raw',
     ...(path !== undefined && { source: path }),
     ...(pool && volume && { volume: { pool, name: volume } }),
+    backed: child(child(element, 'backingStore'), 'source') !== undefined,
     shareable: child(element, 'shareable') !== undefined,
     encrypted:
       child(element, 'encryption') !== undefined ||

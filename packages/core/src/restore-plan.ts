@@ -2,6 +2,7 @@ import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, isAbsolute, join, resolve } from 'node:path'
 import { chooseDisks } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
+import { readDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host, HostDisk, Instance } from './host.ts'
 import { assertUnused } from './image-lock.ts'
@@ -92,6 +93,7 @@ async function planInstance(
   }
   const instance = await host.instance(name, run)
   const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
+  const backed = request.definition === 'restore' ? new Set() : backedDisks(instance)
   const disks = chooseDisks(instance, names).map((target): DiskRestore => {
     const disk = diskOf(backup, target.name)
     const { path, format } = target
@@ -108,9 +110,22 @@ async function planInstance(
         },
       )
     }
+    if (backed.has(target.name)) {
+      throw new VarveError(
+        'DISK_UNSUPPORTED',
+        `The definition of ${name} names a backing file of the disk ${target.name} itself, mostly since somebody made a snapshot. It would show through the restored disk wherever that is empty. Remove the element <backingStore> of ${target.name} (virsh edit ${name}) while the instance is off, put the definition back as well (definition: 'restore', --with-definition), or restore in place (inPlace, --in-place). Nothing was changed.`,
+        { context: { instance: name, disk: target.name, path } },
+      )
+    }
     return { disk, format, target: path, temporary: temporaryOf(path, runId) }
   })
   return { disks, instance }
+}
+
+function backedDisks({ definition }: Instance): Set<string> {
+  if (definition === undefined) return new Set()
+  const { disks } = readDomainXml(definition)
+  return new Set(disks.filter(({ backed }) => backed).map(({ name }) => name))
 }
 
 async function planNewInstance(

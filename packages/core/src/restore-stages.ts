@@ -23,7 +23,7 @@ import { exportDisk } from './qemu-nbd.ts'
 import { RawFileTarget } from './raw-file-target.ts'
 import { restoreDisk } from './restore-disk.ts'
 import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
-import type { DiskRestore, RestorePlan } from './restore-plan.ts'
+import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import type { RestoreTarget } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
@@ -153,7 +153,8 @@ export async function mark(
 }
 
 /** Switches the instance off, if there is one; `settleRestore` starts it again. */
-export async function powerOff({ host, plan, journal, request, run }: RestoreContext): Promise<void> {
+export async function powerOff(restore: RestoreContext): Promise<void> {
+  const { host, plan, journal, request, run } = restore
   const { instance, newInstance } = plan
   if (newInstance && request.start)
     await journal.record({ step: 'power-off', instance: newInstance.name, wasRunning: false, start: true })
@@ -167,6 +168,21 @@ export async function powerOff({ host, plan, journal, request, run }: RestoreCon
     start: request.start ?? running,
   })
   await host.powerOff(instance.name, request.powerOffTimeoutMs ?? 60_000, run)
+  await assertUnmoved(restore)
+}
+
+/** The new disks may have taken hours, in which somebody may have made a snapshot: the old file is then its base. */
+async function assertUnmoved({ backup, host, plan, journal, request, run }: RestoreContext): Promise<void> {
+  const now = await planRestore(request, backup, host, journal.header.id, run)
+  for (const [index, { disk, target }] of plan.disks.entries()) {
+    const found = now.disks[index]?.target
+    if (found === target) continue
+    throw new VarveError(
+      'DISK_BUSY',
+      `The disk ${disk.name} was on ${target} when the restore began and is on ${found} by now. Nothing was changed; restore again.`,
+      { context: { disk: disk.name, path: target, found }, retryable: true },
+    )
+  }
 }
 
 /**

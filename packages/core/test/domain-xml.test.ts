@@ -42,6 +42,17 @@ test('disks are read with their own source, not that of their backing chain', ()
   expect(disks[0]).toMatchObject({ encrypted: false, shareable: false })
 })
 
+test('a disk is backed where the definition names a backing file, and not where it says that there is none', () => {
+  expect(
+    readDomainXml(XML)
+      .disks.filter(({ backed }) => backed)
+      .map(({ name }) => name),
+  ).toEqual(['vda'])
+  const ended = XML.replace(/<backingStore.*<\/backingStore>/, '<backingStore/>')
+  expect(ended).not.toBe(XML)
+  expect(readDomainXml(ended).disks.filter(({ backed }) => backed)).toEqual([])
+})
+
 test('a copy has its own name, addresses and files and none of the disks of the original', () => {
   const copy = rewriteDomainXml(XML, {
     copyAs: 'web-2',

@@ -1,7 +1,7 @@
-import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
-import { execaSync } from 'execa'
+import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { execa, execaSync } from 'execa'
 import { expect, test } from 'vitest'
 import { blake3Hex } from '../src/digest.ts'
 import { VarveError } from '../src/errors.ts'
@@ -13,7 +13,7 @@ import { RestorePipeline } from '../src/restore-pipeline.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, restore, expectCleanHost } = site
+const { createVm, image, backup, restore, sum, expectCleanHost } = site
 
 const recoverNow = (): Promise<RecoverReport> =>
   recover({ stateDir: site.stateDir, storages: [site.storage] })
@@ -195,4 +195,74 @@ test('a restore that is given up while the guest shuts down has it run again', a
   expect(await vm.qemuPid()).not.toBe(before)
   await vm.waitForBoot()
   await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  const manifest = await backup()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=8 conv=fsync')
+  const overlay = join(site.folder, 'theirs')
+  const snapshot = (file: string) => [
+    ...['snapshot-create-as', vm.name, '--disk-only', '--no-metadata'],
+    ...['--diskspec', `vda,snapshot=external,file=${file}`],
+  ]
+  await site.lab.virsh(snapshot(overlay))
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
+  const now = await sum('/dev/vda')
+  const request = { backup: manifest.id, to: { instance: vm.name } } as const
+  const pid = await vm.qemuPid()
+  await expect(restore(request)).rejects.toMatchObject({
+    code: 'DISK_UNSUPPORTED',
+    message: expect.stringMatching(/backingStore.*virsh edit.*--with-definition/s),
+    context: { disk: 'vda', path: overlay },
+  })
+  expect(await vm.qemuPid()).toBe(pid)
+  expect(await sum('/dev/vda')).toBe(now)
+
+  await restore({ ...request, inPlace: true })
+  await vm.waitForBoot()
+  expect(await sum('/dev/vda')).toBe(wanted)
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
+
+  await restore({ ...request, definition: 'restore' })
+  expect(await vm.xml()).not.toContain(image('vda'))
+  await vm.waitForBoot()
+  expect(await sum('/dev/vda')).toBe(wanted)
+
+  // In the end the disk is on another file: somebody makes a snapshot while the new disk is written.
+  const made = join(site.folder, 'meanwhile')
+  const meanwhile = onStage('write', () => {
+    execaSync('virsh', ['--connect', site.lab.uri, ...snapshot(made)])
+  })
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=9 conv=fsync')
+  const last = await sum('/dev/vda')
+  await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_UNSUPPORTED' })
+  await vm.waitForBoot()
+  expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: made }])
+  expect(await sum('/dev/vda')).toBe(last)
+})
+
+test('an instance on a template keeps being restored after its backups', async () => {
+  const template = join(site.folder, 'template')
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await createQcow2(template, 16 * MiB)
+  await qemuIo(template, 'qcow2', ['write -P 0x11 0 8M'])
+  await rm(image('vda'))
+  await execa('qemu-img', ['create', '-f', 'qcow2', '-F', 'qcow2', '-b', template, image('vda')])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 1M 1M', 'write -z 4M 1M'])
+  const wanted = await content('vda')
+  await vm.start()
+  await backup()
+  const manifest = await backup()
+  await vm.destroy()
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x33 2M 9M'])
+  await restore({ backup: manifest.id, to: { instance: vm.name } })
+  expect(await content('vda')).toBe(wanted)
+  await vm.start()
+  expect(await vm.xml()).not.toContain(template)
+  await vm.destroy()
+  expect(await content('vda')).toBe(wanted)
 })
