@@ -1,11 +1,20 @@
 import { fileURLToPath } from 'node:url'
-import { defineConfig } from 'vitest/config'
+import { defineConfig, type TestProjectInlineConfiguration } from 'vitest/config'
 
 const packages = fileURLToPath(new URL('./packages/', import.meta.url))
 const alias = [
   { find: /^@varve\/testkit\/(.+)$/, replacement: `${packages}testkit/src/$1.ts` },
   { find: /^@varve\/([a-z0-9-]+)$/, replacement: `${packages}$1/src/index.ts` },
 ]
+
+const remote = 'packages/driver-{s3,sftp,ftp,rclone}/test/**/*.lab.test.ts'
+
+function labProject(name: string, include: string[], exclude: string[]): TestProjectInlineConfiguration {
+  return {
+    extends: true,
+    test: { name, include, exclude, fileParallelism: false, testTimeout: 300_000, hookTimeout: 120_000 },
+  }
+}
 
 export default defineConfig({
   resolve: { alias },
@@ -20,17 +29,10 @@ export default defineConfig({
           testTimeout: 60_000, // property tests on a busy machine
         },
       },
-      {
-        // Real servers and a real VM, as root; one file at a time, since they share one libvirt.
-        extends: true,
-        test: {
-          name: 'lab',
-          include: ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'],
-          fileParallelism: false,
-          testTimeout: 300_000,
-          hookTimeout: 120_000,
-        },
-      },
+      // Real programs, as root. One file at a time: they share one libvirt.
+      labProject('lab', ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'], [remote]),
+      // The remote storages against their real servers: they share nothing with the others, and may run beside them.
+      labProject('servers', [remote], []),
     ],
   },
 })

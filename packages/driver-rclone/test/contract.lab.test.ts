@@ -6,5 +6,6 @@ describeDriver('RcloneDriver on a folder', {
   create: folderTarget,
   largeSize: 8_000_011,
   manyObjects: 40,
+  turns: 3,
   timeoutMs: 240_000, // each call starts a program
 })

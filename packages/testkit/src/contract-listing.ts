@@ -82,7 +82,7 @@ export function describeListing(contract: Contract): void {
         }
       })()
       try {
-        for (let turn = 0; turn < 10; turn++) {
+        for (let turn = 0; turn < contract.turns; turn++) {
           expect((await listed(driver)).filter(key => key.startsWith('stays/'))).toEqual([...stays].sort())
         }
       } finally {

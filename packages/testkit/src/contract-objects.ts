@@ -164,7 +164,7 @@ export function describeObjects(contract: Contract): void {
       const target = await begin(contract.create)
       const bytes = Buffer.from('stays')
       const work = async (folder: number, worker: number) => {
-        for (let turn = 0; turn < 25; turn++) {
+        for (let turn = 0; turn < contract.turns; turn++) {
           const key = `busy/${folder}/folder/${worker}`
           await target.driver.put(key, bytesBody(bytes))
           expect(await target.driver.stat(key)).toMatchObject({ size: bytes.byteLength })

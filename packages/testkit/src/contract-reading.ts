@@ -92,7 +92,7 @@ export function describeReading(contract: Contract): void {
       const { driver } = await begin(contract.create)
       const body = new PatternBody({ size: 4_000_000, seed: 9 })
       await driver.put('object', body)
-      for (let turn = 0; turn < 60; turn++) {
+      for (let turn = 0; turn < contract.turns; turn++) {
         const download = await driver.get('object')
         if (turn % 2 === 0) await once(download, 'readable')
         download.destroy()

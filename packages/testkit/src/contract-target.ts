@@ -43,6 +43,11 @@ export interface ContractOptions {
   largeSize?: number
   /** The number of objects in a long listing. Default: 2500, which is more than two pages of S3. */
   manyObjects?: number
+  /**
+   * How often a test repeats what goes wrong only now and then. Default: 25; fewer for a driver whose calls
+   * cost much.
+   */
+  turns?: number
   /** For one test, in milliseconds. Default: 60000. */
   timeoutMs?: number
   /** For a driver whose storage is reached over a network. Without it the tests of a bad network and server are left out. */

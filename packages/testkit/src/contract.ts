@@ -24,6 +24,7 @@ export function describeDriver(name: string, options: ContractOptions): void {
   const contract: Contract = {
     largeSize: 48 * 1024 * 1024 + 12345,
     manyObjects: 2500,
+    turns: 25,
     timeoutMs: 60_000,
     ...options,
   }
