@@ -1,14 +1,19 @@
+import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
 import type { Host, HostDisk, HostReference, Instance } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import type { RunOptions } from './run-options.ts'
+
+/** Disk names are parts of file names on a storage. */
+const DISK_NAME = /^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$/
 
 /** Options of {@link ImageHost}. */
 export interface ImageHostOptions {
   /** The name under which the backups are kept. */
   instance: string
   /**
-   * Each disk's image by disk name, such as `{ vda: '/srv/web-1.qcow2' }`. Without a format it is told from
+   * Each disk's image by disk name, such as `{ vda: '/srv/web-1.qcow2' }`. A name is up to 64 of `A-Z a-z 0-9 _ -`;
+   * a relative path is taken from the current folder. Without a format it is told from
    * the content; an image with a backing file needs it stated, since a guest can write a header of its
    * choice into a raw disk.
    */
@@ -24,10 +29,16 @@ export class ImageHost implements Host {
   readonly #instance: string
   readonly #disks: Readonly<Record<string, ImageDisk>>
 
+  /** @throws INVALID_ARGUMENT for a disk name that is none */
   constructor(options: ImageHostOptions) {
-    this.#instance = options.instance
-    this.#disks = options.disks
-    this.reference = { kind: 'image', instance: options.instance, disks: options.disks }
+    const { instance } = options
+    // A journal is settled by a process that may be in another folder.
+    const disks = Object.fromEntries(
+      Object.entries(options.disks).map(([name, disk]) => [checkedName(name), absolute(disk)]),
+    )
+    this.#instance = instance
+    this.#disks = disks
+    this.reference = { kind: 'image', instance, disks }
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
@@ -97,6 +108,19 @@ export class ImageHost implements Host {
   define(): Promise<void> {
     return Promise.reject(notRunning())
   }
+}
+
+function checkedName(name: string): string {
+  if (DISK_NAME.test(name)) return name
+  throw new VarveError(
+    'INVALID_ARGUMENT',
+    `Not a disk name: ${JSON.stringify(name)}. It needs 1 to 64 letters, digits, _ or -, such as vda.`,
+    { context: { disk: name } },
+  )
+}
+
+function absolute(disk: ImageDisk): ImageDisk {
+  return typeof disk === 'string' ? resolve(disk) : { ...disk, path: resolve(disk.path) }
 }
 
 async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise<HostDisk> {
