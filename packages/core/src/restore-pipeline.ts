@@ -121,11 +121,12 @@ export class RestorePipeline {
     let disks: RestoredDisk[] = []
     let failure: unknown
     try {
+      const nvram = await define(restore)
       if (request.inPlace) await powerOff(restore)
       disks = await writeDisks(restore)
       await mark(restore, catalog.backups)
       if (!request.inPlace) await powerOff(restore)
-      await finish(restore, await define(restore))
+      await finish(restore, nvram)
     } catch (error) {
       failure = error
     }

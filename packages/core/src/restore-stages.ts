@@ -187,7 +187,7 @@ async function assertUnmoved({ backup, host, plan, journal, request, run }: Rest
 
 /**
  * Prepares the definition that `settleRestore` puts in place: of a new instance, or where it is asked for. Returns
- * the file of UEFI variables that goes with it.
+ * the file of UEFI variables that goes with it. Comes first: no guest waits while it is fetched.
  */
 export async function define({
   backup,

@@ -55,7 +55,7 @@ export async function settleRestore(
 
 /**
  * Puts the new definition, then the new disks in place. Returns why libvirt refuses the definition: then
- * nothing was changed.
+ * no disk was replaced.
  */
 async function finishSwap(
   journal: RunJournal,
@@ -69,10 +69,10 @@ async function finishSwap(
   for (const { target } of left) await assertOff(target, run)
   const [definition] = journal.of('define')
   if (definition && journal.of('defined').length === 0) {
-    const refusal = await define(definition, host, run)
-    if (refusal) {
+    const error = await define(definition, host, run)
+    if (error) {
       await journal.record({ step: 'undo' })
-      return refusal
+      return refusalOf(definition, error, journal.of('written-in-place').length > 0)
     }
     await journal.record({ step: 'defined' })
   }
@@ -92,6 +92,7 @@ async function assertOff(target: string, run: RunOptions): Promise<void> {
   })
 }
 
+/** Returns the error of a definition that libvirt has surely not taken. */
 async function define(
   { instance, xml }: JournalStepOf<'define'>,
   host: Host,
@@ -102,13 +103,16 @@ async function define(
     return undefined
   } catch (error) {
     // Without an answer nobody knows whether it was taken.
-    if (!isVarveError(error, 'COMMAND_FAILED') || !(await answers(host, instance, run))) throw error
-    return new VarveError(
-      'COMMAND_FAILED',
-      `The definition of ${instance} in the backup is refused on this host, and nothing was changed: ${error.message} Restore the disks alone, or to files, and define the instance by hand.`,
-      { context: { ...error.context, instance }, cause: error },
-    )
+    if (isVarveError(error, 'COMMAND_FAILED') && (await answers(host, instance, run))) return error
+    throw error
   }
+}
+
+function refusalOf({ instance }: JournalStepOf<'define'>, error: VarveError, inPlace: boolean): VarveError {
+  const left = inPlace ? 'only its disks were restored' : 'nothing was changed'
+  const message = `The definition of ${instance} in the backup is refused on this host, and ${left}: ${error.message} Restore the disks alone, or to files, and define the instance by hand.`
+  const context = { ...error.context, instance }
+  return new VarveError('COMMAND_FAILED', message, { context, cause: error })
 }
 
 async function answers(host: Host, instance: string, run: RunOptions): Promise<boolean> {

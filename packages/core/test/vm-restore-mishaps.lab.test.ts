@@ -103,6 +103,7 @@ test('a definition that libvirt refuses leaves the instance running as it was, a
   const manifest = await backup()
   await changeDefinition(manifest, ofAnotherHost)
   await vm.destroy()
+  const wanted = await content('vda')
   await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
   await writeFile(nvram, 'theirs', { flag: 'r+' })
   const theirs = await content('vda')
@@ -140,6 +141,16 @@ test('a definition that libvirt refuses leaves the instance running as it was, a
   expect(await readdir(directory)).toEqual([])
   await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
 
+  // One that is damaged on the storage is found out before the guest has to stop.
+  const stored = await readFile(site.stored(manifest, 'domain.xml'), 'utf8')
+  await writeFile(site.stored(manifest, 'domain.xml'), stored.replace('pc-q35', 'pc-q53'))
+  await vm.start()
+  const pid = await vm.qemuPid()
+  await expect(restore(request)).rejects.toMatchObject({ code: 'DIGEST_MISMATCH' })
+  expect(await vm.qemuPid()).toBe(pid)
+  await asItWas()
+  await writeFile(site.stored(manifest, 'domain.xml'), stored)
+
   // The process dies, or libvirt gives no answer, right when the definition is to go in.
   await vm.start()
   class Silent extends LibvirtHost {
@@ -152,6 +163,12 @@ test('a definition that libvirt refuses leaves the instance running as it was, a
   await expect(pipeline.run(request)).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
   await asItWas()
+
+  await expect(restore({ ...request, inPlace: true })).rejects.toMatchObject({
+    code: 'COMMAND_FAILED',
+    message: expect.stringContaining('only its disks were restored'),
+  })
+  expect(await content('vda')).toBe(wanted)
 })
 
 test('a copy whose definition was cut short is defined by recover, be it defined already or not', async () => {
