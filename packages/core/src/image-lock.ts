@@ -1,7 +1,7 @@
-import { stat } from 'node:fs/promises'
 import { runCommand } from './command.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 
 /**
  * Refuses a file that a virtual machine or another of QEMU's programs has open, be it only as a backing file. It
@@ -11,11 +11,7 @@ import type { RunOptions } from './run-options.ts'
  * @throws DISK_BUSY
  */
 export async function assertUnused(path: string, run: RunOptions): Promise<void> {
-  const found = await stat(path).catch(error => {
-    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined
-    throw error
-  })
-  if (!found) return
+  if (!(await statIfThere(path))) return
   await runCommand('qemu-io', ['-f', 'raw', '-c', 'quit', path], run).catch(error => {
     if (!isVarveError(error, 'COMMAND_FAILED') || !String(error.context.stderr).includes('lock')) throw error
     throw new VarveError(

@@ -1,14 +1,16 @@
 import { realpath, rm, stat, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type CommandOptions, runCommand } from './command.ts'
+import { runCommand } from './command.ts'
 import { type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import { Qmp } from './qmp.ts'
 import type { RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 import { withTemporaryFolder } from './temporary-folder.ts'
+import { Virsh } from './virsh.ts'
 
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
 const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
@@ -30,24 +32,23 @@ export interface LibvirtHostOptions {
   overlayFolder?: string
 }
 
-type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput'>
-
 /** The domains of a libvirt daemon, through `virsh`. */
 export class LibvirtHost implements Host {
   readonly reference: HostReference
-  readonly #uri: string
+  readonly #virsh: Virsh
   readonly #overlayFolder: string | undefined
 
   constructor(options: LibvirtHostOptions = {}) {
-    this.#uri = options.uri ?? 'qemu:///system'
+    const { uri = 'qemu:///system' } = options
+    this.#virsh = new Virsh(uri)
     this.#overlayFolder = options.overlayFolder
-    this.reference = { kind: 'libvirt', uri: this.#uri }
+    this.reference = { kind: 'libvirt', uri }
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
     const running = await this.#isRunning(name, run)
-    const domain = readDomainXml(await this.#onDomain(run, name, 'dumpxml'))
-    const definition = await this.#onDomain(run, name, 'dumpxml', '--inactive')
+    const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
+    const definition = await this.#virsh.onDomain(run, name, 'dumpxml', '--inactive')
     const qmp = running ? await this.#qmp(name, run) : undefined
     const disks: HostDisk[] = []
     const unsupported = new Map<string, string>()
@@ -120,8 +121,8 @@ export class LibvirtHost implements Host {
 
   async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
     const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
-    const { disks } = readDomainXml(await this.#onDomain(run, instance, 'dumpxml'))
-    const defined = readDomainXml(await this.#onDomain(run, instance, 'dumpxml', '--inactive'))
+    const { disks } = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
+    const defined = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml', '--inactive'))
     for (const disk of disks) if (byDisk.has(disk.name)) assertSameSource(instance, disk, defined.disks)
     const specs = disks.flatMap(({ name }) => {
       const overlay = byDisk.get(name)
@@ -137,7 +138,7 @@ export class LibvirtHost implements Host {
       const options = ['--disk-only', '--atomic', '--no-metadata']
       // Without the signal: libvirt would go on with it, and an overlay that is removed meanwhile takes writes along.
       const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SNAPSHOT_TIMEOUT_MS }
-      await this.#onDomain(whole, instance, 'snapshot-create-as', ...options, ...specs)
+      await this.#virsh.onDomain(whole, instance, 'snapshot-create-as', ...options, ...specs)
     } catch (error) {
       if (!isVarveError(error, 'COMMAND_FAILED')) throw error
       throw new VarveError(
@@ -157,13 +158,13 @@ export class LibvirtHost implements Host {
       if (state === undefined || (!state.running && state.path === overlay.overlay))
         await this.#commitOffline(instance, overlay, run)
       else if (state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
-      else if (state.path !== overlay.base && (await exists(overlay.overlay))) {
+      else if (state.path !== overlay.base && (await statIfThere(overlay.overlay))) {
         // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
         throw new VarveError(
           'OVERLAY_LEFT_OVER',
           `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
         )
-      } else if (state.running && (await exists(overlay.overlay)))
+      } else if (state.running && (await statIfThere(overlay.overlay)))
         await this.#assertUnused(instance, overlay, run)
       await rm(overlay.overlay, { force: true })
     } catch (error) {
@@ -190,12 +191,12 @@ export class LibvirtHost implements Host {
 
   async #commitLive(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
     // A job that a former try left behind refuses a new one.
-    const job = await this.#onDomain(run, instance, 'blockjob', overlay.disk, '--info')
-    if (/commit/i.test(job)) await this.#onDomain(run, instance, 'blockjob', overlay.disk, '--abort')
+    const job = await this.#virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--info')
+    if (/commit/i.test(job)) await this.#virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--abort')
     // --shallow: into the overlay's own base, never further down a chain that the instance has of its own.
     const options = ['--active', '--shallow', '--pivot', '--wait']
     const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
-    await this.#onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
+    await this.#virsh.onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
     const after = await this.#diskState(instance, overlay.disk, run)
     if (after?.path !== overlay.base) {
       throw new VarveError(
@@ -207,7 +208,7 @@ export class LibvirtHost implements Host {
 
   /** The domain does not run (any more), or is gone. */
   async #commitOffline(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
-    if (!(await exists(overlay.overlay))) return
+    if (!(await statIfThere(overlay.overlay))) return
     const info = await readImageInfo(overlay.overlay, 'qcow2', run)
     if (info.backing === undefined || (await realpath(info.backing)) !== overlay.base) {
       throw new VarveError(
@@ -222,7 +223,7 @@ export class LibvirtHost implements Host {
     // With the passwords of its console, which would be gone from the definition otherwise.
     const secret = { ...run, secretOutput: true }
     const options = ['--inactive', '--security-info']
-    const xml = await this.#onDomain(secret, instance, 'dumpxml', ...options).catch(error => {
+    const xml = await this.#virsh.onDomain(secret, instance, 'dumpxml', ...options).catch(error => {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined // a transient domain is gone once it stops
       throw error
     })
@@ -233,7 +234,7 @@ export class LibvirtHost implements Host {
 
   async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
     try {
-      await this.#onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsfreeze')
+      await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsfreeze')
     } catch (error) {
       if (isVarveError(error, 'ABORTED')) throw error
       const stderr = isVarveError(error) ? String(error.context.stderr) : ''
@@ -251,7 +252,7 @@ export class LibvirtHost implements Host {
     for (let attempt = 1; ; attempt++) {
       try {
         if (await this.#isRunning(instance, run))
-          await this.#onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
+          await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
         return
       } catch (error) {
         if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
@@ -283,7 +284,7 @@ export class LibvirtHost implements Host {
       }
       if (await this.#isRunning(instance, rest)) {
         if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
-        await this.#onDomain(rest, instance, 'destroy')
+        await this.#virsh.onDomain(rest, instance, 'destroy')
       }
     } catch (error) {
       // It may have gone by itself in between.
@@ -302,7 +303,7 @@ export class LibvirtHost implements Host {
   /** Whether it was asked. A paused guest, for one, cannot be. */
   async #askToShutDown(instance: string, run: RunOptions): Promise<boolean> {
     try {
-      await this.#onDomain(run, instance, 'shutdown')
+      await this.#virsh.onDomain(run, instance, 'shutdown')
       return true
     } catch (error) {
       if (isVarveError(error, 'COMMAND_FAILED')) return false
@@ -311,19 +312,19 @@ export class LibvirtHost implements Host {
   }
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
-    if (!(await this.#isRunning(instance, run))) await this.#onDomain(run, instance, 'start')
+    if (!(await this.#isRunning(instance, run))) await this.#virsh.onDomain(run, instance, 'start')
   }
 
   define(xml: string, run: RunOptions = {}): Promise<void> {
     return withTemporaryFolder(async folder => {
       const file = join(folder, 'domain.xml')
       await writeFile(file, xml, { mode: 0o600 })
-      await this.#virsh(run, 'define', file)
+      await this.#virsh.run(run, 'define', file)
     })
   }
 
   async #isRunning(instance: string, run: RunOptions): Promise<boolean> {
-    const state = await this.#onDomain(run, instance, 'domstate')
+    const state = await this.#virsh.onDomain(run, instance, 'domstate')
     return state.trim() !== 'shut off' && state.trim() !== 'crashed'
   }
 
@@ -335,7 +336,7 @@ export class LibvirtHost implements Host {
   ): Promise<{ running: boolean; path: string; format: string } | undefined> {
     try {
       const running = await this.#isRunning(instance, run)
-      const domain = readDomainXml(await this.#onDomain(run, instance, 'dumpxml'))
+      const domain = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
       const found = domain.disks.find(({ name }) => name === disk)
       const path = found && (await this.#diskPath(found, run))
       return found && path !== undefined ? { running, path, format: found.format } : undefined
@@ -347,62 +348,13 @@ export class LibvirtHost implements Host {
 
   async #diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
     const path = disk.volume
-      ? (await this.#virsh(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
+      ? (await this.#virsh.run(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
       : disk.source
     return path === undefined ? undefined : realpath(path).catch(() => path)
   }
 
   #qmp(instance: string, run: RunOptions): Promise<Qmp> {
-    return Qmp.open(json => this.#onDomain(run, instance, 'qemu-monitor-command', json), instance)
-  }
-
-  /** Runs a command of `virsh` on a domain. */
-  async #onDomain(run: VirshOptions, instance: string, command: string, ...args: string[]): Promise<string> {
-    return this.#virsh(run, command, await this.#designation(instance, run), ...args)
-  }
-
-  /**
-   * What stands for a domain on virsh's command line. It takes a number for the id of a running domain, then
-   * text for a UUID, and only then for a name; a name that could be taken for something else is given as the
-   * UUID of the domain that has it.
-   */
-  async #designation(instance: string, run: VirshOptions): Promise<string> {
-    if (/^[a-z_]/i.test(instance) && !/^[\da-f-]+$/i.test(instance)) return instance
-    const list = await this.#virsh({ ...run, secretOutput: false }, 'list', '--all', '--uuid', '--name')
-    const uuid = list
-      .split('\n')
-      .map(line => /^\s*([\da-f-]{36})\s(.*)$/.exec(line))
-      .find(match => match?.[2]?.trim() === instance)?.[1]
-    if (uuid === undefined) throw this.#notFound(instance)
-    return uuid
-  }
-
-  #notFound(instance: string, cause?: unknown): VarveError {
-    return new VarveError(
-      'INSTANCE_NOT_FOUND',
-      `libvirt (${this.#uri}) has no domain ${instance}. "virsh --connect ${this.#uri} list --all" shows those it has.`,
-      { context: { instance, uri: this.#uri }, cause },
-    )
-  }
-
-  async #virsh(run: VirshOptions, ...args: string[]): Promise<string> {
-    try {
-      const options = { ...run, label: `virsh ${args[0]}` }
-      return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], options)).stdout
-    } catch (error) {
-      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
-      if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
-        throw this.#notFound(args.find(arg => stderr.includes(`'${arg}'`)) ?? '', error)
-      }
-      if (/failed to connect to the hypervisor/i.test(stderr)) {
-        throw new VarveError(
-          'COMMAND_FAILED',
-          `libvirt does not answer at ${this.#uri}: ${stderr.trim().split('\n').at(-1)}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
-          { context: { command: 'virsh', args, stderr, uri: this.#uri }, cause: error, retryable: true },
-        )
-      }
-      throw error
-    }
+    return Qmp.open(json => this.#virsh.onDomain(run, instance, 'qemu-monitor-command', json), instance)
   }
 }
 
@@ -462,15 +414,5 @@ async function readDisk(
     virtualSize: node.virtualSize,
     bitmaps: node.bitmaps,
     holdsBitmaps: node.holdsBitmaps,
-  }
-}
-
-async function exists(path: string): Promise<boolean> {
-  try {
-    await stat(path)
-    return true
-  } catch (error) {
-    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return false
-    throw error
   }
 }

@@ -1,4 +1,5 @@
-import { realpath, stat } from 'node:fs/promises'
+import type { Stats } from 'node:fs'
+import { realpath } from 'node:fs/promises'
 import { basename, dirname, isAbsolute, join, resolve } from 'node:path'
 import { chooseDisks } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
@@ -9,7 +10,9 @@ import { assertUnused } from './image-lock.ts'
 import type { ManifestDisk } from './manifest.ts'
 import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
 import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
+import { targetError } from './restore-target.ts'
 import type { RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 import { instanceFolder } from './storage-layout.ts'
 
 /** How one disk is written. */
@@ -168,7 +171,7 @@ async function planNewInstance(
     disks.push(await planNewFile(disk, path, { format }, runId, run))
   }
   const nvram = await resolveTarget(join(directory, `${name}-nvram.fd`))
-  if ((await stat(nvram).catch(() => undefined)) !== undefined) {
+  if (await lookAt(nvram)) {
     throw new VarveError(
       'TARGET_EXISTS',
       `${nvram}, the file of the UEFI variables, is there already. Choose another name or folder, or remove it.`,
@@ -186,7 +189,7 @@ async function planNewFile(
   run: RunOptions,
 ): Promise<DiskRestore> {
   const target = await resolveTarget(path)
-  const status = await stat(target).catch(() => undefined)
+  const status = await lookAt(target)
   const context = { disk: disk.name, path: target }
   if (status?.isDirectory())
     throw new VarveError('INVALID_ARGUMENT', `${target} is a folder. Name a file in it.`, { context })
@@ -257,11 +260,17 @@ function diskOf({ manifest }: StoredBackup, name: string): ManifestDisk {
   )
 }
 
+/** What is at the path of a target. @throws TARGET_FAILED where that cannot be told */
+async function lookAt(path: string): Promise<Stats | undefined> {
+  return statIfThere(path).catch(error => {
+    throw targetError(error, path)
+  })
+}
+
 /** The file that a path means: the end of a symbolic link, or a new name in a folder that is there. */
 async function resolveTarget(path: string): Promise<string> {
   const absolute = isAbsolute(path) ? path : resolve(path)
-  const existing = await realpath(absolute).catch(() => undefined)
-  if (existing !== undefined) return existing
+  if (await lookAt(absolute)) return realpath(absolute)
   const folder = await realpath(dirname(absolute)).catch(error => {
     throw new VarveError(
       'INVALID_ARGUMENT',

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { chmod, chown, mkdtemp, stat, writeFile } from 'node:fs/promises'
+import { chmod, chown, mkdtemp, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { NbdClient } from '@varve/nbd'
@@ -26,6 +26,7 @@ import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
 import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import type { RestoreTarget } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 import type { StorageDriver } from './storage.ts'
 
 /** What the stages of one restore share. */
@@ -119,7 +120,7 @@ async function writeDisk(
 
 /** The new file belongs to whom the old one did. */
 async function takeOwnership(temporary: string, target: string): Promise<void> {
-  const old = await stat(target).catch(() => undefined)
+  const old = await statIfThere(target)
   if (!old) return
   await chmod(temporary, old.mode & 0o7777)
   await chown(temporary, old.uid, old.gid)

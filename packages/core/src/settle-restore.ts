@@ -1,4 +1,4 @@
-import { open, rename, rm, stat } from 'node:fs/promises'
+import { open, rename, rm } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
@@ -6,6 +6,7 @@ import { assertUnused } from './image-lock.ts'
 import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 
 /** What a restore came to. */
 export interface SettledRestore {
@@ -65,7 +66,7 @@ async function finishSwap(
 ): Promise<VarveError | undefined> {
   emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
   const left: Rename[] = []
-  for (const step of renames) if (await exists(step.temporary)) left.push(step)
+  for (const step of renames) if (await statIfThere(step.temporary)) left.push(step)
   for (const { target } of left) await assertOff(target, run)
   const [definition] = journal.of('define')
   if (definition && journal.of('defined').length === 0) {
@@ -119,16 +120,6 @@ async function answers(host: Host, instance: string, run: RunOptions): Promise<b
   return host.instance(instance, run).then(
     () => true,
     error => isVarveError(error, 'INSTANCE_NOT_FOUND'),
-  )
-}
-
-async function exists(path: string): Promise<boolean> {
-  return stat(path).then(
-    () => true,
-    error => {
-      if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return false
-      throw error
-    },
   )
 }
 

@@ -1,4 +1,4 @@
-import { abortError, VarveError } from '@varve/core'
+import { abortError, unlessAborted, VarveError } from '@varve/core'
 import { Client, type FTPResponse } from 'basic-ftp'
 import {
   ftpError,
@@ -10,7 +10,6 @@ import {
   tlsError,
 } from './ftp-error.ts'
 import type { FtpSettings } from './ftp-options.ts'
-import { unlessAborted } from './waiting.ts'
 
 /** So that a router on the way does not forget the control connection while a transfer runs for hours. */
 const KEEP_ALIVE_MS = 30_000

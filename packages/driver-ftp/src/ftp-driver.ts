@@ -18,6 +18,7 @@ import {
   type UploadBody,
   VarveError,
 } from '@varve/core'
+import { backOff } from './back-off.ts'
 import { FtpConnection } from './connection.ts'
 import { ConnectionPool, type ConnectionUse } from './connection-pool.ts'
 import { Download } from './download.ts'
@@ -28,7 +29,6 @@ import { listFolder } from './list-folder.ts'
 import { sizeOf, timeOf, whatIsAt } from './place.ts'
 import { Transfer } from './transfer.ts'
 import { Upload } from './upload.ts'
-import { backOff } from './waiting.ts'
 
 /**
  * Keeps backups on an FTP server, with TLS unless told otherwise. Passive mode only.

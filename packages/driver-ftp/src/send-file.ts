@@ -1,9 +1,8 @@
-import { abortError, type PutOptions, type UploadBody } from '@varve/core'
+import { abortError, type PutOptions, type UploadBody, unlessAborted } from '@varve/core'
 import type { FtpConnection } from './connection.ts'
 import { timeoutError } from './ftp-error.ts'
 import type { Transfer } from './transfer.ts'
 import type { UploadCursor } from './upload-cursor.ts'
-import { unlessAborted } from './waiting.ts'
 
 /** Bytes given to the socket that it has not passed on to the system yet: enough to keep the system busy. */
 const WINDOW = 512 * 1024

@@ -7,6 +7,7 @@ import {
   type UploadBody,
   VarveError,
 } from '@varve/core'
+import { backOff } from './back-off.ts'
 import type { FtpConnection } from './connection.ts'
 import type { ConnectionPool } from './connection-pool.ts'
 import { type FoldersInUse, isFolder, makeFolders, removeEmptyFolders } from './folders.ts'
@@ -16,7 +17,6 @@ import { sizeOf, whatIsAt } from './place.ts'
 import { sendFile } from './send-file.ts'
 import { Transfer } from './transfer.ts'
 import { UploadCursor } from './upload-cursor.ts'
-import { backOff } from './waiting.ts'
 
 /** How long an upload that was given up may take to tidy up, in milliseconds, if the server may be silent for longer. */
 const GRACE_MS = 5_000

@@ -1,10 +1,9 @@
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { describeDriver } from '@varve/testkit'
-import { startVsftpd, type VsftpdLab } from '@varve/testkit/lab'
+import { mountTmpfs, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
 import { openTunnel } from './ftp-tunnel.ts'
-import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 

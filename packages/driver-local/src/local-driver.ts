@@ -9,6 +9,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  endsAfterAbort,
   type GetOptions,
   isKey,
   type PutOptions,
@@ -18,14 +19,15 @@ import {
   TEMPORARY_PREFIX,
   toUploadBody,
   type UploadBody,
+  unlessAborted,
   VarveError,
 } from '@varve/core'
 import { FileStream } from './file-stream.ts'
 import { FolderPath } from './folder.ts'
 import { isErrno, isMissing, localError } from './local-error.ts'
 import { PendingFile } from './pending-file.ts'
-import { settled, unlessAborted, untilAborted } from './settling.ts'
 import { type LocalDriverOptions, StorageRoot } from './storage-root.ts'
+import { untilAborted } from './until-aborted.ts'
 import { type FoundFile, walkFiles } from './walk-files.ts'
 import { writeFile } from './write-file.ts'
 
@@ -59,7 +61,7 @@ export class LocalDriver implements StorageDriver {
   async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
     try {
       this.#assertKey(key)
-      return await settled(this.#store(key, toUploadBody(body), options), options.signal)
+      return await endsAfterAbort(this.#store(key, toUploadBody(body), options), options.signal)
     } finally {
       if (body instanceof Readable) body.destroy()
     }

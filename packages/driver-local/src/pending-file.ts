@@ -1,10 +1,9 @@
 import { randomBytes } from 'node:crypto'
 import type { Stats } from 'node:fs'
 import { type FileHandle, lstat, open, rename, unlink } from 'node:fs/promises'
-import { TEMPORARY_PREFIX, VarveError } from '@varve/core'
+import { TEMPORARY_PREFIX, unlessAborted, VarveError } from '@varve/core'
 import { type Folder, FolderPath } from './folder.ts'
 import { isErrno } from './local-error.ts'
-import { unlessAborted } from './settling.ts'
 
 /** How often a folder may vanish between its making and the first file in it, before that is an error. */
 const ATTEMPTS = 100

@@ -1,6 +1,6 @@
 import { describeDriver } from '@varve/testkit'
+import { mountTmpfs } from '@varve/testkit/lab'
 import { localTarget } from './local-target.ts'
-import { mountTmpfs } from './tmpfs.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 

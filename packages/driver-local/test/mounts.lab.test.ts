@@ -2,8 +2,8 @@ import { readdir, writeFile } from 'node:fs/promises'
 import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
+import { mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
 import { expect, onTestFinished, test } from 'vitest'
-import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
 
 const MIB = 1024 * 1024
 const bytes = Buffer.from('x')

@@ -1,6 +1,6 @@
+import { unlessAborted } from '@varve/core'
 import ssh2 from 'ssh2'
 import type { SftpConnection } from './connection.ts'
-import { unlessAborted } from './settling.ts'
 import { isStatus, STATUS } from './sftp-error.ts'
 
 const { READ, WRITE, CREAT } = ssh2.utils.sftp.OPEN_MODE

@@ -1,10 +1,9 @@
 import { setTimeout as delay } from 'node:timers/promises'
-import { abortError, VarveError } from '@varve/core'
+import { abortError, unlessAborted, VarveError } from '@varve/core'
 import { addressOf, connect } from './connect.ts'
 import type { SftpConnection } from './connection.ts'
 import { fingerprintOf, type HostKeyRule } from './host-key.ts'
 import { isFolder, makeFolder } from './remote-folder.ts'
-import { unlessAborted } from './settling.ts'
 import { isLost, isStatus, STATUS, sftpError } from './sftp-error.ts'
 import type { SftpSettings } from './sftp-options.ts'
 

@@ -7,6 +7,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  endsAfterAbort,
   type GetOptions,
   isKey,
   type ObjectStream,
@@ -26,7 +27,6 @@ import { type OpenObject, SftpStream } from './read-window.ts'
 import { openToRead } from './remote-file.ts'
 import { assertRoot, isPlain, look, pathIn, removeEmptyFolders } from './remote-folder.ts'
 import { type Lease, SftpSession, type StorageRoot } from './session.ts'
-import { settled } from './settling.ts'
 import { isStatus, STATUS, sftpError } from './sftp-error.ts'
 import { type SftpDriverOptions, type SftpSettings, sftpSettings } from './sftp-options.ts'
 import { storeObject } from './store-object.ts'
@@ -81,7 +81,7 @@ export class SftpDriver implements StorageDriver {
     try {
       assertKey(key)
       if (signal?.aborted) throw abortError(signal)
-      return await settled(storeObject(this.#session, key, toUploadBody(body), options), signal)
+      return await endsAfterAbort(storeObject(this.#session, key, toUploadBody(body), options), signal)
     } finally {
       if (body instanceof Readable) body.destroy()
     }

@@ -1,9 +1,8 @@
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
-import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
 import { login, sftpTarget } from './sftp-target.ts'
-import { mountTmpfs, type Tmpfs } from './tmpfs.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 

@@ -1,4 +1,4 @@
-import { abortError, VarveError } from '@varve/core'
+import { abortError, VarveError } from './errors.ts'
 
 /** How long after an abort a call may take to clean up, in milliseconds. */
 const GRACE_MS = 10_000
@@ -9,10 +9,10 @@ export async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | u
 }
 
 /**
- * What `work` comes to, where it ends itself soon after an abort. A server that is silent does not let it, though: after
- * a grace period the caller gets `ABORTED` all the same.
+ * What `work` comes to, where it ends itself soon after an abort. A storage that hangs does not let it, though: after
+ * a grace period of 10 s the caller gets `ABORTED` all the same.
  */
-export async function settled<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+export async function endsAfterAbort<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   return signal ? giveUpAfter(GRACE_MS, work, signal) : work
 }
 
@@ -23,7 +23,7 @@ async function giveUpAfter<T>(graceMs: number, work: Promise<T>, signal: AbortSi
     if (graceMs === 0) return reject(abortError(signal))
     timer = setTimeout(() => {
       const { message } = abortError(signal)
-      const more = `The server has not answered for ${graceMs / 1000} s; an unfinished upload may be left on it.`
+      const more = `The storage has not answered for ${graceMs / 1000} s; an unfinished upload may be left on it.`
       reject(new VarveError('ABORTED', `${message}. ${more}`, { cause: signal.reason }))
     }, graceMs)
   }

@@ -13,17 +13,3 @@ export async function backOff(failures: number, signal: AbortSignal | undefined)
     throw signal ? abortError(signal) : error
   }
 }
-
-/** What `work` comes to, or `ABORTED` as soon as the signal says so; `work` itself goes on. */
-export async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return work
-  const { promise: aborted, reject } = Promise.withResolvers<never>()
-  const onAbort = () => reject(abortError(signal))
-  signal.addEventListener('abort', onAbort, { once: true })
-  if (signal.aborted) onAbort()
-  try {
-    return await Promise.race([work, aborted])
-  } finally {
-    signal.removeEventListener('abort', onAbort)
-  }
-}
