@@ -1,5 +1,5 @@
 import { createCipheriv } from 'node:crypto'
-import { open, rm, stat } from 'node:fs/promises'
+import { open, readFile, rm, writeFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { NbdClient } from '@varve/nbd'
 import { execa } from 'execa'
@@ -39,16 +39,31 @@ export async function withExport<T>(
   use: (socketPath: string) => Promise<T>,
 ): Promise<T> {
   const socketPath = `${path}.sock`
+  const pidFile = `${path}.pid`
+  await writeFile(pidFile, '')
   const mode = options.writable ? [] : ['--read-only']
   const server = execa(
     'qemu-nbd',
-    ['--persistent', '--shared', '8', ...mode, '-f', options.format, '-k', socketPath, path],
+    [
+      '--persistent',
+      '--shared',
+      '8',
+      ...mode,
+      '-f',
+      options.format,
+      '-k',
+      socketPath,
+      '--pid-file',
+      pidFile,
+      path,
+    ],
     {
       reject: false,
     },
   )
   try {
-    for (let tries = 0; !(await stat(socketPath).catch(() => undefined)); tries++) {
+    // The socket file is there before it listens; the process id is written after.
+    for (let tries = 0; (await readFile(pidFile, 'utf8')) === ''; tries++) {
       if (tries === 1000) throw new Error(`qemu-nbd does not serve ${path}`)
       await sleep(10)
     }
@@ -57,6 +72,7 @@ export async function withExport<T>(
     server.kill()
     await server
     await rm(socketPath, { force: true })
+    await rm(pidFile, { force: true })
   }
 }
 
