@@ -53,11 +53,13 @@ async function interruptedBackup(
   let again: NodeJS.Timeout | undefined
   const send = () => process.kill(-(child.pid ?? 0), signal)
   child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
-    const begun = stderr.includes('Uploading vda')
+    const before = stderr
     stderr += chunk
-    if (begun || !stderr.includes('Uploading vda')) return
-    send()
-    if (times === 'again and again') again = setInterval(send, 50)
+    const shown = (text: string) => !before.includes(text) && stderr.includes(text)
+    if (shown('Uploading vda')) send()
+    if (times === 'once' || !shown('Stopping and cleaning up')) return
+    send() // at once: the clean-up may be over in a moment
+    again = setInterval(send, 50)
   })
   child.on('exit', () => clearInterval(again))
   const [code] = await once(child, 'close')
