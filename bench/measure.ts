@@ -29,7 +29,9 @@ export async function timeCommand(
  */
 export async function runTask(task: string, input: object): Promise<Run & Record<string, unknown>> {
   const file = fileURLToPath(new URL('./task.ts', import.meta.url))
-  const { stdout } = await execa(process.execPath, ['--import', 'tsx', file, task, JSON.stringify(input)])
+  const { stdout } = await execa(process.execPath, ['--import', 'tsx', file, task], {
+    input: JSON.stringify(input), // it may hold a password, which no command line shows
+  })
   return JSON.parse(stdout.trim().split('\n').at(-1) ?? '')
 }
 

@@ -1,5 +1,6 @@
 // One measured piece of work in a process of its own; see runTask.
 import { mkdir } from 'node:fs/promises'
+import { text } from 'node:stream/consumers'
 import { BackupPipeline, ImageHost, RestorePipeline } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { NbdClient } from '@varve/nbd'
@@ -56,12 +57,13 @@ const tasks: Record<string, (input: never) => Promise<object>> = {
   get,
   'plain-put': plainPut,
 }
-const [, , name = '', input = '{}'] = process.argv
+const [, , name = ''] = process.argv
+const input: unknown = JSON.parse(await text(process.stdin))
 const task = tasks[name]
 if (!task) throw new Error(`There is no task ${name}.`)
 const idleMiB = process.resourceUsage().maxRSS / 1024
 const start = performance.now()
-const result = await task(JSON.parse(input) as never)
+const result = await task(input as never)
 const seconds = (performance.now() - start) / 1000
 const peakMiB = process.resourceUsage().maxRSS / 1024
 console.log(JSON.stringify({ ...result, seconds, peakMiB, idleMiB }))
