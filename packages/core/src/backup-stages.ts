@@ -132,8 +132,8 @@ async function thaw({ host, instance, journal, run: { onEvent } }: BackupContext
 }
 
 /**
- * What shows that somebody wrote to the raw disks of an instance that is off. QEMU keeps writers from a qcow2 image
- * that `qemu-nbd` reads, but not from a raw one. A block device shows nothing.
+ * What shows that somebody wrote to the raw disks of an instance that is off with a program that does not ask QEMU's
+ * locks, such as `dd`. A block device shows nothing.
  */
 async function rawDiskTimes({ instance, plan }: BackupContext): Promise<ReadonlyMap<string, bigint>> {
   const times = new Map<string, bigint>()
@@ -200,6 +200,8 @@ async function streamDisk(
     path: disk.path,
     format: disk.format,
     writable: false,
+    // A running instance writes to its overlay, and keeps others from the disk itself.
+    refuseWriters: !backup.instance.running,
     folder: sockets,
     ...(plan.kind === 'incremental' && { bitmap: plan.bitmap }),
   })

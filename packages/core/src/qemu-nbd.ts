@@ -26,6 +26,11 @@ export interface ExportOptions extends RunOptions {
   format: 'qcow2' | 'raw'
   /** Whether clients may write. */
   writable: boolean
+  /**
+   * Keeps QEMU's programs from opening the disk for writing as long as it is served, and is refused where one has.
+   * QEMU does so for every qcow2 image that it reads, but not for raw ones. Default: false.
+   */
+  refuseWriters?: boolean
   /** The bitmap to show as `qemu:dirty-bitmap:<name>`. */
   bitmap?: string
   /** A private folder for the socket and the process id; see {@link stopExports}. */
@@ -45,17 +50,18 @@ export interface NbdExport extends AsyncDisposable {
  * Serves one disk on a Unix socket of its own. The process ends by itself when its last client has gone, so
  * that it does not outlive a run that died.
  *
+ * @throws DISK_BUSY where another of QEMU's programs keeps the disk from being opened
  * @throws NBD_SOCKET_MISSING with what qemu-nbd said
  */
 export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
-  const { disk, path, format, writable, bitmap, folder } = options
+  const { disk, path, format, writable, bitmap, folder, refuseWriters = false } = options
   const socketPath = join(folder, `${disk}.sock`)
   const pidFile = join(folder, `${disk}.pid`)
   const args = [
-    ...['--format', format, '--socket', socketPath, '--pid-file', pidFile],
+    ...['--socket', socketPath, '--pid-file', pidFile],
     ...(writable ? ['--discard', 'unmap'] : ['--read-only', '--shared', '8']),
     ...(bitmap === undefined ? [] : ['--bitmap', bitmap]),
-    path,
+    ...(refuseWriters && format === 'raw' ? [await rawWithoutWriters(path)] : ['--format', format, path]),
   ]
   const startedAt = Date.now()
   const child = execa('qemu-nbd', args, {
@@ -104,6 +110,13 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
   } catch (error) {
     await stop()
     if (options.signal?.aborted) throw error
+    if (errorMessage(error).includes('lock')) {
+      throw new VarveError(
+        'DISK_BUSY',
+        `The disk ${disk} (${path}) was opened by a virtual machine or another program. Stop that, or back the machine up by its libvirt name while it runs.`,
+        { context: { disk, path }, cause: error, retryable: true },
+      )
+    }
     throw new VarveError(
       'NBD_SOCKET_MISSING',
       `NBD socket did not appear: qemu-nbd could not serve ${path}: ${errorMessage(error)}. Check that the image is there, whole and readable, and that no other process writes to it.`,
@@ -114,6 +127,20 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     )
   }
   return { socketPath, died: died.signal, stop, [Symbol.asyncDispose]: stop }
+}
+
+/**
+ * A raw disk as QEMU's block layer opens it when nobody else may write to it: the filter `blkdebug` is the one that
+ * takes such a permission for any disk ("QMP Reference Manual", BlockdevOptionsBlkdebug). It injects nothing here.
+ */
+async function rawWithoutWriters(path: string): Promise<string> {
+  const driver = (await stat(path)).isBlockDevice() ? 'host_device' : 'file'
+  const filter = {
+    driver: 'blkdebug',
+    image: { driver, filename: path },
+    'unshare-child-perms': ['write'],
+  }
+  return `json:${JSON.stringify({ driver: 'raw', file: filter })}`
 }
 
 function diedError(

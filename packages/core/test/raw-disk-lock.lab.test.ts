@@ -1,0 +1,62 @@
+import { once } from 'node:events'
+import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { createRaw, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { ImageHost } from '../src/image-host.ts'
+import { PausingStorage } from './vm-site.ts'
+
+let folder: string
+let disk: string
+let storage: PausingStorage
+let pipeline: BackupPipeline
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-raw-'))
+  await mkdir(join(folder, 'storage'))
+  disk = join(folder, 'a "disk", with, commas')
+  await createRaw(disk, 4 * 1024 * 1024)
+  storage = new PausingStorage({ path: join(folder, 'storage') })
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: { path: disk, format: 'raw' } } })
+  pipeline = new BackupPipeline({ host, storage, stateDir: join(folder, 'state') })
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+/** A program of QEMU's that has the disk open until the end, as a virtual machine has. */
+async function opened(...options: string[]): Promise<AsyncDisposable> {
+  const child = execa('qemu-io', ['-f', 'raw', ...options, disk], { stdin: 'pipe', buffer: false })
+  await once(child.stdout, 'data') // its prompt
+  return {
+    async [Symbol.asyncDispose]() {
+      child.stdin.end()
+      await child
+    },
+  }
+}
+
+test('a raw disk that is open for writing is not read as one that is off, though nothing is written', async () => {
+  await using _writer = await opened()
+  await expect(pipeline.run({ instance: 'web-1' })).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    message: expect.stringMatching(/back .* up by its libvirt name/),
+    context: { disk: 'vda', path: disk },
+    retryable: true,
+  })
+  expect(await readdir(join(folder, 'storage'))).toEqual([])
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
+})
+
+test('a raw disk that others only read is backed up, and nobody can open it for writing meanwhile', async () => {
+  await using _reader = await opened('-r')
+  let refusal: unknown
+  storage.beforePut = async key => {
+    if (key.endsWith('.qcow2'))
+      refusal = await qemuIo(disk, 'raw', ['quit']).catch((reason: unknown) => reason)
+  }
+  await pipeline.run({ instance: 'web-1' })
+  expect(refusal).toMatchObject({ stderr: expect.stringContaining('lock') })
+  await qemuIo(disk, 'raw', ['write 0 1M'])
+})
