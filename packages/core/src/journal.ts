@@ -25,43 +25,62 @@ export interface JournalHeader {
   readonly startedAt: string
 }
 
-/** A side effect of a run, recorded before it happens. */
-export type JournalStep =
+/** Every step that a journal may hold, in the order of the runs. The tests kill a run before and after each. */
+export const JOURNAL_STEPS = [
   // backup
-  | { readonly step: 'bitmap-add'; readonly bitmap: string; readonly disks: readonly string[] }
-  | { readonly step: 'filesystem-freeze' }
-  | { readonly step: 'filesystem-thawed' }
-  | { readonly step: 'snapshot'; readonly overlays: readonly DiskOverlay[] }
-  | { readonly step: 'export'; readonly folder: string }
-  | { readonly step: 'upload'; readonly folder: string }
-  | {
-      readonly step: 'publish'
-      readonly manifest: string
-      readonly retire: Readonly<Record<string, readonly string[]>>
-    }
+  'bitmap-add',
+  'filesystem-freeze',
+  'filesystem-thawed',
+  'snapshot',
+  'export',
+  'upload',
+  'publish',
   // restore
-  | { readonly step: 'target-create'; readonly temporary: string }
-  | {
-      readonly step: 'power-off'
-      readonly instance: string
-      readonly wasRunning: boolean
-      readonly start: boolean
-    }
-  | { readonly step: 'write-in-place'; readonly disk: string; readonly path: string }
-  | { readonly step: 'written-in-place' }
-  | { readonly step: 'define'; readonly instance: string; readonly xml: string }
-  | { readonly step: 'finish'; readonly renames: readonly Rename[] }
-  | { readonly step: 'defined' }
-  | { readonly step: 'undo' }
+  'define',
+  'power-off',
+  'target-create',
+  'write-in-place',
+  'written-in-place',
+  'finish',
+  'defined',
+  'undo',
+] as const
+
+/** The name of a step. */
+export type JournalStepName = (typeof JOURNAL_STEPS)[number]
+
+/** What each step tells. */
+interface StepDetails {
+  'bitmap-add': { readonly bitmap: string; readonly disks: readonly string[] }
+  'filesystem-freeze': object
+  'filesystem-thawed': object
+  snapshot: { readonly overlays: readonly DiskOverlay[] }
+  export: { readonly folder: string }
+  upload: { readonly folder: string }
+  publish: { readonly manifest: string; readonly retire: Readonly<Record<string, readonly string[]>> }
+  define: { readonly instance: string; readonly xml: string }
+  'power-off': { readonly instance: string; readonly wasRunning: boolean; readonly start: boolean }
+  'target-create': { readonly temporary: string }
+  'write-in-place': { readonly disk: string; readonly path: string }
+  'written-in-place': object
+  finish: { readonly renames: readonly Rename[] }
+  defined: object
+  undo: object
+}
+
+/** A step of one name. */
+export type JournalStepOf<S extends JournalStepName> = S extends JournalStepName
+  ? { readonly step: S } & StepDetails[S]
+  : never
+
+/** A side effect of a run, recorded before it happens. */
+export type JournalStep = JournalStepOf<JournalStepName>
 
 /** A complete new file and the name that it takes. */
 export interface Rename {
   readonly temporary: string
   readonly target: string
 }
-
-/** A step of one name. */
-export type JournalStepOf<S extends JournalStep['step']> = Extract<JournalStep, { step: S }>
 
 /**
  * The record of what one run has done to its host and storage, kept in `<stateDir>/runs/<id>.jsonl`. Every
@@ -72,11 +91,14 @@ export class RunJournal {
   readonly header: JournalHeader
   readonly #path: string
   readonly #steps: JournalStep[]
+  /** Bytes of the whole lines. What is beyond them was cut short, by a full disk or a power cut. */
+  #length: number
 
-  private constructor(path: string, header: JournalHeader, steps: JournalStep[]) {
+  private constructor(path: string, header: JournalHeader, steps: JournalStep[], length: number) {
     this.#path = path
     this.header = header
     this.#steps = steps
+    this.#length = length
   }
 
   /** Begins a journal; the header is on the disk when this resolves. */
@@ -84,9 +106,9 @@ export class RunJournal {
     const folder = runsFolder(stateDir)
     await mkdir(folder, { recursive: true, mode: 0o700 })
     const path = join(folder, `${header.id}.jsonl`)
-    await appendLine(path, header, 'ax')
+    const length = await writeLine(path, header, 'ax', 0)
     await syncFolder(folder)
-    return new RunJournal(path, header, [])
+    return new RunJournal(path, header, [], length)
   }
 
   /** The journals of runs that have not been settled: of those that go on, and of those that died. */
@@ -100,7 +122,8 @@ export class RunJournal {
     for (const name of names.sort()) {
       if (!name.endsWith('.jsonl') || !isBackupId(name.slice(0, -'.jsonl'.length))) continue
       const journal = await readJournal(join(folder, name))
-      if (journal) journals.push(new RunJournal(join(folder, name), journal.header, journal.steps))
+      if (journal)
+        journals.push(new RunJournal(join(folder, name), journal.header, journal.steps, journal.length))
     }
     return journals
   }
@@ -111,13 +134,13 @@ export class RunJournal {
   }
 
   /** The steps of one name, in order. */
-  of<S extends JournalStep['step']>(name: S): JournalStepOf<S>[] {
-    return this.#steps.filter((step): step is JournalStepOf<S> => step.step === name)
+  of<S extends JournalStepName>(name: S): JournalStepOf<S>[] {
+    return this.#steps.filter((step): step is JournalStepOf<S> & JournalStep => step.step === name)
   }
 
   /** Records a step; it is on the disk when this resolves, and only then may it be done. */
   async record(step: JournalStep): Promise<void> {
-    await appendLine(this.#path, step, 'a')
+    this.#length = await writeLine(this.#path, step, 'a', this.#length)
     this.#steps.push(step)
   }
 
@@ -131,14 +154,18 @@ function runsFolder(stateDir: string): string {
   return join(stateDir, 'runs')
 }
 
-async function appendLine(path: string, value: object, flags: string): Promise<void> {
+/** Writes a line after the first `length` bytes and resolves with the new length, the line durable. */
+async function writeLine(path: string, value: object, flags: 'a' | 'ax', length: number): Promise<number> {
+  const line = Buffer.from(`${JSON.stringify(value)}\n`)
   const file: FileHandle = await open(path, flags, 0o600)
   try {
-    await file.appendFile(`${JSON.stringify(value)}\n`)
+    await file.truncate(length)
+    await file.appendFile(line)
     await file.datasync()
   } finally {
     await file.close()
   }
+  return length + line.byteLength
 }
 
 async function syncFolder(folder: string): Promise<void> {
@@ -152,7 +179,7 @@ async function syncFolder(folder: string): Promise<void> {
 
 async function readJournal(
   path: string,
-): Promise<{ header: JournalHeader; steps: JournalStep[] } | undefined> {
+): Promise<{ header: JournalHeader; steps: JournalStep[]; length: number } | undefined> {
   const text = await readFile(path, 'utf8').catch(error => {
     if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return '' // settled in between
     throw error
@@ -163,7 +190,7 @@ async function readJournal(
     const [header, ...steps] = lines.map(line => JSON.parse(line))
     if (header === undefined) return undefined // died before its first step
     if (header.version !== 1) throw new Error(`version ${header.version}`)
-    return { header, steps }
+    return { header, steps, length: Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1)) }
   } catch (error) {
     throw new VarveError(
       'RUN_UNRESOLVED',

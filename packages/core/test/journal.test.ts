@@ -56,6 +56,18 @@ test('a step whose record was cut short at any byte was never begun', async () =
   expect(await RunJournal.unsettled(stateDir)).toEqual([])
 })
 
+test('a step that is recorded after one that was cut short is read all the same', async () => {
+  const head = header()
+  const journal = await RunJournal.begin(stateDir, head)
+  await journal.record({ step: 'export', folder: '/tmp/x' })
+  const file = join(stateDir, 'runs', `${head.id}.jsonl`)
+  await appendFile(file, '{"step":"finish","renames":[{"tempo')
+  const [found] = await RunJournal.unsettled(stateDir)
+  await found?.record({ step: 'undo' })
+  const [again] = await RunJournal.unsettled(stateDir)
+  expect(again?.steps).toEqual([{ step: 'export', folder: '/tmp/x' }, { step: 'undo' }])
+})
+
 test('a settled run leaves nothing', async () => {
   const journal = await RunJournal.begin(stateDir, header())
   await journal.settled()
