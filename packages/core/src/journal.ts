@@ -80,6 +80,8 @@ export type JournalStep = JournalStepOf<JournalStepName>
 export interface Rename {
   readonly temporary: string
   readonly target: string
+  /** Whether nothing may be replaced by it. Default: false. */
+  readonly isNew?: boolean
 }
 
 /**

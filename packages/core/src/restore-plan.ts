@@ -23,6 +23,8 @@ export interface DiskRestore {
   readonly target: string
   /** The new file that takes the target's place once it is complete; absent for a restore in place. */
   readonly temporary?: string
+  /** Whether nothing may be at the target when the new file gets its name. Default: false. */
+  readonly isNew?: boolean
 }
 
 /** What a restore does to a host. */
@@ -208,7 +210,8 @@ async function planNewFile(
     )
   }
   await assertUnused(target, run)
-  return { disk, format: options.format ?? 'qcow2', target, temporary: temporaryOf(target, runId) }
+  const temporary = temporaryOf(target, runId)
+  return { disk, format: options.format ?? 'qcow2', target, temporary, isNew: !options.overwrite }
 }
 
 async function planInPlacePath(

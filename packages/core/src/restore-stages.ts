@@ -17,6 +17,7 @@ import { loadObject } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { NbdTarget } from './nbd-target.ts'
 import { Progress } from './progress.ts'
+import { assertNameIsFree } from './put-in-place.ts'
 import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
 import { exportDisk } from './qemu-nbd.ts'
@@ -237,19 +238,23 @@ export async function define({
     flush: true,
   })
   await takeOwnership(temporary, nvramTarget)
-  return { temporary, target: nvramTarget }
+  return { temporary, target: nvramTarget, isNew: newInstance !== undefined }
 }
 
-/** From here on the restore is carried through. Refused, as long as it can be undone, where a disk is in use again. */
+/** From here on the restore is carried through. Refused, as long as it can be undone, where a disk is in use again or
+ * a new file's name is taken. */
 export async function finish(
   { plan, journal, run }: RestoreContext,
   nvram: Rename | undefined,
 ): Promise<void> {
-  const renames = plan.disks.flatMap(({ temporary, target }): Rename[] =>
-    temporary === undefined ? [] : [{ temporary, target }],
+  const renames = plan.disks.flatMap(({ temporary, target, isNew = false }): Rename[] =>
+    temporary === undefined ? [] : [{ temporary, target, isNew }],
   )
   if (nvram) renames.push(nvram)
-  for (const { target } of renames) await assertUnused(target, run)
+  for (const rename of renames) {
+    if (rename.isNew) await assertNameIsFree(rename)
+    await assertUnused(rename.target, run)
+  }
   if (run.signal?.aborted) throw abortError(run.signal)
   await journal.record({ step: 'finish', renames })
 }

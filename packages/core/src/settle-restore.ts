@@ -1,9 +1,9 @@
-import { open, rename, rm } from 'node:fs/promises'
-import { dirname } from 'node:path'
+import { rm } from 'node:fs/promises'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
+import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -67,7 +67,10 @@ async function finishSwap(
   emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
   const left: Rename[] = []
   for (const step of renames) if (await statIfThere(step.temporary)) left.push(step)
-  for (const { target } of left) await assertOff(target, run)
+  for (const step of left) {
+    await assertOff(step.target, run)
+    if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
+  }
   const [definition] = journal.of('define')
   if (definition && journal.of('defined').length === 0) {
     const error = await define(definition, host, run)
@@ -77,7 +80,7 @@ async function finishSwap(
     }
     await journal.record({ step: 'defined' })
   }
-  for (const step of left) await replace(step)
+  for (const step of left) await putInPlace(step).catch(error => throwUnresolved(step, error))
   return undefined
 }
 
@@ -91,6 +94,15 @@ async function assertOff(target: string, run: RunOptions): Promise<void> {
       { context: { path: target }, cause: error },
     )
   })
+}
+
+function throwUnresolved({ temporary, target }: Rename, error: unknown): never {
+  if (!isVarveError(error, 'TARGET_EXISTS')) throw error
+  throw new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored disk is complete as ${temporary}, but somebody else made a file at ${target}, which is left alone. Move that file away, then run "varve recover": the disk gets its name.`,
+    { context: { path: target }, cause: error },
+  )
 }
 
 /** Returns the error of a definition that libvirt has surely not taken. */
@@ -121,15 +133,4 @@ async function answers(host: Host, instance: string, run: RunOptions): Promise<b
     () => true,
     error => isVarveError(error, 'INSTANCE_NOT_FOUND'),
   )
-}
-
-/** Renames a complete file over its target, durably. */
-async function replace({ temporary, target }: Rename): Promise<void> {
-  await rename(temporary, target)
-  const folder = await open(dirname(target))
-  try {
-    await folder.sync()
-  } finally {
-    await folder.close()
-  }
 }

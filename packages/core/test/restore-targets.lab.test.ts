@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
+import { writeFileSync } from 'node:fs'
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
@@ -13,6 +14,7 @@ import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
+import { recover } from '../src/recover.ts'
 import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
 
 const SIZE = 8 * 1024 * 1024
@@ -46,13 +48,47 @@ beforeEach(async () => {
 })
 afterEach(() => rm(folder, { recursive: true }))
 
-async function restore(request: Omit<RestoreRequest, 'backup'>): Promise<void> {
+async function restore(
+  request: Omit<RestoreRequest, 'backup'>,
+  onEvent: (event: VarveEvent) => void = event => void events.push(event),
+): Promise<void> {
   const host = new ImageHost({ instance: 'web-1', disks: {} })
   const pipeline = new RestorePipeline({ host, storage, stateDir: join(workshop, 'state') })
-  await pipeline.run({ backup: manifest.id, ...request }, { onEvent: event => void events.push(event) })
+  await pipeline.run({ backup: manifest.id, ...request }, { onEvent })
 }
 
 const stages = () => events.flatMap(event => (event.type === 'stage' ? [event.stage] : []))
+
+test('a file that appears at the target meanwhile is never replaced', async () => {
+  const path = join(folder, 'restored')
+  const theirs = (stage: string) => (event: VarveEvent) => {
+    if (event.type === 'stage' && event.stage === stage) writeFileSync(path, 'theirs')
+  }
+  const to = { disks: { vda: path } }
+  await expect(restore({ to }, theirs('write'))).rejects.toMatchObject({
+    code: 'TARGET_EXISTS',
+    context: { path },
+  })
+  expect(await readFile(path, 'utf8')).toBe('theirs')
+  expect(await readdir(folder)).toEqual(['restored'])
+
+  // At the very last moment: the complete disk is kept until the name is free.
+  await rm(path)
+  const unresolved = { code: 'RUN_UNRESOLVED', message: expect.stringMatching(/complete as .*varve recover/) }
+  await expect(restore({ to }, theirs('swap'))).rejects.toMatchObject(unresolved)
+  const recoverNow = () => recover({ stateDir: join(workshop, 'state'), storages: [storage] })
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
+  expect(await readFile(path, 'utf8')).toBe('theirs')
+  await rm(path)
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  expect(await sha256Content(path, 'qcow2')).toBe(wanted)
+  expect(await readdir(folder)).toEqual(['restored'])
+
+  // Where it was to be overwritten, so is what has appeared.
+  await writeFile(path, 'old')
+  await restore({ to: { ...to, overwrite: true } }, theirs('write'))
+  expect(await sha256Content(path, 'qcow2')).toBe(wanted)
+})
 
 test('a bitmap is told of where one is added', async () => {
   const path = join(folder, 'restored')
