@@ -46,6 +46,8 @@ export class Download extends Readable implements ObjectStream {
     socket.pause()
     socket.once('end', () => this.#ended())
     socket.once('close', () => this.#ended())
+    // an empty file may have ended, and be closed, before the server's reply was here
+    if (socket.readableEnded || socket.closed) this.#ended()
   }
 
   override _read(): void {

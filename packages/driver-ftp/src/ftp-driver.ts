@@ -23,10 +23,10 @@ import { FtpConnection } from './connection.ts'
 import { ConnectionPool, type ConnectionUse } from './connection-pool.ts'
 import { Download } from './download.ts'
 import { FoldersInUse, removeEmptyFolders } from './folders.ts'
-import { deniedError, ftpError, isRefusal } from './ftp-error.ts'
+import { ftpError, isRefusal } from './ftp-error.ts'
 import { checkOptions, type FtpDriverOptions, type FtpSettings } from './ftp-options.ts'
 import { listFolder } from './list-folder.ts'
-import { sizeOf, timeOf, whatIsAt } from './place.ts'
+import { askSize, askTime, unlessMissing } from './place.ts'
 import { Transfer } from './transfer.ts'
 import { Upload } from './upload.ts'
 
@@ -102,16 +102,14 @@ export class FtpDriver implements StorageDriver {
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
     assertKey(key)
-    return this.#command(`Looking up ${key}`, options.signal, async connection => {
-      const path = connection.pathOf(key.split('/'))
-      const size = await sizeOf(connection, path)
-      if (size === undefined) {
-        await this.#expectNothing(connection, key, `Looking up ${key}`)
-        return undefined
-      }
-      const time = await timeOf(connection, path)
-      return time === 'nothing' ? undefined : toObject(key, size, time)
-    })
+    const doing = `Looking up ${key}`
+    const names = key.split('/')
+    return this.#command(doing, options.signal, connection =>
+      unlessMissing(connection, { names, wanted: 'object', doing }, async () => {
+        const path = connection.pathOf(names)
+        return toObject(key, await askSize(connection, path), await askTime(connection, path))
+      }),
+    )
   }
 
   async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
@@ -172,61 +170,34 @@ export class FtpDriver implements StorageDriver {
     }
   }
 
-  async #open(
-    connection: FtpConnection,
-    key: string,
-    { range, signal }: GetOptions,
-  ): Promise<Readable | undefined> {
-    const path = connection.pathOf(key.split('/'))
-    const size = await sizeOf(connection, path)
-    if (size === undefined) {
-      await this.#expectNothing(connection, key, `Reading ${key}`)
-      return undefined
-    }
-    const start = range?.start ?? 0
-    const end = Math.min(range?.end ?? size, size)
-    if (start >= end && size > 0) return Readable.from([])
-    let transfer: Transfer
-    try {
-      transfer = await Transfer.begin(connection, `RETR ${path}`, start)
-    } catch (error) {
-      if (!isRefusal(error)) throw error
-      await this.#expectNothing(connection, key, `Reading ${key}`, error)
-      return undefined // deleted a moment ago
-    }
-    return new Download(transfer, {
-      key,
-      length: end - start,
-      toEnd: end === size,
-      settings: this.#settings,
-      signal,
-      onDone: () => this.#pool.release(connection),
+  async #open(connection: FtpConnection, key: string, options: GetOptions): Promise<Readable | undefined> {
+    const { range, signal } = options
+    const names = key.split('/')
+    return unlessMissing(connection, { names, wanted: 'object', doing: `Reading ${key}` }, async () => {
+      const path = connection.pathOf(names)
+      const size = await askSize(connection, path)
+      const start = range?.start ?? 0
+      const end = Math.min(range?.end ?? size, size)
+      if (start >= end && size > 0) return Readable.from([])
+      return new Download(await Transfer.begin(connection, `RETR ${path}`, start), {
+        key,
+        length: end - start,
+        toEnd: end === size,
+        settings: this.#settings,
+        signal,
+        onDone: () => this.#pool.release(connection),
+      })
     })
   }
 
   async #remove(connection: FtpConnection, key: string): Promise<void> {
     const names = key.split('/')
-    try {
-      await connection.command(`DELE ${connection.pathOf(names)}`)
-    } catch (error) {
-      if (!isRefusal(error)) throw error
-      await this.#expectNothing(connection, key, `Deleting ${key}`, error)
-      return
-    }
+    const path = connection.pathOf(names)
+    const done = await unlessMissing(connection, { names, wanted: 'object', doing: `Deleting ${key}` }, () =>
+      connection.command(`DELE ${path}`),
+    )
+    if (!done) return
     await removeEmptyFolders(connection, names.slice(0, -1), folder => this.#foldersInUse.isFree(folder))
-  }
-
-  /** After a refusal: fails unless there is no object. */
-  async #expectNothing(
-    connection: FtpConnection,
-    key: string,
-    doing: string,
-    error?: unknown,
-  ): Promise<void> {
-    const place = await whatIsAt(connection, key.split('/'))
-    if (place === 'nothing' || place === 'folder') return
-    const why = place === 'closed' ? 'a folder on the way may not be entered' : 'it may not be used'
-    throw deniedError(error ?? new Error(why), doing, this.#settings)
   }
 
   /** The files whose path begins with a prefix, folder by folder. */
@@ -260,30 +231,30 @@ export class FtpDriver implements StorageDriver {
   ): Promise<{ objects: StoredObject[]; folders: string[] }> {
     const objects: StoredObject[] = []
     const folders: string[] = []
-    const entries = await listFolder(connection, connection.pathOf(names))
-    if (entries === undefined) {
-      await this.#expectEnterable(connection, names)
-      return { objects, folders }
-    }
-    for (const { name, type, size, modifiedAt } of entries) {
-      const key = [...names, name].join('/')
+    const look = { names, wanted: 'folder', doing: `Listing ${names.join('/')}` } as const
+    const entries = await unlessMissing(connection, look, () =>
+      listFolder(connection, connection.pathOf(names)),
+    )
+    for (const { name, type, size, modifiedAt } of entries ?? []) {
+      const path = [...names, name]
+      const key = path.join('/')
       if (type === 'folder') folders.push(name)
       if (type !== 'file' || !takes(key)) continue
       // LIST has no more than minutes or days, in a time zone that is not told
-      const time = modifiedAt ?? (await timeOf(connection, connection.pathOf([...names, name])))
-      if (time !== 'nothing') objects.push(toObject(key, size, time))
+      const time = modifiedAt ?? (await this.#timeOf(connection, path))
+      if (time !== undefined) objects.push(toObject(key, size, time))
     }
     return { objects, folders }
   }
 
-  /** After a folder could not be entered: fails unless it is not there. */
-  async #expectEnterable(connection: FtpConnection, names: readonly string[]): Promise<void> {
-    const place = await whatIsAt(connection, names)
-    if (place !== 'closed' && place !== 'folder') return
-    // one that has come about in the meantime was not there when the listing began
-    if ((await listFolder(connection, connection.pathOf(names))) !== undefined) return
-    const why = new Error('the folder may not be entered')
-    throw deniedError(why, `Listing ${names.join('/')}`, this.#settings)
+  /** When an object was written; undefined if it is not there any more. */
+  async #timeOf(connection: FtpConnection, names: readonly string[]): Promise<Date | 'unknown' | undefined> {
+    try {
+      return await askTime(connection, connection.pathOf(names))
+    } catch (error) {
+      if (isRefusal(error)) return undefined
+      throw error
+    }
   }
 }
 

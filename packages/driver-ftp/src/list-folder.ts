@@ -1,7 +1,7 @@
 import { VarveError } from '@varve/core'
-import type { FileInfo, FTPResponse } from 'basic-ftp'
+import { type FileInfo, FTPError, type FTPResponse } from 'basic-ftp'
 import type { FtpConnection } from './connection.ts'
-import { deniedError, isRefusal, isReply, replyText, timeoutError } from './ftp-error.ts'
+import { isRefusal, isReply, timeoutError } from './ftp-error.ts'
 import { Transfer } from './transfer.ts'
 
 /** A listing beyond this is no backup folder; some 300,000 entries. */
@@ -19,27 +19,16 @@ export interface FolderEntry {
 }
 
 /**
- * What is in a folder, hidden files included. Undefined where it cannot be entered: it is not there, is a file, or
- * the user may not.
- *
- * @throws STORAGE_ACCESS_DENIED for a folder that can be entered but not listed
+ * What is in a folder, hidden files included. Fails with the server's refusal where it cannot be entered or listed:
+ * it is not there, is a file, or the user may not.
  */
-export async function listFolder(
-  connection: FtpConnection,
-  path: string,
-): Promise<FolderEntry[] | undefined> {
-  try {
-    // the folder as the place to list, since what follows LIST may be taken for options or a pattern
-    await connection.command(`CWD ${path || '/'}`)
-  } catch (error) {
-    if (isRefusal(error)) return undefined
-    throw error
-  }
+export async function listFolder(connection: FtpConnection, path: string): Promise<FolderEntry[]> {
+  // the folder as the place to list, since what follows LIST may be taken for options or a pattern
+  await connection.command(`CWD ${path || '/'}`)
   const { text, reply } = await readListing(connection, path)
-  // vsftpd reports an unreadable folder as a success, in the words
-  const { settings } = connection
+  // vsftpd reports a folder that it cannot read as a success, in the words
   if (/fail|denied|cannot|can't/i.test(reply.message)) {
-    throw deniedError(new Error(replyText(reply, settings)), `Listing ${path}`, settings)
+    throw new FTPError({ code: 550, message: reply.message })
   }
   const entries: FolderEntry[] = []
   for (const entry of parsed(connection, text, path)) {
@@ -72,8 +61,8 @@ async function readListing(
     try {
       return await readAll(connection, 'LIST -a', path)
     } catch (error) {
-      if (!isReply(error, 450, 500, 501, 504, 550)) throw error
-      connection.listsAll = false
+      if (isReply(error, 500, 501, 504)) connection.listsAll = false
+      else if (!isRefusal(error)) throw error // which may also be a folder that was removed a moment ago
     }
   }
   return readAll(connection, 'LIST', path)
@@ -102,18 +91,26 @@ function readSocket({ socket }: Transfer, { settings }: FtpConnection, path: str
       () => reject(timeoutError(`the listing of ${path} stands still`, timeoutMs, settings)),
       timeoutMs,
     )
+    const onEnd = () => {
+      clearTimeout(timer)
+      resolve(Buffer.concat(chunks))
+    }
+    const onClose = () => {
+      clearTimeout(timer)
+      reject(new Error('the data connection was closed'))
+    }
     socket.on('data', chunk => {
       timer.refresh()
       chunks.push(chunk)
       length += chunk.length
       if (length > LARGEST_LISTING) reject(tooLong(path))
     })
-    socket.once('end', () => resolve(Buffer.concat(chunks)))
     socket.once('error', reject)
-    socket.once('close', () => {
-      clearTimeout(timer)
-      reject(new Error('the data connection was closed'))
-    })
+    socket.once('end', onEnd)
+    socket.once('close', onClose)
+    // an empty listing may have ended, and be closed, before the server's reply was here
+    if (socket.readableEnded) onEnd()
+    else if (socket.closed) onClose()
   })
 }
 

@@ -13,15 +13,13 @@ import type { ConnectionPool } from './connection-pool.ts'
 import { type FoldersInUse, isFolder, makeFolders, removeEmptyFolders } from './folders.ts'
 import { deniedError, ftpError, isRefusal, isReply, replyText } from './ftp-error.ts'
 import type { FtpSettings } from './ftp-options.ts'
-import { sizeOf, whatIsAt } from './place.ts'
+import { expectRoot, pauseAfter, REFUSALS, sizeOf } from './place.ts'
 import { sendFile } from './send-file.ts'
 import { Transfer } from './transfer.ts'
 import { UploadCursor } from './upload-cursor.ts'
 
 /** How long an upload that was given up may take to tidy up, in milliseconds, if the server may be silent for longer. */
 const GRACE_MS = 5_000
-/** How often in a row the server may refuse a file in a folder that seems to be there. */
-const REFUSALS = 5
 /** How often a folder may vanish between its making and the first file in it. */
 const ROUNDS = 100
 
@@ -205,8 +203,9 @@ export class Upload {
       // whoever deletes the last object of a folder removes the folder; make it again
       const made = !isThere && (await makeFolders(connection, folder))
       refusals = made ? 0 : refusals + 1
+      if (refusals > 0) await pauseAfter(refusals)
     }
-    await whatIsAt(connection, this.#temporary) // says so if the root is not there
+    await expectRoot(connection)
     throw deniedError(refusal, `Writing ${this.#key}`, this.#context.settings)
   }
 

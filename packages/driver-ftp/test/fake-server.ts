@@ -13,6 +13,11 @@ export interface Session {
   offset: number
 }
 
+interface Entry {
+  readonly name: string
+  readonly file: Buffer | undefined
+}
+
 /** An FTP server with all in memory, for what a real one cannot be made to do. */
 export class FakeServer {
   readonly files = new Map<string, Buffer>()
@@ -23,6 +28,8 @@ export class FakeServer {
   readonly twists: Record<string, Twist> = {}
   /** What `FEAT` names. */
   features: string[] = ['SIZE', 'MDTM', 'REST STREAM', 'UTF8']
+  /** Whether a data connection is over before the server says that it is used; for data of no bytes. */
+  dataFirst = false
   readonly #server: Server = createServer(control => this.#serve(control))
   readonly #sockets = new Set<Socket>()
 
@@ -67,11 +74,19 @@ export class FakeServer {
       })
       reply(text((server.address() as AddressInfo).port))
     }
-    const send = async (bytes: Buffer) => {
-      reply('150 Here it comes.')
+    const send = async (bytes: Buffer, said = '226 Done.') => {
+      if (!this.dataFirst) reply('150 Here it comes.')
       const socket = await data
       socket?.end(bytes)
-      reply('226 Done.')
+      if (this.dataFirst) {
+        if (socket) await once(socket, 'close')
+        reply('150 It came.')
+      }
+      reply(said)
+    }
+    const list = (line: (entry: Entry) => string) => {
+      const said = this.twists['end of LIST']?.(cwd, session)
+      return send(Buffer.from(said ? '' : this.#entries(cwd).map(line).join('')), said)
     }
     const commands: Record<string, (argument: string) => unknown> = {
       FEAT: () => reply(`211-Features:\r\n${this.features.map(name => ` ${name}\r\n`).join('')}211 End`),
@@ -135,8 +150,8 @@ export class FakeServer {
         const file = this.files.get(at(path))
         return file ? send(file.subarray(offset)) : reply('550 No.')
       },
-      LIST: () => send(Buffer.from(this.#entries(cwd).map(this.#longLine).join(''))),
-      MLSD: () => send(Buffer.from(this.#entries(cwd).map(this.#factLine).join(''))),
+      LIST: () => list(this.#longLine),
+      MLSD: () => list(this.#factLine),
       QUIT: () => control.end(),
     }
     let rest = ''
@@ -162,16 +177,16 @@ export class FakeServer {
     return socket.once('close', () => this.#sockets.delete(socket))
   }
 
-  #entries(folder: string): { name: string; file: Buffer | undefined }[] {
+  #entries(folder: string): Entry[] {
     const base = folder === '/' ? '/' : `${folder}/`
     return [...this.folders, ...this.files.keys()]
       .filter(path => path !== '/' && path.startsWith(base) && !path.slice(base.length).includes('/'))
       .map(path => ({ name: path.slice(base.length), file: this.files.get(path) }))
   }
 
-  #longLine = ({ name, file }: { name: string; file: Buffer | undefined }): string =>
+  #longLine = ({ name, file }: Entry): string =>
     `${file ? '-rw-r--r--' : 'drwxr-xr-x'}   1 some one  ${file?.length ?? 4096} Feb 29  2024 ${name}\r\n`
 
-  #factLine = ({ name, file }: { name: string; file: Buffer | undefined }): string =>
+  #factLine = ({ name, file }: Entry): string =>
     `type=${file ? 'file' : 'dir'};size=${file?.length ?? 0};modify=20240229123456; ${name}\r\n`
 }

@@ -160,6 +160,15 @@ test.each([
   })
 })
 
+test('an empty folder and an empty object are read also where their end comes before the reply', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  await driver.put('empty', bytesBody(new Uint8Array()))
+  server.folders.add('/a')
+  server.dataFirst = true
+  expect(await listed(driver, 'a/')).toEqual([])
+  expect(await buffer(await driver.get('empty'))).toHaveLength(0)
+})
+
 test('a server that sends the password back does not get it into an error', async () => {
   const { server, driver } = await FakeServer.begin()
   server.twists.PASS = password => `530 Not ${password}, sorry.`
