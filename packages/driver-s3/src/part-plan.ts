@@ -5,8 +5,9 @@ const MIB = 1024 * 1024
 const FIRST_PART_SIZE = 8 * MIB
 /** The parts of a stream of unknown size where all are to be of one size, in bytes. */
 const EQUAL_PART_SIZE = 32 * MIB
-/** The parts of one stream that are in memory together take no more than this, in bytes. */
-export const BUFFER_SIZE: number = 96 * MIB
+/** The largest part of a stream, in bytes: it has to be in memory to be sent, and sent again. */
+export const LARGEST_BUFFERED_PART: number = 96 * MIB
+const BUFFER_SIZE = 64 * MIB
 
 /** What a plan is made for. */
 export type PartLimits = Pick<S3Settings, 'partSize' | 'maxParts' | 'equalParts'>
@@ -30,20 +31,25 @@ export function plannedPartSize(
 }
 
 /**
- * The size of the parts of a stream, the part of this number (from 1 on) among them. A part has to be in memory
- * to be sent, and sent again, so it ends at {@link BUFFER_SIZE}. Where the size of the stream is unknown, small
- * streams get small parts, and large ones still fit: it doubles each time that a twentieth of the parts is used.
+ * The size of the parts of a stream, the part of this number (from 1 on) among them, which ends at
+ * {@link LARGEST_BUFFERED_PART}. Where the size of the stream is unknown, small streams get small parts, and large
+ * ones still fit: it doubles each time that a twentieth of the parts is used.
  */
 export function streamPartSize(number: number, limits: PartLimits, size: number | undefined): number {
   if (size !== undefined) return plannedPartSize(size, limits, FIRST_PART_SIZE)
   if (limits.equalParts) return EQUAL_PART_SIZE
   const doublings = Math.floor(((number - 1) * 20) / limits.maxParts)
-  return doublings > 3 ? BUFFER_SIZE : FIRST_PART_SIZE * 2 ** doublings
+  return doublings > 3 ? LARGEST_BUFFERED_PART : FIRST_PART_SIZE * 2 ** doublings
+}
+
+/** What the parts of one stream may take of memory together, in bytes, the largest of them being of `partSize`. */
+export function memoryOfParts(partSize: number): number {
+  return Math.max(BUFFER_SIZE, partSize)
 }
 
 /** The largest stream that {@link streamPartSize} has parts for, in bytes. */
 export function largestStream(limits: PartLimits, size: number | undefined): number {
-  if (size !== undefined) return limits.maxParts * BUFFER_SIZE
+  if (size !== undefined) return limits.maxParts * LARGEST_BUFFERED_PART
   let bytes = 0
   for (let number = 1; number <= limits.maxParts; number++) bytes += streamPartSize(number, limits, size)
   return bytes

@@ -1,6 +1,7 @@
-import { abortError, bytesBody, readUpload, type UploadBody, VarveError } from '@varve/core'
+import { abortError, type UploadBody, VarveError } from '@varve/core'
 import { MultipartUpload } from './multipart-upload.ts'
-import { BUFFER_SIZE, largestStream, plannedPartSize, streamPartSize } from './part-plan.ts'
+import { largestStream, memoryOfParts, plannedPartSize, streamPartSize } from './part-plan.ts'
+import { type Part, PartReader } from './part-reader.ts'
 import { putObject, type Upload } from './put-object.ts'
 
 /** Stores a replayable body of known size in parts, each read from the body on its own. */
@@ -46,17 +47,16 @@ export async function uploadStream(upload: Upload, body: UploadBody): Promise<nu
     failure ??= { error }
     broken.abort(error)
   }
-  const send = (number: number, { memory, length }: Part, to: MultipartUpload) => {
-    const bytes = bytesBody(memory.subarray(0, length))
+  const send = (number: number, part: Part, to: MultipartUpload) => {
     const sent = to
-      .send(number, bytes, { start: 0, end: length }, ends)
-      .then(() => parts.recycle(memory), fail)
+      .send(number, part.body, { start: 0, end: part.length }, ends)
+      .then(() => parts.recycle(part), fail)
       .finally(() => sending.delete(sent))
-    sending.set(sent, memory.byteLength)
+    sending.set(sent, part.length)
   }
   const room = async (needed: number) => {
-    const taken = () => [...sending.values()].reduce((sum, bytes) => sum + bytes, 0)
-    while (sending.size > 0 && (sending.size >= settings.parallelParts || taken() + needed > BUFFER_SIZE)) {
+    const taken = () => [...sending.values()].reduce((sum, bytes) => sum + bytes, needed)
+    while (sending.size > 0 && (sending.size >= settings.parallelParts || taken() > memoryOfParts(needed))) {
       await Promise.race(sending.keys())
     }
   }
@@ -76,7 +76,7 @@ export async function uploadStream(upload: Upload, body: UploadBody): Promise<nu
       if (part.length === 0 && number > 1) break
       size += part.length
       if (part.last && number === 1) {
-        await putObject(upload, bytesBody(part.memory.subarray(0, part.length)), size)
+        await putObject(upload, part.body, size)
         return size
       }
       multipart ??= await MultipartUpload.create(upload)
@@ -95,84 +95,6 @@ export async function uploadStream(upload: Upload, body: UploadBody): Promise<nu
     return size
   } catch (error) {
     throw multipart ? await multipart.abort(error) : error
-  }
-}
-
-interface Part {
-  readonly memory: Buffer
-  readonly length: number
-  /** Whether the source has ended with it. */
-  readonly last: boolean
-}
-
-/** Reads a body into parts of given sizes. */
-class PartReader {
-  readonly #body: UploadBody
-  readonly #source: AsyncGenerator<Uint8Array>
-  readonly #sizeOf: (number: number) => number
-  readonly #room: (bytes: number) => Promise<void>
-  #free: Buffer[] = []
-  #chunk: Uint8Array | undefined
-  #taken = 0
-
-  constructor(
-    body: UploadBody,
-    options: {
-      key: string
-      signal: AbortSignal
-      sizeOf: (number: number) => number
-      room: (bytes: number) => Promise<void>
-    },
-  ) {
-    this.#body = body
-    this.#source = readUpload(body, options)
-    this.#sizeOf = options.sizeOf
-    this.#room = options.room
-  }
-
-  async next(number: number): Promise<Part> {
-    if (!(await this.#fetch())) return { memory: Buffer.alloc(0), length: 0, last: true }
-    const size = Math.min(this.#sizeOf(number), this.#body.size ?? Number.POSITIVE_INFINITY)
-    await this.#room(size)
-    const memory = this.#memory(size)
-    let length = 0
-    while (length < size && (await this.#fetch())) {
-      const chunk = this.#chunk ?? memory
-      const bytes = Math.min(size - length, chunk.byteLength - this.#taken)
-      memory.set(chunk.subarray(this.#taken, this.#taken + bytes), length)
-      length += bytes
-      this.#taken += bytes
-      if (this.#taken === chunk.byteLength) {
-        this.#body.recycle?.(chunk)
-        this.#chunk = undefined
-      }
-    }
-    return { memory, length, last: length < size || !(await this.#fetch()) }
-  }
-
-  /** Takes the memory of a part back that has been sent. */
-  recycle(memory: Buffer): void {
-    this.#free.push(memory)
-  }
-
-  async end(): Promise<void> {
-    await this.#source.return(undefined)
-  }
-
-  /** Sees to a chunk that has bytes left; false at the end of the source. */
-  async #fetch(): Promise<boolean> {
-    if (this.#chunk) return true
-    const { value, done } = await this.#source.next()
-    if (done) return false
-    this.#chunk = value
-    this.#taken = 0
-    return true
-  }
-
-  #memory(size: number): Buffer {
-    const found = this.#free.find(memory => memory.byteLength === size)
-    this.#free = this.#free.filter(memory => memory.byteLength === size && memory !== found)
-    return found ?? Buffer.allocUnsafeSlow(size)
   }
 }
 

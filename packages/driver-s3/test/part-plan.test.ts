@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import {
-  BUFFER_SIZE,
+  LARGEST_BUFFERED_PART,
   largestObject,
   largestStream,
   plannedPartSize,
@@ -49,7 +49,7 @@ test('parts of a stream grow, fit into memory, and are of one size where they mu
       const next = streamPartSize(number + 1, limits, undefined)
       expect(size).toBeGreaterThanOrEqual(5 * MIB)
       expect(next).toBeGreaterThanOrEqual(size)
-      expect(next).toBeLessThanOrEqual(BUFFER_SIZE)
+      expect(next).toBeLessThanOrEqual(LARGEST_BUFFERED_PART)
       if (limits.equalParts) expect(next).toBe(size)
     }),
   )

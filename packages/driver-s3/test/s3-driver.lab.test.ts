@@ -1,10 +1,12 @@
 import { readFile } from 'node:fs/promises'
 import { buffer } from 'node:stream/consumers'
+import { fileURLToPath } from 'node:url'
 import { HeadObjectCommand, PutBucketPolicyCommand, PutBucketVersioningCommand } from '@aws-sdk/client-s3'
 import { bytesBody } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { PatternBody, patternBytes } from '@varve/testkit'
 import { type RadosgwLab, type S3User, startRadosgw } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { inBucket, TestBucket } from './s3-target.ts'
 
@@ -127,4 +129,21 @@ test('a gateway that does not know the checksum in the trailer refuses the uploa
     message: expect.stringContaining('WHEN_REQUIRED'),
   })
   expect(await inBucket(bucket.client, bucket.name, 'crc/')).toEqual([])
+})
+
+test('an upload takes little memory, or that of its largest part where it opens once', async () => {
+  const script = fileURLToPath(new URL('./measure-uploads.ts', import.meta.url))
+  const options = { ...bucket.options, pathPrefix: 'memory' }
+  const { stdout } = await execa(process.execPath, ['--import', 'tsx', script], {
+    env: { VARVE_TEST: JSON.stringify(options) },
+  })
+  const taken: { body: number; stream: number } = JSON.parse(stdout)
+  expect(taken.body, 'MiB').toBeLessThan(40)
+  expect(taken.stream, 'MiB').toBeGreaterThan(90)
+  expect(taken.stream, 'MiB').toBeLessThan(140)
+  expect(await inBucket(bucket.client, bucket.name, 'memory/')).toEqual([
+    { name: 'body', size: 200 * MIB },
+    { name: 'small', size: 1000 },
+    { name: 'stream', size: 240 * MIB },
+  ])
 })
