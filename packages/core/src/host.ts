@@ -93,6 +93,8 @@ export interface Host {
   thawFilesystems(instance: string, run?: RunOptions): Promise<void>
   /** Shuts the guest down; after `timeoutMs` it is switched off. */
   powerOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<void>
+  /** Waits for an instance that was told to shut down, for `timeoutMs` at most; resolves with whether it is off. */
+  waitUntilOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<boolean>
   /** Starts the instance; no error when it runs. */
   start(instance: string, run?: RunOptions): Promise<void>
   /** Defines an instance from libvirt's XML. */

@@ -101,6 +101,10 @@ export class ImageHost implements Host {
     // nothing runs
   }
 
+  async waitUntilOff(): Promise<boolean> {
+    return true // nothing runs
+  }
+
   start(): Promise<void> {
     return Promise.reject(notRunning())
   }

@@ -38,6 +38,7 @@ export const JOURNAL_STEPS = [
   // restore
   'define',
   'power-off',
+  'powered-off',
   'target-create',
   'write-in-place',
   'written-in-place',
@@ -59,7 +60,14 @@ interface StepDetails {
   upload: { readonly folder: string }
   publish: { readonly manifest: string; readonly retire: Readonly<Record<string, readonly string[]>> }
   define: { readonly instance: string; readonly xml: string }
-  'power-off': { readonly instance: string; readonly wasRunning: boolean; readonly start: boolean }
+  'power-off': {
+    readonly instance: string
+    readonly wasRunning: boolean
+    readonly start: boolean
+    /** How long the guest may take to shut down, in milliseconds. */
+    readonly timeoutMs: number
+  }
+  'powered-off': object
   'target-create': { readonly temporary: string }
   'write-in-place': { readonly disk: string; readonly path: string }
   'written-in-place': object

@@ -273,16 +273,13 @@ export class LibvirtHost implements Host {
   }
 
   async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
-    const deadline = Date.now() + timeoutMs
     // Once the guest was asked to go it goes, also after an abort: whoever starts it again must find it off.
     const { signal, ...rest } = run
     if (signal?.aborted) throw abortError(signal)
     try {
       if (!(await this.#isRunning(instance, rest))) return
-      if (await this.#askToShutDown(instance, rest)) {
-        while (Date.now() < deadline && (await this.#isRunning(instance, rest))) await sleep(250)
-      }
-      if (await this.#isRunning(instance, rest)) {
+      const asked = await this.#askToShutDown(instance, rest)
+      if (!(await this.waitUntilOff(instance, asked ? timeoutMs : 0, rest))) {
         if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
         await this.#virsh.onDomain(rest, instance, 'destroy')
       }
@@ -298,6 +295,15 @@ export class LibvirtHost implements Host {
       }
     }
     if (signal?.aborted) throw abortError(signal)
+  }
+
+  async waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {
+    const deadline = Date.now() + timeoutMs
+    while (await this.#isRunning(instance, run)) {
+      if (Date.now() >= deadline) return false
+      await sleep(250)
+    }
+    return true
   }
 
   /** Whether it was asked. A paused guest, for one, cannot be. */

@@ -159,17 +159,29 @@ export async function powerOff(restore: RestoreContext): Promise<void> {
   const { host, plan, journal, request, run } = restore
   const { instance, newInstance } = plan
   if (newInstance && request.start)
-    await journal.record({ step: 'power-off', instance: newInstance.name, wasRunning: false, start: true })
+    await journal.record({
+      step: 'power-off',
+      instance: newInstance.name,
+      wasRunning: false,
+      start: true,
+      timeoutMs: 0,
+    })
   if (!instance) return
   stage(run, 'power-off', `Shutting ${instance.name} down`)
   const { name, running } = instance
+  const timeoutMs = request.powerOffTimeoutMs ?? 60_000
   await journal.record({
     step: 'power-off',
     instance: name,
     wasRunning: running,
     start: request.start ?? running,
+    timeoutMs,
   })
-  await host.powerOff(instance.name, request.powerOffTimeoutMs ?? 60_000, run)
+  try {
+    await host.powerOff(name, timeoutMs, run)
+  } finally {
+    await journal.record({ step: 'powered-off' })
+  }
   await assertUnmoved(restore)
 }
 

@@ -44,14 +44,35 @@ export async function settleRestore(
   const power = journal.of('power-off').at(-1)
   const wanted = finished ? power?.start : power?.wasRunning
   const start = wanted === true && writing.length === 0
-  // Settled before the start: an instance that does not start is no reason to hold its disks.
-  await journal.settled()
-  if (power && start) {
-    emit(run, { type: 'stage', stage: 'start', message: `Starting ${power.instance}` })
-    await host.start(power.instance, run)
+  try {
+    if (power && start) {
+      if (power.wasRunning && journal.of('powered-off').length === 0) await waitUntilOff(power, host, run)
+      emit(run, { type: 'stage', stage: 'start', message: `Starting ${power.instance}` })
+      await host.start(power.instance, run)
+    }
+  } finally {
+    await journal.settled() // an instance that does not start is no reason to hold its disks
   }
   const incomplete = writing.map(({ disk }) => disk)
   return { finished, started: start, incomplete, ...(refusal && { refusal }) }
+}
+
+/** A process that died in the middle may have told the guest to shut down: it still runs, and goes at any moment. */
+async function waitUntilOff(
+  { instance, timeoutMs }: JournalStepOf<'power-off'>,
+  host: Host,
+  run: RunOptions,
+): Promise<void> {
+  emit(run, {
+    type: 'stage',
+    stage: 'power-off',
+    message: `Waiting for ${instance}, which may be shutting down`,
+  })
+  if (await host.waitUntilOff(instance, timeoutMs, run)) return
+  emit(run, {
+    type: 'warning',
+    message: `${instance} may have been told to shut down and still runs after ${timeoutMs / 1000} s. Start it again if it goes off after all.`,
+  })
 }
 
 /**

@@ -3,9 +3,11 @@ import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { execa, execaSync } from 'execa'
 import { expect, test } from 'vitest'
+import { newBackupId } from '../src/backup-id.ts'
 import { blake3Hex } from '../src/digest.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
+import { RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { type RecoverReport, recover } from '../src/recover.ts'
@@ -212,6 +214,36 @@ test('a restore that is given up while the guest shuts down has it run again', a
   expect(await vm.qemuPid()).not.toBe(before)
   await vm.waitForBoot()
   await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test('a guest that shuts down slowly for a restore whose process died runs again after recover', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  const slow = '#!/bin/sh\nwhile [ ! -e /run/go ]; do usleep 50000; done\nexec poweroff -f'
+  await vm.run(`rm /sbin/shutdown; echo '${slow}' > /sbin/shutdown; chmod +x /sbin/shutdown`)
+  const before = await vm.qemuPid()
+  const disks = [{ name: 'vda', path: image('vda') }]
+  const journal = await RunJournal.begin(site.stateDir, {
+    ...{ version: 1, id: newBackupId(), kind: 'restore', instance: vm.name, disks },
+    host: site.host.reference,
+    storage: { type: site.storage.type, location: site.storage.location },
+    startedAt: new Date().toISOString(),
+  })
+  await journal.record({
+    ...{ step: 'power-off', instance: vm.name, wasRunning: true, start: true },
+    timeoutMs: 60_000,
+  })
+  await site.lab.virsh(['shutdown', vm.name])
+  let looks = 0
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'command' && event.args.includes('domstate')) looks += 1
+    if (looks === 3) vm.spawn('touch /run/go')
+  }
+  const report = await recover({ stateDir: site.stateDir, storages: [site.storage] }, { onEvent })
+  expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  expect(await vm.state()).toBe('running')
+  expect(await vm.qemuPid()).not.toBe(before)
+  await expectCleanHost([])
 })
 
 test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
