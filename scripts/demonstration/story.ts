@@ -154,7 +154,9 @@ export async function tellStory({ subject, store, folder, screen, signal }: Stor
 async function leftovers(folder: string, { host, instance }: Subject): Promise<string[]> {
   const files = (await readdir(folder, { recursive: true })).filter(name => /\.varve-|\.jsonl$/.test(name))
   const { disks } = await host.instance(instance)
-  const bitmaps = disks.flatMap(disk => disk.bitmaps.slice(1).map(({ name }) => `${disk.name} ${name}`))
+  const bitmaps = disks.flatMap(disk =>
+    disk.format === 'rbd' ? [] : disk.bitmaps.slice(1).map(({ name }) => `${disk.name} ${name}`),
+  )
   return [...files, ...bitmaps]
 }
 

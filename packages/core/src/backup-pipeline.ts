@@ -1,12 +1,15 @@
+import { type BackupContext, stage } from './backup-context.ts'
 import { newBackupId } from './backup-id.ts'
 import {
   bitmapsToRetire,
   chooseDisks,
+  DEFAULT_RBD_SNAPSHOTS,
   type DiskSelection,
   fallbackMessage,
   planBackup,
+  snapshotsToRetire,
 } from './backup-plan.ts'
-import { type BackupContext, describe, freeze, mark, publish, stage, stream } from './backup-stages.ts'
+import { describe, freeze, mark, publish, stream } from './backup-stages.ts'
 import { readCatalog } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
@@ -55,6 +58,11 @@ export interface BackupRequest {
   concurrency?: number
   /** Bytes of a cluster of the images: a power of two from 4096 to 2 MiB. Default: 65,536. */
   clusterSize?: number
+  /**
+   * Snapshots that stay on each RBD image after a backup, its own and older ones of the same storage: as many backups
+   * can still be built on. At least 1. Default: 2.
+   */
+  rbdSnapshots?: number
   /**
    * What is checked at the storage before the backup is published. `size`: that every object is there with
    * its size. `digest`: every image is also read back and digested. Default: `size`.
@@ -149,9 +157,12 @@ export class BackupPipeline {
     try {
       await mark(backup)
       const frozen = await freeze(backup)
-      const images = await stream(backup)
+      const images = await stream(backup, frozen)
       manifest = await describe(backup, frozen, images)
-      await publish(backup, manifest, bitmapsToRetire(disks, backups, id))
+      await publish(backup, manifest, {
+        bitmaps: bitmapsToRetire(disks, backups, id),
+        snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS),
+      })
     } catch (error) {
       failure = error
     }
@@ -170,8 +181,8 @@ export class BackupPipeline {
 }
 
 function checkRequest(request: BackupRequest): void {
-  const least = { maxIncrementalChain: 0, bandwidth: 1, concurrency: 1 } as const
-  for (const name of ['maxIncrementalChain', 'bandwidth', 'concurrency'] as const) {
+  const least = { maxIncrementalChain: 0, bandwidth: 1, concurrency: 1, rbdSnapshots: 1 } as const
+  for (const name of ['maxIncrementalChain', 'bandwidth', 'concurrency', 'rbdSnapshots'] as const) {
     const value = request[name]
     if (value !== undefined && (!Number.isSafeInteger(value) || value < least[name])) {
       throw new VarveError(

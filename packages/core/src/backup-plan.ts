@@ -1,20 +1,28 @@
 import type { Catalog, StoredBackup } from './backups.ts'
 import { VarveError } from './errors.ts'
-import type { HostDisk, Instance } from './host.ts'
-import type { FallbackReason } from './manifest.ts'
+import { type FileDisk, type HostDisk, type Instance, isFileDisk, type RbdDisk } from './host.ts'
+import type { FallbackReason, ManifestDisk } from './manifest.ts'
 import { damagedBackups, unfitParent } from './parent-check.ts'
 
 /** Bytes that one bit of a new bitmap stands for. */
 export const BITMAP_GRANULARITY = 65_536
 
-/** The bitmap that records what changes after a backup. */
-export function bitmapName(backupId: string): string {
+/** Snapshots of an RBD image that stay after a backup: that of the backup and of the one before it. */
+export const DEFAULT_RBD_SNAPSHOTS = 2
+
+/** The metadata of an RBD image that a restore to it leaves: the number of the snapshot that holds the backup. */
+export function restoredKey(backupId: string): string {
+  return `varve.restored.${backupId}`
+}
+
+/** The bitmap that records what changes after a backup, and the snapshot of an RBD image that the backup shows. */
+export function markName(backupId: string): string {
   return `varve-${backupId}`
 }
 
-/** The backup that a bitmap of Varve's belongs to. */
-export function backupOfBitmap(bitmap: string): string | undefined {
-  return bitmap.startsWith('varve-') ? bitmap.slice('varve-'.length) : undefined
+/** The backup that a bitmap or a snapshot of Varve's belongs to. */
+export function backupOfMark(mark: string): string | undefined {
+  return mark.startsWith('varve-') ? mark.slice('varve-'.length) : undefined
 }
 
 /** Which disks: every one, the first one, or those named. */
@@ -72,7 +80,8 @@ export type DiskPlan =
   | {
       readonly disk: HostDisk
       readonly kind: 'incremental'
-      readonly bitmap: string
+      /** The bitmap, or the snapshot, since which changes are stored. */
+      readonly since: string
       readonly parentSize: number
       readonly backing: string
     }
@@ -130,7 +139,7 @@ export function planBackup(input: PlanInput): BackupPlan {
     return {
       disk,
       kind: 'incremental',
-      bitmap: bitmapName(parent.manifest.id),
+      since: markName(parent.manifest.id),
       parentSize: before.virtualSize,
       backing,
     }
@@ -141,18 +150,25 @@ export function planBackup(input: PlanInput): BackupPlan {
 /** Why a disk cannot get an increment on a backup; undefined when it can. */
 function obstacle(
   disk: HostDisk,
-  parent: StoredBackup,
+  { manifest }: StoredBackup,
   damaged: ReadonlySet<string>,
 ): FallbackReason | undefined {
   if (disk.format === 'raw') return 'format-raw'
-  if (!disk.holdsBitmaps) return 'format-qcow2-v2'
-  const before = parent.manifest.disks.find(({ name }) => name === disk.name)
+  if (disk.format === 'qcow2' && !disk.holdsBitmaps) return 'format-qcow2-v2'
+  const before = manifest.disks.find(({ name }) => name === disk.name)
   if (!before) return 'disk-new'
-  const bitmap = disk.bitmaps.find(({ name }) => name === bitmapName(parent.manifest.id))
-  if (!bitmap || !before.bitmap) {
-    const isOfDamaged = disk.bitmaps.some(({ name }) => damaged.has(backupOfBitmap(name) ?? ''))
-    return isOfDamaged ? 'parent-broken' : 'bitmap-missing'
-  }
+  if (isFileDisk(disk) !== (before.format === 'qcow2')) return 'disk-replaced'
+  const reason = isFileDisk(disk)
+    ? bitmapObstacle(disk, before, markName(manifest.id))
+    : snapshotObstacle(disk, before, manifest.id)
+  const isMissing = reason === 'bitmap-missing' || reason === 'snapshot-missing'
+  const isOfDamaged = () => marksOf(disk).some(name => damaged.has(backupOfMark(name) ?? ''))
+  return isMissing && isOfDamaged() ? 'parent-broken' : reason
+}
+
+function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): FallbackReason | undefined {
+  const bitmap = disk.bitmaps.find(bitmap => bitmap.name === name)
+  if (!bitmap || before.format !== 'qcow2' || !before.bitmap) return 'bitmap-missing'
   // On another file the bitmap need not tell of every write: libvirt puts an empty copy of it into the overlay of a
   // snapshot that somebody takes.
   if (disk.path !== before.source.path) return 'disk-replaced'
@@ -163,21 +179,54 @@ function obstacle(
   return undefined
 }
 
+/** Names can be given again, numbers cannot: a snapshot is that of the backup by its number in the very image. */
+function snapshotObstacle(disk: RbdDisk, before: ManifestDisk, backupId: string): FallbackReason | undefined {
+  const { state } = disk
+  const snapshot = state.snapshots.find(({ name }) => name === markName(backupId))
+  if (before.format !== 'rbd-diff') return 'disk-replaced'
+  const restored = state.metadata.get(restoredKey(backupId))
+  if (restored === undefined && state.id !== before.source.imageId) return 'disk-replaced'
+  if (!snapshot) return 'snapshot-missing'
+  const isOriginal = state.id === before.source.imageId && snapshot.id === before.snapshot.id
+  return isOriginal || restored === String(snapshot.id) ? undefined : 'snapshot-replaced'
+}
+
+/** The names of a disk's bitmaps, or snapshots. */
+function marksOf(disk: HostDisk): string[] {
+  const marks = isFileDisk(disk) ? disk.bitmaps : disk.state.snapshots
+  return marks.map(({ name }) => name)
+}
+
 /** The bitmaps that a finished backup replaces: of each disk, those of other backups on the same storage. */
 export function bitmapsToRetire(
   disks: readonly HostDisk[],
   backups: readonly StoredBackup[],
   newId: string,
 ): Record<string, string[]> {
-  const known = new Set(backups.map(({ manifest }) => manifest.id))
   return Object.fromEntries(
-    disks.map(disk => {
-      const old = disk.bitmaps
-        .map(({ name }) => name)
-        .filter(name => name !== bitmapName(newId) && known.has(backupOfBitmap(name) ?? ''))
-      return [disk.name, old]
+    disks.filter(isFileDisk).map(disk => [disk.name, marksOfOthers(disk, backups, newId)]),
+  )
+}
+
+/** The snapshots that a finished backup replaces: of each RBD disk, those of the same storage but the newest `keep`. */
+export function snapshotsToRetire(
+  disks: readonly HostDisk[],
+  backups: readonly StoredBackup[],
+  newId: string,
+  keep: number,
+): Record<string, string[]> {
+  const rbdDisks = disks.filter(disk => !isFileDisk(disk))
+  return Object.fromEntries(
+    rbdDisks.map(disk => {
+      const old = marksOfOthers(disk, backups, newId).sort() // by time: ids sort so
+      return [disk.name, old.slice(0, Math.max(0, old.length - (keep - 1)))]
     }),
   )
+}
+
+function marksOfOthers(disk: HostDisk, backups: readonly StoredBackup[], newId: string): string[] {
+  const known = new Set(backups.map(({ manifest }) => manifest.id))
+  return marksOf(disk).filter(name => name !== markName(newId) && known.has(backupOfMark(name) ?? ''))
 }
 
 /** One sentence for a fallback. */
@@ -196,6 +245,8 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
       'Bitmap is inconsistent since QEMU did not end cleanly, falling back to full backup',
     'bitmap-disabled': 'Bitmap was disabled, falling back to full backup',
     'bitmap-granularity': 'Bitmap has another granularity, falling back to full backup',
+    'snapshot-missing': 'RBD snapshot of the parent not found, falling back to full backup',
+    'snapshot-replaced': 'The RBD snapshot is not the one of the parent, falling back to full backup',
   }
   return `${why[reason]} (disk ${disk}).`
 }

@@ -1,22 +1,16 @@
 import { mkdtemp, readFile, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { NbdClient } from '@varve/nbd'
-import { ComposedImage, planImage } from '@varve/qcow2'
 import PQueue from 'p-queue'
-import type { BackupRequest } from './backup-pipeline.ts'
-import { type BackupPlan, BITMAP_GRANULARITY, bitmapName, type DiskPlan } from './backup-plan.ts'
+import { type BackupContext, stage } from './backup-context.ts'
+import { type BackupPlan, BITMAP_GRANULARITY, markName } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
 import { diskError } from './disk-error.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { BackupStage } from './events.ts'
-import type { DiskOverlay, Host, Instance } from './host.ts'
-import { imageExtents } from './image-extents.ts'
-import { ImageUpload } from './image-upload.ts'
-import type { RunJournal } from './journal.ts'
+import { type DiskOverlay, type FileDisk, isFileDisk, type RbdDisk } from './host.ts'
 import {
   type BackupManifest,
   type Consistency,
@@ -25,41 +19,24 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
-import { Progress } from './progress.ts'
-import { exportDisk } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
+import type { RbdSnapshot } from './rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { bytesBody, type StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
-import { verifyUpload } from './verify-upload.ts'
+import { streamFileDisk } from './stream-file-disk.ts'
+import { streamRbdDisk } from './stream-rbd-disk.ts'
 import { VERSION } from './version.ts'
 
-/** What the stages of one backup share. */
-export interface BackupContext {
-  readonly id: string
-  /** Where it goes on the storage. */
-  readonly folder: string
-  readonly host: Host
-  readonly storage: StorageDriver
-  readonly instance: Instance
-  readonly request: BackupRequest
-  readonly plan: BackupPlan
-  readonly journal: RunJournal
-  readonly run: RunOptions
-  readonly startedAt: Date
-}
-
-/** Tells that a stage begins, unless the run was given up. */
-export function stage(run: RunOptions, name: BackupStage, message: string): void {
-  if (run.signal?.aborted) throw abortError(run.signal)
-  emit(run, { type: 'stage', stage: name, message })
+function fileDisks({ disks }: BackupPlan): FileDisk[] {
+  return disks.map(({ disk }) => disk).filter(isFileDisk)
 }
 
 /** Begins a bitmap of this backup's on every qcow2 disk, before the freeze: no write falls between the two. */
 export async function mark({ id, host, instance, plan, journal, run }: BackupContext): Promise<void> {
-  const disks = plan.disks.map(({ disk }) => disk).filter(({ holdsBitmaps }) => holdsBitmaps)
+  const disks = fileDisks(plan).filter(({ holdsBitmaps }) => holdsBitmaps)
   if (disks.length === 0) return
-  const bitmap = bitmapName(id)
+  const bitmap = markName(id)
   stage(run, 'mark', `Adding the bitmap ${bitmap}`)
   await journal.record({ step: 'bitmap-add', bitmap, disks: disks.map(({ name }) => name) })
   await host.addBitmap(instance.name, disks, bitmap, BITMAP_GRANULARITY, run)
@@ -69,30 +46,42 @@ export async function mark({ id, host, instance, plan, journal, run }: BackupCon
 export interface Frozen {
   readonly at: Date
   readonly consistency: Consistency
+  /** The snapshots of RBD images, by the name of their disk. */
+  readonly snapshots: ReadonlyMap<string, RbdSnapshot>
   /** The UEFI variables at that moment. */
   readonly nvram?: Buffer
 }
 
-/** Freezes the disks of a running instance by one snapshot; those of a stopped one are still anyway. */
+/** Freezes the disks of a running instance at one moment; those of a stopped one are still anyway. */
 export async function freeze(backup: BackupContext): Promise<Frozen> {
-  const { instance, run } = backup
-  const frozen = instance.running
-    ? await snapshot(backup)
-    : ({ at: new Date(), consistency: 'offline' } as const)
+  const { instance, plan, run } = backup
+  const files = fileDisks(plan)
+  const images = plan.disks.map(({ disk }) => disk).filter(disk => !isFileDisk(disk))
+  if (instance.running || images.length > 0) {
+    const count = plan.disks.length === 1 ? 'one disk' : `${plan.disks.length} disks`
+    stage(run, 'freeze', `Freezing ${count} by a snapshot`)
+  }
+  const moment = instance.running
+    ? await freezeRunning(backup, files, images)
+    : await freezeStopped(backup, images)
   const nvram = instance.nvram === undefined ? undefined : await readNvram(instance.nvram, run)
-  return { ...frozen, ...(nvram && { nvram }) }
+  return { ...moment, ...(nvram && { nvram }) }
 }
 
-async function snapshot(backup: BackupContext): Promise<Frozen> {
-  const { id, host, instance, plan, journal, run, request } = backup
-  stage(
-    run,
-    'freeze',
-    `Freezing ${plan.disks.length === 1 ? 'one disk' : `${plan.disks.length} disks`} by a snapshot`,
-  )
+async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]): Promise<Frozen> {
+  const snapshots = await snapshotImages(backup, images)
+  return { at: new Date(), consistency: 'offline', snapshots }
+}
+
+async function freezeRunning(
+  backup: BackupContext,
+  files: readonly FileDisk[],
+  images: readonly RbdDisk[],
+): Promise<Frozen> {
+  const { id, host, instance, journal, run, request } = backup
   const overlays = await Promise.all(
-    plan.disks.map(
-      async ({ disk }): Promise<DiskOverlay> => ({
+    files.map(
+      async (disk): Promise<DiskOverlay> => ({
         disk: disk.name,
         base: disk.path,
         baseFormat: disk.format,
@@ -102,12 +91,57 @@ async function snapshot(backup: BackupContext): Promise<Frozen> {
   )
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
   try {
-    await journal.record({ step: 'snapshot', overlays })
-    await host.snapshot(instance.name, overlays, run)
-    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash' }
+    const snapshots = await atOneMoment(backup, { images, overlays, frozen }, async () => {
+      if (overlays.length > 0) {
+        await journal.record({ step: 'snapshot', overlays })
+        await host.snapshot(instance.name, overlays, run)
+      }
+      return snapshotImages(backup, images)
+    })
+    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash', snapshots }
   } finally {
     if (frozen) await thaw(backup)
   }
+}
+
+/**
+ * libvirt freezes all files at one moment, but RBD images one after the other. Where there are several disks and one
+ * is an image, the guest's processors stand still meanwhile, unless its file systems do.
+ */
+async function atOneMoment<T>(
+  { host, instance, journal, run: { onEvent, ...run } }: BackupContext,
+  {
+    images,
+    overlays,
+    frozen,
+  }: { images: readonly RbdDisk[]; overlays: readonly DiskOverlay[]; frozen: boolean },
+  work: () => Promise<T>,
+): Promise<T> {
+  if (images.length === 0 || images.length + overlays.length < 2 || frozen || instance.paused) return work()
+  const events = onEvent ? { onEvent } : {}
+  await journal.record({ step: 'suspend' })
+  try {
+    await host.suspend(instance.name, { ...run, ...events })
+    return await work()
+  } finally {
+    await host.resume(instance.name, events) // without the signal: also after an abort
+    await journal.record({ step: 'resumed' })
+  }
+}
+
+/** Takes a snapshot of every RBD image; returns them by the name of their disk. */
+async function snapshotImages(
+  { id, journal, run }: BackupContext,
+  images: readonly RbdDisk[],
+): Promise<ReadonlyMap<string, RbdSnapshot>> {
+  if (images.length === 0) return new Map()
+  const snapshot = markName(id)
+  const disks = images.map(({ name, image }) => ({ disk: name, image }))
+  await journal.record({ step: 'rbd-snapshot', snapshot, disks })
+  const taken = new Map<string, RbdSnapshot>()
+  for (const { name, image, cluster } of images)
+    taken.set(name, await cluster.createSnapshot(image, snapshot, run))
+  return taken
 }
 
 async function freezeFilesystems(backup: BackupContext): Promise<boolean> {
@@ -137,7 +171,7 @@ async function thaw({ host, instance, journal, run: { onEvent } }: BackupContext
  */
 async function rawDiskTimes({ instance, plan }: BackupContext): Promise<ReadonlyMap<string, bigint>> {
   const times = new Map<string, bigint>()
-  for (const { disk } of plan.disks) {
+  for (const disk of fileDisks(plan)) {
     if (instance.running || disk.format !== 'raw' || disk.blockDevice) continue
     times.set(disk.name, (await stat(disk.path, { bigint: true })).mtimeNs)
   }
@@ -145,11 +179,14 @@ async function rawDiskTimes({ instance, plan }: BackupContext): Promise<Readonly
 }
 
 /** Streams the image of every disk to the storage, several at once; the first failure ends the others. */
-export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
+export async function stream(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
   const { plan, journal, run, request, folder } = backup
-  stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
-  const sockets = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
-  await journal.record({ step: 'export', folder: sockets })
+  let sockets = ''
+  if (fileDisks(plan).length > 0) {
+    stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
+    sockets = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
+    await journal.record({ step: 'export', folder: sockets })
+  }
   await journal.record({ step: 'upload', folder })
   stage(run, 'stream', 'Reading what is to be stored')
   const before = await rawDiskTimes(backup)
@@ -159,12 +196,16 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
   const limit = request.bandwidth === undefined ? undefined : new RateLimit(request.bandwidth)
   const queue = new PQueue({ concurrency: request.concurrency ?? 2 })
   const results = await Promise.allSettled(
-    plan.disks.map(disk =>
+    plan.disks.map(diskPlan =>
       queue.add(async () => {
+        const { disk } = diskPlan
         try {
-          return await streamDisk({ ...backup, run: { ...run, signal } }, disk, sockets, limit)
+          const context = { ...backup, run: { ...run, signal } }
+          return await (isFileDisk(disk)
+            ? streamFileDisk(context, disk, diskPlan, sockets, limit)
+            : streamRbdDisk(context, disk, diskPlan, frozen.snapshots, limit))
         } catch (error) {
-          const failure = diskError(disk.disk.name, error)
+          const failure = diskError(disk.name, error)
           failed.abort(failure)
           throw failure
         }
@@ -181,113 +222,6 @@ export async function stream(backup: BackupContext): Promise<ManifestDisk[]> {
     )
   }
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
-}
-
-/** Serves one disk and uploads its image; a server that dies ends the upload at once. */
-async function streamDisk(
-  backup: BackupContext,
-  plan: DiskPlan,
-  sockets: string,
-  limit: RateLimit | undefined,
-): Promise<ManifestDisk> {
-  const { run } = backup
-  const { signal: given = new AbortController().signal } = run
-  const { disk } = plan
-  given.throwIfAborted()
-  await using server = await exportDisk({
-    ...run,
-    disk: disk.name,
-    path: disk.path,
-    format: disk.format,
-    writable: false,
-    // A running instance writes to its overlay, and keeps others from the disk itself.
-    refuseWriters: !backup.instance.running,
-    folder: sockets,
-    ...(plan.kind === 'incremental' && { bitmap: plan.bitmap }),
-  })
-  const signal = AbortSignal.any([given, server.died])
-  await using client = await NbdClient.connect(
-    { socketPath: server.socketPath },
-    {
-      metaContexts: ['base:allocation', ...(plan.kind === 'incremental' ? [dirtyContext(plan.bitmap)] : [])],
-      signal,
-    },
-  )
-  try {
-    return await uploadDisk({ ...backup, run: { ...run, signal } }, plan, client, limit, signal)
-  } catch (error) {
-    throw server.died.aborted && !given.aborted ? server.died.reason : error
-  }
-}
-
-/** QEMU's NBD interop document. */
-function dirtyContext(bitmap: string): string {
-  return `qemu:dirty-bitmap:${bitmap}`
-}
-
-async function uploadDisk(
-  { id, storage, folder, run, request }: BackupContext,
-  plan: DiskPlan,
-  client: NbdClient,
-  limit: RateLimit | undefined,
-  signal: AbortSignal,
-): Promise<ManifestDisk> {
-  const { disk } = plan
-  const maps = await client.mapExtents({ signal })
-  const allocation = maps.get('base:allocation')
-  const dirty = plan.kind === 'incremental' ? maps.get(dirtyContext(plan.bitmap)) : undefined
-  if (!allocation || (plan.kind === 'incremental' && !dirty)) {
-    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
-      context: { disk: disk.name },
-    })
-  }
-  const clusterSize = request.clusterSize ?? 65_536
-  const extents = imageExtents({
-    size: client.size,
-    clusterSize,
-    allocation,
-    ...(plan.kind === 'incremental' && dirty && { since: { dirty, size: plan.parentSize } }),
-  })
-  const layout = planImage(extents, {
-    clusterSize,
-    ...(plan.kind === 'incremental' && { backing: { name: plan.backing, format: 'qcow2' } }),
-  })
-
-  stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
-  const image = `${disk.name}.qcow2`
-  const blocks = `${disk.name}.blake3`
-  const composed = new ComposedImage(layout, client)
-  const upload = new ImageUpload(composed, { disk: disk.name, signal, ...(limit && { limit }) })
-  const progress = new Progress(run, disk.name, upload.size)
-  await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
-  const digested = await upload.digest()
-  await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
-  await verifyUpload(
-    storage,
-    `${folder}/${image}`,
-    upload.size,
-    digested.digest,
-    request.verifyUpload ?? 'size',
-    signal,
-  )
-  await verifyUpload(storage, `${folder}/${blocks}`, digested.blocks.byteLength, undefined, 'size', signal)
-  progress.finish()
-
-  return {
-    name: disk.name,
-    kind: plan.kind,
-    image,
-    blocks,
-    format: 'qcow2',
-    virtualSize: client.size,
-    storedSize: upload.size,
-    clusterSize,
-    digest: digested.digest,
-    ...(plan.kind === 'incremental' && { backing: plan.backing }),
-    ...(disk.holdsBitmaps && { bitmap: { name: bitmapName(id), granularity: BITMAP_GRANULARITY } }),
-    ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
-    source: { path: disk.path, format: disk.format },
-  }
 }
 
 /** Stores the instance's definition and writes down what the backup is. */
@@ -314,7 +248,11 @@ export async function describe(
     disks,
     ...(definition && { definition: await putFile(backup, 'domain.xml', definition) }),
     ...(frozen.nvram && { nvram: await putFile(backup, 'nvram.fd', frozen.nvram) }),
-    tools: { varve: VERSION, node: process.version, qemu: await qemuVersion(run) },
+    tools: {
+      varve: VERSION,
+      node: process.version,
+      ...(fileDisks(plan).length > 0 && { qemu: await qemuVersion(run) }),
+    },
   }
 }
 
@@ -356,16 +294,27 @@ async function assertParent(
   )
 }
 
+/** What a backup replaces once it is published, by disk. */
+export interface Retired {
+  readonly bitmaps: Readonly<Record<string, readonly string[]>>
+  readonly snapshots: Readonly<Record<string, readonly string[]>>
+}
+
 /** Writes the manifest, last of all: from there on the backup exists. */
 export async function publish(
   { folder, storage, plan, journal, run }: BackupContext,
   manifest: BackupManifest,
-  retire: Readonly<Record<string, readonly string[]>>,
+  retired: Retired,
 ): Promise<void> {
   stage(run, 'publish', 'Writing the manifest')
   await assertPublishable(storage, { manifest, folder }, plan.parent, run)
   const key = `${folder}/${MANIFEST_FILE}`
-  await journal.record({ step: 'publish', manifest: key, retire })
+  await journal.record({
+    step: 'publish',
+    manifest: key,
+    retire: retired.bitmaps,
+    retireSnapshots: retired.snapshots,
+  })
   await storage.put(key, bytesBody(serializeManifest(manifest)), signalOf(run))
   try {
     await assertParent(storage, plan.parent, run) // see removeBackup

@@ -1,6 +1,7 @@
 import type { BackupListing, StoredBackup } from './backups.ts'
 import { DIGEST_LENGTH } from './digest.ts'
 import { VarveError } from './errors.ts'
+import type { BackupManifest, ManifestFile } from './manifest.ts'
 import type { StoredObject } from './storage.ts'
 
 /** Backups and damaged manifests by their folder. */
@@ -73,10 +74,14 @@ export function objectsOf({ manifest, folder }: StoredBackup): BackupObject[] {
     { key: `${folder}/${image}`, size: storedSize },
     { key: `${folder}/${blocks}`, size: Math.ceil(storedSize / digest.blockSize) * DIGEST_LENGTH },
   ])
-  const files = [manifest.definition, manifest.nvram].flatMap(file =>
-    file ? [{ key: `${folder}/${file.key}`, size: file.size }] : [],
-  )
+  const files = filesOf(manifest).map(file => ({ key: `${folder}/${file.key}`, size: file.size }))
   return [...disks, ...files]
+}
+
+/** The small files of a backup: its definition, its UEFI variables, the indexes of RBD streams. */
+export function filesOf({ definition, nvram, disks }: BackupManifest): ManifestFile[] {
+  const indexes = disks.map(disk => (disk.format === 'rbd-diff' ? disk.index : undefined))
+  return [definition, nvram, ...indexes].filter(file => file !== undefined)
 }
 
 /** What is wrong with the objects of a backup as far as their sizes tell: OBJECT_NOT_FOUND, SIZE_MISMATCH. */

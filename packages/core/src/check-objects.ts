@@ -3,7 +3,7 @@ import { BlockDigester, blake3Hex, DIGEST_LENGTH } from './digest.ts'
 import { download } from './download.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { loadObject } from './load-object.ts'
-import type { ManifestDisk, ManifestFile } from './manifest.ts'
+import type { ManifestDisk, ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 
 /** The size of the disk in an image is a multiple of this; one that is none is rounded up. */
@@ -48,7 +48,7 @@ export async function checkDisk(reader: ObjectReader, disk: ManifestDisk): Promi
     // The root alone says whether the image is whole, so a damaged list does not hide a good image.
     if (digest.root !== root)
       return [list ? otherBlocks(imageKey, blocks, list, blockSize) : otherBytes(imageKey)]
-    return checkHeader(reader, imageKey, disk)
+    return disk.format === 'qcow2' ? checkHeader(reader, imageKey, disk) : []
   })
   return [...listDamages, ...imageDamages]
 }
@@ -90,7 +90,7 @@ export async function digestObject(
 async function checkHeader(
   { storage, signal }: ObjectReader,
   key: string,
-  disk: ManifestDisk,
+  disk: Qcow2ManifestDisk,
 ): Promise<VarveError[]> {
   const file = {
     size: disk.storedSize,

@@ -1,6 +1,21 @@
 import type { Document, Element } from '@xmldom/xmldom'
 import { dropIdentity } from './domain-identity.ts'
+import { rbdImageOf } from './rbd.ts'
 import { child, children, parseDomain, remove, serializeXml, text } from './xml-elements.ts'
+
+/** An RBD image as the source of a disk. */
+export interface RbdSource {
+  /** `<pool>/[<namespace>/]<image>` */
+  readonly image: string
+  /** The monitors, each as `host` or `host:port`. */
+  readonly monitors: readonly string[]
+  /** Path of a `ceph.conf`. */
+  readonly conf?: string
+  /** The cephx user and libvirt's secret with its key. */
+  readonly auth?: { readonly user: string; readonly uuid?: string; readonly usage?: string }
+  /** A snapshot of the image is what the instance sees. */
+  readonly snapshot?: string
+}
 
 /** A `<disk>` of a domain. */
 export interface DomainDisk {
@@ -14,6 +29,8 @@ export interface DomainDisk {
   readonly format: string
   /** File or block device. */
   readonly source?: string
+  /** The image, for the type `network` and the protocol `rbd`. */
+  readonly rbd?: RbdSource
   /** Storage pool and volume, for the type `volume`. */
   readonly volume?: { readonly pool: string; readonly name: string }
   /** Whether a backing file is named here. QEMU is then given that one, whatever the image itself says. */
@@ -50,7 +67,8 @@ export interface DomainChanges {
   /** The UUID of the instance whose definition it becomes, or of the copy. Default: libvirt chooses a copy's. */
   uuid?: string
   /**
-   * New files of disks by target. Their backing chain is dropped.
+   * New files of disks by target, or new images of a disk that is an RBD image: `rbd:<pool>/<image>`. Their backing
+   * chain is dropped.
    */
   disks?: Readonly<Record<string, { readonly path: string; readonly format: 'qcow2' | 'raw' }>>
   /** Drops the other writable disks, which belong to the original. */
@@ -95,7 +113,16 @@ function setNvram(document: Document, root: Element, path: string): void {
 }
 
 function setSource(document: Document, element: Element, to: { path: string; format: string }): void {
-  for (const name of ['backingStore', 'mirror', 'source']) remove(child(element, name))
+  for (const name of ['backingStore', 'mirror']) remove(child(element, name))
+  const image = rbdImageOf(to.path)
+  if (image !== undefined) {
+    // The cluster and its secret stay: Varve restores to the cluster that the disk was on.
+    const source = child(element, 'source')
+    remove(child(source, 'snapshot'))
+    source?.setAttribute('name', image)
+    return
+  }
+  for (const name of ['source', 'auth']) remove(child(element, name))
   const block = element.getAttribute('type') === 'block' && to.path.startsWith('/dev/')
   element.setAttribute('type', block ? 'block' : 'file')
   const source = document.createElement('source')
@@ -113,12 +140,14 @@ function readDisk(element: Element): DomainDisk {
   const path = source?.getAttribute('file') ?? source?.getAttribute('dev') ?? undefined
   const pool = source?.getAttribute('pool')
   const volume = source?.getAttribute('volume')
+  const rbd = source && readRbd(element, source)
   return {
     name: child(element, 'target')?.getAttribute('dev') ?? '',
     device: element.getAttribute('device') ?? 'disk',
     type: element.getAttribute('type') ?? 'file',
     format: child(element, 'driver')?.getAttribute('type') ?? 'raw',
     ...(path !== undefined && { source: path }),
+    ...(rbd && { rbd }),
     ...(pool && volume && { volume: { pool, name: volume } }),
     backed: child(child(element, 'backingStore'), 'source') !== undefined,
     shareable: child(element, 'shareable') !== undefined,
@@ -126,6 +155,30 @@ function readDisk(element: Element): DomainDisk {
       child(element, 'encryption') !== undefined ||
       (source ? child(source, 'encryption') !== undefined : false),
   }
+}
+
+function readRbd(disk: Element, source: Element): RbdSource | undefined {
+  if (disk.getAttribute('type') !== 'network' || source.getAttribute('protocol') !== 'rbd') return undefined
+  const conf = child(source, 'config')?.getAttribute('file')
+  const snapshot = child(source, 'snapshot')?.getAttribute('name')
+  const auth = child(source, 'auth') ?? child(disk, 'auth') // libvirt takes it in either place
+  const user = auth?.getAttribute('username')
+  const secret = child(auth, 'secret')
+  const [uuid, usage] = [secret?.getAttribute('uuid'), secret?.getAttribute('usage')]
+  return {
+    image: source.getAttribute('name') ?? '',
+    monitors: children(source, 'host').map(monitorOf),
+    ...(conf && { conf }),
+    ...(user && { auth: { user, ...(uuid && { uuid }), ...(usage && { usage }) } }),
+    ...(snapshot && { snapshot }),
+  }
+}
+
+function monitorOf(host: Element): string {
+  const name = host.getAttribute('name') ?? ''
+  const port = host.getAttribute('port')
+  if (!port) return name
+  return name.includes(':') ? `[${name}]:${port}` : `${name}:${port}` // IPv6
 }
 
 function nvramPath(root: Element): string | undefined {

@@ -1,4 +1,5 @@
 import type { ImageDisk } from './image-host.ts'
+import type { RbdCluster, RbdImage } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** A bitmap that an image carries. */
@@ -12,8 +13,8 @@ export interface DiskBitmap {
   readonly inconsistent: boolean
 }
 
-/** A disk of an instance, as it is now. */
-export interface HostDisk {
+/** A disk of an instance that is a file or a block device, as it is now. */
+export interface FileDisk {
   /** The target name, such as `vda`. */
   readonly name: string
   /** The file or block device that the instance writes to, with symbolic links resolved. */
@@ -28,11 +29,38 @@ export interface HostDisk {
   readonly holdsBitmaps: boolean
 }
 
+/** A disk of an instance that is an RBD image, as it is now. */
+export interface RbdDisk {
+  /** The target name, such as `vda`. */
+  readonly name: string
+  /** `rbd:<pool>/[<namespace>/]<image>` */
+  readonly path: string
+  readonly format: 'rbd'
+  /** `<pool>/[<namespace>/]<image>` */
+  readonly image: string
+  /** Size of the guest's disk in bytes. */
+  readonly virtualSize: number
+  /** What Ceph says of the image. */
+  readonly state: RbdImage
+  /** The cluster that has it. */
+  readonly cluster: RbdCluster
+}
+
+/** A disk of an instance, as it is now. */
+export type HostDisk = FileDisk | RbdDisk
+
+/** Whether a disk is a file or a block device. */
+export function isFileDisk(disk: HostDisk): disk is FileDisk {
+  return disk.format !== 'rbd'
+}
+
 /** An instance, as it is now. */
 export interface Instance {
   readonly name: string
   readonly uuid?: string
   readonly running: boolean
+  /** Whether it runs, but somebody has stopped its processors. */
+  readonly paused?: boolean
   /** The disks that can be backed up, the primary one first. */
   readonly disks: readonly HostDisk[]
   /** The disks that cannot, by name, and why. */
@@ -70,7 +98,7 @@ export interface Host {
   /** Adds a persistent, recording bitmap to every disk: for a running instance in one transaction. */
   addBitmap(
     instance: string,
-    disks: readonly HostDisk[],
+    disks: readonly FileDisk[],
     bitmap: string,
     granularity: number,
     run?: RunOptions,
@@ -78,7 +106,7 @@ export interface Host {
   /** Removes bitmaps from a disk; those that are not there are left out. */
   removeBitmaps(instance: string, disk: string, bitmaps: readonly string[], run?: RunOptions): Promise<void>
   /** Where the overlay of a disk goes. */
-  overlayPath(disk: HostDisk, backupId: string): Promise<string>
+  overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */
   snapshot(instance: string, overlays: readonly DiskOverlay[], run?: RunOptions): Promise<void>
   /** Brings what was written to an overlay back into its base, and the instance back onto the base. */
@@ -91,6 +119,17 @@ export interface Host {
   freezeFilesystems(instance: string, run?: RunOptions): Promise<void>
   /** Thaws them; no error when they are not frozen. */
   thawFilesystems(instance: string, run?: RunOptions): Promise<void>
+  /** Stops the processors of a running guest, once its writes in flight are done. */
+  suspend(instance: string, run?: RunOptions): Promise<void>
+  /** Lets a suspended guest go on; no error when it runs, or not any more. */
+  resume(instance: string, run?: RunOptions): Promise<void>
+  /**
+   * The cluster of a disk that is an RBD image, or was one in a run that is cleaned up after; without a disk, the one
+   * that the host was made with.
+   *
+   * @throws INVALID_ARGUMENT where the host was made without a connector
+   */
+  rbd(disk?: { instance: string; disk: string }, run?: RunOptions): Promise<RbdCluster>
   /** Shuts the guest down; after `timeoutMs` it is switched off. */
   powerOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<void>
   /** Waits for an instance that was told to shut down, for `timeoutMs` at most; resolves with whether it is off. */

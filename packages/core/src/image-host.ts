@@ -1,7 +1,9 @@
 import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
-import type { Host, HostDisk, HostReference, Instance } from './host.ts'
+import type { FileDisk, Host, HostDisk, HostReference, Instance } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import { type RbdCluster, type RbdConnector, rbdImageOf } from './rbd.ts'
+import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** Disk names are parts of file names on a storage. */
@@ -15,9 +17,11 @@ export interface ImageHostOptions {
    * Each disk's image by disk name, such as `{ vda: '/srv/web-1.qcow2' }`. A name is up to 64 of `A-Z a-z 0-9 _ -`;
    * a relative path is taken from the current folder. Without a format it is told from
    * the content; an image with a backing file needs it stated, since a guest can write a header of its
-   * choice into a raw disk.
+   * choice into a raw disk. `rbd:<pool>/[<namespace>/]<image>` is an RBD image.
    */
   disks: Readonly<Record<string, ImageDisk>>
+  /** What reaches RBD images: `new CephConnector()` of `@varve/ceph`. */
+  rbd?: RbdConnector
 }
 
 /** A disk image: its path, or its path and format. */
@@ -28,6 +32,7 @@ export class ImageHost implements Host {
   readonly reference: HostReference
   readonly #instance: string
   readonly #disks: Readonly<Record<string, ImageDisk>>
+  readonly #rbd: RbdConnector | undefined
 
   /** @throws INVALID_ARGUMENT for a disk name that is none */
   constructor(options: ImageHostOptions) {
@@ -38,6 +43,7 @@ export class ImageHost implements Host {
     )
     this.#instance = instance
     this.#disks = disks
+    this.#rbd = options.rbd
     this.reference = { kind: 'image', instance, disks }
   }
 
@@ -52,13 +58,17 @@ export class ImageHost implements Host {
       )
     }
     const disks: HostDisk[] = []
-    for (const [name, disk] of Object.entries(this.#disks)) disks.push(await readDisk(name, disk, run))
+    for (const [name, disk] of Object.entries(this.#disks)) {
+      const image = rbdImageOf(pathOf(disk))
+      if (image === undefined) disks.push(await readDisk(name, disk, run))
+      else disks.push(await readRbdDisk(name, image, await this.rbd(), run))
+    }
     return { name, running: false, disks, unsupported: new Map() }
   }
 
   async addBitmap(
     _instance: string,
-    disks: readonly HostDisk[],
+    disks: readonly FileDisk[],
     bitmap: string,
     granularity: number,
     run: RunOptions = {},
@@ -73,8 +83,7 @@ export class ImageHost implements Host {
     run: RunOptions = {},
   ): Promise<void> {
     const image = this.#disks[disk]
-    if (image !== undefined)
-      await removeImageBitmaps(typeof image === 'string' ? image : image.path, bitmaps, run)
+    if (image !== undefined) await removeImageBitmaps(pathOf(image), bitmaps, run)
   }
 
   overlayPath(): Promise<string> {
@@ -95,6 +104,19 @@ export class ImageHost implements Host {
 
   async thawFilesystems(): Promise<void> {
     // nothing runs, so nothing is frozen
+  }
+
+  suspend(): Promise<void> {
+    return Promise.reject(notRunning())
+  }
+
+  async resume(): Promise<void> {
+    // nothing runs
+  }
+
+  async rbd(): Promise<RbdCluster> {
+    if (!this.#rbd) throw noConnector()
+    return this.#rbd.cluster()
   }
 
   async powerOff(): Promise<void> {
@@ -123,11 +145,16 @@ function checkedName(name: string): string {
   )
 }
 
+function pathOf(disk: ImageDisk): string {
+  return typeof disk === 'string' ? disk : disk.path
+}
+
 function absolute(disk: ImageDisk): ImageDisk {
+  if (rbdImageOf(pathOf(disk)) !== undefined) return disk
   return typeof disk === 'string' ? resolve(disk) : { ...disk, path: resolve(disk.path) }
 }
 
-async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise<HostDisk> {
+async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise<FileDisk> {
   if (typeof disk !== 'string') return readOfflineDisk(name, disk.path, disk.format, run)
   const info = await readImageInfo(disk, undefined, run)
   const context = { disk: name, path: disk, format: info.format }

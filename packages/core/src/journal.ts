@@ -31,7 +31,10 @@ export const JOURNAL_STEPS = [
   'bitmap-add',
   'filesystem-freeze',
   'filesystem-thawed',
+  'suspend',
   'snapshot',
+  'rbd-snapshot',
+  'resumed',
   'export',
   'upload',
   'publish',
@@ -40,6 +43,7 @@ export const JOURNAL_STEPS = [
   'power-off',
   'powered-off',
   'target-create',
+  'image-create',
   'write-in-place',
   'written-in-place',
   'finish',
@@ -55,10 +59,21 @@ interface StepDetails {
   'bitmap-add': { readonly bitmap: string; readonly disks: readonly string[] }
   'filesystem-freeze': object
   'filesystem-thawed': object
+  suspend: object
   snapshot: { readonly overlays: readonly DiskOverlay[] }
+  'rbd-snapshot': {
+    readonly snapshot: string
+    readonly disks: readonly { readonly disk: string; readonly image: string }[]
+  }
+  resumed: object
   export: { readonly folder: string }
   upload: { readonly folder: string }
-  publish: { readonly manifest: string; readonly retire: Readonly<Record<string, readonly string[]>> }
+  publish: {
+    readonly manifest: string
+    readonly retire: Readonly<Record<string, readonly string[]>>
+    /** The snapshots to remove, by disk, of the images in `rbd-snapshot`. */
+    readonly retireSnapshots?: Readonly<Record<string, readonly string[]>>
+  }
   define: { readonly instance: string; readonly xml: string }
   'power-off': {
     readonly instance: string
@@ -69,9 +84,10 @@ interface StepDetails {
   }
   'powered-off': object
   'target-create': { readonly temporary: string }
+  'image-create': TargetImage
   'write-in-place': { readonly disk: string; readonly path: string }
   'written-in-place': object
-  finish: { readonly renames: readonly Rename[] }
+  finish: { readonly renames: readonly Rename[]; readonly images?: readonly ImageRename[] }
   defined: object
   undo: object
 }
@@ -90,6 +106,19 @@ export interface Rename {
   readonly target: string
   /** Whether nothing may be replaced by it. Default: false. */
   readonly isNew?: boolean
+}
+
+/** An RBD image that a restore makes. */
+export interface TargetImage {
+  /** `<pool>/[<namespace>/]<image>` */
+  readonly image: string
+  /** The disk whose cluster it is in; absent where it is in the cluster of the host's own options. */
+  readonly of?: { readonly instance: string; readonly disk: string }
+}
+
+/** A complete new RBD image and the name that it takes, `<pool>/[<namespace>/]<image>`. */
+export interface ImageRename extends TargetImage {
+  readonly target: string
 }
 
 /**

@@ -2,11 +2,13 @@ import { realpath, rm, stat, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
-import { type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { type DomainDisk, type RbdSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
+import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, RbdDisk } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import { Qmp } from './qmp.ts'
+import { isRbdImage, type RbdCluster, type RbdConnection, type RbdConnector } from './rbd.ts'
+import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 import { withTemporaryFolder } from './temporary-folder.ts'
@@ -30,6 +32,8 @@ export interface LibvirtHostOptions {
    * block devices need it.
    */
   overlayFolder?: string
+  /** What reaches disks that are RBD images: `new CephConnector()` of `@varve/ceph`. Without it they cannot be backed up. */
+  rbd?: RbdConnector
 }
 
 /** The domains of a libvirt daemon, through `virsh`. */
@@ -37,16 +41,19 @@ export class LibvirtHost implements Host {
   readonly reference: HostReference
   readonly #virsh: Virsh
   readonly #overlayFolder: string | undefined
+  readonly #rbd: RbdConnector | undefined
 
   constructor(options: LibvirtHostOptions = {}) {
     const { uri = 'qemu:///system' } = options
     this.#virsh = new Virsh(uri)
     this.#overlayFolder = options.overlayFolder
+    this.#rbd = options.rbd
     this.reference = { kind: 'libvirt', uri }
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
-    const running = await this.#isRunning(name, run)
+    const state = await this.#state(name, run)
+    const running = isRunning(state)
     const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
     const definition = await this.#virsh.onDomain(run, name, 'dumpxml', '--inactive')
     const qmp = running ? await this.#qmp(name, run) : undefined
@@ -55,14 +62,17 @@ export class LibvirtHost implements Host {
     for (const disk of domain.disks) {
       if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
       const path = await this.#diskPath(disk, run)
-      const reason = unsupportedReason(disk, path)
-      if (path === undefined || reason !== undefined) unsupported.set(disk.name, reason ?? 'it has no source')
+      const reason = unsupportedReason(disk, path, this.#rbd)
+      if (disk.rbd && reason === undefined) disks.push(await this.#rbdDisk(disk.name, disk.rbd, run))
+      else if (path === undefined || reason !== undefined)
+        unsupported.set(disk.name, reason ?? 'it has no source')
       else disks.push(await readDisk(disk, path, qmp, run))
     }
     return {
       name: domain.name,
       ...(domain.uuid !== undefined && { uuid: domain.uuid }),
       running,
+      ...(state === 'paused' && { paused: true }),
       disks,
       unsupported,
       definition,
@@ -72,7 +82,7 @@ export class LibvirtHost implements Host {
 
   async addBitmap(
     instance: string,
-    disks: readonly HostDisk[],
+    disks: readonly FileDisk[],
     bitmap: string,
     granularity: number,
     run: RunOptions = {},
@@ -107,7 +117,7 @@ export class LibvirtHost implements Host {
     )
   }
 
-  async overlayPath(disk: HostDisk, backupId: string): Promise<string> {
+  async overlayPath(disk: FileDisk, backupId: string): Promise<string> {
     if (this.#overlayFolder === undefined && disk.blockDevice) {
       throw new VarveError(
         'INVALID_ARGUMENT',
@@ -272,6 +282,74 @@ export class LibvirtHost implements Host {
     }
   }
 
+  async suspend(instance: string, run: RunOptions = {}): Promise<void> {
+    await this.#virsh.onDomain(run, instance, 'suspend')
+  }
+
+  async resume(instance: string, run: RunOptions = {}): Promise<void> {
+    const state = await this.#state(instance, run).catch(error => {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    })
+    if (state === 'paused') await this.#virsh.onDomain(run, instance, 'resume')
+  }
+
+  async rbd(disk?: { instance: string; disk: string }, run: RunOptions = {}): Promise<RbdCluster> {
+    const connector = this.#rbd
+    if (!connector) throw noConnector()
+    const source = disk && (await this.#rbdSource(disk.instance, disk.disk, run))
+    return connector.cluster(source && (await this.#connection(source, run)))
+  }
+
+  /** The RBD image of a disk; undefined where the domain or the disk is gone. */
+  async #rbdSource(instance: string, disk: string, run: RunOptions): Promise<RbdSource | undefined> {
+    try {
+      const { disks } = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
+      return disks.find(({ name }) => name === disk)?.rbd
+    } catch (error) {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    }
+  }
+
+  async #rbdDisk(name: string, source: RbdSource, run: RunOptions): Promise<RbdDisk> {
+    if (!this.#rbd) throw noConnector()
+    return readRbdDisk(name, source.image, this.#rbd.cluster(await this.#connection(source, run)), run)
+  }
+
+  async #connection({ monitors, conf, auth }: RbdSource, run: RunOptions): Promise<RbdConnection> {
+    const key = auth && (await this.#secret(auth, run))
+    return {
+      ...(monitors.length > 0 && { monitors }),
+      ...(conf !== undefined && { conf }),
+      ...(auth && { user: auth.user }),
+      ...(key !== undefined && { key }),
+    }
+  }
+
+  /** The key in libvirt's secret; undefined where the disk has none, and Ceph's own keyring is used. */
+  async #secret(
+    { uuid, usage }: NonNullable<RbdSource['auth']>,
+    run: RunOptions,
+  ): Promise<string | undefined> {
+    const secret = uuid ?? (usage && (await this.#secretOfUsage(usage, run)))
+    if (!secret) return undefined
+    return (await this.#virsh.run({ ...run, secretOutput: true }, 'secret-get-value', secret)).trim()
+  }
+
+  async #secretOfUsage(usage: string, run: RunOptions): Promise<string> {
+    const lines = (await this.#virsh.run(run, 'secret-list')).split('\n')
+    const found = lines
+      .map(line => line.trim().split(/\s+/))
+      .find(words => words.slice(2).join(' ') === usage)
+    if (found?.[0]) return found[0]
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `libvirt has no secret of the usage ${usage}, with which a disk reaches its Ceph cluster. Define it (virsh secret-define, secret-set-value).`,
+      { context: { usage } },
+    )
+  }
+
   async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
     // Once the guest was asked to go it goes, also after an abort: whoever starts it again must find it off.
     const { signal, ...rest } = run
@@ -330,8 +408,11 @@ export class LibvirtHost implements Host {
   }
 
   async #isRunning(instance: string, run: RunOptions): Promise<boolean> {
-    const state = await this.#virsh.onDomain(run, instance, 'domstate')
-    return state.trim() !== 'shut off' && state.trim() !== 'crashed'
+    return isRunning(await this.#state(instance, run))
+  }
+
+  async #state(instance: string, run: RunOptions): Promise<string> {
+    return (await this.#virsh.onDomain(run, instance, 'domstate')).trim()
   }
 
   /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
@@ -364,13 +445,35 @@ export class LibvirtHost implements Host {
   }
 }
 
-function unsupportedReason(disk: DomainDisk, path: string | undefined): string | undefined {
+function isRunning(state: string): boolean {
+  return state !== 'shut off' && state !== 'crashed'
+}
+
+function unsupportedReason(
+  disk: DomainDisk,
+  path: string | undefined,
+  rbd: RbdConnector | undefined,
+): string | undefined {
+  if (disk.rbd) return unsupportedRbdReason(disk, disk.rbd, rbd)
   if (path === undefined || !['file', 'block', 'volume'].includes(disk.type))
     return `its type is ${disk.type}`
   if (disk.encrypted) return 'libvirt encrypts it'
   if (disk.shareable) return 'it is shared between instances'
   if (disk.format !== 'qcow2' && disk.format !== 'raw') return `its format is ${disk.format}`
   return undefined
+}
+
+function unsupportedRbdReason(
+  disk: DomainDisk,
+  source: RbdSource,
+  connector: RbdConnector | undefined,
+): string | undefined {
+  if (!connector) return 'it is an RBD image, and this host was made without @varve/ceph (option rbd)'
+  if (disk.encrypted) return 'libvirt encrypts it'
+  if (disk.shareable) return 'it is shared between instances'
+  if (source.snapshot !== undefined) return `it is the snapshot ${source.snapshot} of an RBD image`
+  if (disk.format !== 'raw') return `its format within the RBD image is ${disk.format}`
+  return isRbdImage(source.image) ? undefined : `${source.image} is no name of an RBD image`
 }
 
 /**
@@ -398,7 +501,7 @@ async function readDisk(
   path: string,
   qmp: Qmp | undefined,
   run: RunOptions,
-): Promise<HostDisk> {
+): Promise<FileDisk> {
   const format = disk.format === 'qcow2' ? 'qcow2' : 'raw'
   const backup = OVERLAY.exec(path)?.[1]
   if (backup !== undefined) {

@@ -7,7 +7,10 @@ import type {
   ManifestDisk,
   ManifestFile,
   ObjectDigest,
+  Qcow2ManifestDisk,
+  RbdManifestDisk,
 } from './manifest.ts'
+import { isRbdImage } from './rbd.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
 
 /** A check of every field of `T`, the optional ones too: `satisfies` keeps schema and interface from drifting apart. */
@@ -29,6 +32,8 @@ const fallbackReasons: WordsOf<FallbackReason> = {
   'bitmap-inconsistent': 'bitmap-inconsistent',
   'bitmap-disabled': 'bitmap-disabled',
   'bitmap-granularity': 'bitmap-granularity',
+  'snapshot-missing': 'snapshot-missing',
+  'snapshot-replaced': 'snapshot-replaced',
 }
 const consistencies: WordsOf<Consistency> = { crash: 'crash', filesystem: 'filesystem', offline: 'offline' }
 
@@ -65,21 +70,39 @@ const file = z.object({
   blake3,
 } satisfies FieldsOf<ManifestFile>)
 
-const disk = z.object({
+const diskFields = {
   name: z.string().regex(/^[A-Za-z0-9_-]{1,64}$/),
   kind: z.enum(['full', 'incremental']),
   image: fileName,
   blocks: fileName,
-  format: z.literal('qcow2'),
   virtualSize: byteCount,
   storedSize: byteCount,
-  clusterSize: powerOfTwo(4096, 2 * 1024 * 1024),
   digest,
   backing: z.string().describe('../<parent>/<the image of this disk in it>').exactOptional(),
-  bitmap: z.object({ name: z.string(), granularity: powerOfTwo(512, 2 ** 31) }).exactOptional(),
   fallback: z.enum(fallbackReasons).exactOptional(),
+}
+
+const qcow2Disk = z.object({
+  ...diskFields,
+  format: z.literal('qcow2'),
+  clusterSize: powerOfTwo(4096, 2 * 1024 * 1024),
+  bitmap: z.object({ name: z.string(), granularity: powerOfTwo(512, 2 ** 31) }).exactOptional(),
   source: z.object({ path: z.string().min(1).max(4096), format: z.enum(['qcow2', 'raw']) }),
-} satisfies FieldsOf<ManifestDisk>)
+} satisfies FieldsOf<Qcow2ManifestDisk>)
+
+const rbdDisk = z.object({
+  ...diskFields,
+  format: z.literal('rbd-diff'),
+  index: file,
+  snapshot: z.object({ name: z.string(), id: z.int().min(0) }),
+  source: z.object({
+    path: z.string().refine(isRbdImage, 'is no <pool>/[<namespace>/]<image>'),
+    format: z.literal('rbd'),
+    imageId: z.string().regex(/^[A-Za-z0-9]{1,128}$/),
+  }),
+} satisfies FieldsOf<RbdManifestDisk>)
+
+const disk = z.discriminatedUnion('format', [qcow2Disk, rbdDisk])
 
 const manifest = z.object({
   version: z.literal(1),
@@ -143,9 +166,14 @@ function* contradictions(value: BackupManifest): Generator<Contradiction> {
   for (const [index, disk] of value.disks.entries()) {
     if (names.has(disk.name)) yield { path: ['disks', index, 'name'], message: 'another disk has this name' }
     names.add(disk.name)
-    for (const field of ['image', 'blocks'] as const) {
-      if (keys.has(disk[field])) yield { path: ['disks', index, field], message: 'another file has this key' }
-      keys.add(disk[field])
+    const files: (readonly [path: string[], key: string])[] = [
+      [['image'], disk.image],
+      [['blocks'], disk.blocks],
+    ]
+    if (disk.format === 'rbd-diff') files.push([['index', 'key'], disk.index.key])
+    for (const [path, key] of files) {
+      if (keys.has(key)) yield { path: ['disks', index, ...path], message: 'another file has this key' }
+      keys.add(key)
     }
   }
   for (const field of ['definition', 'nvram'] as const) {
@@ -173,7 +201,11 @@ function* diskContradictions(
       yield { path: [...path, 'fallback'], message: 'an incremental disk did not fall back' }
     }
   }
-  if (disk.bitmap && disk.bitmap.name !== `varve-${id}`) {
-    yield { path: [...path, 'bitmap', 'name'], message: `is varve-${id}` }
+  const mark = disk.format === 'qcow2' ? disk.bitmap : disk.snapshot
+  if (mark && mark.name !== `varve-${id}`) {
+    yield {
+      path: [...path, disk.format === 'qcow2' ? 'bitmap' : 'snapshot', 'name'],
+      message: `is varve-${id}`,
+    }
   }
 }

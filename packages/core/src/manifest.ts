@@ -22,6 +22,8 @@ export type FallbackReason =
   | 'bitmap-inconsistent'
   | 'bitmap-disabled'
   | 'bitmap-granularity'
+  | 'snapshot-missing'
+  | 'snapshot-replaced'
 
 /** `crash`: as after a power cut. `filesystem`: frozen by the guest agent. `offline`: the instance was stopped. */
 export type Consistency = 'crash' | 'filesystem' | 'offline'
@@ -34,8 +36,8 @@ export interface ObjectDigest {
   readonly blockSize: number
 }
 
-/** One disk in a backup. */
-export interface ManifestDisk {
+/** What the manifest says of every disk, whatever its image is. */
+interface ManifestDiskBase {
   /** The disk's target name, such as `vda`. */
   readonly name: string
   /** `incremental`: only what changed since the parent. */
@@ -44,24 +46,41 @@ export interface ManifestDisk {
   readonly image: string
   /** Key of the list of block digests, relative to the manifest's folder. */
   readonly blocks: string
-  /** Always qcow2. */
-  readonly format: 'qcow2'
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
   /** Size of the image object in bytes. */
   readonly storedSize: number
-  /** Cluster size of the image in bytes. */
-  readonly clusterSize: number
   readonly digest: ObjectDigest
-  /** The backing file name written in the image, where it is incremental: `../<parent>/<image of the parent>`. */
+  /** The image that an incremental one rests on: `../<parent>/<image of the parent>`. */
   readonly backing?: string
-  /** The bitmap that records what changes after this backup, `varve-<id>`; none on raw disks. */
-  readonly bitmap?: { readonly name: string; readonly granularity: number }
   /** Why it is full though an increment was wanted. */
   readonly fallback?: FallbackReason
+}
+
+/** A disk that was a file or a block device, stored as a qcow2 image. */
+export interface Qcow2ManifestDisk extends ManifestDiskBase {
+  readonly format: 'qcow2'
+  /** Cluster size of the image in bytes. */
+  readonly clusterSize: number
+  /** The bitmap that records what changes after this backup, `varve-<id>`; none on raw disks. */
+  readonly bitmap?: { readonly name: string; readonly granularity: number }
   /** The source when it was backed up. */
   readonly source: { readonly path: string; readonly format: 'qcow2' | 'raw' }
 }
+
+/** A disk that was an RBD image, stored as the stream that `rbd export-diff` writes. */
+export interface RbdManifestDisk extends ManifestDiskBase {
+  readonly format: 'rbd-diff'
+  /** Where the stream's records are in it, so that a restore need not read it through; see docs/storage-format.md. */
+  readonly index: ManifestFile
+  /** The snapshot that was backed up, `varve-<id>`, and its number in the image. */
+  readonly snapshot: { readonly name: string; readonly id: number }
+  /** The source when it was backed up: `<pool>/[<namespace>/]<image>` and the image's own id. */
+  readonly source: { readonly path: string; readonly format: 'rbd'; readonly imageId: string }
+}
+
+/** One disk in a backup. */
+export type ManifestDisk = Qcow2ManifestDisk | RbdManifestDisk
 
 /** A file stored beside the disks: the instance's definition, its NVRAM. */
 export interface ManifestFile {

@@ -14,16 +14,22 @@ export class NbdTarget implements RestoreTarget {
   readonly #client: NbdClient
   readonly #path: string
   readonly #size: number
+  readonly #isNew: boolean
 
   /**
    * Touches nothing. `client` is a writable export of the target, whoever opened it closes it; `path` is the
-   * image or device behind it, for messages. Throws `TARGET_TOO_SMALL`, or `TARGET_FAILED` for an export that
+   * image or device behind it, for messages; `isNew` where all of it reads as zeros yet. Throws `TARGET_TOO_SMALL`, or `TARGET_FAILED` for an export that
    * cannot be written to as needed.
    */
-  constructor(client: NbdClient, merged: LayeredExtents, path: string) {
+  constructor(
+    client: NbdClient,
+    merged: LayeredExtents,
+    { path, isNew = false }: { path: string; isNew?: boolean },
+  ) {
     this.#client = client
     this.#path = path
     this.#size = merged.size
+    this.#isNew = isNew
     if (client.size < merged.size) {
       throw new VarveError(
         'TARGET_TOO_SMALL',
@@ -57,6 +63,7 @@ export class NbdTarget implements RestoreTarget {
   }
 
   async zero(guestOffset: number, length: number, options?: TargetOptions): Promise<void> {
+    if (this.#isNew) return
     try {
       const end = this.#blockEnd(guestOffset + length)
       await this.#client.writeZeroes(guestOffset, end - guestOffset, options)
@@ -68,7 +75,7 @@ export class NbdTarget implements RestoreTarget {
   async finish(options?: TargetOptions): Promise<void> {
     const written = this.#blockEnd(this.#size)
     try {
-      if (written < this.#client.size)
+      if (written < this.#client.size && !this.#isNew)
         await this.#client.writeZeroes(written, this.#client.size - written, options)
       await this.#client.flush(options)
     } catch (error) {

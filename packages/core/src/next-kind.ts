@@ -42,7 +42,7 @@ export function nextKind(catalog: Catalog, policy: ChainPolicy): NextKind {
   }
   if (!newest) return { kind: 'full', reason: 'no-parent' }
   const { disks } = newest.manifest
-  if (!disks.some(({ bitmap }) => bitmap)) {
+  if (!disks.some(disk => disk.format === 'rbd-diff' || disk.bitmap)) {
     const isRaw = disks.some(({ source }) => source.format === 'raw')
     return { kind: 'full', reason: isRaw ? 'format-raw' : 'format-qcow2-v2' }
   }

@@ -2,7 +2,7 @@ import { realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
 import { runCommand } from './command.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { DiskBitmap, HostDisk } from './host.ts'
+import type { DiskBitmap, FileDisk } from './host.ts'
 import type { RunOptions } from './run-options.ts'
 
 const imageInfo = z.object({
@@ -100,7 +100,7 @@ export async function readOfflineDisk(
   path: string,
   format: 'qcow2' | 'raw',
   run: RunOptions,
-): Promise<HostDisk> {
+): Promise<FileDisk> {
   const resolved = await realpath(path).catch(error => {
     throw new VarveError('DISK_NOT_FOUND', `The disk ${name} has no file at ${path}. Check the path.`, {
       context: { disk: name, path },

@@ -4,6 +4,7 @@ import type { Host, HostReference } from './host.ts'
 import { ImageHost } from './image-host.ts'
 import { RunJournal } from './journal.ts'
 import { LibvirtHost } from './libvirt-host.ts'
+import type { RbdConnector } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 import { settleBackup } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
@@ -17,6 +18,8 @@ export interface RecoverOptions {
   storages: readonly StorageDriver[]
   /** The host of all the runs. Default: the one that each run recorded. */
   host?: Host
+  /** What reaches the RBD images of those hosts: `new CephConnector()` of `@varve/ceph`. */
+  rbd?: RbdConnector
 }
 
 /** A run that was cut short, and what became of it. */
@@ -68,7 +71,7 @@ async function recoverRun(
   const { header } = journal
   try {
     await using _lock = await DiskLock.acquire(header.disks.map(({ path }) => path))
-    const host = options.host ?? hostOf(header.host)
+    const host = options.host ?? hostOf(header.host, options.rbd)
     if (header.kind === 'restore') {
       const { finished, incomplete } = await settleRestore(journal, host, run)
       return { outcome: incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone' }
@@ -87,6 +90,9 @@ async function recoverRun(
   }
 }
 
-function hostOf(reference: HostReference): Host {
-  return reference.kind === 'libvirt' ? new LibvirtHost({ uri: reference.uri }) : new ImageHost(reference)
+function hostOf(reference: HostReference, rbd: RbdConnector | undefined): Host {
+  const connector = rbd ? { rbd } : {}
+  return reference.kind === 'libvirt'
+    ? new LibvirtHost({ uri: reference.uri, ...connector })
+    : new ImageHost({ ...reference, ...connector })
 }

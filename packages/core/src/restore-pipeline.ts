@@ -28,7 +28,10 @@ export interface RestorePipelineOptions {
 export type RestoreDestination =
   /** The disks of an instance that is defined; it is switched off for it. */
   | { readonly instance: string }
-  /** New files, by disk name. Those that exist are refused unless `overwrite` is set. Format: `qcow2` unless stated. */
+  /**
+   * New files, by disk name, or new RBD images: `rbd:<pool>/[<namespace>/]<image>`. Those that exist are refused
+   * unless `overwrite` is set. Format: `qcow2` unless stated; an RBD image is always raw.
+   */
   | {
       readonly disks: Readonly<Record<string, string>>
       readonly format?: 'qcow2' | 'raw'
@@ -63,7 +66,7 @@ export interface RestoreRequest {
 export interface RestoredDisk {
   readonly name: string
   readonly path: string
-  readonly format: 'qcow2' | 'raw'
+  readonly format: 'qcow2' | 'raw' | 'rbd'
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
   /** Bytes of data written. */

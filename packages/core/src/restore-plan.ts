@@ -5,18 +5,20 @@ import { chooseDisks } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { readDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { Host, HostDisk, Instance } from './host.ts'
+import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ManifestDisk } from './manifest.ts'
 import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
+import { rbdImageOf } from './rbd.ts'
 import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
+import { planRbdDisk, planRbdPath, type RbdRestore } from './restore-plan-rbd.ts'
 import { targetError } from './restore-target.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 import { instanceFolder } from './storage-layout.ts'
 
-/** How one disk is written. */
-export interface DiskRestore {
+/** How one disk is written to a file or a block device. */
+export interface FileRestore {
   readonly disk: ManifestDisk
   readonly format: 'qcow2' | 'raw'
   /** The file or device that holds the disk in the end, symbolic links resolved. */
@@ -26,6 +28,9 @@ export interface DiskRestore {
   /** Whether nothing may be at the target when the new file gets its name. Default: false. */
   readonly isNew?: boolean
 }
+
+/** How one disk is written. */
+export type DiskRestore = FileRestore | RbdRestore
 
 /** What a restore does to a host. */
 export interface RestorePlan {
@@ -63,12 +68,7 @@ export async function planRestore(
       throw new VarveError('INVALID_ARGUMENT', `No target was given for the disk ${name}.`, {
         context: { disk: name },
       })
-    const disk = diskOf(backup, name)
-    disks.push(
-      await (request.inPlace
-        ? planInPlacePath(disk, path, to.format, run)
-        : planNewFile(disk, path, to, runId, run)),
-    )
+    disks.push(await planPath(request, to, diskOf(backup, name), path, host, runId, run))
   }
   if (disks.length === 0)
     throw new VarveError(
@@ -79,6 +79,23 @@ export async function planRestore(
     throw new VarveError('INVALID_ARGUMENT', 'Two disks have the same target. Give each a file of its own.')
   }
   return { disks }
+}
+
+async function planPath(
+  { inPlace = false }: RestoreRequest,
+  to: { format?: 'qcow2' | 'raw'; overwrite?: boolean },
+  disk: ManifestDisk,
+  path: string,
+  host: Host,
+  runId: string,
+  run: RunOptions,
+): Promise<DiskRestore> {
+  const image = rbdImageOf(path)
+  if (image !== undefined) {
+    const options = { inPlace, overwrite: to.overwrite ?? false, runId }
+    return planRbdPath(disk, image, await host.rbd(undefined, run), options, run)
+  }
+  return inPlace ? planInPlacePath(disk, path, to.format, run) : planNewFile(disk, path, to, runId, run)
 }
 
 async function planInstance(
@@ -101,6 +118,10 @@ async function planInstance(
   const backed = request.definition === 'restore' ? new Set() : backedDisks(instance)
   const disks = chooseDisks(instance, names).map((target): DiskRestore => {
     const disk = diskOf(backup, target.name)
+    if (!isFileDisk(target)) {
+      if (request.inPlace) assertFits(disk, target)
+      return planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId })
+    }
     const { path, format } = target
     if (request.inPlace) {
       assertFits(disk, target)
@@ -189,7 +210,7 @@ async function planNewFile(
   options: { format?: 'qcow2' | 'raw'; overwrite?: boolean },
   runId: string,
   run: RunOptions,
-): Promise<DiskRestore> {
+): Promise<FileRestore> {
   const target = await resolveTarget(path)
   const status = await lookAt(target)
   const context = { disk: disk.name, path: target }
@@ -219,7 +240,7 @@ async function planInPlacePath(
   path: string,
   format: 'qcow2' | 'raw' | undefined,
   run: RunOptions,
-): Promise<DiskRestore> {
+): Promise<FileRestore> {
   const found = format ?? (await readImageInfo(path, undefined, run)).format
   if (found !== 'qcow2' && found !== 'raw') {
     throw new VarveError(
@@ -234,7 +255,8 @@ async function planInPlacePath(
   return { disk, format: found, target: target.path }
 }
 
-function assertFits(disk: ManifestDisk, target: HostDisk): void {
+/** Refuses a target in place that is smaller than the disk in the backup. */
+export function assertFits(disk: ManifestDisk, target: HostDisk): void {
   if (target.virtualSize >= disk.virtualSize) return
   throw new VarveError(
     'TARGET_TOO_SMALL',

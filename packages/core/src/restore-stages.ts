@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
-import { backupOfBitmap, bitmapName } from './backup-plan.ts'
+import { backupOfMark, markName, restoredKey } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { blake3Hex } from './digest.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
@@ -12,7 +12,7 @@ import { abortError, VarveError } from './errors.ts'
 import type { RestoreStage } from './events.ts'
 import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import type { Rename, RunJournal } from './journal.ts'
+import type { ImageRename, Rename, RunJournal, TargetImage } from './journal.ts'
 import { loadObject } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { NbdTarget } from './nbd-target.ts'
@@ -24,7 +24,8 @@ import { exportDisk } from './qemu-nbd.ts'
 import { RawFileTarget } from './raw-file-target.ts'
 import { restoreDisk } from './restore-disk.ts'
 import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
-import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
+import { type DiskRestore, type FileRestore, planRestore, type RestorePlan } from './restore-plan.ts'
+import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
 import type { RestoreTarget } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -55,7 +56,8 @@ export async function writeDisks(restore: RestoreContext): Promise<RestoredDisk[
   const restored: RestoredDisk[] = []
   for (const disk of plan.disks) {
     stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
-    if (disk.temporary !== undefined) {
+    if (disk.format === 'rbd') restored.push(await writeRbd(restore, disk))
+    else if (disk.temporary !== undefined) {
       await journal.record({ step: 'target-create', temporary: disk.temporary })
       const { temporary } = disk
       restored.push(await writeDisk(restore, disk, merged => newFile(disk, temporary, merged)))
@@ -66,17 +68,46 @@ export async function writeDisks(restore: RestoreContext): Promise<RestoredDisk[
   return restored
 }
 
-function newFile(disk: DiskRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
+function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
   if (disk.format === 'raw') return RawFileTarget.create({ path }, merged)
-  return Qcow2FileTarget.create({ path, clusterSize: disk.disk.clusterSize }, merged)
+  const clusterSize = disk.disk.format === 'qcow2' ? { clusterSize: disk.disk.clusterSize } : {}
+  return Qcow2FileTarget.create({ path, ...clusterSize }, merged)
 }
 
-async function writeInPlace(restore: RestoreContext, disk: DiskRestore): Promise<RestoredDisk> {
+async function writeInPlace(restore: RestoreContext, disk: FileRestore): Promise<RestoredDisk> {
+  const { format, target: path } = disk
+  await restore.journal.record({ step: 'write-in-place', disk: disk.disk.name, path })
+  return writeExport(restore, disk, { path, format })
+}
+
+/** Writes a new RBD image, or over the one that is there. */
+async function writeRbd(restore: RestoreContext, disk: RbdRestore): Promise<RestoredDisk> {
+  const { journal, run } = restore
+  const { cluster, image, existing, temporary } = disk
+  const { name, virtualSize: size } = disk.disk
+  if (temporary === undefined) await journal.record({ step: 'write-in-place', disk: name, path: disk.target })
+  else {
+    await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
+    await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
+  }
+  await using opened = await cluster.open(temporary ?? image)
+  return writeExport(restore, disk, { path: opened.fileName, format: 'raw', isNew: temporary !== undefined })
+}
+
+function targetImage({ plan }: RestoreContext, { disk }: RbdRestore, image: string): TargetImage {
+  return { image, ...(plan.instance && { of: { instance: plan.instance.name, disk: disk.name } }) }
+}
+
+/** Writes to what QEMU opens, through a `qemu-nbd` of its own. */
+async function writeExport(
+  restore: RestoreContext,
+  disk: DiskRestore,
+  to: { readonly path: string; readonly format: 'qcow2' | 'raw'; readonly isNew?: boolean },
+): Promise<RestoredDisk> {
   const { journal, run } = restore
   const folder = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
   await journal.record({ step: 'export', folder })
-  await journal.record({ step: 'write-in-place', disk: disk.disk.name, path: disk.target })
-  const { format, target: path } = disk
+  const { path, format, isNew = false } = to
   await using server = await exportDisk({
     ...run,
     disk: disk.disk.name,
@@ -89,7 +120,7 @@ async function writeInPlace(restore: RestoreContext, disk: DiskRestore): Promise
   await using client = await NbdClient.connect({ socketPath: server.socketPath }, { signal })
   try {
     return await writeDisk({ ...restore, run: { ...run, signal } }, disk, merged =>
-      Promise.resolve(new NbdTarget(client, merged, path)),
+      Promise.resolve(new NbdTarget(client, merged, { path: disk.target, isNew })),
     )
   } catch (error) {
     throw server.died.aborted && !run.signal?.aborted ? server.died.reason : error
@@ -129,7 +160,7 @@ async function takeOwnership(temporary: string, target: string): Promise<void> {
 
 /**
  * Gives each qcow2 target a fresh bitmap of the restored backup, so that the chain goes on from it; a disk of
- * another instance has no part in the chain. In place, the bitmaps of the instance's other backups on this
+ * another instance has no part in the chain. An RBD image gets a snapshot. In place, the bitmaps of the instance's other backups on this
  * storage go: all that they would tell is that everything was written.
  */
 export async function mark(
@@ -140,18 +171,40 @@ export async function mark(
   const elsewhere = plan.newInstance ?? (plan.instance && plan.instance.name !== manifest.instance.name)
   if (elsewhere) return
   const known = new Set(backups.map(stored => stored.manifest.id))
-  const marked = plan.disks.flatMap(({ disk: { bitmap }, format, target, temporary }) =>
-    format === 'qcow2' && bitmap ? [{ bitmap, path: temporary ?? target }] : [],
+  const files = plan.disks.flatMap(({ disk, format, target, temporary }) =>
+    format === 'qcow2' && disk.format === 'qcow2' && disk.bitmap
+      ? [{ bitmap: disk.bitmap, path: temporary ?? target }]
+      : [],
   )
-  if (marked.length > 0) stage(run, 'mark', `Adding the bitmap ${bitmapName(manifest.id)}`)
-  for (const { bitmap, path } of marked) {
+  const images = plan.disks.filter(
+    (disk): disk is RbdRestore => disk.format === 'rbd' && disk.disk.format === 'rbd-diff',
+  )
+  const what = [...(files.length > 0 ? ['bitmap'] : []), ...(images.length > 0 ? ['snapshot'] : [])]
+  if (what.length > 0) stage(run, 'mark', `Adding the ${what.join(' and the ')} ${markName(manifest.id)}`)
+  for (const { bitmap, path } of files) {
     if (request.inPlace) {
       const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-      const old = bitmaps.map(({ name }) => name).filter(name => known.has(backupOfBitmap(name) ?? ''))
+      const old = bitmaps.map(({ name }) => name).filter(name => known.has(backupOfMark(name) ?? ''))
       await removeImageBitmaps(path, old, run)
     }
     await addImageBitmap(path, bitmap.name, bitmap.granularity, run)
   }
+  for (const image of images) await markImage(image, manifest.id, run)
+}
+
+/**
+ * A snapshot of the restored content, and in the image's metadata which one it is: the manifest has the number of
+ * the snapshot that was backed up. Where that one is still there its content is the restored one.
+ */
+async function markImage(
+  { cluster, image, existing, temporary }: RbdRestore,
+  backupId: string,
+  run: RunOptions,
+): Promise<void> {
+  const name = markName(backupId)
+  if (temporary === undefined && existing?.state.snapshots.some(snapshot => snapshot.name === name)) return
+  const snapshot = await cluster.createSnapshot(temporary ?? image, name, run)
+  await cluster.setMetadata(temporary ?? image, restoredKey(backupId), String(snapshot.id), run)
 }
 
 /** Switches the instance off, if there is one; `settleRestore` starts it again. */
@@ -224,7 +277,10 @@ export async function define({
   }
   const stored = (await fetchFile(storage, backup.folder, definition, run)).toString('utf8')
   const disks = Object.fromEntries(
-    plan.disks.map(({ disk, target: path, format }) => [disk.name, { path, format }]),
+    plan.disks.map(({ disk, target: path, format }) => [
+      disk.name,
+      { path, format: format === 'rbd' ? 'raw' : format },
+    ]),
   )
   // A new instance never shares the original's variables: without stored ones libvirt makes them from the template.
   const storedNvram = readDomainXml(stored).nvram
@@ -255,20 +311,25 @@ export async function define({
 
 /** From here on the restore is carried through. Refused, as long as it can be undone, where a disk is in use again or
  * a new file's name is taken. */
-export async function finish(
-  { plan, journal, run }: RestoreContext,
-  nvram: Rename | undefined,
-): Promise<void> {
-  const renames = plan.disks.flatMap(({ temporary, target, isNew = false }): Rename[] =>
-    temporary === undefined ? [] : [{ temporary, target, isNew }],
-  )
+export async function finish(restore: RestoreContext, nvram: Rename | undefined): Promise<void> {
+  const { plan, journal, run } = restore
+  const renames: Rename[] = []
+  const images: ImageRename[] = []
+  for (const disk of plan.disks) {
+    const { temporary, target } = disk
+    if (temporary === undefined) continue
+    if (disk.format === 'rbd') {
+      if (disk.existing) await assertImageUnused(disk.cluster, disk.image, run)
+      images.push({ ...targetImage(restore, disk, temporary), target: disk.image })
+    } else renames.push({ temporary, target, isNew: disk.isNew ?? false })
+  }
   if (nvram) renames.push(nvram)
   for (const rename of renames) {
     if (rename.isNew) await assertNameIsFree(rename)
     await assertUnused(rename.target, run)
   }
   if (run.signal?.aborted) throw abortError(run.signal)
-  await journal.record({ step: 'finish', renames })
+  await journal.record({ step: 'finish', renames, images })
 }
 
 async function fetchFile(

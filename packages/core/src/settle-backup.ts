@@ -20,8 +20,8 @@ export interface SettleOptions {
 
 /**
  * Ends a backup: after success, failure or, by `recover`, the death of its process. Brings the instance back
- * onto its disks; then, if the manifest is on the storage, removes the bitmaps that the backup replaces,
- * else the bitmap and the objects that it had begun. Every step looks at what is there first, so that this
+ * onto its disks; then, if the manifest is on the storage, removes the bitmaps and snapshots that the backup replaces,
+ * else those and the objects that it had begun. Every step looks at what is there first, so that this
  * may be cut short and called again.
  */
 export async function settleBackup(
@@ -35,6 +35,7 @@ export async function settleBackup(
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
   const frozen = journal.of('filesystem-freeze').length > journal.of('filesystem-thawed').length
   if (frozen) await host.thawFilesystems(instance, run)
+  if (journal.of('suspend').length > journal.of('resumed').length) await host.resume(instance, run)
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
   const failures: unknown[] = []
@@ -50,9 +51,16 @@ export async function settleBackup(
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     for (const [disk, bitmaps] of Object.entries(publish.retire))
       await removeBitmaps(host, instance, disk, bitmaps, run)
+    for (const { disks: images } of journal.of('rbd-snapshot')) {
+      for (const image of images)
+        await removeSnapshots(host, instance, image, publish.retireSnapshots?.[image.disk] ?? [], run)
+    }
   } else {
     for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
       for (const disk of marked) await removeBitmaps(host, instance, disk, [bitmap], run)
+    }
+    for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
+      for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
     }
     for (const { folder } of journal.of('upload')) await removeObjects(storage, `${folder}/`, run)
   }
@@ -89,6 +97,18 @@ async function removeBitmaps(
     // An instance, or a disk of it, that is gone took its bitmaps along.
     if (!isVarveError(error, 'INSTANCE_NOT_FOUND') && !isVarveError(error, 'DISK_NOT_FOUND')) throw error
   }
+}
+
+async function removeSnapshots(
+  host: Host,
+  instance: string,
+  { disk, image }: { disk: string; image: string },
+  snapshots: readonly string[],
+  run: RunOptions,
+): Promise<void> {
+  if (snapshots.length === 0) return
+  const cluster = await host.rbd({ instance, disk }, run)
+  await cluster.removeSnapshots(image, snapshots, run)
 }
 
 async function isPublished(

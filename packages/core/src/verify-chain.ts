@@ -1,5 +1,5 @@
 import type { Catalog, StoredBackup } from './backups.ts'
-import { type ChainWalk, missingObjects, objectsOf } from './chain.ts'
+import { type ChainWalk, filesOf, missingObjects, objectsOf } from './chain.ts'
 import { checkDisk, checkFile, type ObjectReader } from './check-objects.ts'
 import type { ErrorCode, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
@@ -107,12 +107,12 @@ interface ObjectCheck {
 }
 
 function checksOf(link: StoredBackup): ObjectCheck[] {
-  const { disks, definition, nvram } = link.manifest
   return [
-    ...disks.map(disk => ({ link, check: (reader: ObjectReader) => checkDisk(reader, disk) })),
-    ...[definition, nvram].flatMap(file =>
-      file ? [{ link, check: (reader: ObjectReader) => checkFile(reader, file) }] : [],
-    ),
+    ...link.manifest.disks.map(disk => ({ link, check: (reader: ObjectReader) => checkDisk(reader, disk) })),
+    ...filesOf(link.manifest).map(file => ({
+      link,
+      check: (reader: ObjectReader) => checkFile(reader, file),
+    })),
   ]
 }
 

@@ -1,19 +1,19 @@
 import { expect, test } from 'vitest'
-import { bitmapName, bitmapsToRetire, chooseDisks, type PlanInput, planBackup } from '../src/backup-plan.ts'
+import { bitmapsToRetire, chooseDisks, markName, type PlanInput, planBackup } from '../src/backup-plan.ts'
 import type { Catalog, StoredBackup } from '../src/backups.ts'
 import { VarveError } from '../src/errors.ts'
-import type { DiskBitmap, HostDisk, Instance } from '../src/host.ts'
-import type { BackupManifest, ManifestDisk } from '../src/manifest.ts'
+import type { DiskBitmap, FileDisk, HostDisk, Instance } from '../src/host.ts'
+import type { BackupManifest, ManifestDisk, Qcow2ManifestDisk } from '../src/manifest.ts'
 import { nextKind } from '../src/next-kind.ts'
 
 const GiB = 2 ** 30
 const id = (n: number) => `20260101-00000${n}-000-00000${n}`
 
 function bitmap(n: number, change: Partial<DiskBitmap> = {}): DiskBitmap {
-  return { name: bitmapName(id(n)), granularity: 65_536, enabled: true, inconsistent: false, ...change }
+  return { name: markName(id(n)), granularity: 65_536, enabled: true, inconsistent: false, ...change }
 }
 
-function hostDisk(name: string, bitmaps: DiskBitmap[], change: Partial<HostDisk> = {}): HostDisk {
+function hostDisk(name: string, bitmaps: DiskBitmap[], change: Partial<FileDisk> = {}): FileDisk {
   return {
     name,
     path: `/img/${name}`,
@@ -38,7 +38,7 @@ function manifestDisk(n: number, name: string, parent?: number): ManifestDisk {
     clusterSize: 65_536,
     digest: { root: '0'.repeat(64), blockSize: 4_194_304 },
     ...(parent !== undefined && { backing: `../${id(parent)}/${name}.qcow2` }),
-    bitmap: { name: bitmapName(id(n)), granularity: 65_536 },
+    bitmap: { name: markName(id(n)), granularity: 65_536 },
     source: { path: `/img/${name}`, format: 'qcow2' },
   }
 }
@@ -88,7 +88,7 @@ function plan(disks: HostDisk[], backups: StoredBackup[] | Catalog, change: Part
   return {
     parent: result.parent?.manifest.id,
     disks: result.disks.map(planned =>
-      planned.kind === 'full' ? (planned.fallback ?? 'full') : planned.bitmap,
+      planned.kind === 'full' ? (planned.fallback ?? 'full') : planned.since,
     ),
   }
 }
@@ -96,11 +96,11 @@ function plan(disks: HostDisk[], backups: StoredBackup[] | Catalog, change: Part
 const chain = [backup(1, 1), backup(2, 1, 1)]
 
 test('a disk that carries the bitmap of the newest backup gets an increment on it', () => {
-  expect(plan([hostDisk('vda', [bitmap(2)])], chain)).toEqual({ parent: id(2), disks: [bitmapName(id(2))] })
+  expect(plan([hostDisk('vda', [bitmap(2)])], chain)).toEqual({ parent: id(2), disks: [markName(id(2))] })
 })
 
 test('the chain goes on from the newest backup whose bitmap the disk carries, as after a restore of an older one', () => {
-  expect(plan([hostDisk('vda', [bitmap(1)])], chain)).toEqual({ parent: id(1), disks: [bitmapName(id(1))] })
+  expect(plan([hostDisk('vda', [bitmap(1)])], chain)).toEqual({ parent: id(1), disks: [markName(id(1))] })
 })
 
 test.each([
@@ -126,7 +126,7 @@ test('each disk falls back by itself', () => {
   const both = [backup(1, 1, undefined, ['vda', 'vdb'])]
   expect(plan([hostDisk('vda', []), hostDisk('vdb', [bitmap(1)]), hostDisk('vdc', [])], both)).toEqual({
     parent: id(1),
-    disks: ['bitmap-missing', bitmapName(id(1)), 'disk-new'],
+    disks: ['bitmap-missing', markName(id(1)), 'disk-new'],
   })
 })
 
@@ -174,7 +174,7 @@ const damaged = (n: number, of: number) => ({
 const rawDisk = () => {
   const stored = backup(1, 1)
   const [disk] = stored.manifest.disks
-  const { bitmap: _, ...raw } = { ...disk, source: { path: '/img/vda', format: 'raw' } } as ManifestDisk
+  const { bitmap: _, ...raw } = { ...disk, source: { path: '/img/vda', format: 'raw' } } as Qcow2ManifestDisk
   return { ...stored, manifest: { ...stored.manifest, disks: [raw] } }
 }
 
@@ -204,7 +204,7 @@ test('only bitmaps of backups on this storage are retired, and never the new one
   const disks = [
     hostDisk('vda', [bitmap(1), bitmap(2), bitmap(3), bitmap(9), { ...bitmap(1), name: 'other' }]),
   ]
-  expect(bitmapsToRetire(disks, chain, id(3))).toEqual({ vda: [bitmapName(id(1)), bitmapName(id(2))] })
+  expect(bitmapsToRetire(disks, chain, id(3))).toEqual({ vda: [markName(id(1)), markName(id(2))] })
 })
 
 function instance(disks: HostDisk[], unsupported: [string, string][] = []): Instance {

@@ -127,7 +127,7 @@ async function oldTarget(format: 'qcow2' | 'raw', size: number): Promise<string>
 async function restoreOver(backups: Backups, path: string, format: 'qcow2' | 'raw'): Promise<void> {
   await using server = await exportDisk({ disk: 'vda', path, format, writable: true, folder })
   await using client = await NbdClient.connect({ socketPath: server.socketPath })
-  await restore(backups, async merged => new NbdTarget(client, merged, path))
+  await restore(backups, async merged => new NbdTarget(client, merged, { path }))
 }
 
 describe('a restore in place over qemu-nbd', () => {
@@ -213,7 +213,7 @@ describe('a restore in place over a server with limits', () => {
       const path = await oldTarget('raw', 6 << 20)
       await withNbdkit(path, 'blocksize-policy', strict, async client => {
         expect(client.blockSize.minimum).toBe(4096)
-        await restore(backups, async merged => new NbdTarget(client, merged, path))
+        await restore(backups, async merged => new NbdTarget(client, merged, { path }))
       })
       await compare(backups.raw, path, 'raw')
     })
@@ -225,7 +225,7 @@ describe('a restore in place over a server with limits', () => {
     const before = await sha256(path)
     const large = ['blocksize-minimum=64K', 'blocksize-preferred=64K', 'blocksize-maximum=32M']
     await withNbdkit(path, 'blocksize-policy', large, async client => {
-      const restored = restore(backups, async merged => new NbdTarget(client, merged, path))
+      const restored = restore(backups, async merged => new NbdTarget(client, merged, { path }))
       await expect(restored).rejects.toMatchObject({
         code: 'TARGET_FAILED',
         message: expect.stringContaining('65536 bytes'),
@@ -244,7 +244,7 @@ describe('a restore in place over a server with limits', () => {
     ] as const) {
       const failing = [`error=${error}`, 'error-pwrite-rate=20%']
       await withNbdkit(path, 'error', failing, async client => {
-        const restored = restore(backups, async merged => new NbdTarget(client, merged, path))
+        const restored = restore(backups, async merged => new NbdTarget(client, merged, { path }))
         await expect(restored).rejects.toMatchObject({ code, context: { path, errno: error } })
       })
     }

@@ -5,7 +5,7 @@ import type { StoredBackup } from '../src/backups.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { BlockDigester, blake3Hex } from '../src/digest.ts'
 import { VarveError } from '../src/errors.ts'
-import { type BackupManifest, type ManifestDisk, serializeManifest } from '../src/manifest.ts'
+import { type BackupManifest, type Qcow2ManifestDisk, serializeManifest } from '../src/manifest.ts'
 import { bytesBody } from '../src/storage.ts'
 import type { VerifyProgress } from '../src/verify-chain.ts'
 import type { MemoryStorageOptions } from './memory-storage.ts'
@@ -60,13 +60,18 @@ async function publish(backup: StoredBackup): Promise<void> {
   chain = [...chain.filter(({ folder }) => folder !== backup.folder), backup]
 }
 
-function link(index: number): { folder: string; manifest: BackupManifest; disk: ManifestDisk } {
+function link(index: number): { folder: string; manifest: BackupManifest; disk: Qcow2ManifestDisk } {
   const { folder, manifest } = chain.find(({ folder }) => folder.endsWith(layerId(index))) ?? expect.fail()
-  return { folder, manifest, disk: manifest.disks[0] ?? expect.fail() }
+  const [disk] = manifest.disks
+  return { folder, manifest, disk: disk?.format === 'qcow2' ? disk : expect.fail() }
 }
 
 /** Replaces an image by another one of the same name, with digests that are right. */
-async function forge(index: number, change: (image: Buffer) => Buffer, fields: Partial<ManifestDisk> = {}) {
+async function forge(
+  index: number,
+  change: (image: Buffer) => Buffer,
+  fields: Partial<Qcow2ManifestDisk> = {},
+) {
   const { folder, manifest, disk } = link(index)
   storage.damage(`${folder}/vda.qcow2`, change)
   const digester = new BlockDigester(BLOCK)

@@ -1,0 +1,110 @@
+import type { Readable } from 'node:stream'
+import { VarveError } from './errors.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** What the path of a disk that is an RBD image begins with: `rbd:<pool>/[<namespace>/]<image>`. */
+export const RBD_PREFIX = 'rbd:'
+
+/** In Ceph `/` parts pool, namespace and image, and `@` begins a snapshot; a name that begins with `-` is an option. */
+const NAME = /^[^-/@\s\p{Cc}][^/@\p{Cc}]*$/u
+
+/** Whether a text is `<pool>/[<namespace>/]<image>`. */
+export function isRbdImage(text: string): boolean {
+  const names = text.split('/')
+  return (
+    text.length <= 512 && (names.length === 2 || names.length === 3) && names.every(name => NAME.test(name))
+  )
+}
+
+/** `<pool>/[<namespace>/]<image>` of a path such as `rbd:pool/image`; undefined for the path of a file. @throws INVALID_ARGUMENT */
+export function rbdImageOf(path: string): string | undefined {
+  if (!path.startsWith(RBD_PREFIX)) return undefined
+  const image = path.slice(RBD_PREFIX.length)
+  if (isRbdImage(image)) return image
+  throw new VarveError(
+    'INVALID_ARGUMENT',
+    `Not an RBD image: ${JSON.stringify(path)}. It is rbd:<pool>/<image> or rbd:<pool>/<namespace>/<image>.`,
+    { context: { path } },
+  )
+}
+
+/** How a cluster is reached. What is left out comes from Ceph's own configuration. */
+export interface RbdConnection {
+  /** The monitors, each as `host` or `host:port`. */
+  readonly monitors?: readonly string[]
+  /** Path of a `ceph.conf`. */
+  readonly conf?: string
+  /** The cephx user, such as `libvirt` for `client.libvirt`. */
+  readonly user?: string
+  /** The user's key, in base64. A secret. */
+  readonly key?: string
+}
+
+/** Makes {@link RbdCluster}s; `CephConnector` of `@varve/ceph` is the one that drives the `rbd` command. */
+export interface RbdConnector {
+  /** The cluster at the end of a connection; without one, that of the connector's own options. Nothing is asked yet. */
+  cluster(connection?: RbdConnection): RbdCluster
+}
+
+/** A snapshot of an RBD image. */
+export interface RbdSnapshot {
+  readonly name: string
+  /** Its number in the image; never used again. */
+  readonly id: number
+}
+
+/** An RBD image, as it is now. */
+export interface RbdImage {
+  /** The id that Ceph gave it; an image that is made again under the same name has another one. */
+  readonly id: string
+  /** In bytes. */
+  readonly size: number
+  /** The oldest first. */
+  readonly snapshots: readonly RbdSnapshot[]
+  /** The image's metadata of the keys that begin with `varve.`. */
+  readonly metadata: ReadonlyMap<string, string>
+}
+
+/** What is exported: the content of a snapshot, or what changed from another one to it. */
+export interface RbdExport {
+  readonly snapshot: string
+  readonly from?: string
+}
+
+/**
+ * A Ceph cluster with RBD images, each named `<pool>/[<namespace>/]<image>`. Whatever changes it may be called again
+ * after it was cut short. Every call ends within a bounded time when the cluster does not answer, with RBD_FAILED.
+ */
+export interface RbdCluster {
+  /** @throws DISK_NOT_FOUND */
+  image(image: string, run?: RunOptions): Promise<RbdImage>
+  /** Takes a snapshot, or finds the one of that name. */
+  createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<RbdSnapshot>
+  /** Removes snapshots; those that are not there are left out, and no error where the image is gone. */
+  removeSnapshots(image: string, snapshots: readonly string[], run?: RunOptions): Promise<void>
+  /** What `rbd export-diff` writes. The stream fails where the command does; destroying it ends the command. */
+  exportDiff(image: string, what: RbdExport, run?: RunOptions): Readable
+  /** Whether a client has the image open. */
+  isOpen(image: string, run?: RunOptions): Promise<boolean>
+  /** Makes an image, or finds the one of that name and size. Its features and layout are those of `like`, where given. */
+  createImage(image: string, options: { size: number; like?: string }, run?: RunOptions): Promise<void>
+  /** Renames an image within its pool; no error where that has been done. */
+  renameImage(from: string, to: string, run?: RunOptions): Promise<void>
+  /** Removes an image with its `varve-` snapshots; no error where it is gone. @throws RBD_FAILED with other snapshots or clones */
+  removeImage(image: string, run?: RunOptions): Promise<void>
+  /** Writes a piece of metadata of the image. */
+  setMetadata(image: string, key: string, value: string, run?: RunOptions): Promise<void>
+  /** Brings an image back to a snapshot. */
+  rollback(image: string, snapshot: string, run?: RunOptions): Promise<void>
+  /**
+   * What QEMU's programs open as the raw image, and what holds the key's file meanwhile: to be disposed of once
+   * they have it open.
+   */
+  open(image: string): Promise<RbdTarget>
+}
+
+/** An image that QEMU's programs can open. */
+export interface RbdTarget extends AsyncDisposable {
+  /** A file name of QEMU's rbd driver; it names a key's file and never a key. */
+  readonly fileName: string
+}

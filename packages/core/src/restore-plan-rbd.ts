@@ -1,0 +1,100 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { backupOfMark } from './backup-plan.ts'
+import { abortError, isVarveError, VarveError } from './errors.ts'
+import type { RbdDisk } from './host.ts'
+import type { ManifestDisk } from './manifest.ts'
+import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
+import { readRbdDisk } from './rbd-disk.ts'
+import { assertFits } from './restore-plan.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** A client that was killed counts as one that has the image open for half a minute more; in milliseconds. */
+const WATCH_TIMEOUT_MS = 45_000
+
+/** How one disk is written to an RBD image. */
+export interface RbdRestore {
+  readonly disk: ManifestDisk
+  readonly format: 'rbd'
+  /** `rbd:<pool>/[<namespace>/]<image>` */
+  readonly target: string
+  /** `<pool>/[<namespace>/]<image>` */
+  readonly image: string
+  readonly cluster: RbdCluster
+  /** The image that is there now. */
+  readonly existing?: RbdDisk
+  /** The new image that takes the target's name once it is complete; absent for a restore in place. */
+  readonly temporary?: string
+}
+
+interface RbdPlanOptions {
+  readonly inPlace: boolean
+  readonly runId: string
+}
+
+/** The restore of a disk of an instance which is an RBD image. @throws DISK_UNSUPPORTED */
+export function planRbdDisk(
+  disk: ManifestDisk,
+  existing: RbdDisk,
+  { inPlace, runId }: RbdPlanOptions,
+): RbdRestore {
+  const { image, path: target, cluster } = existing
+  if (inPlace) return { disk, format: 'rbd', target, image, cluster, existing }
+  const foreign = existing.state.snapshots.find(({ name }) => backupOfMark(name) === undefined)
+  if (foreign) {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The RBD image ${image} has the snapshot ${foreign.name}, which would be lost with it. Remove the snapshot, or restore in place (inPlace, --in-place).`,
+      { context: { disk: disk.name, image, snapshot: foreign.name } },
+    )
+  }
+  return { disk, format: 'rbd', target, image, cluster, existing, temporary: temporaryImage(image, runId) }
+}
+
+/** The restore to an RBD image by its name. @throws TARGET_EXISTS, DISK_NOT_FOUND, DISK_BUSY, TARGET_TOO_SMALL */
+export async function planRbdPath(
+  disk: ManifestDisk,
+  image: string,
+  cluster: RbdCluster,
+  { inPlace, overwrite, runId }: RbdPlanOptions & { readonly overwrite: boolean },
+  run: RunOptions,
+): Promise<RbdRestore> {
+  const existing = await readRbdDisk(disk.name, image, cluster, run).catch(error => {
+    if (isVarveError(error, 'DISK_NOT_FOUND') && !inPlace) return undefined
+    throw error
+  })
+  const target = `${RBD_PREFIX}${image}`
+  if (!existing)
+    return { disk, format: 'rbd', target, image, cluster, temporary: temporaryImage(image, runId) }
+  if (!inPlace && !overwrite) {
+    throw new VarveError(
+      'TARGET_EXISTS',
+      `${target} is there already. Choose another name, or ask for it to be overwritten (overwrite, --overwrite).`,
+      { context: { disk: disk.name, path: target } },
+    )
+  }
+  if (await cluster.isOpen(image, run)) throw imageBusy(image)
+  if (inPlace) assertFits(disk, existing)
+  return planRbdDisk(disk, existing, { inPlace, runId })
+}
+
+/** Waits for a client that ended without closing the image. @throws DISK_BUSY where one has it open for longer */
+export async function assertImageUnused(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
+  const deadline = performance.now() + WATCH_TIMEOUT_MS
+  while (await cluster.isOpen(image, run)) {
+    if (performance.now() > deadline) throw imageBusy(image)
+    if (run.signal?.aborted) throw abortError(run.signal)
+    await sleep(1_000)
+  }
+}
+
+function imageBusy(image: string): VarveError {
+  return new VarveError(
+    'DISK_BUSY',
+    `The RBD image ${image} is open in a virtual machine or another program ("rbd status ${image}" shows where). Stop that, or choose another target.`,
+    { context: { path: `${RBD_PREFIX}${image}` }, retryable: true },
+  )
+}
+
+function temporaryImage(image: string, runId: string): string {
+  return `${image}.varve-restore-${runId}`
+}

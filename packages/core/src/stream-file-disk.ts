@@ -1,0 +1,121 @@
+import { NbdClient } from '@varve/nbd'
+import { ComposedImage, planImage } from '@varve/qcow2'
+import { type BackupContext, stage } from './backup-context.ts'
+import { BITMAP_GRANULARITY, type DiskPlan, markName } from './backup-plan.ts'
+import { VarveError } from './errors.ts'
+import type { FileDisk } from './host.ts'
+import { imageExtents } from './image-extents.ts'
+import { ImageUpload } from './image-upload.ts'
+import type { Qcow2ManifestDisk } from './manifest.ts'
+import { Progress } from './progress.ts'
+import { exportDisk } from './qemu-nbd.ts'
+import type { RateLimit } from './rate-limit.ts'
+import { bytesBody } from './storage.ts'
+import { verifyUpload } from './verify-upload.ts'
+
+/** Serves one disk and uploads its image; a server that dies ends the upload at once. */
+export async function streamFileDisk(
+  backup: BackupContext,
+  disk: FileDisk,
+  plan: DiskPlan,
+  sockets: string,
+  limit: RateLimit | undefined,
+): Promise<Qcow2ManifestDisk> {
+  const { run } = backup
+  const { signal: given = new AbortController().signal } = run
+  given.throwIfAborted()
+  await using server = await exportDisk({
+    ...run,
+    disk: disk.name,
+    path: disk.path,
+    format: disk.format,
+    writable: false,
+    // A running instance writes to its overlay, and keeps others from the disk itself.
+    refuseWriters: !backup.instance.running,
+    folder: sockets,
+    ...(plan.kind === 'incremental' && { bitmap: plan.since }),
+  })
+  const signal = AbortSignal.any([given, server.died])
+  await using client = await NbdClient.connect(
+    { socketPath: server.socketPath },
+    {
+      metaContexts: ['base:allocation', ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : [])],
+      signal,
+    },
+  )
+  try {
+    return await uploadDisk({ ...backup, run: { ...run, signal } }, disk, plan, client, limit, signal)
+  } catch (error) {
+    throw server.died.aborted && !given.aborted ? server.died.reason : error
+  }
+}
+
+/** QEMU's NBD interop document. */
+function dirtyContext(bitmap: string): string {
+  return `qemu:dirty-bitmap:${bitmap}`
+}
+
+async function uploadDisk(
+  { id, storage, folder, run, request }: BackupContext,
+  disk: FileDisk,
+  plan: DiskPlan,
+  client: NbdClient,
+  limit: RateLimit | undefined,
+  signal: AbortSignal,
+): Promise<Qcow2ManifestDisk> {
+  const maps = await client.mapExtents({ signal })
+  const allocation = maps.get('base:allocation')
+  const dirty = plan.kind === 'incremental' ? maps.get(dirtyContext(plan.since)) : undefined
+  if (!allocation || (plan.kind === 'incremental' && !dirty)) {
+    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
+      context: { disk: disk.name },
+    })
+  }
+  const clusterSize = request.clusterSize ?? 65_536
+  const extents = imageExtents({
+    size: client.size,
+    clusterSize,
+    allocation,
+    ...(plan.kind === 'incremental' && dirty && { since: { dirty, size: plan.parentSize } }),
+  })
+  const layout = planImage(extents, {
+    clusterSize,
+    ...(plan.kind === 'incremental' && { backing: { name: plan.backing, format: 'qcow2' } }),
+  })
+
+  stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
+  const image = `${disk.name}.qcow2`
+  const blocks = `${disk.name}.blake3`
+  const composed = new ComposedImage(layout, client)
+  const upload = new ImageUpload(composed, { disk: disk.name, signal, ...(limit && { limit }) })
+  const progress = new Progress(run, disk.name, upload.size)
+  await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
+  const digested = await upload.digest()
+  await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
+  await verifyUpload(
+    storage,
+    `${folder}/${image}`,
+    upload.size,
+    digested.digest,
+    request.verifyUpload ?? 'size',
+    signal,
+  )
+  await verifyUpload(storage, `${folder}/${blocks}`, digested.blocks.byteLength, undefined, 'size', signal)
+  progress.finish()
+
+  return {
+    name: disk.name,
+    kind: plan.kind,
+    image,
+    blocks,
+    format: 'qcow2',
+    virtualSize: client.size,
+    storedSize: upload.size,
+    clusterSize,
+    digest: digested.digest,
+    ...(plan.kind === 'incremental' && { backing: plan.backing }),
+    ...(disk.holdsBitmaps && { bitmap: { name: markName(id), granularity: BITMAP_GRANULARITY } }),
+    ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
+    source: { path: disk.path, format: disk.format },
+  }
+}
