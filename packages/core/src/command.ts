@@ -13,6 +13,7 @@ const PACKAGES: Readonly<Record<string, string>> = {
   virsh: 'libvirt-clients',
   'qemu-img': 'qemu-utils',
   'qemu-nbd': 'qemu-utils',
+  rbd: 'ceph-common',
 }
 
 /** Options of {@link runCommand}. */
@@ -21,6 +22,8 @@ export interface CommandOptions extends RunOptions {
   label?: string
   /** The command is ended after this many milliseconds. Default: 60,000. */
   timeoutMs?: number
+  /** Variables of its environment beside those of this process, where secrets may be: they are in no event or error. */
+  env?: Readonly<Record<string, string>>
   /** Whether standard output may hold a secret, and is left out of events and errors. Default: false. */
   secretOutput?: boolean
 }
@@ -41,12 +44,19 @@ export async function runCommand(
   args: readonly string[],
   options: CommandOptions = {},
 ): Promise<CommandResult> {
-  const { signal, timeoutMs = 60_000, label = `${command} ${args[0] ?? ''}`, secretOutput = false } = options
+  const {
+    signal,
+    timeoutMs = 60_000,
+    env,
+    label = `${command} ${args[0] ?? ''}`,
+    secretOutput = false,
+  } = options
   if (signal?.aborted) throw abortError(signal)
+  const keepsSecret = secretOutput || env !== undefined // execa's result has both in it
   const run = () =>
     execa(command, args, {
       stdin: 'ignore',
-      env: { LC_ALL: 'C' }, // messages are looked at
+      env: { LC_ALL: 'C', ...env }, // messages are looked at
       reject: false,
       detached: true, // a Ctrl-C in the terminal is for Varve, and must not end what cleans up
       timeout: timeoutMs,
@@ -78,7 +88,7 @@ export async function runCommand(
     throw new VarveError(
       'COMMAND_MISSING',
       `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
-      { context, cause: secretOutput ? undefined : result },
+      { context, cause: keepsSecret ? undefined : result },
     )
   }
   if (result.timedOut) {
@@ -87,7 +97,7 @@ export async function runCommand(
       `${label} did not end within ${timeoutMs / 1000} s and was stopped.`,
       {
         context,
-        cause: secretOutput ? undefined : result,
+        cause: keepsSecret ? undefined : result,
         retryable: true,
       },
     )
@@ -98,7 +108,7 @@ export async function runCommand(
     `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
     {
       context,
-      cause: secretOutput ? undefined : result,
+      cause: keepsSecret ? undefined : result,
     },
   )
 }

@@ -24,6 +24,8 @@ export type ErrorCode =
   | 'BLOCK_COMMIT_FAILED'
   | 'FREEZE_FAILED'
   | 'POWER_OFF_FAILED'
+  | 'RBD_FAILED'
+  | 'RBD_STREAM_INVALID'
   // chains
   | 'PARENT_MISSING'
   | 'BACKUP_NOT_FOUND'

@@ -1,3 +1,4 @@
+export { ExtentKind, ImageExtents } from '@varve/qcow2'
 export * from './backup-id.ts'
 export {
   BackupPipeline,
@@ -14,16 +15,27 @@ export {
   type StoredBackup,
 } from './backups.ts'
 export * from './chain-manager.ts'
+export { type CommandOptions, type CommandResult, runCommand } from './command.ts'
 export * from './errors.ts'
 export * from './events.ts'
 export type { GarbageFolder } from './garbage.ts'
 export * from './giving-up.ts'
-export type { DiskBitmap, DiskOverlay, Host, HostDisk, HostReference, Instance } from './host.ts'
+export type {
+  DiskBitmap,
+  DiskOverlay,
+  FileDisk,
+  Host,
+  HostDisk,
+  HostReference,
+  Instance,
+  RbdDisk,
+} from './host.ts'
 export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'
 export { LibvirtHost, type LibvirtHostOptions } from './libvirt-host.ts'
 export * from './manifest.ts'
 export type { ChainPolicy, NextKind } from './next-kind.ts'
 export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
+export * from './rbd.ts'
 export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
 export {
   type RestoreDestination,

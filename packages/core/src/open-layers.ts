@@ -1,9 +1,10 @@
-import { openImage, type Qcow2Image } from '@varve/qcow2'
+import { type ImageLayer, openImage, type Qcow2Image } from '@varve/qcow2'
 import { BlockPool } from './block-pool.ts'
 import type { DiskLayer } from './disk-chain.ts'
 import type { DownloadRetry } from './download.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
+import { readDiffLayer } from './read-diff-layer.ts'
 import type { StorageDriver } from './storage.ts'
 import { VerifiedObject } from './verified-object.ts'
 
@@ -24,7 +25,7 @@ export interface OpenLayersOptions {
 /** The stored images of a disk's layers, the newest first. */
 export interface OpenedLayers {
   readonly objects: readonly VerifiedObject[]
-  readonly images: readonly Qcow2Image[]
+  readonly images: readonly ImageLayer[]
   /** The memory for their blocks. */
   readonly pool: BlockPool
 }
@@ -36,13 +37,11 @@ export interface OpenedLayers {
 export async function openLayers(options: OpenLayersOptions): Promise<OpenedLayers> {
   const pool = blockPool(options)
   const objects = await openObjects(options, pool)
-  const images: Qcow2Image[] = []
+  const images: ImageLayer[] = []
   for (const [index, object] of objects.entries()) {
     const layer = options.layers[index]
     if (!layer) continue // never: there is an object for each layer
-    const image = await readImage(object, layer, options.signal)
-    assertRecorded(image, layer, object.key)
-    images.push(image)
+    images.push(await readLayer(object, layer, options))
   }
   return { objects, images, pool }
 }
@@ -68,6 +67,17 @@ function openObjects(options: OpenLayersOptions, pool: BlockPool): Promise<Verif
     const { storedSize: size, digest } = disk
     return VerifiedObject.open({ storage, key, size, digest, blocksKey, pool, retry }, { signal })
   })
+}
+
+async function readLayer(
+  object: VerifiedObject,
+  { backup, disk }: DiskLayer,
+  options: OpenLayersOptions,
+): Promise<ImageLayer> {
+  if (disk.format === 'rbd-diff') return readDiffLayer({ ...options, backup, disk })
+  const image = await readImage(object, { backup, disk }, options.signal)
+  assertRecorded(image, { backup, disk }, object.key)
+  return image
 }
 
 async function readImage(

@@ -1,4 +1,5 @@
 import type { Readable } from 'node:stream'
+import type { ImageExtents } from '@varve/qcow2'
 import { VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -71,6 +72,38 @@ export interface RbdExport {
   readonly from?: string
 }
 
+/** What one stream of `rbd export-diff` holds, and where. */
+export interface RbdDiff {
+  /** The name of the snapshot that it starts from; absent in a full one. */
+  readonly fromSnapshot?: string
+  /** The name of the snapshot that it leads to. */
+  readonly toSnapshot: string
+  /** The size of the image at that snapshot, in bytes. */
+  readonly size: number
+  /** The bytes of the whole stream. */
+  readonly streamSize: number
+  /** The bytes of the image that it carries. */
+  readonly dataSize: number
+  /**
+   * Runs that cover the image, with the places of their data in the stream. What the stream does not mention is
+   * unallocated: unchanged in an increment, zeros in a full one.
+   */
+  readonly extents: ImageExtents
+}
+
+/** A stream of `rbd export-diff` under way. */
+export interface RbdDiffStream {
+  /**
+   * The bytes. Fails with RBD_FAILED where the command does, and with RBD_STREAM_INVALID where they are not what was
+   * asked for, are no such stream, or end early. Destroying it ends the command.
+   */
+  readonly stream: Readable
+  /** How far into the image the records are that have passed, in bytes. */
+  readonly position: number
+  /** What the stream said. Only once it has ended. */
+  diff(): RbdDiff
+}
+
 /**
  * A Ceph cluster with RBD images, each named `<pool>/[<namespace>/]<image>`. Whatever changes it may be called again
  * after it was cut short. Every call ends within a bounded time when the cluster does not answer, with RBD_FAILED.
@@ -82,8 +115,8 @@ export interface RbdCluster {
   createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<RbdSnapshot>
   /** Removes snapshots; those that are not there are left out, and no error where the image is gone. */
   removeSnapshots(image: string, snapshots: readonly string[], run?: RunOptions): Promise<void>
-  /** What `rbd export-diff` writes. The stream fails where the command does; destroying it ends the command. */
-  exportDiff(image: string, what: RbdExport, run?: RunOptions): Readable
+  /** What `rbd export-diff` writes of a snapshot; its version 1. */
+  exportDiff(image: string, what: RbdExport, run?: RunOptions): RbdDiffStream
   /** Whether a client has the image open. */
   isOpen(image: string, run?: RunOptions): Promise<boolean>
   /** Makes an image, or finds the one of that name and size. Its features and layout are those of `like`, where given. */

@@ -1,21 +1,11 @@
-<<<<<<< HEAD
 import { rm } from 'node:fs/promises'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
-=======
-import { open, rename, rm } from 'node:fs/promises'
-import { dirname } from 'node:path'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { Host } from './host.ts'
-import { assertUnused } from './image-lock.ts'
-import type { ImageRename, JournalStepOf, Rename, RunJournal } from './journal.ts'
->>>>>>> 96cc950 (Take RBD images as disks: plan, freeze, stream and settle them beside files)
 import { stopExports } from './qemu-nbd.ts'
-import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
-import { assertImageUnused } from './restore-plan-rbd.ts'
+import { replaceImage, stillInUse } from './replace-image.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 
@@ -114,56 +104,9 @@ async function finishSwap(
     }
     await journal.record({ step: 'defined' })
   }
-<<<<<<< HEAD
   for (const step of left) await putInPlace(step).catch(error => throwUnresolved(step, error))
-=======
-  for (const step of left) await replace(step)
-  for (const step of images) {
-    await replaceImage(await host.rbd(step.of, run), step, journal.header.id, run)
-  }
->>>>>>> 96cc950 (Take RBD images as disks: plan, freeze, stream and settle them beside files)
+  for (const step of images) await replaceImage(await host.rbd(step.of, run), step, journal.header.id, run)
   return undefined
-}
-
-/**
- * Gives a complete image the name of the one that it replaces, which goes. Two renames: for a moment there is no image
- * of that name. May be cut short and called again.
- */
-async function replaceImage(
-  cluster: RbdCluster,
-  { image, target }: ImageRename,
-  runId: string,
-  run: RunOptions,
-): Promise<void> {
-  const old = `${target}.varve-replaced-${runId}`
-  if (await isThere(cluster, image, run)) {
-    if (await isThere(cluster, target, run)) {
-      await assertImageOff(cluster, target, run)
-      await cluster.renameImage(target, old, run)
-    }
-    await cluster.renameImage(image, target, run)
-  }
-  await cluster.removeImage(old, run).catch(error => {
-    const message = `The image that was replaced stays as ${old}: ${errorMessage(error)} Remove it by hand (rbd snap purge, rbd rm).`
-    emit(run, { type: 'warning', message })
-  })
-}
-
-async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {
-  return cluster.image(image, run).then(
-    () => true,
-    error => {
-      if (isVarveError(error, 'DISK_NOT_FOUND')) return false
-      throw error
-    },
-  )
-}
-
-async function assertImageOff(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
-  await assertImageUnused(cluster, image, run).catch(error => {
-    if (!isVarveError(error, 'DISK_BUSY')) throw error
-    throw stillInUse(`${RBD_PREFIX}${image}`, error)
-  })
 }
 
 /** An instance that runs on the disk by now was started by somebody else: what it wrote is not ours to drop. */
@@ -174,20 +117,12 @@ async function assertOff(target: string, run: RunOptions): Promise<void> {
   })
 }
 
-<<<<<<< HEAD
 function throwUnresolved({ temporary, target }: Rename, error: unknown): never {
   if (!isVarveError(error, 'TARGET_EXISTS')) throw error
   throw new VarveError(
     'RUN_UNRESOLVED',
     `The restored disk is complete as ${temporary}, but somebody else made a file at ${target}, which is left alone. Move that file away, then run "varve recover": the disk gets its name.`,
     { context: { path: target }, cause: error },
-=======
-function stillInUse(path: string, cause: unknown): VarveError {
-  return new VarveError(
-    'RUN_UNRESOLVED',
-    `The restored disk is complete, but cannot take the place of ${path}: that is in use by a virtual machine or another program. Shut it off, then run "varve recover": the disk is replaced and what was written to it since is lost. Copy the disk before where that is needed.`,
-    { context: { path }, cause },
->>>>>>> 96cc950 (Take RBD images as disks: plan, freeze, stream and settle them beside files)
   )
 }
 

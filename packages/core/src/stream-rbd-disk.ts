@@ -1,15 +1,14 @@
 import { Readable } from 'node:stream'
 import { type BackupContext, stage } from './backup-context.ts'
 import type { DiskPlan } from './backup-plan.ts'
-import { BlockDigester, blake3Hex, type DigestedObject } from './digest.ts'
+import { BlockDigester, blake3Hex } from './digest.ts'
 import { VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
 import type { ManifestFile, RbdManifestDisk } from './manifest.ts'
 import { Progress } from './progress.ts'
 import type { RateLimit } from './rate-limit.ts'
-import type { RbdSnapshot } from './rbd.ts'
-import { serializeDiffIndex } from './rbd-diff-index.ts'
-import { type RbdDiff, RbdDiffParser } from './rbd-diff-parser.ts'
+import type { RbdDiffStream, RbdSnapshot } from './rbd.ts'
+import { encodeDiffIndex } from './rbd-diff-index.ts'
 import type { RunOptions } from './run-options.ts'
 import { bytesBody } from './storage.ts'
 import { verifyUpload } from './verify-upload.ts'
@@ -32,17 +31,16 @@ export async function streamRbdDisk(
   const image = `${disk.name}.rbd-diff`
   const blocks = `${disk.name}.blake3`
   const progress = new Progress(run, disk.name, disk.virtualSize)
-  const upload = new DiffUpload({
-    source: disk.cluster.exportDiff(disk.image, { snapshot: snapshot.name, ...since }, run),
-    parser: new RbdDiffParser({ to: snapshot.name, ...since }),
-    onPosition: position => progress.update(position),
-    limit,
+  const source = disk.cluster.exportDiff(disk.image, { snapshot: snapshot.name, ...since }, run)
+  const digester = new BlockDigester()
+  const body = digested(source, { digester, limit, signal, onPosition: at => progress.update(at) })
+  await storage.put(`${folder}/${image}`, Readable.from(body, { objectMode: false, highWaterMark: 1 }), {
     signal,
   })
-  await storage.put(`${folder}/${image}`, upload.stream, { signal })
-  const { diff, digested } = upload.result()
-  await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
-  const indexBytes = serializeDiffIndex(diff.index)
+  const diff = source.diff()
+  const { size, digest, blocks: blockList } = digester.finish()
+  await storage.put(`${folder}/${blocks}`, bytesBody(blockList), { signal })
+  const indexBytes = encodeDiffIndex(diff)
   const index: ManifestFile = {
     key: `${disk.name}.index`,
     size: indexBytes.byteLength,
@@ -50,10 +48,9 @@ export async function streamRbdDisk(
   }
   await storage.put(`${folder}/${index.key}`, bytesBody(indexBytes), { signal })
 
-  const { size, digest } = digested
   const mode = request.verifyUpload ?? 'size'
   await verifyUpload(storage, `${folder}/${image}`, size, digest, mode, signal)
-  await verifyUpload(storage, `${folder}/${blocks}`, digested.blocks.byteLength, undefined, 'size', signal)
+  await verifyUpload(storage, `${folder}/${blocks}`, blockList.byteLength, undefined, 'size', signal)
   await verifyUpload(storage, `${folder}/${index.key}`, index.size, undefined, 'size', signal)
   progress.finish()
 
@@ -74,47 +71,25 @@ export async function streamRbdDisk(
   }
 }
 
-interface DiffUploadOptions {
-  readonly source: Readable
-  readonly parser: RbdDiffParser
-  readonly onPosition: (position: number) => void
-  readonly limit: RateLimit | undefined
-  readonly signal: AbortSignal
-}
-
-/**
- * A stream of `rbd export-diff` on its way to the storage. Its records are followed and its blocks digested; a stream
- * that is not whole fails, so that no storage takes it for an object.
- */
-class DiffUpload {
-  readonly stream: Readable
-  readonly #options: DiffUploadOptions
-  #result: { diff: RbdDiff; digested: DigestedObject } | undefined
-
-  constructor(options: DiffUploadOptions) {
-    this.#options = options
-    this.stream = Readable.from(this.#chunks(), { objectMode: false, highWaterMark: 1 })
-  }
-
-  /** What passed. Only to be called once all of it did. */
-  result(): { diff: RbdDiff; digested: DigestedObject } {
-    if (this.#result) return this.#result
-    throw new VarveError(
-      'UPLOAD_FAILED',
-      'The storage took the stream for whole before its end. Back up again.',
-    )
-  }
-
-  async *#chunks(): AsyncGenerator<Uint8Array> {
-    const { source, parser, onPosition, limit, signal } = this.#options
-    const digester = new BlockDigester()
-    for await (const chunk of source as AsyncIterable<Buffer>) {
-      await limit?.take(chunk.length, signal)
-      parser.push(chunk)
-      digester.update(chunk)
-      onPosition(parser.position)
-      yield chunk
-    }
-    this.#result = { diff: parser.finish(), digested: digester.finish() }
+/** The chunks of a stream on their way to the storage. Where the stream is not whole they fail too, and so does the upload. */
+async function* digested(
+  source: RbdDiffStream,
+  {
+    digester,
+    limit,
+    signal,
+    onPosition,
+  }: {
+    digester: BlockDigester
+    limit: RateLimit | undefined
+    signal: AbortSignal
+    onPosition: (position: number) => void
+  },
+): AsyncGenerator<Uint8Array> {
+  for await (const chunk of source.stream as AsyncIterable<Buffer>) {
+    await limit?.take(chunk.length, signal)
+    digester.update(chunk)
+    onPosition(source.position)
+    yield chunk
   }
 }

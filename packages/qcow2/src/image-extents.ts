@@ -43,10 +43,7 @@ export class ImageExtents {
     return Math.max(-1, this.#offsets[this.#checked(index)] ?? -1)
   }
 
-  /**
-   * Adds a run at the end.
-   * @internal
-   */
+  /** Adds a run at the end; `fileOffset` is where it begins in the file, and counts for data only. */
   append(length: number, kind: ExtentKind, fileOffset: number): void {
     const offset = kind === ExtentKind.data ? fileOffset : kind === ExtentKind.zero ? ZERO : UNALLOCATED
     if (!this.#continues(offset)) {

@@ -2,7 +2,16 @@ import { Qcow2Error } from './errors.ts'
 import { ExtentKind } from './extent-list.ts'
 import type { ImageExtents } from './image-extents.ts'
 import { LayeredExtents, NO_LAYER } from './layered-extents.ts'
-import type { Qcow2Image } from './open-image.ts'
+
+/** What {@link mergeLayers} needs of a layer: a qcow2 image that was read, or any other file that says as much. */
+export interface ImageLayer {
+  /** The size of the disk in bytes. */
+  readonly virtualSize: number
+  /** What the layer rests on; absent in a full one, whose unallocated runs read as zeros. */
+  readonly backing?: unknown
+  /** What the layer holds. */
+  readonly extents: ImageExtents
+}
 
 /**
  * Where each byte of a chain's newest image is: in the newest layer that has it. Layers may differ in cluster
@@ -12,7 +21,7 @@ import type { Qcow2Image } from './open-image.ts'
  * `layers` begins with the newest and ends with the full one, which alone has no backing file; otherwise throws
  * `QCOW2_ARGUMENT`. That each layer's backing name means the next one is for the caller to check.
  */
-export function mergeLayers(layers: readonly Qcow2Image[]): LayeredExtents {
+export function mergeLayers(layers: readonly ImageLayer[]): LayeredExtents {
   checkChain(layers)
   const cursors = layers.map(layer => new LayerCursor(layer))
   const merged = new LayeredExtents()
@@ -48,7 +57,7 @@ class LayerCursor {
   readonly #extents: ImageExtents
   #index = -1
 
-  constructor(layer: Qcow2Image) {
+  constructor(layer: ImageLayer) {
     this.size = layer.virtualSize
     this.#extents = layer.extents
   }
@@ -64,7 +73,7 @@ class LayerCursor {
   }
 }
 
-function checkChain(layers: readonly Qcow2Image[]): void {
+function checkChain(layers: readonly ImageLayer[]): void {
   if (layers.length === 0) throw new Qcow2Error('QCOW2_ARGUMENT', 'A chain has at least one layer.')
   const full = layers.findIndex(layer => layer.backing === undefined)
   if (full === layers.length - 1) return

@@ -1,0 +1,55 @@
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import type { ImageRename } from './journal.ts'
+import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
+import { assertImageUnused } from './restore-plan-rbd.ts'
+import { emit, type RunOptions } from './run-options.ts'
+
+/**
+ * Gives a complete image the name of the one that it replaces, which goes. Two renames: for a moment there is no image
+ * of that name. May be cut short and called again.
+ */
+export async function replaceImage(
+  cluster: RbdCluster,
+  { image, target }: ImageRename,
+  runId: string,
+  run: RunOptions,
+): Promise<void> {
+  const old = `${target}.varve-replaced-${runId}`
+  if (await isThere(cluster, image, run)) {
+    if (await isThere(cluster, target, run)) {
+      await assertImageOff(cluster, target, run)
+      await cluster.renameImage(target, old, run)
+    }
+    await cluster.renameImage(image, target, run)
+  }
+  await cluster.removeImage(old, run).catch(error => {
+    const message = `The image that was replaced stays as ${old}: ${errorMessage(error)} Remove it by hand (rbd snap purge, rbd rm).`
+    emit(run, { type: 'warning', message })
+  })
+}
+
+async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {
+  return cluster.image(image, run).then(
+    () => true,
+    error => {
+      if (isVarveError(error, 'DISK_NOT_FOUND')) return false
+      throw error
+    },
+  )
+}
+
+async function assertImageOff(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
+  await assertImageUnused(cluster, image, run).catch(error => {
+    if (!isVarveError(error, 'DISK_BUSY')) throw error
+    throw stillInUse(`${RBD_PREFIX}${image}`, error)
+  })
+}
+
+/** The error of a restored disk whose place is taken by somebody who started the instance again. */
+export function stillInUse(path: string, cause: unknown): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored disk is complete, but cannot take the place of ${path}: that is in use by a virtual machine or another program. Shut it off, then run "varve recover": the disk is replaced and what was written to it since is lost. Copy the disk before where that is needed.`,
+    { context: { path }, cause },
+  )
+}
