@@ -26,6 +26,8 @@ export interface CommandOptions extends RunOptions {
   env?: Readonly<Record<string, string>>
   /** Whether standard output may hold a secret, and is left out of events and errors. Default: false. */
   secretOutput?: boolean
+  /** Takes each line of standard output, of which nothing is kept then: for output without a limit. */
+  onLine?: (line: string) => void
 }
 
 /** What a command that succeeded printed. */
@@ -50,6 +52,7 @@ export async function runCommand(
     env,
     label = `${command} ${args[0] ?? ''}`,
     secretOutput = false,
+    onLine,
   } = options
   if (signal?.aborted) throw abortError(signal)
   const keepsSecret = secretOutput || env !== undefined // execa's result has both in it
@@ -63,6 +66,12 @@ export async function runCommand(
       forceKillAfterDelay: 5_000,
       maxBuffer: 64 * 1024 * 1024,
       stripFinalNewline: true,
+      ...(onLine && {
+        // biome-ignore lint/correctness/useYield: no line is handed on
+        stdout: function* (line: string) {
+          onLine(line)
+        },
+      }),
       ...(signal && { cancelSignal: signal }),
     })
   let result = await run()

@@ -5,6 +5,7 @@ import { BITMAP_GRANULARITY, type DiskPlan, markName } from './backup-plan.ts'
 import { VarveError } from './errors.ts'
 import type { FileDisk } from './host.ts'
 import { imageExtents } from './image-extents.ts'
+import { ImageReader } from './image-reader.ts'
 import { ImageUpload } from './image-upload.ts'
 import type { Qcow2ManifestDisk } from './manifest.ts'
 import { Progress } from './progress.ts'
@@ -86,7 +87,15 @@ async function uploadDisk(
   stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
   const image = `${disk.name}.qcow2`
   const blocks = `${disk.name}.blake3`
-  const composed = new ComposedImage(layout, client)
+  using reader = await ImageReader.open({
+    ...run,
+    disk: disk.name,
+    path: disk.path,
+    format: disk.format,
+    size: client.size,
+    server: client,
+  })
+  const composed = new ComposedImage(layout, reader)
   const upload = new ImageUpload(composed, { disk: disk.name, signal, ...(limit && { limit }) })
   const progress = new Progress(run, disk.name, upload.size)
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })

@@ -1,0 +1,59 @@
+import type { FileHandle } from 'node:fs/promises'
+import { z } from 'zod'
+import { runCommand } from './command.ts'
+import { ImageMap } from './image-map.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** Enough for the map of a large and scattered image. */
+const TIMEOUT_MS = 10 * 60_000
+
+/** QEMU's qcow2 specification, "Header". */
+const MAGIC = 0x514649fb
+const HEADER_BYTES = 80
+/** Incompatible features that leave the data in the file: dirty (0), compression type (3), extended L2 (4). */
+const DATA_STAYS = 0b11001
+
+/** A line of `qemu-img map --output=json`; QAPI reference, "MapEntry". */
+const mapEntry = z.object({
+  start: z.number().int().nonnegative(),
+  length: z.number().int().nonnegative(),
+  /** 0 is the image itself, 1 its backing file, and so on. */
+  depth: z.number().int().nonnegative(),
+  /** False for a zero cluster, also for one that has space in the file, which may hold anything. */
+  data: z.boolean(),
+  /** Absent for what is compressed or encrypted. */
+  offset: z.number().int().nonnegative().optional(),
+})
+
+/**
+ * Where a qcow2 image that nobody writes to holds its disk's bytes as they are, as QEMU sees it. Nothing is where
+ * it cannot be sure: in an external data file, or with a feature that is not known here.
+ *
+ * @param file the image at `path`, open
+ * @throws COMMAND_FAILED and the like
+ */
+export async function readImageMap(file: FileHandle, path: string, run: RunOptions): Promise<ImageMap> {
+  const map = new ImageMap()
+  if (!(await holdsItsData(file))) return map
+  await runCommand('qemu-img', ['map', '--output=json', '-f', 'qcow2', path], {
+    ...run,
+    timeoutMs: TIMEOUT_MS,
+    onLine: line => {
+      // One array, with an entry to a line.
+      const text = line.replace(/^\[/, '').replace(/[,\]]$/, '')
+      if (text === '') return
+      const { start, length, depth, data, offset } = mapEntry.parse(JSON.parse(text))
+      if (data && depth === 0 && offset !== undefined) map.append(start, length, offset)
+    },
+  })
+  return map
+}
+
+/** Offsets in QEMU's map are those of the external data file, where there is one, and the map does not tell. */
+async function holdsItsData(file: FileHandle): Promise<boolean> {
+  const header = Buffer.alloc(HEADER_BYTES)
+  const { bytesRead } = await file.read(header, 0, HEADER_BYTES, 0)
+  if (bytesRead < HEADER_BYTES || header.readUInt32BE(0) !== MAGIC) return false
+  if (header.readUInt32BE(4) === 2) return true // has no such features
+  return header.readUInt32BE(72) === 0 && (header.readUInt32BE(76) & ~DATA_STAYS) === 0
+}
