@@ -1,10 +1,19 @@
 import { expect, test } from 'vitest'
-import { bitmapsToRetire, chooseDisks, markName, type PlanInput, planBackup } from '../src/backup-plan.ts'
+import {
+  bitmapsToRetire,
+  chooseDisks,
+  markName,
+  type PlanInput,
+  planBackup,
+  snapshotsToRetire,
+} from '../src/backup-plan.ts'
 import type { Catalog, StoredBackup } from '../src/backups.ts'
+import { objectsOf } from '../src/chain.ts'
 import { VarveError } from '../src/errors.ts'
-import type { DiskBitmap, FileDisk, HostDisk, Instance } from '../src/host.ts'
+import type { DiskBitmap, FileDisk, HostDisk, Instance, RbdDisk } from '../src/host.ts'
 import type { BackupManifest, ManifestDisk, Qcow2ManifestDisk } from '../src/manifest.ts'
 import { nextKind } from '../src/next-kind.ts'
+import type { RbdCluster, RbdImage } from '../src/rbd.ts'
 
 const GiB = 2 ** 30
 const id = (n: number) => `20260101-00000${n}-000-00000${n}`
@@ -68,12 +77,7 @@ function catalogOf(
   change: (sizes: Map<string, number>) => void = () => undefined,
 ): Catalog {
   const sizes = new Map<string, number>()
-  for (const { manifest, folder } of backups) {
-    for (const disk of manifest.disks) {
-      sizes.set(`${folder}/${disk.image}`, disk.storedSize)
-      sizes.set(`${folder}/${disk.blocks}`, 32)
-    }
-  }
+  for (const { key, size } of backups.flatMap(objectsOf)) sizes.set(key, size)
   change(sizes)
   return {
     backups: [...backups],
@@ -136,6 +140,97 @@ test('a full backup is one without a fallback, and a first one says that there i
     disks: ['full'],
   })
   expect(plan([hostDisk('vda', [])], [])).toEqual({ parent: undefined, disks: ['no-parent'] })
+})
+
+function rbdDisk(snapshots: [backup: number, snapshotId: number][], change: Partial<RbdImage> = {}): RbdDisk {
+  const state = {
+    id: 'abc',
+    size: GiB,
+    snapshots: snapshots.map(([n, id_]) => ({ name: markName(id(n)), id: id_ })),
+    metadata: new Map<string, string>(),
+    ...change,
+  }
+  const cluster = {} as RbdCluster // a plan asks it for nothing
+  return {
+    name: 'vda',
+    path: 'rbd:rbd/vda',
+    format: 'rbd',
+    image: 'rbd/vda',
+    virtualSize: state.size,
+    state,
+    cluster,
+  }
+}
+
+/** The same backup, of an RBD image whose snapshot had the number 10 times the backup's. */
+function ofRbd(stored: StoredBackup, n: number): StoredBackup {
+  const disks = stored.manifest.disks.map((disk): ManifestDisk => {
+    const { name, kind, blocks, virtualSize, storedSize, digest, backing } = disk
+    const fields = { name, kind, blocks, virtualSize, storedSize, digest }
+    return {
+      ...fields,
+      image: `${name}.rbd-diff`,
+      format: 'rbd-diff',
+      index: { key: `${name}.index`, size: 7, blake3: digest.root },
+      snapshot: { name: markName(id(n)), id: n * 10 },
+      ...(backing !== undefined && { backing: backing.replace('.qcow2', '.rbd-diff') }),
+      source: { path: 'rbd/vda', format: 'rbd', imageId: 'abc' },
+    }
+  })
+  return { ...stored, manifest: { ...stored.manifest, disks } }
+}
+
+const rbdChain = [ofRbd(backup(1, 1), 1), ofRbd(backup(2, 1, 1), 2)]
+
+test('an RBD image gets an increment on the newest backup whose very snapshot it has', () => {
+  const both = rbdDisk([
+    [1, 10],
+    [2, 20],
+  ])
+  expect(plan([both], rbdChain)).toEqual({ parent: id(2), disks: [markName(id(2))] })
+  expect(plan([rbdDisk([[1, 10]])], rbdChain)).toEqual({ parent: id(1), disks: [markName(id(1))] })
+})
+
+test('an RBD image of another size, larger or smaller, gets an increment', () => {
+  for (const size of [GiB / 2, 2 * GiB])
+    expect(plan([rbdDisk([[2, 20]], { size })], rbdChain).parent).toBe(id(2))
+})
+
+test('an image that was restored says itself which snapshot holds the backup', () => {
+  const metadata = new Map([[`varve.restored.${id(1)}`, '77']])
+  expect(plan([rbdDisk([[1, 77]], { id: 'new', metadata })], rbdChain).parent).toBe(id(1))
+  expect(plan([rbdDisk([[1, 78]], { id: 'new', metadata })], rbdChain).disks).toEqual(['disk-replaced'])
+})
+
+test.each([
+  ['snapshot-missing', rbdDisk([])],
+  ['snapshot-replaced', rbdDisk([[2, 21]])],
+  ['disk-replaced', rbdDisk([[2, 20]], { id: 'another' })],
+] as const)('an RBD image falls back to a full image: %s', (reason, disk) => {
+  expect(plan([disk], rbdChain)).toEqual({ parent: undefined, disks: [reason] })
+})
+
+test('a disk that moved between files and RBD is stored in full', () => {
+  expect(plan([rbdDisk([[2, 20]])], chain).disks).toEqual(['disk-replaced'])
+  expect(plan([hostDisk('vda', [bitmap(2)])], rbdChain).disks).toEqual(['disk-replaced'])
+})
+
+test('the newest snapshots stay, as many as asked for, the new one among them', () => {
+  const backups = [...rbdChain, ofRbd(backup(3, 1, 2), 3)]
+  const disks = [
+    rbdDisk([
+      [1, 10],
+      [2, 20],
+      [3, 30],
+      [4, 40],
+      [9, 90],
+    ]),
+    hostDisk('vdb', [bitmap(1)]),
+  ]
+  const retired = (keep: number) => snapshotsToRetire(disks, backups, id(4), keep)
+  expect(retired(1)).toEqual({ vda: [1, 2, 3].map(n => markName(id(n))) })
+  expect(retired(2)).toEqual({ vda: [1, 2].map(n => markName(id(n))) })
+  expect(retired(7)).toEqual({ vda: [] })
 })
 
 test('an increment with no backup at all is an error', () => {

@@ -24,6 +24,8 @@ const fallback = fc.constantFrom<FallbackReason>(
   'bitmap-inconsistent',
   'bitmap-disabled',
   'bitmap-granularity',
+  'snapshot-missing',
+  'snapshot-replaced',
 )
 
 const disk = fc.record(
@@ -44,6 +46,15 @@ const disk = fc.record(
     }),
     granularity,
     fallback,
+    rbd: fc.record({
+      index: fc.record({ size: fc.nat({ max: 1_000_000 }), blake3: hex(64) }),
+      snapshotId: fc.nat(),
+      source: fc.record({
+        path: fc.constantFrom('rbd/vda', 'pool/ns/an image.1'),
+        format: fc.constant('rbd' as const),
+        imageId: fc.stringMatching(/^[0-9a-f]{1,20}$/),
+      }),
+    }),
   },
   { requiredKeys: ['incremental', 'fields'] },
 )
@@ -108,18 +119,35 @@ export const anyManifest: fc.Arbitrary<BackupManifest> = fc
       ...(incremental && { parent }),
       kind: incremental ? 'incremental' : 'full',
       disks: names.map((name, i): ManifestDisk => {
-        const { fields, granularity, fallback, ...any } = disks[i] ?? expect.fail()
+        const { fields, granularity, fallback, rbd, ...any } = disks[i] ?? expect.fail()
         const kind = incremental && (i === 0 || any.incremental) ? 'incremental' : 'full'
-        return {
+        const image = `${name}.${rbd ? 'rbd-diff' : 'qcow2'}`
+        const common = {
           name,
           kind,
-          image: `${name}.qcow2`,
+          image,
           blocks: `${name}.blake3`,
+          ...(kind === 'incremental' && { backing: `../${parent}/${image}` }),
+          ...(kind === 'full' && fallback !== undefined && { fallback }),
+        } as const
+        if (rbd) {
+          const { virtualSize, storedSize, digest } = fields
+          return {
+            ...common,
+            format: 'rbd-diff',
+            virtualSize,
+            storedSize,
+            digest,
+            index: { key: `${name}.index`, ...rbd.index },
+            snapshot: { name: `varve-${id}`, id: rbd.snapshotId },
+            source: rbd.source,
+          }
+        }
+        return {
+          ...common,
           format: 'qcow2',
           ...fields,
           ...(granularity !== undefined && { bitmap: { name: `varve-${id}`, granularity } }),
-          ...(kind === 'incremental' && { backing: `../${parent}/${name}.qcow2` }),
-          ...(kind === 'full' && fallback !== undefined && { fallback }),
         }
       }),
       ...rest,
