@@ -1,5 +1,6 @@
 import { describe } from 'vitest'
 import { describeCuts } from './contract-cuts.ts'
+import { describeEarlyEnds } from './contract-early-ends.ts'
 import { describeRefusal } from './contract-refusal.ts'
 import { describeRestart } from './contract-restart.ts'
 import { describeSilence } from './contract-silence.ts'
@@ -10,9 +11,10 @@ import type { Remote } from './remote-target.ts'
 /** A storage that is reached over a network: all that can happen on the way, and to the server. */
 export function describeRemote(contract: Contract): void {
   if (contract.remote === undefined) return
-  const remote: Remote = { idleTimeoutMs: 1500, cutSize: 1_000_003, ...contract.remote }
+  const remote: Remote = { idleTimeoutMs: 1500, cutSize: 1_000_003, evenCuts: 8, ...contract.remote }
   describe('over a network', () => {
     describeCuts(contract, remote)
+    describeEarlyEnds(remote)
     describeSilence(contract, remote)
     describeRefusal(contract, remote)
     describeRestart(contract, remote)

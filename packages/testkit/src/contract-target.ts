@@ -90,6 +90,11 @@ export interface RemoteOptions {
    * more than one part, where a driver uploads in parts, it tries more.
    */
   cutSize?: number
+  /**
+   * At how many places, at even distances, an upload is cut in either direction. Default: 8; fewer for a driver
+   * whose calls cost much.
+   */
+  evenCuts?: number
 }
 
 /** {@link ContractOptions} with their defaults. */

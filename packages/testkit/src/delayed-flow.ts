@@ -8,14 +8,23 @@ const LINGER_MS = 5
 const LINGER_ROUNDS = 4
 const NOTHING = Buffer.alloc(0)
 
+/** How a connection is cut: reset at both ends, or one direction of it ended in order. */
+export type Cut = 'reset' | 'end'
+
+/** How many bytes may be handed on, and whether a cut comes after them. */
+export interface Passage {
+  readonly bytes: number
+  readonly cut: Cut | undefined
+}
+
 /** What its proxy decides for a {@link DelayedFlow}. */
 export interface FlowRules {
   /** How long a byte is on its way, in milliseconds. */
   delayMs(): number
   /** Whether nothing is handed on for now. */
   stalled(): boolean
-  /** Counts bytes that are about to be handed on: how many may be, and whether the connection is cut after them. */
-  pass(bytes: number): { bytes: number; cut: boolean }
+  /** Counts bytes that are about to be handed on. */
+  pass(bytes: number): Passage
   /** Resets both ends of the connection. */
   cut(): void
 }
@@ -45,6 +54,7 @@ export class DelayedFlow {
     this.#rules = rules
     let ended = false
     source.on('data', (bytes: Buffer) => {
+      if (this.#done) return // ended, with its source still at it
       this.#heldBytes += bytes.byteLength
       if (this.#heldBytes >= HELD_BYTES) source.pause()
       this.#hold({ what: 'bytes', due: this.#due(), bytes })
@@ -90,8 +100,15 @@ export class DelayedFlow {
   #handOn(bytes: Buffer): void {
     this.#heldBytes -= bytes.byteLength
     const passed = this.#rules.pass(bytes.byteLength)
-    if (passed.cut) this.#cutAfter(bytes.subarray(0, passed.bytes))
+    if (passed.cut === 'reset') this.#cutAfter(bytes.subarray(0, passed.bytes))
+    else if (passed.cut === 'end') this.#endAfter(bytes.subarray(0, passed.bytes))
     else if (!this.#sink.write(bytes)) this.#blocked = true
+  }
+
+  #endAfter(bytes: Buffer): void {
+    this.stop()
+    this.#sink.end(bytes)
+    this.#source.resume()
   }
 
   /** Resets the connection behind these bytes: a reset overtakes what is not sent, and what is not read. */

@@ -1,6 +1,6 @@
 import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
-import { DelayedFlow, type FlowRules } from './delayed-flow.ts'
+import { type Cut, DelayedFlow, type FlowRules, type Passage } from './delayed-flow.ts'
 
 const LOOPBACK = '127.0.0.1'
 
@@ -31,7 +31,7 @@ export class NetworkProxy implements AsyncDisposable {
   readonly #server: Server
   readonly #connections = new Set<Connection>()
   readonly #passed: Record<ProxyDirection, number> = { toServer: 0, toClient: 0 }
-  readonly #bytesToCut: Partial<Record<ProxyDirection, number>> = {}
+  readonly #cutsToCome: Partial<Record<ProxyDirection, { bytes: number; how: Cut }>> = {}
   #cuts = 0
   #stalled = false
   #refusing = false
@@ -62,7 +62,7 @@ export class NetworkProxy implements AsyncDisposable {
     return this.#passed.toClient
   }
 
-  /** How many connections {@link NetworkProxy.cutAfter} has reset so far. */
+  /** How many connections {@link NetworkProxy.cutAfter} and {@link NetworkProxy.endAfter} have cut so far. */
   get cuts(): number {
     return this.#cuts
   }
@@ -80,7 +80,16 @@ export class NetworkProxy implements AsyncDisposable {
    * comes through.
    */
   cutAfter(bytes: number, direction: ProxyDirection): void {
-    this.#bytesToCut[direction] = bytes
+    this.#cutsToCome[direction] = { bytes, how: 'reset' }
+  }
+
+  /**
+   * Ends one direction of a connection in order (FIN), once, where {@link NetworkProxy.cutAfter} would reset it: to the
+   * receiver it looks as if the sender had no more to send. What the sender sends after it is taken and lost; the
+   * other direction goes on.
+   */
+  endAfter(bytes: number, direction: ProxyDirection): void {
+    this.#cutsToCome[direction] = { bytes, how: 'end' }
   }
 
   /** Resets all connections that there are; what they held is lost. */
@@ -115,8 +124,8 @@ export class NetworkProxy implements AsyncDisposable {
   heal(): void {
     this.accept()
     this.latencyMs = 0
-    delete this.#bytesToCut.toServer
-    delete this.#bytesToCut.toClient
+    delete this.#cutsToCome.toServer
+    delete this.#cutsToCome.toClient
     this.resume()
   }
 
@@ -139,15 +148,15 @@ export class NetworkProxy implements AsyncDisposable {
     connection.closed.then(() => this.#connections.delete(connection))
   }
 
-  #pass(bytes: number, direction: ProxyDirection): { bytes: number; cut: boolean } {
-    const left = this.#bytesToCut[direction]
-    const cut = left !== undefined && bytes >= left
-    const passed = cut ? left : bytes
+  #pass(bytes: number, direction: ProxyDirection): Passage {
+    const next = this.#cutsToCome[direction]
+    const cut = next !== undefined && bytes >= next.bytes ? next.how : undefined
+    const passed = next !== undefined && cut ? next.bytes : bytes
     if (cut) {
-      delete this.#bytesToCut[direction]
+      delete this.#cutsToCome[direction]
       this.#cuts++
-    } else if (left !== undefined) {
-      this.#bytesToCut[direction] = left - bytes
+    } else if (next !== undefined) {
+      next.bytes -= bytes
     }
     this.#passed[direction] += passed
     return { bytes: passed, cut }

@@ -173,6 +173,29 @@ describe('a NetworkProxy', () => {
     expect(await drain(through(proxy))).toEqual({ bytes, error: undefined })
   })
 
+  test.each([0, 1, 1000, 200_000])('ends a direction in order after exactly %d bytes, once', async at => {
+    const bytes = patternBytes(5, 0, 300_000)
+    const received: ReturnType<typeof drain>[] = []
+    const { proxy } = await network(socket => {
+      received.push(drain(socket))
+      socket.end(bytes)
+    })
+    proxy.endAfter(at, 'toClient')
+    const client = through(proxy)
+    expect(await drain(client)).toEqual({ bytes: bytes.subarray(0, at), error: undefined })
+    client.end('what goes the other way')
+    expect(await received[0]).toEqual({ bytes: Buffer.from('what goes the other way'), error: undefined })
+    expect([proxy.bytesToClient, proxy.cuts]).toEqual([at, 1])
+
+    proxy.endAfter(at, 'toServer')
+    const other = through(proxy)
+    other.end(bytes)
+    expect(await drain(other)).toEqual({ bytes, error: undefined })
+    expect(await received[1]).toEqual({ bytes: bytes.subarray(0, at), error: undefined })
+    expect(proxy.cuts).toBe(2)
+    await expect.poll(() => proxy.connections).toBe(0)
+  })
+
   test('counts the bytes up to a cut over all connections', async () => {
     const { proxy } = await network(echo)
     const [first, second] = [through(proxy), through(proxy)]
@@ -257,7 +280,7 @@ describe('a NetworkProxy', () => {
     proxy.stall()
     proxy.refuse()
     proxy.cutAfter(1, 'toServer')
-    proxy.cutAfter(1, 'toClient')
+    proxy.endAfter(1, 'toClient')
     proxy.heal()
     const client = through(proxy)
     client.end('well')

@@ -1,0 +1,42 @@
+import { bytesBody } from '@varve/core'
+import { describe, test } from 'vitest'
+import { expectStored } from './contract-target.ts'
+import { cutBytes, cutCalls, cutDownloads, cutUploads, forEachAnswer } from './network-cuts.ts'
+import { beginRemote, type Remote } from './remote-target.ts'
+
+/** Connections that end in order, but too early: that is never the end of the data. */
+export function describeEarlyEnds(remote: Remote): void {
+  describe('connections that end early', () => {
+    const how = 'end'
+    const even = Math.ceil(remote.evenCuts / 2)
+
+    test.each([
+      ['a re-openable body', true],
+      ['a body that opens once', false],
+    ])('%s is stored whole, or fails and leaves nothing', async (_, replayable) => {
+      await cutUploads(remote, { how, direction: 'toServer', even, beforeEnd: [64, 1] }, { replayable })
+      await cutUploads(remote, { how, direction: 'toClient', even: 2, beforeEnd: [1] }, { replayable })
+    })
+
+    test('a download gives the right bytes or fails', async () => {
+      const target = await beginRemote(remote)
+      const bytes = cutBytes(remote)
+      await target.driver.put('a/object', bytesBody(bytes))
+      const cuts = { how, direction: 'toClient', even, beforeEnd: [1] } as const
+      const [all, middle] = [
+        { start: 0, end: bytes.length },
+        { start: 1001, end: bytes.length - 1001 },
+      ]
+      await cutDownloads(target, remote, { key: 'a/object', range: all, cuts })
+      await cutDownloads(target, remote, { key: 'a/object', range: middle, cuts })
+      await expectStored(target, 'a/object', bytes)
+    })
+
+    test('a call gives the right answer or fails', async () => {
+      const target = await beginRemote(remote)
+      await forEachAnswer(target, remote, (call, look) =>
+        cutCalls(target, { how, direction: 'toClient', even: 3, beforeEnd: [1] }, call, look),
+      )
+    })
+  })
+}
