@@ -1,5 +1,5 @@
 import type { BlockPool, BlockSlot } from './block-pool.ts'
-import type { DownloadSink } from './download.ts'
+import type { DirectSink, DownloadSink } from './download.ts'
 
 /** Takes a whole block. From then on the slot is the receiver's, who gives it back to the pool. */
 export type BlockReceiver = (block: number, slot: BlockSlot) => void
@@ -19,7 +19,8 @@ export interface BlockRun {
 /**
  * Cuts a download into blocks, in slots of a pool: it waits while the pool is empty.
  */
-export class BlockAssembler implements DownloadSink {
+export class BlockAssembler implements DownloadSink, DirectSink {
+  readonly direct: DirectSink = this
   readonly #run: BlockRun
   readonly #receive: BlockReceiver
   #block: number
@@ -34,13 +35,38 @@ export class BlockAssembler implements DownloadSink {
 
   async write(chunk: Uint8Array): Promise<void> {
     for (let rest = chunk; rest.length > 0; ) {
-      this.#slot ??= await this.#run.pool.acquire(this.#run.signal)
-      rest = this.#fill(this.#slot, rest)
+      const room = await this.room()
+      const part = rest.subarray(0, room.length)
+      room.set(part)
+      rest = rest.subarray(part.length)
+      this.filled(part.length)
     }
+  }
+
+  /** The rest of the current block. */
+  async room(): Promise<Uint8Array> {
+    const { blockSize, size, pool, signal } = this.#run
+    if (!this.#slot) {
+      this.#slot = await pool.acquire(signal)
+      this.#slot.allocate(Math.min(blockSize, size - this.#block * blockSize), pool.blockSize)
+    }
+    return this.#slot.bytes.subarray(this.#filled)
+  }
+
+  filled(length: number): void {
+    const slot = this.#slot
+    if (!slot) throw new RangeError('There is no room that could be filled.')
+    this.#filled += length
+    if (this.#filled < slot.bytes.length) return
+    const block = this.#block++
+    this.#filled = 0
+    this.#slot = undefined
+    this.#receive(block, slot)
   }
 
   restart(): number {
     this.#filled = 0
+    this.#slot?.renew()
     return this.#block * this.#run.blockSize
   }
 
@@ -48,22 +74,5 @@ export class BlockAssembler implements DownloadSink {
   close(): void {
     if (this.#slot) this.#run.pool.release(this.#slot)
     this.#slot = undefined
-  }
-
-  /** Moves bytes of `chunk` into the current block; returns those that belong to the next ones. */
-  #fill(slot: BlockSlot, chunk: Uint8Array): Uint8Array {
-    const { blockSize, size, pool } = this.#run
-    const length = Math.min(blockSize, size - this.#block * blockSize)
-    const part = chunk.subarray(0, length - this.#filled)
-    if (this.#filled === 0) slot.allocate(length, pool.blockSize)
-    slot.bytes.set(part, this.#filled)
-    this.#filled += part.length
-    if (this.#filled === length) {
-      const block = this.#block++
-      this.#filled = 0
-      this.#slot = undefined
-      this.#receive(block, slot)
-    }
-    return chunk.subarray(part.length)
   }
 }

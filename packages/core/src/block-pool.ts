@@ -12,6 +12,14 @@ export class BlockSlot {
     this.bytes = this.#own.subarray(0, length)
     return this.bytes
   }
+
+  /** Leaves the memory to whoever may still write to it, and takes other of the same length. */
+  renew(): void {
+    const { length } = this.bytes
+    const blockSize = this.#own?.length ?? length
+    this.#own = undefined
+    this.allocate(length, blockSize)
+  }
 }
 
 interface Waiting {

@@ -1,7 +1,8 @@
 import { addAbortSignal } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { ByteRange, StorageDriver } from './storage.ts'
+import { unlessAborted } from './giving-up.ts'
+import type { ByteRange, ObjectStream, StorageDriver } from './storage.ts'
 
 /** How a download that breaks off goes on. */
 export interface DownloadRetry {
@@ -26,8 +27,18 @@ export interface DownloadOptions {
 export interface DownloadSink {
   /** Takes the next chunk, and is done with its memory when the promise resolves. */
   write(chunk: Uint8Array): Promise<void>
+  /** Optional: takes the next bytes from a storage that can read right into memory, in place of `write`. */
+  readonly direct?: DirectSink
   /** Drops what is not complete; returns the offset in the object from which the next try begins. */
   restart(): number
+}
+
+/** Memory in which a download's bytes arrive without being copied. */
+export interface DirectSink {
+  /** Where the next bytes go: at least one, and none behind the range. Until `restart` a read may be writing there. */
+  room(): Promise<Uint8Array>
+  /** The first `length` bytes of the room are there. */
+  filled(length: number): void
 }
 
 /**
@@ -64,17 +75,25 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
     else stall.abort(stalled(key, range.start + received, stallMs))
   }, stallMs)
   const signal = AbortSignal.any([options.signal, stall.signal])
-  try {
-    const stream = addAbortSignal(signal, await storage.get(key, { range, signal }))
-    for await (const chunk of stream) {
+  const attempt: Attempt = {
+    signal,
+    arrived(length) {
       timer.refresh()
-      received += chunk.length
+      received += length
       if (received > range.end - range.start) throw ranOver(key, range)
+    },
+    isWhole: () => received === range.end - range.start,
+    async waitFor(sinks) {
       writing = true
-      await sink.write(chunk)
-      stream.recycle?.(chunk)
+      const result = await sinks()
       writing = false
-    }
+      return result
+    },
+  }
+  try {
+    const stream: ObjectStream = addAbortSignal(signal, await storage.get(key, { range, signal }))
+    if (stream.readInto && sink.direct) await receiveDirectly(stream, sink.direct, attempt)
+    else await receiveChunks(stream, sink, attempt)
   } catch (error) {
     if (signal.aborted) throw abortError(signal)
     if (isVarveError(error)) throw error
@@ -87,6 +106,40 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
     clearTimeout(timer)
   }
   if (received < range.end - range.start) throw endedEarly(key, range.start + received, range.end)
+}
+
+/** One try of a download, as those see it who receive its bytes. */
+interface Attempt {
+  readonly signal: AbortSignal
+  /** Bytes came from the storage. Throws for more than were asked for. */
+  arrived(length: number): void
+  isWhole(): boolean
+  /** Waits for the sink: meanwhile the storage does not stall. */
+  waitFor<T>(sinks: () => Promise<T>): Promise<T>
+}
+
+async function receiveChunks(stream: ObjectStream, sink: DownloadSink, attempt: Attempt): Promise<void> {
+  for await (const chunk of stream) {
+    attempt.arrived(chunk.length)
+    await attempt.waitFor(() => sink.write(chunk))
+    stream.recycle?.(chunk)
+  }
+}
+
+async function receiveDirectly(stream: ObjectStream, sink: DirectSink, attempt: Attempt): Promise<void> {
+  stream.on('error', () => undefined) // the read that it breaks tells of it
+  try {
+    while (!attempt.isWhole()) {
+      const memory = await attempt.waitFor(() => sink.room())
+      // A read that hangs is left to itself, and with it the memory.
+      const length = await unlessAborted(stream.readInto?.(memory) ?? Promise.resolve(0), attempt.signal)
+      if (length === 0) return
+      attempt.arrived(length)
+      sink.filled(length)
+    }
+  } finally {
+    stream.destroy()
+  }
 }
 
 function stalled(key: string, offset: number, stallMs: number): VarveError {

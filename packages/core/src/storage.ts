@@ -72,6 +72,12 @@ export interface ObjectStream extends Readable {
    * given back must not be touched any more.
    */
   recycle?(chunk: Uint8Array): void
+  /**
+   * Optional: reads the next bytes right into the caller's memory, which saves a copy, and resolves with their
+   * number: at least one, and 0 at the end only. One call at a time, and in place of reading the stream. After a
+   * call that fails, or that is given up, the memory may still be written to: its owner does not use it again.
+   */
+  readInto?(memory: Uint8Array): Promise<number>
 }
 
 /** Options of the calls that move no data. */

@@ -1,7 +1,10 @@
 import { Readable } from 'node:stream'
-import { afterAll, beforeAll, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { BlockAssembler } from '../src/block-assembler.ts'
+import { BlockPool } from '../src/block-pool.ts'
 import { type DownloadRetry, download } from '../src/download.ts'
 import { VarveError } from '../src/errors.ts'
+import type { ObjectStream } from '../src/storage.ts'
 import { MemoryStorage } from './memory-storage.ts'
 
 beforeAll(() => {
@@ -161,4 +164,92 @@ test('nothing is left open after a download, whether it worked or failed', async
     await fetch(storage).catch(() => undefined)
     expect(streams.map(({ destroyed }) => destroyed)).toStrictEqual([true])
   }
+})
+
+describe('a download right into memory', () => {
+  /** Bytes 50 to 950 in blocks of 300, each in memory of its own as long as nothing fails. */
+  async function fetchDirectly(
+    storage: MemoryStorage,
+    retry: DownloadRetry = { backoffMs: 0 },
+    signal: AbortSignal = new AbortController().signal,
+  ): Promise<Buffer> {
+    const pool = new BlockPool(0, 300)
+    const blocks: Buffer[] = []
+    const object = { pool, blockSize: 300, size: BYTES.length, first: 0, signal }
+    const assembler = new BlockAssembler(object, (_block, slot) => {
+      blocks.push(Buffer.from(slot.bytes))
+      pool.release(slot)
+    })
+    try {
+      await download({ storage, key: 'object', range: { start: 0, end: 1000 }, signal, retry }, assembler)
+    } finally {
+      assembler.close()
+      expect(pool.inUse).toBe(0)
+    }
+    return Buffer.concat(blocks)
+  }
+
+  const directStorage = (fault?: (key: string, offset: number) => 'end' | undefined): MemoryStorage => {
+    const storage = new MemoryStorage({ chunkSize: 100, direct: true, ...(fault && { fault }) })
+    storage.objects.set('object', BYTES)
+    return storage
+  }
+
+  test('goes on from the last whole block, and a late write of a failed read reaches nothing', async () => {
+    const passing = new VarveError('STORAGE_UNREACHABLE', 'away', { retryable: true })
+    for (const fault of [failing(2, 400), failing(2, 400, passing)]) {
+      const storage = directStorage(fault)
+      expect(await fetchDirectly(storage)).toStrictEqual(BYTES)
+      expect(storage.downloads.map(({ range }) => range.start)).toStrictEqual([0, 300, 300])
+    }
+  })
+
+  test('is broken off where it stalls, and what hangs writes to memory that nobody uses', async () => {
+    const storage = directStorage()
+    const get = storage.get.bind(storage)
+    let hanging: Uint8Array | undefined
+    const streams: ObjectStream[] = []
+    storage.get = async (key, options) => {
+      const stream = await get(key, options)
+      streams.push(stream)
+      if (streams.length > 1) {
+        const readInto = stream.readInto?.bind(stream)
+        stream.readInto = async memory => {
+          const length = (await readInto?.(memory)) ?? 0
+          hanging?.fill(0xee)
+          return length
+        }
+      } else {
+        stream.readInto = memory => {
+          hanging = memory
+          queueMicrotask(() => vi.advanceTimersByTime(60_000))
+          return new Promise(() => undefined)
+        }
+      }
+      return stream
+    }
+    expect(await fetchDirectly(storage)).toStrictEqual(BYTES)
+    expect(streams.map(({ destroyed }) => destroyed)).toStrictEqual([true, true])
+  })
+
+  test('that is given up ends with the reason, and its stream is closed', async () => {
+    const storage = directStorage()
+    const controller = new AbortController()
+    const reason = new Error('enough')
+    const get = storage.get.bind(storage)
+    let stream: ObjectStream | undefined
+    storage.get = async (key, options) => {
+      stream = await get(key, options)
+      stream.readInto = () => {
+        setImmediate(() => controller.abort(reason))
+        return new Promise(() => undefined)
+      }
+      return stream
+    }
+    await expect(fetchDirectly(storage, {}, controller.signal)).rejects.toMatchObject({
+      code: 'ABORTED',
+      cause: reason,
+    })
+    expect(stream?.destroyed).toBe(true)
+  })
 })

@@ -19,6 +19,8 @@ export interface MemoryStorageOptions {
   chunkSize?: number
   /** Whether it can begin a download anywhere. Default: true. */
   rangeRead?: boolean
+  /** Whether downloads also read right into the caller's memory. Default: false. */
+  direct?: boolean
   /** Is asked before every chunk of a download: what it throws, the download fails with. `end` ends it. */
   fault?: (key: string, offset: number) => 'end' | undefined
 }
@@ -32,6 +34,8 @@ export class MemoryStorage implements StorageDriver {
   /** Every download, in its order. */
   readonly downloads: { readonly key: string; readonly range: ByteRange; sent: number }[] = []
   readonly #options: MemoryStorageOptions
+  /** Memory of failed reads, which may still write to it. */
+  readonly #failed: Uint8Array[] = []
 
   constructor(options: MemoryStorageOptions = {}) {
     this.#options = options
@@ -49,7 +53,7 @@ export class MemoryStorage implements StorageDriver {
     signal?.throwIfAborted()
     const object = this.objects.get(key)
     if (!object) throw new VarveError('OBJECT_NOT_FOUND', `There is no ${key}.`, { context: { key } })
-    const { chunkSize = 64 * 1024, fault } = this.#options
+    const { chunkSize = 64 * 1024, fault, direct = false } = this.#options
     const { start, end } = range ?? { start: 0, end: object.length }
     const download = { key, range: { start, end }, sent: 0 }
     this.downloads.push(download)
@@ -64,7 +68,24 @@ export class MemoryStorage implements StorageDriver {
     }
     const stream = Readable.from(chunks(object), { highWaterMark: 1, ...(signal && { signal }) })
     // What is given back is overwritten at once, so that a late use of it is seen.
-    return Object.assign(stream, { recycle: (chunk: Uint8Array) => void chunk.fill(0xee) })
+    const recycle = (chunk: Uint8Array) => void chunk.fill(0xee)
+    if (!direct) return Object.assign(stream, { recycle })
+    let at = start
+    const readInto = async (memory: Uint8Array): Promise<number> => {
+      try {
+        if (fault?.(key, at) === 'end') return 0
+      } catch (error) {
+        this.#failed.push(memory)
+        throw error
+      }
+      const part = object.subarray(at, Math.min(end, at + Math.min(chunkSize, memory.length)))
+      memory.set(part)
+      at += part.length
+      download.sent += part.length
+      for (const late of this.#failed) late.fill(0xee) // whoever uses such memory again sees it
+      return part.length
+    }
+    return Object.assign(stream, { recycle, readInto })
   }
 
   async stat(key: string): Promise<StoredObject | undefined> {

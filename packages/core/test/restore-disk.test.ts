@@ -93,8 +93,9 @@ describe('a restore of a chain', () => {
         fc.integer({ min: 1000, max: 3 * BLOCK }),
         fc.integer({ min: 1, max: 4 }),
         fc.nat({ max: 3 }),
-        async (plans, chunkSize, downloads, ticks) => {
-          const backups = await stored(plans, { chunkSize })
+        fc.boolean(),
+        async (plans, chunkSize, downloads, ticks, direct) => {
+          const backups = await stored(plans, { chunkSize, direct })
           const onWrite = async (): Promise<void> => {
             for (let tick = 0; tick < ticks; tick++) await new Promise(setImmediate)
           }
@@ -199,11 +200,13 @@ describe('a restore from a storage that fails', () => {
       fc.asyncProperty(
         layerPlans(5),
         fc.array(fc.tuple(fc.nat(40), fc.constantFrom('retryable', 'socket', 'end')), { maxLength: 12 }),
-        async (plans, cuts) => {
+        fc.boolean(),
+        async (plans, cuts, direct) => {
           const left = cuts.toSorted(([a], [b]) => a - b)
           let chunks = 0
           const backups = await stored(plans, {
             chunkSize: 10_000,
+            direct,
             fault(key) {
               if (!key.endsWith('.qcow2') || chunks++ < (left[0]?.[0] ?? Number.POSITIVE_INFINITY)) return
               const kind = left.shift()?.[1]

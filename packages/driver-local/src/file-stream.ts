@@ -43,10 +43,26 @@ export class FileStream extends Readable implements ObjectStream {
     this.#free.push(Buffer.from(buffer))
   }
 
+  async readInto(memory: Uint8Array): Promise<number> {
+    try {
+      return await this.#read(memory)
+    } catch (error) {
+      throw localError(error, 'Reading', this.#path)
+    }
+  }
+
   async #readChunk(): Promise<Uint8Array | null> {
-    const length = Math.min(CHUNK_SIZE, this.#end - this.#position)
-    if (length <= 0) return null
+    if (this.#position >= this.#end) return null
     const memory = this.#free.pop() ?? Buffer.allocUnsafeSlow(CHUNK_SIZE)
+    const length = await this.#read(memory)
+    this.#lent.add(memory.buffer)
+    return memory.subarray(0, length)
+  }
+
+  /** The next bytes, as many as come at once: none at the end only. */
+  async #read(memory: Uint8Array): Promise<number> {
+    const length = Math.min(memory.byteLength, this.#end - this.#position)
+    if (length <= 0) return 0
     const { bytesRead } = await this.#file.read(memory, 0, length, this.#position)
     if (bytesRead === 0) {
       throw new VarveError(
@@ -56,8 +72,7 @@ export class FileStream extends Readable implements ObjectStream {
       )
     }
     this.#position += bytesRead
-    this.#lent.add(memory.buffer)
-    return memory.subarray(0, bytesRead)
+    return bytesRead
   }
 
   override _destroy(error: Error | null, done: (error?: Error | null) => void): void {

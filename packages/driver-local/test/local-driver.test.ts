@@ -1,4 +1,6 @@
-import { mkdir, readdir, unlink, utimes, writeFile } from 'node:fs/promises'
+import { once } from 'node:events'
+import { mkdir, readdir, truncate, unlink, utimes, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
 import { bytesBody, type ObjectStream } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
@@ -118,4 +120,21 @@ describe('memory of a download', () => {
     expect(position).toBe(expected.length)
     expect(memory.size).toBeLessThanOrEqual(4)
   })
+})
+
+test('a download right into memory ends with the error of a file that was cut short, and after it was given up', async () => {
+  const { driver, path } = await driverOn()
+  await driver.put('object', bytesBody(Buffer.alloc(3_000_000, 7)))
+  const cut: ObjectStream = await driver.get('object')
+  await truncate(join(path, 'object'), 1_500_000)
+  const memory = Buffer.alloc(1_000_000)
+  expect(await cut.readInto?.(memory)).toBe(1_000_000)
+  expect(await cut.readInto?.(memory)).toBe(500_000)
+  await expect(cut.readInto?.(memory)).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    context: { position: 1_500_000, end: 3_000_000 },
+  })
+  cut.destroy()
+  await once(cut, 'close')
+  await expect(cut.readInto?.(memory)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
 })

@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { bytesBody } from '@varve/core'
+import { type ByteRange, bytesBody, type ObjectStream, type StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { begin, bytesOf, type Contract, errorOf, read } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
@@ -35,6 +35,8 @@ export function describeReading(contract: Contract): void {
         const part = await read(driver, 'object', { start, end })
         expect(part.byteLength, name).toBe(Math.max(0, Math.min(end, SIZE) - Math.min(start, SIZE)))
         expect(part.equals(bytes.subarray(start, end)), name).toBe(true)
+        const direct = await readDirectly(driver, { start, end })
+        expect(direct?.equals(part) ?? true, `${name}, right into memory`).toBe(true)
       }
     })
 
@@ -100,4 +102,22 @@ export function describeReading(contract: Contract): void {
       expect((await read(driver, 'object')).equals(bytesOf(body))).toBe(true)
     })
   })
+}
+
+/** The range of `object` by `readInto`, into memory of a size that fits nothing; undefined where the driver has none. */
+async function readDirectly(driver: StorageDriver, range: ByteRange): Promise<Buffer | undefined> {
+  const stream: ObjectStream = await driver.get('object', { range })
+  try {
+    if (!stream.readInto) return undefined
+    const parts: Buffer[] = []
+    for (;;) {
+      const memory = Buffer.alloc(777_777, 0xee)
+      const length = await stream.readInto(memory)
+      expect(memory.subarray(length).every(byte => byte === 0xee)).toBe(true)
+      if (length === 0) return Buffer.concat(parts)
+      parts.push(memory.subarray(0, length))
+    }
+  } finally {
+    stream.destroy()
+  }
 }
