@@ -1,7 +1,13 @@
 import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
 import type { FileDisk, Host, HostDisk, HostReference, Instance } from './host.ts'
-import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import {
+  addImageBitmap,
+  offlineDisk,
+  readImageInfo,
+  readOfflineDisk,
+  removeImageBitmaps,
+} from './qemu-img.ts'
 import { type RbdCluster, type RbdConnector, rbdImageOf } from './rbd.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
@@ -172,7 +178,7 @@ async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise
       { context },
     )
   }
-  return readOfflineDisk(name, disk, info.format, run)
+  return offlineDisk(name, disk, info.format, info)
 }
 
 function notRunning(): VarveError {

@@ -101,22 +101,36 @@ export async function readOfflineDisk(
   format: 'qcow2' | 'raw',
   run: RunOptions,
 ): Promise<FileDisk> {
-  const resolved = await realpath(path).catch(error => {
+  const resolved = await resolveDisk(name, path)
+  return offlineDisk(name, resolved, format, await readImageInfo(resolved, format, run))
+}
+
+/** The same for an image that was looked at already, whose `info` has that format. */
+export async function offlineDisk(
+  name: string,
+  path: string,
+  format: 'qcow2' | 'raw',
+  info: ImageInfo,
+): Promise<FileDisk> {
+  const resolved = await resolveDisk(name, path)
+  return {
+    name,
+    path: resolved,
+    format,
+    blockDevice: (await stat(resolved)).isBlockDevice(),
+    virtualSize: info.virtualSize,
+    bitmaps: info.bitmaps,
+    holdsBitmaps: format === 'qcow2' && info.compat !== '0.10',
+  }
+}
+
+async function resolveDisk(name: string, path: string): Promise<string> {
+  return realpath(path).catch(error => {
     throw new VarveError('DISK_NOT_FOUND', `The disk ${name} has no file at ${path}. Check the path.`, {
       context: { disk: name, path },
       cause: error,
     })
   })
-  const [info, status] = await Promise.all([readImageInfo(resolved, format, run), stat(resolved)])
-  return {
-    name,
-    path: resolved,
-    format,
-    blockDevice: status.isBlockDevice(),
-    virtualSize: info.virtualSize,
-    bitmaps: info.bitmaps,
-    holdsBitmaps: format === 'qcow2' && info.compat !== '0.10',
-  }
 }
 
 /** Adds a persistent, recording bitmap to an image that nobody has open. One that is there already is kept. */
