@@ -71,6 +71,8 @@ export interface DomainChanges {
    * chain is dropped.
    */
   disks?: Readonly<Record<string, { readonly path: string; readonly format: 'qcow2' | 'raw' }>>
+  /** Disks, by target, whose backing chain is dropped while their own file stays. */
+  dropBacking?: readonly string[]
   /** Drops the other writable disks, which belong to the original. */
   onlyTheseDisks?: boolean
   /** A new path of the UEFI variables. */
@@ -87,7 +89,9 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
   }
   if (changes.uuid !== undefined) setUuid(document, root, changes.uuid)
   for (const element of diskElements(root)) {
-    const change = changes.disks?.[readDisk(element).name]
+    const { name } = readDisk(element)
+    if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
+    const change = changes.disks?.[name]
     if (change) setSource(document, element, change)
     else if (changes.onlyTheseDisks && ['disk', 'lun'].includes(element.getAttribute('device') ?? 'disk'))
       remove(element)

@@ -136,6 +136,8 @@ export interface Host {
   waitUntilOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<boolean>
   /** Starts the instance; no error when it runs. */
   start(instance: string, run?: RunOptions): Promise<void>
+  /** Takes the backing files that an instance's definition names itself out of it, for these disks. */
+  dropBacking(instance: string, disks: readonly string[], run?: RunOptions): Promise<void>
   /** Defines an instance from libvirt's XML. */
   define(xml: string, run?: RunOptions): Promise<void>
 }

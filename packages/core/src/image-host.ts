@@ -137,6 +137,10 @@ export class ImageHost implements Host {
     return Promise.reject(notRunning())
   }
 
+  async dropBacking(): Promise<void> {
+    // images have no definition
+  }
+
   define(): Promise<void> {
     return Promise.reject(notRunning())
   }

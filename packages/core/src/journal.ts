@@ -40,6 +40,7 @@ export const JOURNAL_STEPS = [
   'publish',
   // restore
   'define',
+  'drop-backing',
   'power-off',
   'powered-off',
   'target-create',
@@ -75,6 +76,7 @@ interface StepDetails {
     readonly retireSnapshots?: Readonly<Record<string, readonly string[]>>
   }
   define: { readonly instance: string; readonly xml: string }
+  'drop-backing': { readonly instance: string; readonly disks: readonly string[] }
   'power-off': {
     readonly instance: string
     readonly wasRunning: boolean

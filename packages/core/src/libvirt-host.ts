@@ -2,7 +2,13 @@ import { realpath, rm, stat, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
-import { type DomainDisk, type RbdSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import {
+  type DomainChanges,
+  type DomainDisk,
+  type RbdSource,
+  readDomainXml,
+  rewriteDomainXml,
+} from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, RbdDisk } from './host.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
@@ -230,16 +236,17 @@ export class LibvirtHost implements Host {
       ...run,
       timeoutMs: COMMIT_TIMEOUT_MS,
     })
-    // With the passwords of its console, which would be gone from the definition otherwise.
-    const secret = { ...run, secretOutput: true }
-    const options = ['--inactive', '--security-info']
-    const xml = await this.#virsh.onDomain(secret, instance, 'dumpxml', ...options).catch(error => {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined // a transient domain is gone once it stops
-      throw error
-    })
-    if (xml === undefined) return
     const base = { path: overlay.base, format: overlay.baseFormat }
-    await this.define(rewriteDomainXml(xml, { disks: { [overlay.disk]: base } }), run)
+    await this.#redefine(instance, { disks: { [overlay.disk]: base } }, run).catch(error => {
+      if (!isVarveError(error, 'INSTANCE_NOT_FOUND')) throw error // a transient domain is gone once it stops
+    })
+  }
+
+  /** Changes the definition, with the passwords of its console, which would be gone from it otherwise. */
+  async #redefine(instance: string, changes: DomainChanges, run: RunOptions): Promise<void> {
+    const secret = { ...run, secretOutput: true }
+    const xml = await this.#virsh.onDomain(secret, instance, 'dumpxml', '--inactive', '--security-info')
+    await this.define(rewriteDomainXml(xml, changes), run)
   }
 
   async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
@@ -397,6 +404,10 @@ export class LibvirtHost implements Host {
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
     if (!(await this.#isRunning(instance, run))) await this.#virsh.onDomain(run, instance, 'start')
+  }
+
+  dropBacking(instance: string, disks: readonly string[], run: RunOptions = {}): Promise<void> {
+    return this.#redefine(instance, { dropBacking: disks }, run)
   }
 
   define(xml: string, run: RunOptions = {}): Promise<void> {

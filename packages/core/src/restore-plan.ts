@@ -37,6 +37,8 @@ export interface RestorePlan {
   readonly disks: readonly DiskRestore[]
   /** The instance that is switched off for it. */
   readonly instance?: Instance
+  /** The disks of it whose backing file its definition names, which would show through the restored disk. */
+  readonly backed?: readonly string[]
   /** The instance that is defined anew. */
   readonly newInstance?: {
     readonly name: string
@@ -115,7 +117,6 @@ async function planInstance(
   }
   const instance = await host.instance(name, run)
   const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
-  const backed = request.definition === 'restore' ? new Set() : backedDisks(instance)
   const disks = chooseDisks(instance, names).map((target): DiskRestore => {
     const disk = diskOf(backup, target.name)
     if (!isFileDisk(target)) {
@@ -136,22 +137,15 @@ async function planInstance(
         },
       )
     }
-    if (backed.has(target.name)) {
-      throw new VarveError(
-        'DISK_UNSUPPORTED',
-        `The definition of ${name} names a backing file of the disk ${target.name} itself, mostly since somebody made a snapshot. It would show through the restored disk wherever that is empty. Remove the element <backingStore> of ${target.name} (virsh edit ${name}) while the instance is off, put the definition back as well (definition: 'restore', --with-definition), or restore in place (inPlace, --in-place). Nothing was changed.`,
-        { context: { instance: name, disk: target.name, path } },
-      )
-    }
     return { disk, format, target: path, temporary: temporaryOf(path, runId) }
   })
-  return { disks, instance }
+  const renewed = new Set(disks.flatMap(({ disk, temporary }) => (temporary === undefined ? [] : disk.name)))
+  return { disks, instance, backed: backedDisks(instance).filter(disk => renewed.has(disk)) }
 }
 
-function backedDisks({ definition }: Instance): Set<string> {
-  if (definition === undefined) return new Set()
-  const { disks } = readDomainXml(definition)
-  return new Set(disks.filter(({ backed }) => backed).map(({ name }) => name))
+function backedDisks({ definition }: Instance): string[] {
+  if (definition === undefined) return []
+  return readDomainXml(definition).disks.flatMap(({ backed, name }) => (backed ? [name] : []))
 }
 
 async function planNewInstance(

@@ -268,7 +268,12 @@ export async function define({
   const { newInstance } = plan
   const instance = request.definition === 'restore' ? plan.instance : undefined
   const name = newInstance?.name ?? instance?.name
-  if (name === undefined) return undefined
+  if (name === undefined) {
+    const { instance: kept, backed = [] } = plan
+    if (kept && backed.length > 0)
+      await journal.record({ step: 'drop-backing', instance: kept.name, disks: backed })
+    return undefined
+  }
   if (!definition) {
     throw new VarveError(
       'INVALID_ARGUMENT',

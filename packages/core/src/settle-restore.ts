@@ -95,14 +95,10 @@ async function finishSwap(
     await assertOff(step.target, run)
     if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
   }
-  const [definition] = journal.of('define')
-  if (definition && journal.of('defined').length === 0) {
-    const error = await define(definition, host, run)
-    if (error) {
-      await journal.record({ step: 'undo' })
-      return refusalOf(definition, error, journal.of('written-in-place').length > 0)
-    }
-    await journal.record({ step: 'defined' })
+  const refusal = await changeDefinition(journal, host, run)
+  if (refusal) {
+    await journal.record({ step: 'undo' })
+    return refusal
   }
   for (const step of left) await putInPlace(step).catch(error => throwUnresolved(step, error))
   for (const step of images) await replaceImage(await host.rbd(step.of, run), step, journal.header.id, run)
@@ -126,14 +122,49 @@ function throwUnresolved({ temporary, target }: Rename, error: unknown): never {
   )
 }
 
-/** Returns the error of a definition that libvirt has surely not taken. */
-async function define(
-  { instance, xml }: JournalStepOf<'define'>,
+/** Returns why libvirt does not take the definition, where it has surely not. */
+async function changeDefinition(
+  journal: RunJournal,
+  host: Host,
+  run: RunOptions,
+): Promise<VarveError | undefined> {
+  const [definition] = journal.of('define')
+  const [backing] = journal.of('drop-backing')
+  if ((!definition && !backing) || journal.of('defined').length > 0) return undefined
+  if (definition) {
+    const { instance, xml } = definition
+    const error = await refusalOf(host.define(xml, run), instance, host, run)
+    const left =
+      journal.of('written-in-place').length > 0 ? 'only its disks were restored' : 'nothing was changed'
+    if (error)
+      return refused(
+        error,
+        instance,
+        `The definition of ${instance} in the backup is refused on this host, and ${left}: ${error.message} Restore the disks alone, or to files, and define the instance by hand.`,
+      )
+  }
+  if (backing) {
+    const { instance, disks } = backing
+    const error = await refusalOf(host.dropBacking(instance, disks, run), instance, host, run)
+    if (error)
+      return refused(
+        error,
+        instance,
+        `The definition of ${instance} names a backing file of ${disks.join(', ')} itself, which would show through the restored disk, and libvirt refuses it without; nothing was changed: ${error.message} Remove the element <backingStore> by hand (virsh edit ${instance}) while the instance is off, or restore in place (inPlace, --in-place).`,
+      )
+  }
+  await journal.record({ step: 'defined' })
+  return undefined
+}
+
+async function refusalOf(
+  defining: Promise<void>,
+  instance: string,
   host: Host,
   run: RunOptions,
 ): Promise<VarveError | undefined> {
   try {
-    await host.define(xml, run)
+    await defining
     return undefined
   } catch (error) {
     // Without an answer nobody knows whether it was taken.
@@ -142,11 +173,8 @@ async function define(
   }
 }
 
-function refusalOf({ instance }: JournalStepOf<'define'>, error: VarveError, inPlace: boolean): VarveError {
-  const left = inPlace ? 'only its disks were restored' : 'nothing was changed'
-  const message = `The definition of ${instance} in the backup is refused on this host, and ${left}: ${error.message} Restore the disks alone, or to files, and define the instance by hand.`
-  const context = { ...error.context, instance }
-  return new VarveError('COMMAND_FAILED', message, { context, cause: error })
+function refused(cause: VarveError, instance: string, message: string): VarveError {
+  return new VarveError('COMMAND_FAILED', message, { context: { ...cause.context, instance }, cause })
 }
 
 async function answers(host: Host, instance: string, run: RunOptions): Promise<boolean> {

@@ -261,16 +261,48 @@ test("a backing file that the definition names for itself does not show through 
   await site.lab.virsh(snapshot(overlay))
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
   const now = await sum('/dev/vda')
-  const request = { backup: manifest.id, to: { instance: vm.name } } as const
-  const pid = await vm.qemuPid()
-  await expect(restore(request)).rejects.toMatchObject({
-    code: 'DISK_UNSUPPORTED',
-    message: expect.stringMatching(/backingStore.*virsh edit.*--with-definition/s),
-    context: { disk: 'vda', path: overlay },
+  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE } as const
+  const definition = () => site.lab.virsh(['dumpxml', '--inactive', '--security-info', vm.name])
+  expect(await definition()).toContain('<backingStore type')
+  const withPassword = (await definition()).replace(
+    '</devices>',
+    "<graphics type='vnc' port='-1' passwd='console7'/></devices>",
+  )
+  await site.host.define(withPassword)
+  const before = await definition()
+
+  // Given up before the point of no return, it leaves the definition as it was.
+  const given = new AbortController()
+  const giveUp = onStage('power-off', () => given.abort(new Error('enough')))
+  await expect(restore(request, { ...giveUp, signal: given.signal })).rejects.toMatchObject({
+    code: 'ABORTED',
   })
-  expect(await vm.qemuPid()).toBe(pid)
+  expect(await definition()).toBe(before)
   expect(await sum('/dev/vda')).toBe(now)
 
+  // The process dies right when the definition is to be changed.
+  class Silent extends LibvirtHost {
+    override dropBacking(): Promise<void> {
+      return Promise.reject(new VarveError('COMMAND_TIMEOUT', 'virsh define did not end.'))
+    }
+  }
+  const { stateDir, storage } = site
+  const events: VarveEvent[] = []
+  const onEvent = (event: VarveEvent) => void events.push(event)
+  const pipeline = new RestorePipeline({ host: new Silent({ uri: site.lab.uri }), storage, stateDir })
+  await expect(pipeline.run(request, { onEvent })).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
+  expect(await definition()).toBe(before)
+  const report = await recover({ stateDir, storages: [storage] }, { onEvent })
+  expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  expect(await definition()).not.toContain('<backingStore type')
+  expect(await definition()).toContain("passwd='console7'")
+  expect(JSON.stringify(events)).not.toContain('console7')
+  await vm.waitForBoot()
+  expect(await sum('/dev/vda')).toBe(wanted)
+  expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: overlay }])
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
+
+  await site.lab.virsh(snapshot(join(site.folder, 'again')))
   await restore({ ...request, inPlace: true })
   await vm.waitForBoot()
   expect(await sum('/dev/vda')).toBe(wanted)
@@ -278,6 +310,7 @@ test("a backing file that the definition names for itself does not show through 
 
   await restore({ ...request, definition: 'restore' })
   expect(await vm.xml()).not.toContain(image('vda'))
+  expect(await vm.xml()).not.toContain(overlay)
   await vm.waitForBoot()
   expect(await sum('/dev/vda')).toBe(wanted)
 
@@ -288,7 +321,7 @@ test("a backing file that the definition names for itself does not show through 
   })
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=9 conv=fsync')
   const last = await sum('/dev/vda')
-  await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_UNSUPPORTED' })
+  await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_BUSY' })
   await vm.waitForBoot()
   expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: made }])
   expect(await sum('/dev/vda')).toBe(last)
