@@ -53,13 +53,15 @@ async function prune(session: Session, instance: string | undefined, options: Pr
   await session.result(pruneDocument(report), pruneText(report, new Date()))
 }
 
-function pruneDocument({ dryRun, kept, removed, damaged, garbage }: PruneReport): object {
+function pruneDocument(report: PruneReport): object {
+  const { dryRun, kept, removed, damaged, garbage, unfinishedUploads } = report
   return {
     dryRun,
     kept: kept.map(({ backup, reasons }) => ({ backup: backup.manifest.id, folder: backup.folder, reasons })),
     removed: removed.map(({ manifest, folder }) => ({ backup: manifest.id, folder })),
     damaged: damaged.map(({ folder, error: { code, message } }) => ({ folder, code, message })),
     garbage,
+    unfinishedUploads,
   }
 }
 
