@@ -68,9 +68,18 @@ export async function freeze(backup: BackupContext): Promise<Frozen> {
   return { ...moment, ...(nvram && { nvram }) }
 }
 
+/** An instance whose memory was saved has not shut down: without that memory its disks are as after a power cut. */
 async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]): Promise<Frozen> {
+  const { host, instance, run } = backup
+  const saved = await host.hasSavedMemory(instance.name, run)
+  if (saved) {
+    emit(run, {
+      type: 'warning',
+      message: `${instance.name} is off with its memory saved (virsh managedsave), which is not in the backup: the backup is crash-consistent.`,
+    })
+  }
   const snapshots = await snapshotImages(backup, images)
-  return { at: new Date(), consistency: 'offline', snapshots }
+  return { at: new Date(), consistency: saved ? 'crash' : 'offline', snapshots }
 }
 
 async function freezeRunning(

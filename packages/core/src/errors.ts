@@ -13,6 +13,7 @@ export type ErrorCode =
   | 'BACKUP_NOT_ENABLED'
   // state of a host
   | 'DISK_BUSY'
+  | 'MEMORY_SAVED'
   | 'RUN_UNRESOLVED'
   | 'OVERLAY_LEFT_OVER'
   | 'COMMAND_FAILED'

@@ -132,6 +132,8 @@ export interface Host {
   rbd(disk?: { instance: string; disk: string }, run?: RunOptions): Promise<RbdCluster>
   /** Shuts the guest down; after `timeoutMs` it is switched off. */
   powerOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<void>
+  /** Whether an instance is off with its memory saved, from which it goes on at its next start. */
+  hasSavedMemory(instance: string, run?: RunOptions): Promise<boolean>
   /** Waits for an instance that was told to shut down, for `timeoutMs` at most; resolves with whether it is off. */
   waitUntilOff(instance: string, timeoutMs: number, run?: RunOptions): Promise<boolean>
   /** Starts the instance; no error when it runs. */

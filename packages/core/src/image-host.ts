@@ -129,6 +129,10 @@ export class ImageHost implements Host {
     // nothing runs
   }
 
+  async hasSavedMemory(): Promise<boolean> {
+    return false // images have no memory
+  }
+
   async waitUntilOff(): Promise<boolean> {
     return true // nothing runs
   }

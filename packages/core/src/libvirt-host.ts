@@ -171,9 +171,16 @@ export class LibvirtHost implements Host {
   async commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
     try {
       const state = await this.#diskState(instance, overlay.disk, run)
-      if (state === undefined || (!state.running && state.path === overlay.overlay))
+      if (state === undefined || (!state.running && state.path === overlay.overlay)) {
+        if (state && (await this.hasSavedMemory(instance, run))) {
+          // The saved state names the overlay, and the guest could not go on without it.
+          throw new VarveError(
+            'OVERLAY_LEFT_OVER',
+            'the memory of the instance was saved (virsh managedsave) while it wrote to the overlay; start the instance first',
+          )
+        }
         await this.#commitOffline(instance, overlay, run)
-      else if (state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
+      } else if (state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
       else if (state.path !== overlay.base && (await statIfThere(overlay.overlay))) {
         // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
         throw new VarveError(
@@ -380,6 +387,10 @@ export class LibvirtHost implements Host {
       }
     }
     if (signal?.aborted) throw abortError(signal)
+  }
+
+  async hasSavedMemory(instance: string, run: RunOptions = {}): Promise<boolean> {
+    return /^Managed save:\s*yes$/m.test(await this.#virsh.onDomain(run, instance, 'dominfo'))
   }
 
   async waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {

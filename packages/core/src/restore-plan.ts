@@ -50,7 +50,8 @@ export interface RestorePlan {
 /**
  * Finds the targets and refuses what cannot work, before anything is touched.
  *
- * @throws DISK_BUSY, DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, TARGET_EXISTS, TARGET_TOO_SMALL, INVALID_ARGUMENT
+ * @throws DISK_BUSY, DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, MEMORY_SAVED, TARGET_EXISTS,
+ *   TARGET_TOO_SMALL, INVALID_ARGUMENT
  */
 export async function planRestore(
   request: RestoreRequest,
@@ -116,6 +117,13 @@ async function planInstance(
     )
   }
   const instance = await host.instance(name, run)
+  if (await host.hasSavedMemory(name, run)) {
+    throw new VarveError(
+      'MEMORY_SAVED',
+      `${name} is off with its memory saved (virsh managedsave). At its next start it would go on with that memory on the restored disks, which ruins its file systems. Start it and shut it down, or drop the memory with "virsh managedsave-remove ${name}", and restore again. Nothing was changed.`,
+      { context: { instance: name } },
+    )
+  }
   const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
   const disks = chooseDisks(instance, names).map((target): DiskRestore => {
     const disk = diskOf(backup, target.name)

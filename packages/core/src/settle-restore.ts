@@ -26,7 +26,7 @@ export interface SettledRestore {
  * definition, the new files are removed. Then the instance is started if it is to run, unless a disk of it is
  * incomplete. May be cut short and called again.
  *
- * @throws RUN_UNRESOLVED when the instance runs again, on disks that were to be replaced
+ * @throws RUN_UNRESOLVED when the instance runs again, or has run, on disks that were to be replaced
  */
 export async function settleRestore(
   journal: RunJournal,
@@ -91,6 +91,7 @@ async function finishSwap(
   emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
   const left: Rename[] = []
   for (const step of renames) if (await statIfThere(step.temporary)) left.push(step)
+  if (left.length > 0) await assertNoSavedMemory(journal, host, run)
   for (const step of left) {
     await assertOff(step.target, run)
     if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
@@ -110,6 +111,24 @@ async function assertOff(target: string, run: RunOptions): Promise<void> {
   await assertUnused(target, run).catch(error => {
     if (!isVarveError(error, 'DISK_BUSY')) throw error
     throw stillInUse(target, error)
+  })
+}
+
+/** Memory that was saved since belongs to the old disks: the instance was started by somebody else. */
+async function assertNoSavedMemory(journal: RunJournal, host: Host, run: RunOptions): Promise<void> {
+  const power = journal.of('power-off').at(-1)
+  if (!power || !(await hasSavedMemory(power.instance, host, run))) return
+  throw new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored disks are complete, but ${power.instance} has its memory saved (virsh managedsave) since it ran on the old ones. Drop that memory with "virsh managedsave-remove ${power.instance}", then run "varve recover": the disks are replaced and what was written to the old ones since is lost. Copy them before where that is needed.`,
+    { context: { instance: power.instance } },
+  )
+}
+
+async function hasSavedMemory(instance: string, host: Host, run: RunOptions): Promise<boolean> {
+  return host.hasSavedMemory(instance, run).catch(error => {
+    if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return false // one that is to be defined anew
+    throw error
   })
 }
 

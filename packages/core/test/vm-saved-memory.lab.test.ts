@@ -1,0 +1,101 @@
+import { sha256Content, sha256File } from '@varve/testkit/lab'
+import { execaSync } from 'execa'
+import { expect, test } from 'vitest'
+import { type RecoverReport, recover } from '../src/recover.ts'
+import { MiB, useVmSite } from './vm-site.ts'
+
+const site = useVmSite()
+const { createVm, image, backup, restore, sum, restoredSums, expectCleanHost } = site
+
+const recoverNow = (): Promise<RecoverReport> =>
+  recover({ stateDir: site.stateDir, storages: [site.storage] })
+
+test('an instance with its memory saved is backed up as after a power cut, and goes on from that memory', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=${at} conv=fsync`)
+  await write(0)
+  const full = await backup()
+  await write(3)
+  await vm.run('echo here > /run/mark')
+  await site.lab.virsh(['managedsave', vm.name])
+  const saved = await backup()
+  expect(saved).toMatchObject({ parent: full.id, running: false, consistency: 'crash' })
+  expect(site.events).toContainEqual({
+    type: 'warning',
+    message: expect.stringMatching(/memory saved.*crash-consistent/),
+  })
+  expect(await restoredSums(saved)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
+
+  await vm.start()
+  expect((await vm.run('cat /run/mark')).stdout).toBe('here')
+  await write(6)
+  const wanted = await sum('/dev/vda')
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: saved.id, running: true, consistency: 'crash' })
+  expect(await restoredSums(next)).toEqual({ vda: wanted })
+
+  await site.lab.virsh(['managedsave', vm.name])
+  const untouched = await sha256File(image('vda'))
+  const request = { backup: full.id, to: { instance: vm.name } }
+  for (const inPlace of [false, true]) {
+    await expect(restore({ ...request, inPlace })).rejects.toMatchObject({
+      code: 'MEMORY_SAVED',
+      message: expect.stringContaining(`virsh managedsave-remove ${vm.name}`),
+    })
+  }
+  expect(await sha256File(image('vda'))).toBe(untouched)
+  await vm.start()
+  expect((await vm.run('cat /run/mark')).stdout).toBe('here')
+  expect(await sum('/dev/vda')).toBe(wanted)
+})
+
+test('memory that is saved in the middle of a backup keeps its overlay until the instance runs again', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.boot()
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync')
+  const wanted = await sum('/dev/vda')
+  site.storage.beforePut = async key => {
+    if (!key.endsWith('manifest.json')) return
+    await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=4 conv=fsync')
+    await site.lab.virsh(['managedsave', vm.name])
+  }
+  const error = await backup().catch((reason: unknown) => reason)
+  expect(error).toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringMatching(/managedsave.*start the instance first/),
+    context: { published: expect.any(String) },
+  })
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ outcome: 'unresolved' }] })
+  await vm.start()
+  expect((await vm.run('echo still here')).stdout).toBe('still here')
+  const last = await sum('/dev/vda')
+  expect(last).not.toBe(wanted)
+  const report = await recoverNow()
+  expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  await expectCleanHost([`varve-${report.runs[0]?.id}`])
+  expect(await sum('/dev/vda')).toBe(last)
+})
+
+test('restored disks do not take the place of those that an instance was started on and saved its memory for', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const manifest = await backup()
+  const wanted = await sha256Content(image('vda'), 'qcow2')
+  await vm.start()
+  const virsh = (command: string) => execaSync('virsh', ['--connect', site.lab.uri, command, vm.name])
+  let swaps = 0
+  const onEvent = (event: { type: string; stage?: string }) => {
+    if (event.stage !== 'swap' || swaps++ > 0) return
+    virsh('start')
+    virsh('managedsave')
+  }
+  const request = { backup: manifest.id, to: { instance: vm.name }, powerOffTimeoutMs: 0 }
+  const unresolved = { code: 'RUN_UNRESOLVED', message: expect.stringContaining('managedsave-remove') }
+  await expect(restore(request, { onEvent })).rejects.toMatchObject(unresolved)
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
+  virsh('managedsave-remove')
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  expect(await vm.state()).toBe('running')
+  await vm.destroy()
+  expect(await sha256Content(image('vda'), 'qcow2')).toBe(wanted)
+})
