@@ -6,16 +6,19 @@ import {
   DEFAULT_RBD_SNAPSHOTS,
   type DiskSelection,
   fallbackMessage,
+  goneBackups,
+  marksOfBackups,
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
 import { describe, freeze, mark, publish, stream } from './backup-stages.ts'
-import { readCatalog } from './backups.ts'
+import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
-import type { Host } from './host.ts'
+import type { Host, Instance } from './host.ts'
 import { RunJournal } from './journal.ts'
 import type { BackupManifest } from './manifest.ts'
+import { MarkLedger } from './mark-ledger.ts'
 import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
@@ -128,6 +131,16 @@ export class BackupPipeline {
       }
     }
 
+    const ledger = new MarkLedger(stateDir, instance.name)
+    const marked = await ledger.backupsOn(storage)
+    const gone = goneBackups(marked, catalog)
+    for (const disk of disks) {
+      for (const mark of marksOfBackups(disk, gone)) {
+        const message = `The backup of ${mark} is no longer on ${storage.location}: the mark is removed from ${disk.name} once this backup is complete.`
+        emit(run, { type: 'warning', message })
+      }
+    }
+
     const id = newBackupId(backups.at(-1)?.manifest.id, startedAt)
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
@@ -155,13 +168,14 @@ export class BackupPipeline {
     let manifest: BackupManifest | undefined
     let failure: unknown
     try {
+      await ledger.add(id, storage)
       await mark(backup)
       const frozen = await freeze(backup)
       const images = await stream(backup, frozen)
       manifest = await describe(backup, frozen, images)
       await publish(backup, manifest, {
-        bitmaps: bitmapsToRetire(disks, backups, id),
-        snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS),
+        bitmaps: bitmapsToRetire(disks, backups, id, gone),
+        snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),
       })
     } catch (error) {
       failure = error
@@ -174,9 +188,24 @@ export class BackupPipeline {
     }).catch(error => {
       throw settleError(error, failure, failure === undefined ? id : undefined)
     })
+    if (published) await forgetUnused(ledger, marked, instance, backups)
     // A manifest that is there is a backup, also where its upload was answered with an error.
     if (manifest && published) return manifest
     throw failure
+  }
+}
+
+/** Forgets backups whose mark was on no disk. Those that are newer than what is published may be under way. */
+async function forgetUnused(
+  ledger: MarkLedger,
+  marked: readonly string[],
+  { disks }: Instance,
+  backups: readonly StoredBackup[],
+): Promise<void> {
+  const newest = backups.at(-1)?.manifest.id ?? ''
+  for (const id of marked) {
+    const isUsed = disks.some(disk => marksOfBackups(disk, new Set([id])).length > 0)
+    if (!isUsed && id < newest) await ledger.remove(id)
   }
 }
 

@@ -3,6 +3,7 @@ import { VarveError } from './errors.ts'
 import { type FileDisk, type HostDisk, type Instance, isFileDisk, type RbdDisk } from './host.ts'
 import type { FallbackReason, ManifestDisk } from './manifest.ts'
 import { damagedBackups, unfitParent } from './parent-check.ts'
+import { backupOfKey } from './storage-layout.ts'
 
 /** Bytes that one bit of a new bitmap stands for. */
 export const BITMAP_GRANULARITY = 65_536
@@ -197,36 +198,62 @@ function marksOf(disk: HostDisk): string[] {
   return marks.map(({ name }) => name)
 }
 
-/** The bitmaps that a finished backup replaces: of each disk, those of other backups on the same storage. */
+/**
+ * Of the backups that went to a storage, those that it has nothing of any more: they were deleted, and their marks serve
+ * nothing. A storage without any backup of the instance tells nothing: what belongs there may not be mounted.
+ */
+export function goneBackups(went: readonly string[], { backups, objects }: Catalog): ReadonlySet<string> {
+  if (backups.length === 0) return new Set()
+  const there = new Set([...objects.keys()].map(key => backupOfKey(key)?.backup))
+  return new Set(went.filter(id => !there.has(id)))
+}
+
+/** The marks of some backups that a disk carries. */
+export function marksOfBackups(disk: HostDisk, backups: ReadonlySet<string>): string[] {
+  return marksOf(disk).filter(name => backups.has(backupOfMark(name) ?? ''))
+}
+
+/**
+ * The bitmaps that a finished backup replaces: of each disk, those of other backups on the same storage, and those of
+ * backups that are gone from it.
+ */
 export function bitmapsToRetire(
   disks: readonly HostDisk[],
   backups: readonly StoredBackup[],
   newId: string,
+  gone: ReadonlySet<string> = new Set(),
 ): Record<string, string[]> {
   return Object.fromEntries(
-    disks.filter(isFileDisk).map(disk => [disk.name, marksOfOthers(disk, backups, newId)]),
+    disks
+      .filter(isFileDisk)
+      .map(disk => [disk.name, [...marksOfBackups(disk, gone), ...marksOfOthers(disk, backups, newId)]]),
   )
 }
 
-/** The snapshots that a finished backup replaces: of each RBD disk, those of the same storage but the newest `keep`. */
+/**
+ * The snapshots that a finished backup replaces: of each RBD disk, those of the same storage but the newest `keep`, and
+ * those of backups that are gone from it.
+ */
 export function snapshotsToRetire(
   disks: readonly HostDisk[],
   backups: readonly StoredBackup[],
   newId: string,
   keep: number,
+  gone: ReadonlySet<string> = new Set(),
 ): Record<string, string[]> {
   const rbdDisks = disks.filter(disk => !isFileDisk(disk))
   return Object.fromEntries(
     rbdDisks.map(disk => {
       const old = marksOfOthers(disk, backups, newId).sort() // by time: ids sort so
-      return [disk.name, old.slice(0, Math.max(0, old.length - (keep - 1)))]
+      const replaced = old.slice(0, Math.max(0, old.length - (keep - 1)))
+      return [disk.name, [...marksOfBackups(disk, gone), ...replaced]]
     }),
   )
 }
 
 function marksOfOthers(disk: HostDisk, backups: readonly StoredBackup[], newId: string): string[] {
   const known = new Set(backups.map(({ manifest }) => manifest.id))
-  return marksOf(disk).filter(name => name !== markName(newId) && known.has(backupOfMark(name) ?? ''))
+  return marksOfBackups(disk, known).filter(name => name !== markName(newId))
 }
 
 /** One sentence for a fallback. */

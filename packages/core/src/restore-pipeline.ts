@@ -5,6 +5,7 @@ import { DiskLock } from './disk-lock.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
+import { MarkLedger } from './mark-ledger.ts'
 import { planRestore } from './restore-plan.ts'
 import { define, finish, mark, powerOff, type RestoreContext, stage, writeDisks } from './restore-stages.ts'
 import type { RunOptions } from './run-options.ts'
@@ -127,6 +128,8 @@ export class RestorePipeline {
       const nvram = await define(restore)
       if (request.inPlace) await powerOff(restore)
       disks = await writeDisks(restore)
+      const ledger = new MarkLedger(stateDir, found.manifest.instance.name)
+      if (!plan.newInstance) await ledger.add(request.backup, storage)
       await mark(restore, catalog.backups)
       if (!request.inPlace) await powerOff(restore)
       await finish(restore, nvram)

@@ -1,0 +1,94 @@
+import { mkdir, mkdtemp, readdir, rename, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import { createQcow2 } from '@varve/testkit/lab'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { ChainManager } from '../src/chain-manager.ts'
+import type { VarveEvent } from '../src/events.ts'
+import { ImageHost } from '../src/image-host.ts'
+import { RestorePipeline } from '../src/restore-pipeline.ts'
+
+let folder: string
+let host: ImageHost
+let events: VarveEvent[]
+const stateDir = () => join(folder, 'state')
+const storage = (name: string) => new LocalDriver({ path: join(folder, name) })
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-marks-'))
+  const disk = join(folder, 'disk.qcow2')
+  await createQcow2(disk, 1024 * 1024)
+  await mkdir(join(folder, 'a'))
+  await mkdir(join(folder, 'b'))
+  host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
+  events = []
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+const backup = (to: string) =>
+  new BackupPipeline({ host, storage: storage(to), stateDir: stateDir() }).run(
+    { instance: 'web-1' },
+    { onEvent: event => void events.push(event) },
+  )
+const remove = (from: string, id: string) => new ChainManager({ storage: storage(from) }).delete(id)
+const marks = async () => {
+  const { disks } = await host.instance('web-1')
+  return disks.flatMap(disk => ('bitmaps' in disk ? disk.bitmaps.map(({ name }) => name) : [])).sort()
+}
+const markOf = ({ id }: { id: string }) => `varve-${id}`
+
+test('the bitmap of a deleted backup goes with the next backup to its storage, and with no other', async () => {
+  const a1 = await backup('a')
+  const a2 = await backup('a')
+  const b1 = await backup('b')
+  await remove('a', a2.id)
+  const b2 = await backup('b')
+  expect(b2.parent).toBe(b1.id)
+  expect(await marks()).toEqual([a2, b2].map(markOf))
+  expect(events.filter(({ type }) => type === 'warning')).toEqual([])
+
+  const a3 = await backup('a')
+  expect(await marks()).toEqual([b2, a3].map(markOf))
+  expect(events).toContainEqual({ type: 'warning', message: expect.stringContaining(markOf(a2)) })
+  const b3 = await backup('b')
+  expect(b3.parent).toBe(b2.id)
+
+  // What has gone from the disks is not remembered for ever.
+  const a4 = await backup('a')
+  expect((await readdir(join(stateDir(), 'marks', 'web-1'))).sort()).toEqual(
+    [b2, a3, b3, a4].map(({ id }) => `${id}.json`),
+  )
+  expect(a1.id < a2.id).toBe(true)
+})
+
+test('a storage that is not mounted takes no bitmap of its backups away', async () => {
+  await backup('a')
+  const a2 = await backup('a')
+  await rename(join(folder, 'a'), join(folder, 'elsewhere'))
+  await mkdir(join(folder, 'a'))
+  const stray = await backup('a')
+  expect(await marks()).toEqual([a2, stray].map(markOf))
+  await rm(join(folder, 'a'), { recursive: true })
+  await rename(join(folder, 'elsewhere'), join(folder, 'a'))
+  expect((await backup('a')).parent).toBe(a2.id)
+})
+
+test('the bitmap of a backup that was restored and then deleted goes too', async () => {
+  const a1 = await backup('a')
+  const a2 = await backup('a')
+  const pipeline = new RestorePipeline({ host, storage: storage('a'), stateDir: join(folder, 'fresh') })
+  const disks = { vda: join(folder, 'disk.qcow2') }
+  await pipeline.run({ backup: a2.id, to: { disks, overwrite: true } })
+  expect(await marks()).toEqual([markOf(a2)])
+  await remove('a', a2.id)
+  const next = await new BackupPipeline({ host, storage: storage('a'), stateDir: join(folder, 'fresh') }).run(
+    {
+      instance: 'web-1',
+    },
+  )
+  expect(next).toMatchObject({ kind: 'full' })
+  expect(await marks()).toEqual([markOf(next)])
+  expect(a1.chain).toBe(a2.chain)
+})
