@@ -36,6 +36,7 @@ export * from './manifest.ts'
 export type { ChainPolicy, NextKind } from './next-kind.ts'
 export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'
 export * from './rbd.ts'
+export { RBD_DIFF_LIMITS } from './rbd-diff-index.ts'
 export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
 export {
   type RestoreDestination,
@@ -46,7 +47,7 @@ export {
   type RestoreResult,
 } from './restore-pipeline.ts'
 export type { RetentionPolicy, RetentionReason } from './retention.ts'
-export type { RunOptions } from './run-options.ts'
+export { emit, type RunOptions } from './run-options.ts'
 export * from './storage.ts'
 export * from './storage-check.ts'
 export * from './storage-layout.ts'

@@ -3,17 +3,17 @@ import { VarveError } from './errors.ts'
 import type { RbdDiff } from './rbd.ts'
 import { ByteWriter, VarintReader } from './varint.ts'
 
-/** The longest name of a snapshot that is taken, in bytes. RBD itself knows no limit. */
-export const LONGEST_NAME = 1024
-
-/**
- * The most runs that one diff may have: 512 MiB of memory. A diff that has more is taken by whole objects, which
- * reaches to images of 128 TiB.
- */
-export const MOST_RUNS: number = 2 ** 25
-
-/** The largest image that is taken: 4 PiB. */
-export const LARGEST_SIZE: number = 2 ** 52
+/** What is taken of a diff stream, and of its index, at most. */
+export const RBD_DIFF_LIMITS = {
+  /** The longest name of a snapshot, in bytes. RBD itself knows no limit. */
+  nameBytes: 1024,
+  /**
+   * The runs of one diff: 512 MiB of memory. A full one has one for each object of the image, which reaches to 128 TiB.
+   */
+  runs: 33_554_432,
+  /** The largest image: 4 PiB. */
+  imageBytes: 4_503_599_627_370_496,
+} as const
 
 const MAGIC = 'varve rbd index\n'
 const VERSION = 1
@@ -89,7 +89,8 @@ export function decodeDiffIndex(bytes: Uint8Array): RbdDiff {
     if (!(gap <= size - covered && length >= 1 && length <= size - covered - gap))
       throw invalid('a range leaves the image')
     if (isData && !(offset + length < streamSize)) throw invalid('the data of a range leaves the stream')
-    if (extents.count >= MOST_RUNS) throw invalid(`it has more than ${MOST_RUNS} ranges`)
+    if (extents.count >= RBD_DIFF_LIMITS.runs)
+      throw invalid(`it has more than ${RBD_DIFF_LIMITS.runs} ranges`)
     if (gap > 0) extents.append(gap, ExtentKind.unallocated, -1)
     extents.append(length, isData ? ExtentKind.data : ExtentKind.zero, offset)
     covered += gap + length
@@ -117,7 +118,8 @@ function decodeHeader(bytes: Uint8Array) {
   if (version !== VERSION) throw invalid(`it is of version ${version}, which only a newer Varve can read`)
   const size = Number(header.readBigUInt64LE(20))
   const streamSize = Number(header.readBigUInt64LE(28))
-  if (size > LARGEST_SIZE || !Number.isSafeInteger(streamSize)) throw invalid('a size is too large')
+  if (size > RBD_DIFF_LIMITS.imageBytes || !Number.isSafeInteger(streamSize))
+    throw invalid('a size is too large')
   const fromEnd = HEADER_BYTES + header.readUInt16LE(36)
   const end = fromEnd + header.readUInt16LE(38)
   if (end > bytes.length) throw invalid('it is cut short')
@@ -128,7 +130,7 @@ function decodeHeader(bytes: Uint8Array) {
 }
 
 function decodeName(bytes: Uint8Array): string {
-  if (bytes.length > LONGEST_NAME) throw invalid(`a snapshot's name has ${bytes.length} bytes`)
+  if (bytes.length > RBD_DIFF_LIMITS.nameBytes) throw invalid(`a snapshot's name has ${bytes.length} bytes`)
   try {
     return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
   } catch {

@@ -94,8 +94,8 @@ export interface RbdDiff {
 /** A stream of `rbd export-diff` under way. */
 export interface RbdDiffStream {
   /**
-   * The bytes. Fails with RBD_FAILED where the command does, and with RBD_STREAM_INVALID where they are not what was
-   * asked for, are no such stream, or end early. Destroying it ends the command.
+   * The bytes. Fails as the command does, such as with RBD_SNAPSHOT_NOT_FOUND, and with RBD_STREAM_INVALID where they
+   * are not what was asked for, are no such stream, or end early. Destroying it ends the command.
    */
   readonly stream: Readable
   /** How far into the image the records are that have passed, in bytes. */
@@ -106,28 +106,36 @@ export interface RbdDiffStream {
 
 /**
  * A Ceph cluster with RBD images, each named `<pool>/[<namespace>/]<image>`. Whatever changes it may be called again
- * after it was cut short. Every call ends within a bounded time when the cluster does not answer, with RBD_FAILED.
+ * after it was cut short. Every call ends within a bounded time when the cluster does not answer, with
+ * CEPH_UNREACHABLE. Any call may end with that, with CEPH_ACCESS_DENIED, CEPH_POOL_NOT_FOUND, DISK_NOT_FOUND,
+ * INVALID_CONFIG, or with RBD_FAILED where `rbd` fails otherwise.
  */
 export interface RbdCluster {
   /** @throws DISK_NOT_FOUND */
   image(image: string, run?: RunOptions): Promise<RbdImage>
-  /** Takes a snapshot, or finds the one of that name. */
+  /** Takes a snapshot, or finds the one of that name. Also while a client has the image open. */
   createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<RbdSnapshot>
-  /** Removes snapshots; those that are not there are left out, and no error where the image is gone. */
+  /**
+   * Removes snapshots; those that are not there are left out, and no error where the image is gone.
+   * @throws RBD_SNAPSHOT_PROTECTED
+   */
   removeSnapshots(image: string, snapshots: readonly string[], run?: RunOptions): Promise<void>
   /** What `rbd export-diff` writes of a snapshot; its version 1. */
   exportDiff(image: string, what: RbdExport, run?: RunOptions): RbdDiffStream
   /** Whether a client has the image open. */
   isOpen(image: string, run?: RunOptions): Promise<boolean>
-  /** Makes an image, or finds the one of that name and size. Its features and layout are those of `like`, where given. */
+  /**
+   * Makes an image, or finds the one of that name and size. Its features, its layout and its metadata, such as limits of
+   * its rate, are those of `like`, where given. @throws TARGET_EXISTS where one of another size has the name
+   */
   createImage(image: string, options: { size: number; like?: string }, run?: RunOptions): Promise<void>
-  /** Renames an image within its pool; no error where that has been done. */
+  /** Renames an image within its pool; no error where that has been done. Whoever has it open keeps it. @throws TARGET_EXISTS */
   renameImage(from: string, to: string, run?: RunOptions): Promise<void>
-  /** Removes an image with its `varve-` snapshots; no error where it is gone. @throws RBD_FAILED with other snapshots or clones */
+  /** Removes an image with its `varve-` snapshots; no error where it is gone. @throws RBD_FAILED with other snapshots, RBD_SNAPSHOT_PROTECTED with clones, DISK_BUSY */
   removeImage(image: string, run?: RunOptions): Promise<void>
   /** Writes a piece of metadata of the image. */
   setMetadata(image: string, key: string, value: string, run?: RunOptions): Promise<void>
-  /** Brings an image back to a snapshot. */
+  /** Brings an image back to a snapshot, size included. @throws RBD_SNAPSHOT_NOT_FOUND, DISK_BUSY */
   rollback(image: string, snapshot: string, run?: RunOptions): Promise<void>
   /**
    * What QEMU's programs open as the raw image, and what holds the key's file meanwhile: to be disposed of once

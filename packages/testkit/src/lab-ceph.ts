@@ -13,6 +13,16 @@ export interface CephOptions {
   capacity?: number
 }
 
+/** A cephx user of the lab's cluster. */
+export interface CephUser {
+  /** Its name without `client.`. */
+  readonly user: string
+  /** The path of its keyring. */
+  readonly keyring: string
+  /** Its key, in base64. */
+  readonly secret: string
+}
+
 /**
  * A Ceph cluster of one monitor and one OSD on the loopback address, all of it in memory and in a temporary
  * folder. Disposing of it ends it and removes its files. Pools have one replica and 8 placement groups.
@@ -34,6 +44,31 @@ export class CephLab implements AsyncDisposable {
   async run(program: string, ...args: string[]): Promise<string> {
     const { stdout } = await execa(program, ['--conf', this.conf, ...args], { timeout: START_TIMEOUT_MS })
     return stdout
+  }
+
+  /** Makes a pool for RBD images. */
+  async createRbdPool(pool: string): Promise<void> {
+    await this.run('ceph', 'osd', 'pool', 'create', pool)
+    await this.run('rbd', 'pool', 'init', pool)
+  }
+
+  /** Makes a user that may use RBD images in all pools, or what `osdRights` says, with a keyring of its own. */
+  async createUser(user: string, osdRights = 'profile rbd'): Promise<CephUser> {
+    const keyring = join(this.folder, `client.${user}.keyring`)
+    const rights = ['mon', 'profile rbd', 'osd', osdRights]
+    const text = await this.run('ceph', 'auth', 'get-or-create', `client.${user}`, ...rights)
+    await writeFile(keyring, `${text}\n`, { mode: 0o600 })
+    return { user, keyring, secret: await this.run('ceph', 'auth', 'get-key', `client.${user}`) }
+  }
+
+  /** Has the cluster hang, connections and all, until {@link CephLab.resume}. */
+  pause(): void {
+    for (const daemon of this.#daemons) daemon.signal('SIGSTOP')
+  }
+
+  /** Has it go on. */
+  resume(): void {
+    for (const daemon of this.#daemons) daemon.signal('SIGCONT')
   }
 
   /** @internal */

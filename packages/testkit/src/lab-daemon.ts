@@ -48,6 +48,11 @@ export class LabDaemon {
     await exit
   }
 
+  /** Sends it a signal. */
+  signal(signal: NodeJS.Signals): void {
+    this.#child.kill(signal)
+  }
+
   get #ended(): boolean {
     const { pid, exitCode, signalCode } = this.#child
     return pid === undefined || exitCode !== null || signalCode !== null

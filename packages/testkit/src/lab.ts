@@ -23,7 +23,7 @@ export * from './disk-image.ts'
 export { GuestCommandError, type GuestResult } from './guest-channel.ts'
 export { buildGuest, type GuestImage } from './guest-image.ts'
 export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize } from './guest-writer.ts'
-export { CephLab, type CephOptions, startCeph } from './lab-ceph.ts'
+export { CephLab, type CephOptions, type CephUser, startCeph } from './lab-ceph.ts'
 export {
   type GuestProcess,
   type GuestRunOptions,

@@ -1,0 +1,240 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import {
+  abortError,
+  isVarveError,
+  type RbdCluster,
+  type RbdDiffStream,
+  type RbdExport,
+  type RbdImage,
+  type RbdSnapshot,
+  type RbdTarget,
+  type RunOptions,
+  VarveError,
+} from '@varve/core'
+import {
+  type CephConnection,
+  connectionArguments,
+  connectionEnvironment,
+  keyringText,
+  qemuFileName,
+} from './connection.ts'
+import { exportDiff } from './export-diff.ts'
+import {
+  type ImageInfo,
+  type ImageLayout,
+  type ListedSnapshot,
+  parseInfo,
+  parseMetadata,
+  parseSnapshots,
+  parseWatchers,
+} from './image-info.ts'
+import { checkedSnapshot, imageArguments, parseImageName } from './image-name.ts'
+import { Rbd } from './rbd.ts'
+
+/** The features that an image can be made with; Ceph sets the others itself. */
+const FEATURES = ['layering', 'exclusive-lock', 'object-map', 'fast-diff', 'deep-flatten', 'journaling']
+
+/** Varve's own metadata of an image. */
+const METADATA = 'varve.'
+/** Varve's own snapshots of an image. */
+const SNAPSHOTS = 'varve-'
+
+/** A cluster, by the `rbd` program. */
+export class CephCluster implements RbdCluster {
+  readonly #connection: CephConnection
+  readonly #rbd: Rbd
+
+  constructor(connection: CephConnection) {
+    this.#connection = connection
+    this.#rbd = new Rbd(connection)
+  }
+
+  async image(image: string, run: RunOptions = {}): Promise<RbdImage> {
+    const [{ id, size }, snapshots, metadata] = await Promise.all([
+      this.#info(image, run),
+      this.#snapshots(image, run),
+      this.#metadata(image, run),
+    ])
+    return {
+      id,
+      size,
+      snapshots: snapshots.map(({ name, id }) => ({ name, id })),
+      metadata: new Map([...metadata].filter(([key]) => key.startsWith(METADATA))),
+    }
+  }
+
+  async createSnapshot(image: string, snapshot: string, run: RunOptions = {}): Promise<RbdSnapshot> {
+    await this.#rbd.run(run, ['snap', 'create', '--no-progress'], { image, snapshot }).catch(error => {
+      if (!isVarveError(error, 'TARGET_EXISTS')) throw error
+    })
+    const made = (await this.#snapshots(image, run)).find(({ name }) => name === snapshot)
+    if (made) return { name: made.name, id: made.id }
+    throw new VarveError(
+      'RBD_SNAPSHOT_NOT_FOUND',
+      `The snapshot ${snapshot} of ${image} was made and is not there. Does something else remove snapshots of this image?`,
+      { context: { image, snapshot } },
+    )
+  }
+
+  async removeSnapshots(image: string, snapshots: readonly string[], run: RunOptions = {}): Promise<void> {
+    for (const snapshot of snapshots) {
+      const removal = this.#rbd.run(run, ['snap', 'rm', '--no-progress'], { image, snapshot, isLong: true })
+      await removal.catch(error => {
+        if (!isVarveError(error, 'RBD_SNAPSHOT_NOT_FOUND') && !isVarveError(error, 'DISK_NOT_FOUND'))
+          throw error
+      })
+    }
+  }
+
+  exportDiff(image: string, { snapshot, from }: RbdExport, run: RunOptions = {}): RbdDiffStream {
+    if (run.signal?.aborted) throw abortError(run.signal)
+    const args = [
+      ...['export-diff', '--no-progress'],
+      ...imageArguments(image, snapshot),
+      ...(from === undefined ? [] : [`--from-snap=${checkedSnapshot(from)}`]),
+      '--path=-',
+      ...connectionArguments(this.#connection),
+    ]
+    const env = connectionEnvironment(this.#connection)
+    return exportDiff({ ...run, args, env, image, snapshot, from })
+  }
+
+  async isOpen(image: string, run: RunOptions = {}): Promise<boolean> {
+    return parseWatchers(await this.#rbd.json(run, ['status'], { image })) > 0
+  }
+
+  async createImage(
+    image: string,
+    { size, like }: { size: number; like?: string },
+    run: RunOptions = {},
+  ): Promise<void> {
+    const { layout } = like === undefined ? {} : await this.#info(like, run)
+    const more = [`--size=${size}B`, ...(layout === undefined ? [] : layoutArguments(layout))]
+    await this.#rbd.run(run, ['create'], { image, more }).catch(async error => {
+      if (!isVarveError(error, 'TARGET_EXISTS') || (await this.#info(image, run)).size !== size) throw error
+    })
+    if (like === undefined) return
+    for (const [key, value] of await this.#metadata(like, run)) {
+      // keys that begin with "." are Ceph's own, such as the state of mirroring
+      if (!key.startsWith(METADATA) && !key.startsWith('.')) await this.setMetadata(image, key, value, run)
+    }
+  }
+
+  async renameImage(from: string, to: string, run: RunOptions = {}): Promise<void> {
+    const [{ pool, namespace, image: _ }, target] = [parseImageName(from), parseImageName(to)]
+    if (target.pool !== pool || target.namespace !== namespace) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `An RBD image is renamed within its pool and namespace only: ${from} cannot become ${to}.`,
+        { context: { image: from, target: to } },
+      )
+    }
+    const more = [
+      `--dest-pool=${pool}`,
+      ...(namespace === undefined ? [] : [`--dest-namespace=${namespace}`]),
+      `--dest=${target.image}`,
+    ]
+    await this.#rbd.run(run, ['rename'], { image: from, more, target: to }).catch(async error => {
+      if (!isVarveError(error, 'DISK_NOT_FOUND')) throw error
+      await this.#info(to, run).catch(() => {
+        throw error
+      })
+    })
+  }
+
+  async removeImage(image: string, run: RunOptions = {}): Promise<void> {
+    try {
+      const snapshots = await this.#snapshots(image, run)
+      await this.#assertRemovable(image, snapshots, run)
+      const names = snapshots.map(({ name }) => name)
+      await this.removeSnapshots(image, names, run)
+      await this.#rbd.run(run, ['rm', '--no-progress'], { image, isLong: true })
+    } catch (error) {
+      if (!isVarveError(error, 'DISK_NOT_FOUND')) throw error
+    }
+  }
+
+  async setMetadata(image: string, key: string, value: string, run: RunOptions = {}): Promise<void> {
+    await this.#rbd.run(run, ['image-meta', 'set'], { image, more: ['--', key, value] })
+  }
+
+  async rollback(image: string, snapshot: string, run: RunOptions = {}): Promise<void> {
+    await this.#rbd.run(run, ['snap', 'rollback', '--no-progress'], { image, snapshot, isLong: true })
+  }
+
+  async open(image: string): Promise<RbdTarget> {
+    const { pool, namespace, image: name } = parseImageName(image)
+    const names = namespace === undefined ? [pool, name] : [pool, namespace, name]
+    const { key, keyring } = this.#connection
+    if (key === undefined) {
+      const fileName = qemuFileName(names, this.#connection, keyring)
+      return { fileName, [Symbol.asyncDispose]: async () => undefined }
+    }
+    const folder = await mkdtemp(join(tmpdir(), 'varve-keyring-')) // which only its owner can enter
+    const file = join(folder, 'keyring')
+    const close = () => rm(folder, { recursive: true, force: true })
+    try {
+      await writeFile(file, keyringText(this.#connection, key), { mode: 0o600 })
+    } catch (error) {
+      await close()
+      throw error
+    }
+    return { fileName: qemuFileName(names, this.#connection, file), [Symbol.asyncDispose]: close }
+  }
+
+  async #info(image: string, run: RunOptions): Promise<ImageInfo> {
+    return parseInfo(await this.#rbd.json(run, ['info'], { image }))
+  }
+
+  async #snapshots(image: string, run: RunOptions): Promise<ListedSnapshot[]> {
+    return parseSnapshots(await this.#rbd.json(run, ['snap', 'ls'], { image }))
+  }
+
+  async #metadata(image: string, run: RunOptions): Promise<Map<string, string>> {
+    return parseMetadata(await this.#rbd.json(run, ['image-meta', 'ls'], { image }))
+  }
+
+  /** Looks before anything is removed: an image that stays keeps all its snapshots. */
+  async #assertRemovable(
+    image: string,
+    snapshots: readonly ListedSnapshot[],
+    run: RunOptions,
+  ): Promise<void> {
+    const context = { image, snapshots: snapshots.map(({ name }) => name) }
+    const foreign = snapshots.find(({ name }) => !name.startsWith(SNAPSHOTS))
+    if (foreign) {
+      throw new VarveError(
+        'RBD_FAILED',
+        `The RBD image ${image} is not removed, as it has the snapshot ${foreign.name}, which is none of Varve's. Remove the snapshot, then the image.`,
+        { context },
+      )
+    }
+    const held = snapshots.find(snapshot => snapshot.protected)
+    if (held) {
+      throw new VarveError(
+        'RBD_SNAPSHOT_PROTECTED',
+        `The RBD image ${image} is not removed, as its snapshot ${held.name} is protected: clones rest on it or may. "rbd children ${image}@${held.name}" shows them.`,
+        { context },
+      )
+    }
+    if (await this.isOpen(image, run)) {
+      throw new VarveError(
+        'DISK_BUSY',
+        `The RBD image ${image} is not removed, as a client has it open ("rbd status ${image}" shows where).`,
+        { context, retryable: true },
+      )
+    }
+  }
+}
+
+function layoutArguments({ features, objectSize, striping, dataPool }: ImageLayout): string[] {
+  const made = features.filter(feature => FEATURES.includes(feature))
+  return [
+    ...(made.length > 0 ? made.map(feature => `--image-feature=${feature}`) : ['--rbd-default-features=0']),
+    `--object-size=${objectSize}B`,
+    ...(striping ? [`--stripe-unit=${striping.unit}B`, `--stripe-count=${striping.count}`] : []),
+    ...(dataPool === undefined ? [] : [`--data-pool=${dataPool}`]),
+  ]
+}
