@@ -1,9 +1,15 @@
+/**
+ * Backs an instance up to a remote that `rclone config` has made.
+ *
+ *     tsx rclone.ts web-1 my-b2-backup bucket/backups
+ */
 import { BackupPipeline, LibvirtHost } from '@varve/core'
 import { RcloneDriver } from '@varve/driver-rclone'
 
-const [instance = 'web-1', remoteName = 'my-b2-backup', pathPrefix = 'bucket/backups'] = process.argv.slice(2)
+const [instance, remoteName, pathPrefix = '', stateDir = '/var/lib/varve', uri] = process.argv.slice(2)
+if (!instance || !remoteName) throw new Error('Usage: rclone INSTANCE REMOTE [FOLDER]')
 
-// A remote that `rclone config` has made. `remotes` takes one that is only given here, with its secrets.
+// `remotes` takes a remote that is only given here, with its secrets.
 await using storage = new RcloneDriver({
   remoteName,
   pathPrefix,
@@ -14,6 +20,6 @@ await using storage = new RcloneDriver({
 const { ok, checks } = await storage.check()
 if (!ok) throw new Error(checks.at(-1)?.message)
 
-const backups = new BackupPipeline({ host: new LibvirtHost(), storage, stateDir: '/var/lib/varve' })
-const { id } = await backups.run({ instance })
+const host = new LibvirtHost(uri ? { uri } : {}) // qemu:///system
+const { id } = await new BackupPipeline({ host, storage, stateDir }).run({ instance })
 console.log(`${id} is on ${storage.location}`)

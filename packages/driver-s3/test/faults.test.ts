@@ -1,3 +1,4 @@
+import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { crc32 } from 'node:zlib'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
@@ -50,6 +51,16 @@ test('the memory of chunks is used again while a part is sent', async () => {
   await driver.put('a', body)
   expect(body.faults).toEqual([])
   expect(body.allocations).toBeLessThan(64) // of 320 chunks
+})
+
+test('a stream of unknown size has parts of one size where they must be, and of growing sizes else', async () => {
+  const sizes = async (options: Partial<S3DriverOptions>) => {
+    const { fake, driver } = await begin({ parallelParts: 1, ...options })
+    await driver.put('a', Readable.from(new Array(34).fill(Buffer.alloc(MIB))))
+    return fake.bodies.map(bytes => bytes.length / MIB)
+  }
+  expect(await sizes({ equalParts: true })).toEqual([32, 2])
+  expect(await sizes({ maxParts: 20 })).toEqual([8, 16, 10])
 })
 
 test('a completion that answers 200 with an error in it is made again', async () => {

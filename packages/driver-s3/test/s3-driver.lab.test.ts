@@ -1,8 +1,17 @@
 import { readFile } from 'node:fs/promises'
+import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { fileURLToPath } from 'node:url'
-import { HeadObjectCommand, PutBucketPolicyCommand, PutBucketVersioningCommand } from '@aws-sdk/client-s3'
-import { bytesBody } from '@varve/core'
+import {
+  CreateMultipartUploadCommand,
+  HeadObjectCommand,
+  ListMultipartUploadsCommand,
+  ListPartsCommand,
+  PutBucketPolicyCommand,
+  PutBucketVersioningCommand,
+  UploadPartCommand,
+} from '@aws-sdk/client-s3'
+import { bytesBody, type UploadBody } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { PatternBody, patternBytes } from '@varve/testkit'
 import { type RadosgwLab, type S3User, startRadosgw } from '@varve/testkit/lab'
@@ -91,12 +100,113 @@ test('a check names the permission that is missing', async () => {
   expect(checks.slice(0, -1).every(({ ok }) => ok)).toBe(true)
 })
 
+test('the policy in the documentation allows all that the driver does, and each action of it is needed', async () => {
+  const own = await TestBucket.make(gateway, owner)
+  const { accessKey, secretKey } = await gateway.createUser('least')
+  const allow = async (statements: readonly { Action: string[]; Resource: string }[]) => {
+    const Statement = statements.map(({ Action, Resource }) => ({
+      Effect: 'Allow',
+      Principal: { AWS: ['arn:aws:iam:::user/least'] },
+      Action,
+      Resource: Resource.replace(':::backups', `:::${own.name}`),
+    }))
+    const Policy = JSON.stringify({ Version: '2012-10-17', Statement })
+    await own.client.send(new PutBucketPolicyCommand({ Bucket: own.name, Policy }))
+  }
+  const useAll = async () => {
+    const { driver, inspect, leaveUnfinished } = await own.target({ accessKey, secretKey, retries: 0 })
+    const { ok, checks } = await driver.check()
+    if (!ok) throw new Error(checks.at(-1)?.message)
+    await driver.put('large', new PatternBody({ size: 6 * MIB }))
+    const broken: UploadBody = { size: 6 * MIB, replayable: true, open: () => Readable.from(['short']) }
+    await expect(driver.put('broken', broken)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+    if ((await inspect()).length > 1) throw new Error('a failed upload was not removed')
+    await leaveUnfinished?.()
+    const removed = await driver.cleanUp?.({ olderThan: new Date(Date.now() + 60_000) })
+    if (removed !== 1) throw new Error(`clean-up removed ${removed}`)
+    await driver[Symbol.asyncDispose]()
+  }
+
+  const page = await readFile(new URL('../../../docs/driver-s3.md', import.meta.url), 'utf8')
+  const [, text = ''] = /## Permissions[\s\S]*?```json\n([\s\S]*?)```/.exec(page) ?? []
+  const policy: { Statement: { Action: string[]; Resource: string }[] } = JSON.parse(
+    text.replaceAll('/varve/*', '/some/*'),
+  )
+  await allow(policy.Statement)
+  await useAll()
+  const actions = policy.Statement.flatMap(({ Action }) => Action)
+  expect(actions).toHaveLength(7)
+  for (const left of actions) {
+    await allow(
+      policy.Statement.map(({ Action, Resource }) => ({
+        Action: Action.filter(action => action !== left),
+        Resource,
+      })),
+    )
+    await expect(useAll(), `without ${left}`).rejects.toThrow()
+  }
+})
+
 test('an object has as many parts as its plan, and the id of its upload', async () => {
   await using driver = new S3Driver({ ...bucket.options, maxParts: 3, pathPrefix: 'parts' })
   await driver.put('object', new PatternBody({ size: 17 * MIB }))
   const head = await bucket.client.send(new HeadObjectCommand({ Bucket: bucket.name, Key: 'parts/object' }))
   expect(head.ETag).toMatch(/-3"$/)
   expect(head.Metadata).toHaveProperty('varve-upload')
+})
+
+test('clean-up removes what is stale under its own prefix, and nothing else', async () => {
+  const began = new Date()
+  const begin = async (Key: string) => {
+    const at = { Bucket: bucket.name, Key }
+    const { UploadId = '' } = await bucket.client.send(new CreateMultipartUploadCommand(at))
+    await bucket.client.send(new UploadPartCommand({ ...at, UploadId, PartNumber: 1, Body: 'part' }))
+    return { ...at, UploadId }
+  }
+  const stale = await begin('clean/a/stale')
+  const others = [await begin('clean2/theirs'), await begin('cleaner'), await begin('elsewhere')]
+  await using driver = new S3Driver({ ...bucket.options, pathPrefix: 'clean' })
+  await using upper = new S3Driver({ ...bucket.options, pathPrefix: 'clean/a' })
+  const unfinished = async () => {
+    const { Uploads = [] } = await bucket.client.send(
+      new ListMultipartUploadsCommand({ Bucket: bucket.name }),
+    )
+    return Uploads.map(({ Key }) => Key).sort()
+  }
+
+  expect(await driver.cleanUp({ olderThan: new Date(began.getTime() - 1000) })).toBe(0)
+  expect(await unfinished()).toEqual(['clean/a/stale', 'clean2/theirs', 'cleaner', 'elsewhere'])
+  const later = new Date(Date.now() + 60_000)
+  expect(await driver.cleanUp({ olderThan: later })).toBe(1)
+  expect(await upper.cleanUp({ olderThan: later })).toBe(0)
+  expect(await unfinished()).toEqual(['clean2/theirs', 'cleaner', 'elsewhere'])
+  await expect(bucket.client.send(new ListPartsCommand(stale))).rejects.toMatchObject({
+    name: 'NoSuchUpload',
+  })
+  for (const other of others) {
+    const { Parts } = await bucket.client.send(new ListPartsCommand(other))
+    expect(Parts).toMatchObject([{ Size: 4 }])
+  }
+})
+
+test('a put that was given up has no part left at the gateway when it rejects', async () => {
+  const alone = await TestBucket.make(gateway, owner)
+  await using driver = new S3Driver({ ...alone.options, pathPrefix: 'given-up' })
+  const controller = new AbortController()
+  let parts = 0
+  const upload = driver.put('object', new PatternBody({ size: 64 * MIB }), {
+    signal: controller.signal,
+    onProgress: bytes => {
+      if (bytes < 32 * MIB || controller.signal.aborted) return
+      parts = Math.floor(bytes / (5 * MIB))
+      controller.abort()
+    },
+  })
+  await expect(upload).rejects.toMatchObject({ code: 'ABORTED' })
+  expect(parts).toBeGreaterThan(1)
+  // the gateway's index of the bucket, which holds each part that is stored
+  const entries: unknown = JSON.parse(await gateway.admin('bi', 'list', '--bucket', alone.name))
+  expect(entries).toEqual([])
 })
 
 test('a bucket that keeps versions takes, replaces and deletes objects', async () => {

@@ -19,6 +19,7 @@
  *
  * @packageDocumentation
  */
+export { createDenseQcow2 } from './dense-image.ts'
 export * from './disk-image.ts'
 export { GuestCommandError, type GuestResult } from './guest-channel.ts'
 export { buildGuest, type GuestImage } from './guest-image.ts'
