@@ -11,7 +11,7 @@ import { type Bucket, UPLOAD_TAG } from './bucket.ts'
 import { abortBy, GRACE_MS, soonAfter } from './grace.ts'
 import { objectOptions, type Upload } from './put-object.ts'
 import { backOff, isTransient, statusOf, withRetries } from './retrying.ts'
-import { type FoundUpload, foundUploads } from './stale-uploads.ts'
+import { type FoundUpload, foundUploads, isGone } from './stale-uploads.ts'
 import { UploadStream } from './upload-stream.ts'
 
 /** The most that a client's clock may differ from the server's, which refuses requests otherwise. */
@@ -186,7 +186,7 @@ export async function removeUpload(
       signal,
     })
   } catch (error) {
-    if (error instanceof Error && error.name === 'NoSuchUpload') return
+    if (isGone(error)) return
     throw bucket.error(error, action)
   }
 }

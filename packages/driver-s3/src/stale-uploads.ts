@@ -70,6 +70,11 @@ export async function hasPartsSince(
 }
 
 function unlessGone(error: unknown): undefined {
-  if (error instanceof Error && error.name === 'NoSuchUpload') return undefined
+  if (isGone(error)) return undefined
   throw error
+}
+
+/** Whether an upload is not there. Ceph's gateway says so as if it were the object. */
+export function isGone(error: unknown): boolean {
+  return error instanceof Error && (error.name === 'NoSuchUpload' || error.name === 'NoSuchKey')
 }

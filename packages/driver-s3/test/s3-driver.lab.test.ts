@@ -9,6 +9,7 @@ import {
   ListPartsCommand,
   PutBucketPolicyCommand,
   PutBucketVersioningCommand,
+  PutObjectCommand,
   UploadPartCommand,
 } from '@aws-sdk/client-s3'
 import { bytesBody, type UploadBody } from '@varve/core'
@@ -125,7 +126,11 @@ test('the policy in the documentation allows all that the driver does, and each 
     const removed = await driver.cleanUp?.({ olderThan: new Date(Date.now() + 60_000) })
     if (removed !== 1) throw new Error(`clean-up removed ${removed}`)
     await driver[Symbol.asyncDispose]()
+    await using reader = new S3Driver({ ...own.options, accessKey, secretKey, pathPrefix: 'some' })
+    await buffer(await reader.get('object')) // whoever wrote an object may read it at this gateway
   }
+  const at = { Bucket: own.name, Key: 'some/object' }
+  await own.client.send(new PutObjectCommand({ ...at, Body: "the owner's" }))
 
   const page = await readFile(new URL('../../../docs/driver-s3.md', import.meta.url), 'utf8')
   const [, text = ''] = /## Permissions[\s\S]*?```json\n([\s\S]*?)```/.exec(page) ?? []
@@ -136,6 +141,7 @@ test('the policy in the documentation allows all that the driver does, and each 
   await useAll()
   const actions = policy.Statement.flatMap(({ Action }) => Action)
   expect(actions).toHaveLength(7)
+  const needless: string[] = []
   for (const left of actions) {
     await allow(
       policy.Statement.map(({ Action, Resource }) => ({
@@ -143,8 +149,12 @@ test('the policy in the documentation allows all that the driver does, and each 
         Resource,
       })),
     )
-    await expect(useAll(), `without ${left}`).rejects.toThrow()
+    await useAll().then(
+      () => needless.push(left),
+      () => undefined,
+    )
   }
+  expect(needless).toEqual([])
 })
 
 test('an object has as many parts as its plan, and the id of its upload', async () => {
@@ -180,13 +190,20 @@ test('clean-up removes what is stale under its own prefix, and nothing else', as
   expect(await driver.cleanUp({ olderThan: later })).toBe(1)
   expect(await upper.cleanUp({ olderThan: later })).toBe(0)
   expect(await unfinished()).toEqual(['clean2/theirs', 'cleaner', 'elsewhere'])
-  await expect(bucket.client.send(new ListPartsCommand(stale))).rejects.toMatchObject({
-    name: 'NoSuchUpload',
-  })
+  await expect(bucket.client.send(new ListPartsCommand(stale))).rejects.toThrow(/NoSuch|Unknown/)
   for (const other of others) {
     const { Parts } = await bucket.client.send(new ListPartsCommand(other))
     expect(Parts).toMatchObject([{ Size: 4 }])
   }
+})
+
+test('uploads that somebody else removes meanwhile do not disturb a clean-up', async () => {
+  const { driver, inspect, leaveUnfinished } = await bucket.target()
+  for (let upload = 0; upload < 20; upload++) await leaveUnfinished?.()
+  const olderThan = new Date(Date.now() + 60_000)
+  await Promise.all(Array.from({ length: 4 }, () => driver.cleanUp?.({ olderThan })))
+  expect(await inspect()).toEqual([])
+  await driver[Symbol.asyncDispose]()
 })
 
 test('a put that was given up has no part left at the gateway when it rejects', async () => {
