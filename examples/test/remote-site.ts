@@ -86,19 +86,18 @@ async function ftp(folder: string): Promise<RemoteSite> {
   }
 }
 
-/** An encrypted remote, which `rclone config` has written into the configuration of a home of its own. */
+/** A remote of a configuration that `rclone config` has made in a home of its own. */
 async function rclone(folder: string): Promise<RemoteSite> {
-  const path = join(folder, 'encrypted')
-  await mkdir(path)
+  const path = join(folder, 'remote')
+  await mkdir(join(path, 'backups'), { recursive: true })
   const env = { HOME: folder }
-  const remote = [`remote=${path}`, 'password=only for this test', '--obscure']
-  await runRclone(['config', 'create', 'site', 'crypt', ...remote], env)
+  await runRclone(['config', 'create', 'site', 'alias', `remote=${path}`], env)
   const configFile = (await runRclone(['config', 'file'], env)).trim().split('\n').at(-1) ?? ''
   return {
-    driver: new RcloneDriver({ remoteName: 'site', configFile }),
-    args: ['site', ''],
+    driver: new RcloneDriver({ remoteName: 'site', configFile, pathPrefix: 'backups' }),
+    args: ['site', 'backups'],
     env,
-    files: () => copied('', folder, env),
+    files: async () => join(path, 'backups'),
     [Symbol.asyncDispose]: async () => undefined,
   }
 }
