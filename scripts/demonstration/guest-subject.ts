@@ -79,15 +79,19 @@ export class GuestSubject implements Subject {
     this.#flushed = before
     const copying: GuestProcess | undefined = isFull
       ? this.#vm.spawn(
-          'n=0; while [ ! -e /run/copied ]; do n=$((n + 1)); dd if=/dev/urandom of=/mnt/files/live-$n bs=64k count=4 conv=fsync || exit 1; done',
+          // A few names in turn: a slow storage must not let them fill the disk.
+          `n=0; while [ ! -e /run/copied ]; do
+             dd if=/dev/urandom of=/mnt/files/live-$((n % 20)) bs=64k count=4 conv=fsync || exit 1
+             n=$((n + 1)); echo $n > /run/written
+           done`,
         )
       : undefined
     const result = await backup()
     if (copying) {
       await this.#vm.run('touch /run/copied')
       assert((await copying.result).exitCode === 0, 'The guest could not write during the backup.')
-      const { stdout } = await this.#vm.run('ls /mnt/files | grep -c live')
-      this.#screen.note(`meanwhile the guest wrote ${stdout.trim()} new files to vda, each flushed`)
+      const { stdout } = await this.#vm.run('cat /run/written')
+      this.#screen.note(`meanwhile the guest wrote ${stdout.trim()} files to vda, each flushed`)
     }
     if (this.#writer) {
       const after = (await this.#writer.writes()).length
