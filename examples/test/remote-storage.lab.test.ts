@@ -2,7 +2,7 @@ import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { type BackupManifest, BackupPipeline, ChainManager, LibvirtHost, RestorePipeline } from '@varve/core'
+import { BackupPipeline, ChainManager, LibvirtHost, RestorePipeline } from '@varve/core'
 import {
   checkQcow2,
   compareImages,
@@ -32,8 +32,8 @@ let writer: GuestWriter
 
 // One guest, that never stops to write to vdb, keeps a chain on each of the storages.
 beforeAll(async () => {
-  lab = await startLibvirt()
   folder = await mkdtemp(join(tmpdir(), 'varve-remote-'))
+  lab = await startLibvirt()
   const disks = await Promise.all(
     Object.entries(SIZES).map(async ([target, size]) => {
       const path = join(folder, `${target}.qcow2`)
@@ -60,7 +60,6 @@ async function inGuest(...commands: string[]): Promise<string> {
 describe.each(Object.entries(SITES))('on %s', (type, open) => {
   let site: RemoteSite
   let home: string
-  const stateDir = () => join(home, 'state')
 
   beforeAll(async () => {
     home = join(folder, type)
@@ -72,36 +71,27 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
     await site?.[Symbol.asyncDispose]()
   })
 
-  /** Expects a backup to hold what the guest read and had flushed: restored by Varve, and by nothing but qemu-img. */
-  async function expectHolds(manifest: BackupManifest, sum: string, flushed: number): Promise<void> {
-    const target = await mkdtemp(join(home, 'restored-'))
-    const disks = { vda: join(target, 'vda.qcow2'), vdb: join(target, 'vdb.qcow2') }
-    const host = new LibvirtHost({ uri: lab.uri })
-    const pipeline = new RestorePipeline({ host, storage: site.driver, stateDir: stateDir() })
-    await pipeline.run({ backup: manifest.id, to: { disks } })
-    const files = await site.files()
-    for (const [name, path] of Object.entries(disks)) {
-      await checkQcow2(path)
-      const stored = join(files, INSTANCE, manifest.chain, manifest.id, `${name}.qcow2`)
-      const plain = join(target, `${name}-plain.qcow2`)
-      await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'qcow2', stored, plain])
-      const comparison = await compareImages({ path, format: 'qcow2' }, { path: plain, format: 'qcow2' })
-      expect(comparison).toMatchObject({ identical: true })
-    }
-    expect(await sha256Content(disks.vda, 'qcow2')).toBe(sum)
-    expect(await writtenPrefix(disks.vdb, writer, await writer.writes())).toBeGreaterThanOrEqual(flushed)
-  }
+  test("the example's backup of the running guest and two increments restore what it had, also without Varve", async () => {
+    const script = fileURLToPath(new URL(`../store-remotely/${type}.ts`, import.meta.url))
+    const stateDir = join(home, 'state')
+    const args = ['--import', 'tsx', script, INSTANCE, ...site.args, stateDir, lab.uri]
+    const { stdout } = await execa(process.execPath, args, { ...(site.env && { env: site.env }) })
+    const [found, ...others] = (await new ChainManager({ storage: site.driver }).list()).backups
+    expect(others).toEqual([])
+    const full = found?.manifest ?? expect.fail('the storage has no backup')
+    expect(full).toMatchObject({ kind: 'full', running: true })
+    expect(stdout).toContain(`${full.id} is `)
 
-  test('a full backup and two increments of the running guest restore what it had, also without Varve', async () => {
-    const host = new LibvirtHost({ uri: lab.uri })
-    const pipeline = new BackupPipeline({ host, storage: site.driver, stateDir: stateDir() })
-    const full = await pipeline.run({ instance: INSTANCE })
+    const pipelines = { host: new LibvirtHost({ uri: lab.uri }), storage: site.driver, stateDir }
+    const backups = new BackupPipeline(pipelines)
     await inGuest(
       'dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=20 conv=fsync',
       'dd if=/dev/zero of=/dev/vda bs=1M seek=10 count=2 conv=fsync',
       'blkdiscard -o 4194304 -l 2097152 /dev/vda',
     )
-    const first = await pipeline.run({ instance: INSTANCE })
+    const first = await backups.run({ instance: INSTANCE })
+    expect(first).toMatchObject({ kind: 'incremental', parent: full.id })
+    expect(first.disks[0]?.storedSize).toBeLessThan(5 * MIB)
     const sum = await inGuest(
       'dd if=/dev/urandom of=/dev/vda bs=4k seek=2561 count=3 conv=fsync', // inside of what was zeroed
       'dd if=/dev/urandom of=/dev/vda bs=4k seek=1025 count=3 conv=fsync', // and of what was trimmed
@@ -109,23 +99,21 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
       SUM,
     )
     const { length: flushed } = await writer.writes()
-    const second = await pipeline.run({ instance: INSTANCE })
-    expect([full.kind, first.kind, second.kind]).toEqual(['full', 'incremental', 'incremental'])
-    expect(first.disks[0]?.storedSize).toBeLessThan(5 * MIB)
-    await expectHolds(second, sum, flushed)
-  })
+    const second = await backups.run({ instance: INSTANCE })
+    expect(second).toMatchObject({ kind: 'incremental', parent: first.id })
 
-  test('the example adds to the chain', async () => {
-    const sum = await inGuest('dd if=/dev/urandom of=/dev/vda bs=64k seek=40 count=1 conv=fsync', SUM)
-    const { length: flushed } = await writer.writes()
-    const script = fileURLToPath(new URL(`../store-remotely/${type}.ts`, import.meta.url))
-    const args = ['--import', 'tsx', script, INSTANCE, ...site.args, stateDir(), lab.uri]
-    const { stdout } = await execa(process.execPath, args, { ...(site.env && { env: site.env }) })
-    const { backups } = await new ChainManager({ storage: site.driver }).list()
-    expect(backups).toHaveLength(4)
-    const manifest = backups.at(-1)?.manifest ?? expect.fail('no backup')
-    expect(manifest).toMatchObject({ kind: 'incremental', parent: backups[2]?.manifest.id })
-    expect(stdout).toContain(`${manifest.id} is `)
-    await expectHolds(manifest, sum, flushed)
+    const disks = { vda: join(home, 'vda.qcow2'), vdb: join(home, 'vdb.qcow2') }
+    await new RestorePipeline(pipelines).run({ backup: second.id, to: { disks } })
+    const files = await site.files()
+    for (const [name, path] of Object.entries(disks)) {
+      await checkQcow2(path)
+      const stored = join(files, INSTANCE, second.chain, second.id, `${name}.qcow2`)
+      const plain = join(home, `${name}-plain.qcow2`)
+      await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'qcow2', stored, plain])
+      const comparison = await compareImages({ path, format: 'qcow2' }, { path: plain, format: 'qcow2' })
+      expect(comparison).toMatchObject({ identical: true })
+    }
+    expect(await sha256Content(disks.vda, 'qcow2')).toBe(sum)
+    expect(await writtenPrefix(disks.vdb, writer, await writer.writes())).toBeGreaterThanOrEqual(flushed)
   })
 })
