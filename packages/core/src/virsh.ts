@@ -54,9 +54,10 @@ export class Virsh {
         throw this.#notFound(args.find(arg => stderr.includes(`'${arg}'`)) ?? '', error)
       }
       if (/failed to connect to the hypervisor/i.test(stderr)) {
+        const said = stderr.trim().split('\n').at(-1)?.replace('error: ', '')
         throw new VarveError(
           'COMMAND_FAILED',
-          `libvirt does not answer at ${this.#uri}: ${stderr.trim().split('\n').at(-1)}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
+          `libvirt does not answer at ${this.#uri}: ${said}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
           { context: { command: 'virsh', args, stderr, uri: this.#uri }, cause: error, retryable: true },
         )
       }
