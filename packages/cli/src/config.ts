@@ -2,6 +2,7 @@ import { readFile } from 'node:fs/promises'
 import { isAbsolute, resolve } from 'node:path'
 import { errorMessage, type StorageDriver, VarveError } from '@varve/core'
 import { z } from 'zod'
+import { type CephSettings, cephSettings } from './ceph-settings.ts'
 import { configError, describeIssues, fieldName } from './config-error.ts'
 import { readSecret } from './secret.ts'
 import type { StorageOpener, StorageType } from './storage-type.ts'
@@ -13,6 +14,7 @@ const document = z.strictObject({
   storages: z.record(z.string(), z.looseObject({ type: z.string() })),
   stateDir: z.string().refine(isAbsolute, 'must be an absolute path, such as /var/lib/varve').exactOptional(),
   libvirtUri: z.string().min(1, 'must not be empty').exactOptional(),
+  ceph: cephSettings.exactOptional(),
 })
 
 /** A configuration file that is valid. */
@@ -23,6 +25,8 @@ export interface Config {
   readonly storages: ReadonlyMap<string, StorageOpener>
   readonly stateDir?: string
   readonly libvirtUri?: string
+  /** How disks that are RBD images are reached, where a domain does not tell. Default: as Ceph's own configuration says. */
+  readonly ceph?: CephSettings
 }
 
 /** Options of {@link loadConfig}. */

@@ -1,9 +1,11 @@
 import { resolve } from 'node:path'
-import type { RunOptions, StorageDriver } from '@varve/core'
+import { RBD_PREFIX, type RbdConnector, type RunOptions, type StorageDriver } from '@varve/core'
+import { cephConnector } from './ceph-settings.ts'
 import { type Config, loadConfig, openStorage } from './config.ts'
 import { EXIT, type ExitCode } from './exit-code.ts'
 import { printable } from './printable.ts'
 import { ProgressView } from './progress-view.ts'
+import { readSecret } from './secret.ts'
 import type { Terminal } from './terminal.ts'
 import { writeText } from './write-text.ts'
 
@@ -71,9 +73,19 @@ export class Session {
     return option ?? (VARVE_LIBVIRT_URI || undefined) ?? (await this.config()).libvirtUri ?? 'qemu:///system'
   }
 
-  /** A path of the command line as an absolute one: it may be written in a journal, and read from elsewhere. */
+  /** What reaches disks that are RBD images. @throws INVALID_CONFIG */
+  async rbd(): Promise<RbdConnector> {
+    const { path: configPath, ceph = {} } = await this.config()
+    const { env } = this.terminal
+    return cephConnector(ceph, key => readSecret(key, { configPath, field: 'ceph.key', env }))
+  }
+
+  /**
+   * A path of the command line as an absolute one: it may be written in a journal, and read from elsewhere. That of an
+   * RBD image, `rbd:<pool>/<image>`, stays as it is.
+   */
   path(path: string): string {
-    return resolve(this.terminal.cwd, path)
+    return path.startsWith(RBD_PREFIX) ? path : resolve(this.terminal.cwd, path)
   }
 
   /** The signal, and the events shown on standard error. */

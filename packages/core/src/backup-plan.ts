@@ -180,8 +180,15 @@ function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): Fal
   return undefined
 }
 
-/** Names can be given again, numbers cannot: a snapshot is that of the backup by its number in the very image. */
-function snapshotObstacle(disk: RbdDisk, before: ManifestDisk, backupId: string): FallbackReason | undefined {
+/**
+ * Why an RBD image has not the snapshot that a backup shows; undefined when it has. Names can be given again, numbers
+ * cannot: a snapshot is that of the backup by its number in the very image.
+ */
+export function snapshotObstacle(
+  disk: RbdDisk,
+  before: ManifestDisk,
+  backupId: string,
+): FallbackReason | undefined {
   const { state } = disk
   const snapshot = state.snapshots.find(({ name }) => name === markName(backupId))
   if (before.format !== 'rbd-diff') return 'disk-replaced'

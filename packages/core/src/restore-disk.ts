@@ -20,6 +20,8 @@ export interface RestoreDiskOptions {
   readonly disk: string
   /** Makes the target. Called once all layers have been found whole and read; until then nothing is touched. */
   readonly createTarget: (merged: LayeredExtents) => Promise<RestoreTarget>
+  /** The backup of the chain whose content the target has already: only what is newer is written. Default: none. */
+  readonly base?: string
   /** Gives the restore up. */
   readonly signal?: AbortSignal
   /** Told of the bytes of data written so far, and of those to write in all; called first with 0. */
@@ -47,7 +49,9 @@ export async function restoreDisk(options: RestoreDiskOptions): Promise<void> {
   const layers = diskLayers(options.chain, options.disk)
   const { objects, images, pool } = await openLayers({ storage, layers, memory, signal, retry })
   const merged = mergeLayers(images)
-  const bytesTotal = dataBytes(merged)
+  const base = layers.findIndex(({ backup }) => backup.manifest.id === options.base)
+  const written = base < 0 ? objects : objects.slice(0, base)
+  const bytesTotal = dataBytes(merged, written.length)
   let bytesDone = 0
   const onWritten = (bytes: number): void => {
     bytesDone += bytes
@@ -57,7 +61,7 @@ export async function restoreDisk(options: RestoreDiskOptions): Promise<void> {
   const target = await options.createTarget(merged)
   try {
     const seek = storage.capabilities.rangeRead
-    await writeDisk({ merged, objects, pool, target, downloads, seek, onWritten, signal })
+    await writeDisk({ merged, objects: written, pool, target, downloads, seek, onWritten, signal })
     await target.finish({ signal })
   } catch (error) {
     const failure = signal.aborted ? abortError(signal) : error

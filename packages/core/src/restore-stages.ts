@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
-import { backupOfMark, markName, restoredKey } from './backup-plan.ts'
+import { backupOfMark, markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { blake3Hex } from './digest.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
@@ -85,13 +85,36 @@ async function writeRbd(restore: RestoreContext, disk: RbdRestore): Promise<Rest
   const { journal, run } = restore
   const { cluster, image, existing, temporary } = disk
   const { name, virtualSize: size } = disk.disk
-  if (temporary === undefined) await journal.record({ step: 'write-in-place', disk: name, path: disk.target })
-  else {
+  let base: string | undefined
+  if (temporary === undefined) {
+    await journal.record({ step: 'write-in-place', disk: name, path: disk.target })
+    base = await rollBack(restore, disk)
+  } else {
     await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
     await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
   }
   await using opened = await cluster.open(temporary ?? image)
-  return writeExport(restore, disk, { path: opened.fileName, format: 'raw', isNew: temporary !== undefined })
+  const isNew = temporary !== undefined
+  return writeExport(restore, disk, { path: opened.fileName, format: 'raw', isNew, ...(base && { base }) })
+}
+
+/**
+ * Brings an image back to the newest snapshot that it still has of the chain, and returns that backup's id: only what
+ * is newer has to be downloaded. Not where the size differs, which a rollback changes too.
+ */
+async function rollBack({ chain, run }: RestoreContext, disk: RbdRestore): Promise<string | undefined> {
+  const { cluster, image, existing } = disk
+  if (!existing) return undefined
+  for (const { manifest } of chain.toReversed()) {
+    const stored = manifest.disks.find(({ name }) => name === disk.disk.name)
+    if (!stored || stored.virtualSize !== existing.virtualSize) continue
+    if (snapshotObstacle(existing, stored, manifest.id) !== undefined) continue
+    const snapshot = markName(manifest.id)
+    stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
+    await cluster.rollback(image, snapshot, run)
+    return manifest.id
+  }
+  return undefined
 }
 
 function targetImage({ plan }: RestoreContext, { disk }: RbdRestore, image: string): TargetImage {
@@ -102,12 +125,17 @@ function targetImage({ plan }: RestoreContext, { disk }: RbdRestore, image: stri
 async function writeExport(
   restore: RestoreContext,
   disk: DiskRestore,
-  to: { readonly path: string; readonly format: 'qcow2' | 'raw'; readonly isNew?: boolean },
+  to: {
+    readonly path: string
+    readonly format: 'qcow2' | 'raw'
+    readonly isNew?: boolean
+    readonly base?: string
+  },
 ): Promise<RestoredDisk> {
   const { journal, run } = restore
   const folder = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
   await journal.record({ step: 'export', folder })
-  const { path, format, isNew = false } = to
+  const { path, format, isNew = false, base } = to
   await using server = await exportDisk({
     ...run,
     disk: disk.disk.name,
@@ -119,9 +147,9 @@ async function writeExport(
   const signal = run.signal ? AbortSignal.any([run.signal, server.died]) : server.died
   await using client = await NbdClient.connect({ socketPath: server.socketPath }, { signal })
   try {
-    return await writeDisk({ ...restore, run: { ...run, signal } }, disk, merged =>
-      Promise.resolve(new NbdTarget(client, merged, { path: disk.target, isNew })),
-    )
+    const createTarget = (merged: LayeredExtents) =>
+      Promise.resolve(new NbdTarget(client, merged, { path: disk.target, isNew }))
+    return await writeDisk({ ...restore, run: { ...run, signal } }, disk, createTarget, base)
   } catch (error) {
     throw server.died.aborted && !run.signal?.aborted ? server.died.reason : error
   }
@@ -131,6 +159,7 @@ async function writeDisk(
   { storage, chain, run }: RestoreContext,
   { disk, format, target }: DiskRestore,
   createTarget: (merged: LayeredExtents) => Promise<RestoreTarget>,
+  base?: string,
 ): Promise<RestoredDisk> {
   let progress: Progress | undefined
   let bytesWritten = 0
@@ -139,6 +168,7 @@ async function writeDisk(
     chain,
     disk: disk.name,
     createTarget,
+    ...(base !== undefined && { base }),
     ...(run.signal && { signal: run.signal }),
     onProgress: (bytesDone, bytesTotal) => {
       progress ??= new Progress(run, disk.name, bytesTotal)

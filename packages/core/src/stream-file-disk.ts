@@ -14,9 +14,6 @@ import type { RateLimit } from './rate-limit.ts'
 import { bytesBody } from './storage.ts'
 import { verifyUpload } from './verify-upload.ts'
 
-/** For fewer bytes the map of the image, which may be a large one, costs more than reading without the server saves. */
-const LEAST_DIRECT_BYTES = 32 * 1024 * 1024
-
 /** Serves one disk and uploads its image; a server that dies ends the upload at once. */
 export async function streamFileDisk(
   backup: BackupContext,
@@ -90,12 +87,15 @@ async function uploadDisk(
   stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
   const image = `${disk.name}.qcow2`
   const blocks = `${disk.name}.blake3`
-  const { name, path, format } = disk
-  using reader =
-    layout.fileSize < LEAST_DIRECT_BYTES
-      ? undefined
-      : await ImageReader.open({ ...run, disk: name, path, format, size: client.size, server: client })
-  const composed = new ComposedImage(layout, reader ?? client)
+  using reader = await ImageReader.open({
+    ...run,
+    disk: disk.name,
+    path: disk.path,
+    format: disk.format,
+    size: client.size,
+    server: client,
+  })
+  const composed = new ComposedImage(layout, reader)
   const upload = new ImageUpload(composed, { disk: disk.name, signal, ...(limit && { limit }) })
   const progress = new Progress(run, disk.name, upload.size)
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })

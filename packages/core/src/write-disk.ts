@@ -14,7 +14,7 @@ const ZEROS_IN_FLIGHT = 16
 /** What {@link writeDisk} writes. */
 export interface WriteDiskOptions {
   readonly merged: LayeredExtents
-  /** The image of each layer. */
+  /** The image of each layer that is written, the newest first; what older ones hold is on the target already. */
   readonly objects: readonly VerifiedObject[]
   readonly pool: BlockPool
   readonly target: RestoreTarget
@@ -51,7 +51,7 @@ export async function writeDisk(options: WriteDiskOptions): Promise<void> {
   const restoreData = async (): Promise<void> => {
     for (const window of windows) {
       const object = objects[window.layer]
-      if (!object) continue // never: the layers of `merged` are those of `objects`
+      if (!object) continue // never: the windows are those of `objects`
       const writer = new WindowWriter(window, object.blockSize, { ...options, signal }, fail)
       await object.fetch(window.firstBlock, window.endBlock, writer.write, signal)
     }

@@ -56,7 +56,7 @@ export function backupCommand(program: Command, session: Session): void {
     .addOption(
       diskPathOption(
         '--disk <name=path>',
-        'disk image, without libvirt; may be repeated; append ",format=qcow2" or ",format=raw" to state what it is',
+        'disk image, without libvirt; may be repeated; append ",format=qcow2" or ",format=raw" to state what it is; rbd:<pool>/<image> is an RBD image',
       ),
     )
     .addOption(
@@ -82,7 +82,8 @@ export function backupCommand(program: Command, session: Session): void {
 Examples:
   varve backup web-1
   varve backup web-1 --type full --disks vda,vdb --bandwidth 50M
-  varve backup web-1 --disk vda=/srv/web-1.qcow2`,
+  varve backup web-1 --disk vda=/srv/web-1.qcow2
+  varve backup web-1 --disk vda=rbd:vms/web-1`,
     )
     .action((instance: string, options: BackupOptions) => backup(session, instance, options))
 }
@@ -109,16 +110,18 @@ async function backup(session: Session, instance: string, options: BackupOptions
 }
 
 async function backupHost(session: Session, instance: string, options: BackupOptions): Promise<Host> {
+  const rbd = await session.rbd()
   if (!options.disk) {
     const { overlayFolder } = options
     return new LibvirtHost({
+      rbd,
       uri: await session.libvirtUri(options.libvirtUri),
       ...(overlayFolder !== undefined && { overlayFolder: session.path(overlayFolder) }),
     })
   }
   const disks: Record<string, ImageDisk> = {}
   for (const [name, text] of Object.entries(options.disk)) disks[name] = imageDisk(session, text)
-  return new ImageHost({ instance, disks })
+  return new ImageHost({ instance, disks, rbd })
 }
 
 function imageDisk(session: Session, text: string): ImageDisk {

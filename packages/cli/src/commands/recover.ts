@@ -39,7 +39,7 @@ async function recoverRuns(session: Session, options: { stateDir?: string }): Pr
         error => session.notice(`The storage ${name} is left out: ${errorMessage(error)}`),
       )
     }
-    const report = await recover({ stateDir, storages }, session.run())
+    const report = await recover({ stateDir, storages, rbd: await session.rbd() }, session.run())
     if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
     await session.result(recoverDocument(report), recoverText(report))
   } finally {
