@@ -51,7 +51,12 @@ export function restoreCommand(program: Command, session: Session): void {
       'Restores a backup: to new image files (--to-disk), over the disks of an instance (--to-instance), or as a new instance (--to-new-instance).',
     )
     .argument('<backup>', 'id of the backup; "varve list" shows them')
-    .addOption(diskPathOption('--to-disk <name=path>', 'write this disk to a file, or to the RBD image rbd:<pool>/<image>; may be repeated'))
+    .addOption(
+      diskPathOption(
+        '--to-disk <name=path>',
+        'write this disk to a file, or to the RBD image rbd:<pool>/<image>; may be repeated',
+      ),
+    )
     .option('--to-instance <name>', 'replace the disks of this libvirt domain; it is shut down for it')
     .option('--to-new-instance <name>', 'define a new libvirt domain from the backup')
     .option('--directory <folder>', 'folder for the disks of a new instance')

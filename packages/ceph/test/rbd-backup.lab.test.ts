@@ -1,0 +1,314 @@
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import {
+  type BackupManifest,
+  BackupPipeline,
+  type BackupRequest,
+  ChainManager,
+  type Host,
+  ImageHost,
+  RestorePipeline,
+  type RestoreRequest,
+  recover,
+  type VarveEvent,
+} from '@varve/core'
+import { LocalDriver } from '@varve/driver-local'
+import { checkQcow2, createQcow2, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { CephConnector } from '../src/index.ts'
+import { RbdSite } from './rbd-site.ts'
+
+const MIB = 1024 ** 2
+
+let site: RbdSite
+let folder: string
+let storage: LocalDriver
+let events: VarveEvent[]
+let rbd: CephConnector
+
+beforeAll(async () => {
+  site = await RbdSite.start()
+  const { ceph, user } = site
+  rbd = new CephConnector({ conf: ceph.conf, user: user.user, keyring: user.keyring })
+})
+afterAll(() => site[Symbol.asyncDispose]())
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-rbd-backup-'))
+  storage = new LocalDriver({ path: join(folder, 'storage'), create: true })
+  events = []
+})
+afterEach(() => rm(folder, { recursive: true }))
+
+const run = { onEvent: (event: VarveEvent) => void events.push(event) }
+const stateDir = () => join(folder, 'state')
+
+function hostOf(disks: Record<string, string>): Host {
+  return new ImageHost({ instance: 'web-1', disks, rbd })
+}
+
+function backup(
+  disks: Record<string, string>,
+  request: Partial<BackupRequest> = {},
+): Promise<BackupManifest> {
+  const pipeline = new BackupPipeline({ host: hostOf(disks), storage, stateDir: stateDir() })
+  return pipeline.run({ instance: 'web-1', ...request }, run)
+}
+
+function restore(request: RestoreRequest, disks: Record<string, string> = {}) {
+  return new RestorePipeline({ host: hostOf(disks), storage, stateDir: stateDir() }).run(request, run)
+}
+
+async function rawOf(path: string): Promise<Buffer> {
+  const raw = join(folder, 'converted.raw')
+  await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', path, raw])
+  return readFile(raw)
+}
+
+/** The bytes of a backup, restored to a new qcow2 file. */
+async function restoredBytes({ id }: BackupManifest, disk = 'vda'): Promise<Buffer> {
+  const path = join(folder, `restored-${id}-${disk}.qcow2`)
+  await restore({ backup: id, to: { disks: { [disk]: path } } })
+  await checkQcow2(path)
+  return rawOf(path)
+}
+
+async function snapshots(image: string): Promise<string[]> {
+  return (await site.cluster.image(image)).snapshots.map(({ name }) => name)
+}
+
+function expectSame(found: Buffer, expected: Buffer): void {
+  expect(found.length).toBe(expected.length)
+  expect(Buffer.compare(found, expected)).toBe(0)
+}
+
+test('a full backup and increments of an image that is written, zeroed and trimmed restore what it held at each', async () => {
+  const image = await site.create(64 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 9M', 'write -P 2 20M 3M', 'write -P 3 40M 100k')
+  const full = await backup(disks)
+  const first = await site.bytes(image)
+  await site.write(image, 'write -P 4 1M 300k', 'write -z 4M 2M', 'discard 20M 1M', 'write -P 5 60M 4M')
+  const second = await backup(disks)
+  const secondBytes = await site.bytes(image)
+  await site.write(image, 'discard 0 64M', 'write -P 6 63M 1M')
+  const third = await backup(disks)
+
+  expect([full, second, third].map(({ kind }) => kind)).toEqual(['full', 'incremental', 'incremental'])
+  expectSame(await restoredBytes(full), first)
+  expectSame(await restoredBytes(second), secondBytes)
+  expectSame(await restoredBytes(third), await site.bytes(image))
+  // What was never written costs nothing.
+  expect(full.disks[0]?.storedSize).toBeLessThan(13 * MIB)
+  expect(second.disks[0]?.storedSize).toBeLessThan(6 * MIB)
+  expect(await new ChainManager({ storage }).verify(third.id, { deep: true })).toMatchObject({ ok: true })
+  expect(await snapshots(image)).toEqual([`varve-${second.id}`, `varve-${third.id}`])
+})
+
+test('the stored streams are what rbd import-diff takes', async () => {
+  const image = await site.create(32 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 9M')
+  const full = await backup(disks)
+  await site.write(image, 'discard 1M 2M', 'write -P 2 30M 1M')
+  const second = await backup(disks)
+  const copy = await site.create(32 * MIB)
+  for (const { chain, id } of [full, second]) {
+    const stream = join(folder, 'storage', 'web-1', chain, id, 'vda.rbd-diff')
+    await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, copy)
+  }
+  expectSame(await site.bytes(copy), await site.bytes(image))
+})
+
+test('an image may shrink, grow, and shrink and grow again between backups', async () => {
+  const image = await site.create(32 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const resize = (size: string) =>
+    site.ceph.run('rbd', 'resize', '--no-progress', '--allow-shrink', '-s', size, image)
+  await site.write(image, 'write -P 1 0 32M')
+  await backup(disks)
+  for (const sizes of [['12M'], ['40M'], ['8M', '40M'], ['9M']]) {
+    for (const size of sizes) await resize(size)
+    await site.write(image, 'write -P 7 2M 64k')
+    const manifest = await backup(disks)
+    expect(manifest.kind).toBe('incremental')
+    expectSame(await restoredBytes(manifest), await site.bytes(image))
+  }
+})
+
+test('an instance may have images, qcow2 and raw files at once', async () => {
+  const image = await site.create(16 * MIB)
+  const file = join(folder, 'vdb.qcow2')
+  await createQcow2(file, 16 * MIB)
+  const disks = { vda: `rbd:${image}`, vdb: file }
+  await site.write(image, 'write -P 1 0 5M')
+  await qemuIo(file, 'qcow2', ['write -P 2 3M 5M'])
+  await backup(disks)
+  await site.write(image, 'write -P 3 1M 1M')
+  await qemuIo(file, 'qcow2', ['write -P 4 4M 1M'])
+  const second = await backup(disks)
+  expect(second.disks.map(({ kind, format }) => [kind, format])).toEqual([
+    ['incremental', 'rbd-diff'],
+    ['incremental', 'qcow2'],
+  ])
+  expectSame(await restoredBytes(second), await site.bytes(image))
+  expectSame(await restoredBytes(second, 'vdb'), await rawOf(file))
+})
+
+test('a restore makes a new image, or replaces one by a new one, and the chain goes on from it', async () => {
+  const image = await site.create(32 * MIB, '--object-size', '1M')
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 9M')
+  await backup(disks)
+  await site.write(image, 'write -P 2 8M 4M', 'discard 0 1M')
+  const second = await backup(disks)
+  const wanted = await site.bytes(image)
+  const copy = site.newImage()
+  await restore({ backup: second.id, to: { disks: { vda: `rbd:${copy}` } } })
+  expectSame(await site.bytes(copy), wanted)
+
+  await site.write(image, 'write -P 9 0 32M')
+  await expect(restore({ backup: second.id, to: { disks } })).rejects.toMatchObject({ code: 'TARGET_EXISTS' })
+  const before = await site.cluster.image(image)
+  await restore({ backup: second.id, to: { disks, overwrite: true } })
+  expectSame(await site.bytes(image), wanted)
+  const after = await site.cluster.image(image)
+  expect(after.id).not.toBe(before.id)
+  expect(await site.ceph.run('rbd', 'info', image)).toContain('order 20') // objects of 1 MiB, as before
+  expect(
+    (await site.ceph.run('rbd', 'ls', 'vms')).split('\n').filter(name => name.includes('varve')),
+  ).toEqual([])
+
+  await site.write(image, 'write -P 3 31M 64k')
+  const next = await backup(disks)
+  expect([next.kind, next.parent]).toEqual(['incremental', second.id])
+  expectSame(await restoredBytes(next), await site.bytes(image))
+})
+
+test('a restore in place rolls the image back and fetches only what is newer', async () => {
+  const image = await site.create(32 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const inPlace = (manifest: BackupManifest) => restore({ backup: manifest.id, to: { disks }, inPlace: true })
+  await site.write(image, 'write -P 1 0 9M')
+  const full = await backup(disks)
+  const first = await site.bytes(image)
+  await site.write(image, 'write -P 2 8M 4M', 'discard 0 1M')
+  const second = await backup(disks)
+  const wanted = await site.bytes(image)
+  await site.write(image, 'write -P 9 0 32M')
+  expect((await inPlace(second)).disks[0]?.bytesWritten).toBe(0)
+  expectSame(await site.bytes(image), wanted)
+
+  // Its newest snapshot is gone: from the older one on.
+  await site.write(image, 'write -P 9 0 32M')
+  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${second.id}`)
+  expect((await inPlace(second)).disks[0]?.bytesWritten).toBe(4 * MIB)
+  expectSame(await site.bytes(image), wanted)
+
+  // All are gone: everything.
+  await site.write(image, 'write -P 9 0 32M')
+  await site.ceph.run('rbd', 'snap', 'purge', '--no-progress', image)
+  expect((await inPlace(full)).disks[0]?.bytesWritten).toBe(9 * MIB)
+  expectSame(await site.bytes(image), first)
+  await site.write(image, 'write -P 3 31M 64k')
+  const next = await backup(disks)
+  expect([next.kind, next.parent]).toEqual(['incremental', full.id])
+  expectSame(await restoredBytes(next), await site.bytes(image))
+})
+
+test('images and files restore to each other', async () => {
+  const file = join(folder, 'vda.qcow2')
+  await createQcow2(file, 16 * MIB)
+  await qemuIo(file, 'qcow2', ['write -P 2 3M 5M', 'write -P 4 15M 100k'])
+  const manifest = await backup({ vda: file })
+  const copy = site.newImage()
+  await restore({ backup: manifest.id, to: { disks: { vda: `rbd:${copy}` } } })
+  expectSame(await site.bytes(copy), await rawOf(file))
+  // The disk is an image from here on: a full one, and told why.
+  const moved = await backup({ vda: `rbd:${copy}` })
+  expect(moved.disks[0]).toMatchObject({ kind: 'full', fallback: 'disk-replaced' })
+})
+
+test('an image that was made again under its name, or whose snapshot was, is stored in full and told of', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 4M')
+  const full = await backup(disks)
+  const again = `${image}@varve-${full.id}`
+  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', again)
+  await site.write(image, 'write -P 2 0 1M')
+  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', again)
+  const second = await backup(disks)
+  expect(second.disks[0]).toMatchObject({ kind: 'full', fallback: 'snapshot-replaced' })
+  expectSame(await restoredBytes(second), await site.bytes(image))
+
+  await site.ceph.run('rbd', 'snap', 'purge', '--no-progress', image)
+  await site.ceph.run('rbd', 'rm', '--no-progress', image)
+  await site.ceph.run('rbd', 'create', image, '--size', '8M')
+  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', `${image}@varve-${second.id}`)
+  await site.write(image, 'write -P 3 0 1M')
+  const third = await backup(disks)
+  expect(third.disks[0]).toMatchObject({ kind: 'full', fallback: 'disk-replaced' })
+  expectSame(await restoredBytes(third), await site.bytes(image))
+})
+
+test('a backup that fails leaves no snapshot, and the next increment rests on the one before', async () => {
+  const image = await site.create(16 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 9M')
+  const full = await backup(disks)
+  await site.write(image, 'write -P 2 8M 4M')
+  const controller = new AbortController()
+  const pipeline = new BackupPipeline({ host: hostOf(disks), storage, stateDir: stateDir() })
+  const aborted = pipeline.run(
+    { instance: 'web-1' },
+    {
+      signal: controller.signal,
+      onEvent: event => event.type === 'stage' && event.stage === 'upload' && controller.abort(),
+    },
+  )
+  await expect(aborted).rejects.toMatchObject({ code: 'ABORTED' })
+  expect(await snapshots(image)).toEqual([`varve-${full.id}`])
+  expect(await recover({ stateDir: stateDir(), storages: [storage], rbd })).toEqual({ runs: [], ok: true })
+  const next = await backup(disks)
+  expect([next.kind, next.parent]).toEqual(['incremental', full.id])
+  expectSame(await restoredBytes(next), await site.bytes(image))
+})
+
+test('snapshots of backups that were deleted go with the next backup', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const full = await backup(disks)
+  const second = await backup(disks)
+  await new ChainManager({ storage }).delete(second.id)
+  const third = await backup(disks)
+  expect(third.parent).toBe(full.id)
+  expect(await snapshots(image)).toEqual([`varve-${full.id}`, `varve-${third.id}`])
+})
+
+test('a stream or an index that was changed is refused, and nothing is restored', async () => {
+  const image = await site.create(8 * MIB)
+  await site.write(image, 'write -P 1 0 4M')
+  const { id, chain } = await backup({ vda: `rbd:${image}` })
+  for (const name of ['vda.rbd-diff', 'vda.index']) {
+    const path = join(folder, 'storage', 'web-1', chain, id, name)
+    const { stdout: size } = await execa('stat', ['-c', '%s', path])
+    const at = Math.floor(Number(size) / 2)
+    const flip = async () => {
+      const bytes = await readFile(path)
+      bytes[at] = (bytes[at] ?? 0) ^ 1
+      await writeFile(path, bytes)
+    }
+    await flip()
+    const target = join(folder, 'target.qcow2')
+    await expect(restore({ backup: id, to: { disks: { vda: target } } })).rejects.toMatchObject({
+      code: 'DIGEST_MISMATCH',
+    })
+    const { problems } = await new ChainManager({ storage }).verify(id, { deep: true })
+    expect(problems.map(({ code, key }) => [code, key?.split('/').at(-1)])).toEqual([
+      ['DIGEST_MISMATCH', name],
+    ])
+    await flip()
+  }
+})
