@@ -9,7 +9,7 @@ import { formatDuration } from '../../packages/cli/src/time-text.ts'
 import { GuestSubject } from './guest-subject.ts'
 import { ImageSubject } from './image-subject.ts'
 import { Screen } from './screen.ts'
-import { STORES } from './store.ts'
+import { STORES, type Store } from './store.ts'
 import { tellStory } from './story.ts'
 
 const { values: options } = parseArgs({
@@ -43,16 +43,23 @@ async function showGuest(): Promise<void> {
   await using lab = await startLibvirt()
   const folder = join(lab.root, 'demo')
   await mkdir(folder)
-  await using store = await openStore(folder)
+  await using store = await openTheStore(folder)
   const subject = await GuestSubject.create(lab, folder, screen)
   await tellStory({ subject, store, folder, screen, signal })
+}
+
+async function openTheStore(folder: string): Promise<Store> {
+  screen.print(screen.dim(`    Storage: ${options.storage}, which starts now`))
+  const store = await openStore(folder)
+  screen.print(screen.dim(`    Backups go to ${store.title}`))
+  return store
 }
 
 async function showImages(reason: string): Promise<void> {
   screen.print(`\n    No virtual machine here: ${reason} The same job on disk images:`)
   const folder = await mkdtemp(join(tmpdir(), 'varve-demo-'))
   try {
-    await using store = await openStore(folder)
+    await using store = await openTheStore(folder)
     await tellStory({ subject: new ImageSubject(folder, screen), store, folder, screen, signal })
   } finally {
     await rm(folder, { recursive: true })
