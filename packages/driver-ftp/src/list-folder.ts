@@ -75,8 +75,11 @@ async function readAll(
 ): Promise<{ text: string; reply: FTPResponse }> {
   const transfer = await Transfer.begin(connection, command)
   try {
-    const bytes = await readSocket(transfer, connection, path)
-    return { text: bytes.toString('utf8'), reply: await transfer.finish() }
+    const text = (await readSocket(transfer, connection, path)).toString('utf8')
+    const reply = await transfer.finish()
+    // nothing but its own end tells the end of a listing
+    if (text !== '' && !text.endsWith('\n')) throw new Error(`the listing of ${path} ended early`)
+    return { text, reply }
   } catch (error) {
     throw (await transfer.abandon()) ?? error
   }

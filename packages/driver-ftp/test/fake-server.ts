@@ -30,6 +30,8 @@ export class FakeServer {
   features: string[] = ['SIZE', 'MDTM', 'REST STREAM', 'UTF8']
   /** Whether a data connection is over before the server says that it is used; for data of no bytes. */
   dataFirst = false
+  /** How many characters each listing lacks at its end. */
+  listingLacks = 0
   readonly #server: Server = createServer(control => this.#serve(control))
   readonly #sockets = new Set<Socket>()
 
@@ -86,7 +88,8 @@ export class FakeServer {
     }
     const list = (line: (entry: Entry) => string) => {
       const said = this.twists['end of LIST']?.(cwd, session)
-      return send(Buffer.from(said ? '' : this.#entries(cwd).map(line).join('')), said)
+      const lines = said ? '' : this.#entries(cwd).map(line).join('')
+      return send(Buffer.from(lines.slice(0, lines.length - this.listingLacks)), said)
     }
     const commands: Record<string, (argument: string) => unknown> = {
       FEAT: () => reply(`211-Features:\r\n${this.features.map(name => ` ${name}\r\n`).join('')}211 End`),

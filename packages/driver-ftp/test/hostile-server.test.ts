@@ -169,6 +169,21 @@ test('an empty folder and an empty object are read also where their end comes be
   expect(await buffer(await driver.get('empty'))).toHaveLength(0)
 })
 
+test.each([[[]], [['MLST type*;size*;modify*;']]])(
+  'a listing that ends within a line is an error, with the features %j',
+  async features => {
+    const { server, driver } = await FakeServer.begin({ attempts: 2 })
+    server.features.push(...features)
+    await driver.put('object-1', x)
+    await driver.put('object-2', x)
+    server.listingLacks = 4
+    await expect(listed(driver)).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE', retryable: true })
+    expect(server.count('CWD')).toBe(2)
+    server.listingLacks = 0
+    expect(await listed(driver)).toHaveLength(2)
+  },
+)
+
 test('a server that sends the password back does not get it into an error', async () => {
   const { server, driver } = await FakeServer.begin()
   server.twists.PASS = password => `530 Not ${password}, sorry.`
