@@ -24,6 +24,8 @@ export class FtpConnection {
   features: ReadonlyMap<string, string> = new Map()
   /** Whether `EPSV` is worth a try. */
   extendedPassive = true
+  /** Whether `STAT` may give the listing of a folder. */
+  listsByStat = true
   /** Whether `LIST` takes `-a`. */
   listsAll = true
 

@@ -1,5 +1,5 @@
 import { VarveError } from '@varve/core'
-import { type FileInfo, FTPError, type FTPResponse } from 'basic-ftp'
+import { type FileInfo, FTPError } from 'basic-ftp'
 import type { FtpConnection } from './connection.ts'
 import { isRefusal, isReply, timeoutError } from './ftp-error.ts'
 import { Transfer } from './transfer.ts'
@@ -25,13 +25,8 @@ export interface FolderEntry {
 export async function listFolder(connection: FtpConnection, path: string): Promise<FolderEntry[]> {
   // the folder as the place to list, since what follows LIST may be taken for options or a pattern
   await connection.command(`CWD ${path || '/'}`)
-  const { text, reply } = await readListing(connection, path)
-  // vsftpd reports a folder that it cannot read as a success, in the words
-  if (/fail|denied|cannot|can't/i.test(reply.message)) {
-    throw new FTPError({ code: 550, message: reply.message })
-  }
   const entries: FolderEntry[] = []
-  for (const entry of parsed(connection, text, path)) {
+  for (const entry of await readListing(connection, path)) {
     const { name, isFile, isDirectory, size, modifiedAt } = entry
     if (name === '.' || name === '..') continue
     const type = isFile ? 'file' : isDirectory ? 'folder' : 'other'
@@ -52,11 +47,35 @@ function parsed({ client, settings }: FtpConnection, text: string, path: string)
   }
 }
 
-async function readListing(
-  connection: FtpConnection,
-  path: string,
-): Promise<{ text: string; reply: FTPResponse }> {
+async function readListing(connection: FtpConnection, path: string): Promise<FileInfo[]> {
   if (connection.features.has('MLST')) return readAll(connection, 'MLSD', path) // RFC 3659, 7.8
+  if (connection.listsByStat) {
+    const entries = await readStatus(connection, path)
+    if (entries) return entries
+    const listed = await readList(connection, path)
+    if (listed.length > 0) connection.listsByStat = false // it has a listing, and did not give it
+    return listed
+  }
+  return readList(connection, path)
+}
+
+/**
+ * The listing on the control connection (`STAT` of RFC 959, 4.1.3), which has an end mark, as a data connection has not;
+ * undefined where the server gives none of a folder with its own `.` in it.
+ */
+async function readStatus(connection: FtpConnection, path: string): Promise<FileInfo[] | undefined> {
+  try {
+    const { message } = await connection.command('STAT -a .')
+    const lines = message.split(/\r?\n/).slice(1, -1)
+    if (!lines.some(line => /^d.*\s\.$/.test(line))) return undefined
+    return parsed(connection, lines.join('\n'), path)
+  } catch (error) {
+    if (isReply(error) && !isReply(error, 421)) return undefined
+    throw error
+  }
+}
+
+async function readList(connection: FtpConnection, path: string): Promise<FileInfo[]> {
   if (connection.listsAll) {
     try {
       return await readAll(connection, 'LIST -a', path)
@@ -68,18 +87,18 @@ async function readListing(
   return readAll(connection, 'LIST', path)
 }
 
-async function readAll(
-  connection: FtpConnection,
-  command: string,
-  path: string,
-): Promise<{ text: string; reply: FTPResponse }> {
+async function readAll(connection: FtpConnection, command: string, path: string): Promise<FileInfo[]> {
   const transfer = await Transfer.begin(connection, command)
   try {
     const text = (await readSocket(transfer, connection, path)).toString('utf8')
     const reply = await transfer.finish()
     // nothing but its own end tells the end of a listing
     if (text !== '' && !text.endsWith('\n')) throw new Error(`the listing of ${path} ended early`)
-    return { text, reply }
+    // vsftpd reports a folder that it cannot read as a success, in the words
+    if (/fail|denied|cannot|can't/i.test(reply.message)) {
+      throw new FTPError({ code: 550, message: reply.message })
+    }
+    return parsed(connection, text, path)
   } catch (error) {
     throw (await transfer.abandon()) ?? error
   }

@@ -169,6 +169,31 @@ test('an empty folder and an empty object are read also where their end comes be
   expect(await buffer(await driver.get('empty'))).toHaveLength(0)
 })
 
+test('a listing comes over the control connection where STAT gives it, since that has an end mark', async () => {
+  const { server, driver } = await FakeServer.begin()
+  await driver.put('a', x)
+  const file = '-rw-r--r--   1 some one  1 Feb 29  2024'
+  const folder = 'drwxr-xr-x   1 some one  4096 Feb 29  2024'
+  server.twists.STAT = () =>
+    ['213-Status:', `${file} a`, `${file}  213 end`, `${folder} .`, `${folder} ..`, '213 End.'].join('\r\n')
+  expect(await listed(driver)).toMatchObject([{ key: 'a' }]) // the other one has no time, so it has gone
+  expect(server.count('LIST')).toBe(0)
+  expect(server.count('EPSV')).toBe(1) // for the upload
+})
+
+test.each([
+  '500 Unknown.',
+  '211-Status of the server:\r\n Fine.\r\n211 End.',
+  '213-Status:\r\n213 End.',
+  '450 No such file: -a',
+])('a server whose STAT gives no listing is asked for it once: %j', async reply => {
+  const { server, driver } = await FakeServer.begin()
+  await driver.put('a/b', x)
+  server.twists.STAT = () => reply
+  for (let turn = 0; turn < 2; turn++) expect(await listed(driver)).toMatchObject([{ key: 'a/b' }])
+  expect(server.count('STAT')).toBe(1)
+})
+
 test.each([[[]], [['MLST type*;size*;modify*;']]])(
   'a listing that ends within a line is an error, with the features %j',
   async features => {
