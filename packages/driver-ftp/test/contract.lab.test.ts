@@ -1,5 +1,5 @@
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
-import { describeDriver } from '@varve/testkit'
+import { describeDriver, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
@@ -31,23 +31,9 @@ describe('without TLS', () => {
       capacity: CAPACITY,
     }),
     largeSize: 12_000_011,
-    manyObjects: 300,
+    manyObjects: 200,
     remote: {
-      async create() {
-        const tunnel = await openTunnel(lab)
-        const { host, proxy } = tunnel
-        const target = await ftpTarget(lab, {
-          ...(await optionsOf(lab, 'none')),
-          host,
-          timeoutMs: 1500,
-          attempts: 2,
-        })
-        const dispose = async () => {
-          await target.dispose()
-          await tunnel[Symbol.asyncDispose]()
-        }
-        return { ...target, proxy, dispose }
-      },
+      create: () => throughTunnel(lab, 'none'),
       restartServer: () => lab.restart(),
       refused: [
         {
@@ -86,7 +72,28 @@ describe('with explicit TLS', () => {
   describeDriver('FtpDriver', {
     capabilities,
     create: async () => ftpTarget(lab, await optionsOf(lab, 'explicit')),
+    parts: ['objects', 'publishing', 'reading', 'early ends'], // where the data goes another way
     largeSize: 5_000_011,
-    manyObjects: 60,
+    turns: 5,
+    remote: {
+      create: () => throughTunnel(lab, 'explicit'),
+      restartServer: () => lab.restart(),
+      evenCuts: 6,
+      refused: [],
+      secrets: [],
+    },
   })
 })
+
+/** A target all connections of which go through a network proxy. */
+async function throughTunnel(lab: VsftpdLab, tls: 'explicit' | 'none'): Promise<RemoteTarget> {
+  const tunnel = await openTunnel(lab)
+  const { host, proxy } = tunnel
+  const options = { ...(await optionsOf(lab, tls)), host, timeoutMs: 1500, attempts: 2 }
+  const target = await ftpTarget(lab, tls === 'none' ? options : { ...options, tlsServerName: 'localhost' })
+  const dispose = async () => {
+    await target.dispose()
+    await tunnel[Symbol.asyncDispose]()
+  }
+  return { ...target, proxy, dispose }
+}

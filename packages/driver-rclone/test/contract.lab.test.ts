@@ -5,7 +5,7 @@ describeDriver('RcloneDriver on a folder', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create: folderTarget,
   largeSize: 8_000_011,
-  manyObjects: 40,
-  turns: 3,
+  manyObjects: 16,
+  turns: 2,
   timeoutMs: 240_000, // each call starts a program
 })

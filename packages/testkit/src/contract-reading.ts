@@ -46,18 +46,20 @@ export function describeReading(contract: Contract): void {
       expect(await read(driver, 'empty', { start: 0, end: 10 })).toHaveLength(0)
     })
 
-    test.each([
-      [-1, 5],
-      [5, 4],
-      [0.5, 3],
-      [0, Number.NaN],
-      [0, Number.POSITIVE_INFINITY],
-    ])('the range %d to %d is refused', async (start, end) => {
+    test('ranges that are none are refused', async () => {
       const { driver } = await begin(contract.create)
       await driver.put('object', bytesBody(Buffer.from('0123456789')))
-      await expect(driver.get('object', { range: { start, end } })).rejects.toMatchObject(
-        errorOf('INVALID_ARGUMENT'),
-      )
+      const ranges = [
+        [-1, 5],
+        [5, 4],
+        [0.5, 3],
+        [0, Number.NaN],
+        [0, Number.POSITIVE_INFINITY],
+      ] as const
+      for (const [start, end] of ranges) {
+        const part = driver.get('object', { range: { start, end } })
+        await expect(part, `${start} to ${end}`).rejects.toMatchObject(errorOf('INVALID_ARGUMENT'))
+      }
     })
 
     test('many ranges are read beside each other', async () => {

@@ -31,6 +31,20 @@ export interface DriverTarget {
   dispose(): Promise<void>
 }
 
+/** A part of the contract's tests. */
+export type ContractPart =
+  | 'objects'
+  | 'keys'
+  | 'sources'
+  | 'publishing'
+  | 'reading'
+  | 'listing'
+  | 'storage'
+  | RemotePart
+
+/** A part of the contract's tests that needs a {@link RemoteOptions}. */
+export type RemotePart = 'cuts' | 'early ends' | 'silence' | 'refusal' | 'restart' | 'staging'
+
 /** How {@link describeDriver} gets at a driver, and what it can expect of it. */
 export interface ContractOptions {
   /** What the driver must say of itself; also chooses the tests. */
@@ -50,6 +64,11 @@ export interface ContractOptions {
   turns?: number
   /** For one test, in milliseconds. Default: 60000. */
   timeoutMs?: number
+  /**
+   * The parts that are tried. Default: all; fewer for a further setting of a driver that has passed all of them in
+   * another one.
+   */
+  parts?: readonly ContractPart[]
   /** For a driver whose storage is reached over a network. Without it the tests of a bad network and server are left out. */
   remote?: RemoteOptions
 }
@@ -98,8 +117,13 @@ export interface RemoteOptions {
 }
 
 /** {@link ContractOptions} with their defaults. */
-export type Contract = Required<Omit<ContractOptions, 'createFull' | 'remote'>> &
-  Pick<ContractOptions, 'createFull' | 'remote'>
+export type Contract = Required<Omit<ContractOptions, 'createFull' | 'remote' | 'parts'>> &
+  Pick<ContractOptions, 'createFull' | 'remote' | 'parts'>
+
+/** Whether a part is to be tried. */
+export function tries({ parts }: Contract, part: ContractPart): boolean {
+  return parts === undefined || parts.includes(part)
+}
 
 /**
  * A target for the test that runs. At the test's end the server must hold what the driver lists and nothing

@@ -7,7 +7,7 @@ import { describeReading } from './contract-reading.ts'
 import { describeRemote } from './contract-remote.ts'
 import { describeSources } from './contract-sources.ts'
 import { describeStorage } from './contract-storage.ts'
-import type { Contract, ContractOptions } from './contract-target.ts'
+import { type Contract, type ContractOptions, tries } from './contract-target.ts'
 
 /**
  * Declares the tests of the storage driver contract for a driver, in a test file of Vitest. They belong
@@ -29,13 +29,13 @@ export function describeDriver(name: string, options: ContractOptions): void {
     ...options,
   }
   describe(`${name} keeps the storage driver contract`, { timeout: contract.timeoutMs }, () => {
-    describeObjects(contract)
-    describeKeys(contract)
-    describeSources(contract)
-    describePublishing(contract)
-    describeReading(contract)
-    describeListing(contract)
-    describeStorage(contract)
+    if (tries(contract, 'objects')) describeObjects(contract)
+    if (tries(contract, 'keys')) describeKeys(contract)
+    if (tries(contract, 'sources')) describeSources(contract)
+    if (tries(contract, 'publishing')) describePublishing(contract)
+    if (tries(contract, 'reading')) describeReading(contract)
+    if (tries(contract, 'listing')) describeListing(contract)
+    if (tries(contract, 'storage')) describeStorage(contract)
     describeRemote(contract)
   })
 }

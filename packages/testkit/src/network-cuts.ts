@@ -18,7 +18,7 @@ const SEED = 21
 /** An upload that is cut mostly waits: for the server to notice, and before it is tried again. */
 const TRIALS_AT_ONCE = 3
 /** How many objects there are to list while the connection is cut. */
-const LISTED = 30
+const LISTED = 12
 
 /** Where one call after the other is cut in what it has the network carry in one direction. */
 export interface Cuts {
