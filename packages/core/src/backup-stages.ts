@@ -1,6 +1,4 @@
-import { mkdtemp, readFile, stat } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { mkdir, readFile, stat } from 'node:fs/promises'
 import PQueue from 'p-queue'
 import { type BackupContext, stage } from './backup-context.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, markName } from './backup-plan.ts'
@@ -19,6 +17,7 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
+import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -193,8 +192,9 @@ export async function stream(backup: BackupContext, frozen: Frozen): Promise<Man
   let sockets = ''
   if (fileDisks(plan).length > 0) {
     stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
-    sockets = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
+    sockets = newExportFolder()
     await journal.record({ step: 'export', folder: sockets })
+    await mkdir(sockets, { mode: 0o700 })
   }
   await journal.record({ step: 'upload', folder })
   stage(run, 'stream', 'Reading what is to be stored')

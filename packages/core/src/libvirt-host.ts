@@ -1,4 +1,4 @@
-import { realpath, rm, stat, writeFile } from 'node:fs/promises'
+import { realpath, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
@@ -17,7 +17,6 @@ import { isRbdImage, type RbdCluster, type RbdConnection, type RbdConnector } fr
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
-import { withTemporaryFolder } from './temporary-folder.ts'
 import { Virsh } from './virsh.ts'
 
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
@@ -421,12 +420,9 @@ export class LibvirtHost implements Host {
     return this.#redefine(instance, { dropBacking: disks }, run)
   }
 
-  define(xml: string, run: RunOptions = {}): Promise<void> {
-    return withTemporaryFolder(async folder => {
-      const file = join(folder, 'domain.xml')
-      await writeFile(file, xml, { mode: 0o600 })
-      await this.#virsh.run(run, 'define', file)
-    })
+  async define(xml: string, run: RunOptions = {}): Promise<void> {
+    // By standard input: it may hold passwords, and a file would stay behind when this process is killed.
+    await this.#virsh.run({ ...run, input: xml }, 'define', '/dev/stdin')
   }
 
   async #isRunning(instance: string, run: RunOptions): Promise<boolean> {

@@ -1,4 +1,6 @@
+import { randomBytes } from 'node:crypto'
 import { readFile, rm, stat } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { execa } from 'execa'
@@ -44,6 +46,14 @@ export interface NbdExport extends AsyncDisposable {
   readonly died: AbortSignal
   /** Ends it, and tells of it in a `command` event. */
   stop(): Promise<void>
+}
+
+/**
+ * A name for the private folder of a run's sockets: it is in the journal before the folder is made. Short, as the
+ * path of a socket has at most 107 bytes.
+ */
+export function newExportFolder(): string {
+  return join(tmpdir(), `varve-nbd-${randomBytes(6).toString('hex')}`)
 }
 
 /**

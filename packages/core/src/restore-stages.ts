@@ -1,7 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { chmod, chown, mkdtemp, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { chmod, chown, mkdir, writeFile } from 'node:fs/promises'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
 import { backupOfMark, markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
@@ -20,7 +18,7 @@ import { Progress } from './progress.ts'
 import { assertNameIsFree } from './put-in-place.ts'
 import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
-import { exportDisk } from './qemu-nbd.ts'
+import { exportDisk, newExportFolder } from './qemu-nbd.ts'
 import { RawFileTarget } from './raw-file-target.ts'
 import { restoreDisk } from './restore-disk.ts'
 import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
@@ -133,8 +131,9 @@ async function writeExport(
   },
 ): Promise<RestoredDisk> {
   const { journal, run } = restore
-  const folder = await mkdtemp(join(tmpdir(), 'varve-nbd-'))
+  const folder = newExportFolder()
   await journal.record({ step: 'export', folder })
+  await mkdir(folder, { mode: 0o700 })
   const { path, format, isNew = false, base } = to
   await using server = await exportDisk({
     ...run,
