@@ -1,0 +1,61 @@
+import { writeFileSync } from 'node:fs'
+import type { BackupRequest } from '../../src/backup-pipeline.ts'
+import type { Host, HostReference } from '../../src/host.ts'
+import { ImageHost } from '../../src/image-host.ts'
+import { LibvirtHost } from '../../src/libvirt-host.ts'
+import type { PrunePolicy } from '../../src/prune.ts'
+import type { RestoreRequest } from '../../src/restore-pipeline.ts'
+import type { Kill } from './kill-points.ts'
+
+/** What a victim is to do. */
+export type Task =
+  | { readonly kind: 'backup'; readonly request: BackupRequest }
+  | { readonly kind: 'restore'; readonly request: RestoreRequest }
+  | { readonly kind: 'delete'; readonly backup: string }
+  | { readonly kind: 'prune'; readonly policy: PrunePolicy }
+  | { readonly kind: 'recover' }
+
+/** Where and when. */
+export interface Job {
+  readonly task: Task
+  readonly host: HostReference
+  readonly storagePath: string
+  readonly stateDir: string
+  /** Where the stand-in for the guest agent keeps whether the guest is frozen. */
+  readonly frozenFlag: string
+  readonly kill?: Kill
+}
+
+/** What a victim says: that it waits for the guest's writes, and how it ended where it was not killed. */
+export type Message =
+  | { readonly say: 'streaming' }
+  | { readonly say: 'done'; readonly points: readonly string[] }
+  | {
+      readonly say: 'failed'
+      readonly code: string
+      readonly message: string
+      readonly points: readonly string[]
+    }
+
+/** A libvirt host whose guests have an agent: a file, as a real one needs a booted guest. */
+export class AgentHost extends LibvirtHost {
+  readonly #flag: string
+
+  constructor(uri: string, flag: string) {
+    super({ uri })
+    this.#flag = flag
+  }
+
+  override async freezeFilesystems(): Promise<void> {
+    writeFileSync(this.#flag, 'frozen')
+  }
+
+  override async thawFilesystems(): Promise<void> {
+    writeFileSync(this.#flag, 'thawed')
+  }
+}
+
+/** The host that a job means. */
+export function hostOf(reference: HostReference, frozenFlag: string): Host {
+  return reference.kind === 'libvirt' ? new AgentHost(reference.uri, frozenFlag) : new ImageHost(reference)
+}

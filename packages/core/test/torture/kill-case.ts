@@ -1,0 +1,312 @@
+import { readdir, readFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { execa } from 'execa'
+import { ChainManager } from '../../src/chain-manager.ts'
+import { isVarveError } from '../../src/errors.ts'
+import { type RecoveredRun, recover } from '../../src/recover.ts'
+import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import type { Job, Task } from './job.ts'
+import { processesWith } from './processes.ts'
+import { type Content, DISKS, INSTANCE, type ProvingGround, type StorageName } from './proving-ground.ts'
+import { Random } from './random.ts'
+import type { Prepared, Scenario } from './scenarios.ts'
+import type { End, Meanwhile, Victims } from './victims.ts'
+
+/** Where things happen, and how. */
+export interface KillCase {
+  readonly scenario: Scenario
+  /** The point at which the run dies, counted from 1; or after so many milliseconds. None: it does not. */
+  readonly kill?: { readonly at: number } | { readonly afterMs: number }
+  readonly scope?: 'process' | 'group'
+  /** What happens to the instance before the run is settled. Default: nothing. */
+  readonly mishap?: 'switched off' | 'QEMU killed'
+  /** The point at which the first try to settle the run dies too. */
+  readonly recoverKill?: number
+  /** Whether the chain on the other storage is looked at too. */
+  readonly second?: boolean
+  /** Of what the guest writes. */
+  readonly seed: number
+}
+
+/** What a case came to. */
+export interface CaseResult {
+  readonly end: End
+  readonly settled: readonly RecoveredRun[]
+}
+
+/** The points that a run reaches when nobody kills it. */
+export async function findPoints(
+  ground: ProvingGround,
+  victims: Victims,
+  prepared: Prepared,
+  scenario: Scenario,
+): Promise<readonly string[]> {
+  await ground.load(scenario.from)
+  if (scenario.instance === 'running') await ground.start()
+  const task = scenario.task(prepared, ground)
+  const end = await runVictim(ground, victims, { scenario, seed: 0 }, task, new Random(0))
+  if (end.killed) throw new Error(`${scenario.name} was killed`)
+  if ((end.failure !== undefined) !== (scenario.from === 'refused'))
+    throw new Error(`${scenario.name} ended with ${end.failure?.message ?? 'success'}`)
+  return end.points
+}
+
+/** Runs a case and rejects where the promise was broken: see docs/reliability.md. */
+export async function runKillCase(
+  ground: ProvingGround,
+  victims: Victims,
+  prepared: Prepared,
+  killCase: KillCase,
+): Promise<CaseResult> {
+  const { scenario, mishap, seed } = killCase
+  const random = new Random(seed)
+  await ground.load(scenario.from)
+  if (scenario.instance === 'running') await ground.start()
+  const task = scenario.task(prepared, ground)
+  const before = ground.content
+  const known = await backupIds(ground)
+
+  const end = await runVictim(ground, victims, killCase, task, random)
+  // What the guest writes from here on is in the overlay, where there is one.
+  if ((await ground.state()) === 'running' && task.kind === 'backup') await ground.write(random)
+  if (mishap === 'switched off') await ground.stop()
+  if (mishap === 'QEMU killed' && (await ground.state()) === 'running') await ground.killQemu()
+  const settled = await settle(ground, victims, killCase, task)
+
+  const published = (await backupIds(ground)).filter(id => !known.includes(id))
+  if (task.kind === 'backup') {
+    for (const id of published) ground.backups.set(id, before)
+    if (settled.length > 0) {
+      const outcome = published.length > 0 ? 'finished' : 'undone'
+      expectSame(
+        'the outcome of the backup',
+        settled.map(run => run.outcome),
+        [outcome],
+      )
+    }
+    if (scenario.instance === 'running' && mishap === undefined)
+      expectSame('the state of the instance', await ground.state(), 'running')
+  }
+  if (task.kind === 'restore') await expectRestored(ground, task, before, settled, end)
+  if (task.kind === 'delete' || task.kind === 'prune') await removeAgain(ground, task)
+  await expectClean(ground, scenario)
+  await expectGoesOn(ground, killCase, random, published)
+  return { end, settled }
+}
+
+async function runVictim(
+  ground: ProvingGround,
+  victims: Victims,
+  { scenario, kill, scope = 'process' }: KillCase,
+  task: Task,
+  random: Random,
+): Promise<End> {
+  const job: Job = {
+    task,
+    host: ground.host.reference,
+    storagePath: ground.storagePath('first'),
+    stateDir: ground.stateDir,
+    frozenFlag: ground.frozenFlag,
+    ...(kill && {
+      kill: { at: 'at' in kill ? kill.at : -1, scope, diary: join(ground.folder, 'diary') },
+    }),
+  }
+  const meanwhile: Meanwhile = {
+    ...(scenario.instance === 'running' && { streaming: () => ground.write(random) }),
+    ...(kill && 'afterMs' in kill && { killAfterMs: kill.afterMs }),
+  }
+  return victims.run(job, meanwhile)
+}
+
+async function settle(
+  ground: ProvingGround,
+  victims: Victims,
+  { recoverKill, scope = 'process' }: KillCase,
+  task: Task,
+): Promise<RecoveredRun[]> {
+  if (recoverKill !== undefined) {
+    await victims.run({
+      task: { kind: 'recover' },
+      host: ground.host.reference,
+      storagePath: ground.storagePath('first'),
+      stateDir: ground.stateDir,
+      frozenFlag: ground.frozenFlag,
+      kill: { at: recoverKill, scope, diary: join(ground.folder, 'diary') },
+    })
+  }
+  const { stateDir, host } = ground
+  const { runs, ok } = await recover({ stateDir, host, storages: [ground.storage('first')] })
+  const incomplete = task.kind === 'restore' && task.request.inPlace === true
+  for (const { outcome, error } of runs) {
+    if (outcome === 'unresolved' || outcome === 'running' || (outcome === 'incomplete' && !incomplete))
+      throw new Error(`the run is ${outcome}`, { cause: error })
+  }
+  expectSame('whether all is settled', ok || incomplete, true)
+  return [...runs]
+}
+
+/** The disks hold either all of the old or all of the new; where they hold neither, a second restore does it. */
+async function expectRestored(
+  ground: ProvingGround,
+  task: Task & { kind: 'restore' },
+  before: Content,
+  settled: readonly RecoveredRun[],
+  end: End,
+): Promise<void> {
+  const restored = ground.backups.get(task.request.backup) ?? {}
+  const wasRunning = (await ground.state()) === 'running'
+  if (wasRunning) await ground.stop()
+  const content = await ground.stored()
+  if (settled.some(({ outcome }) => outcome === 'incomplete')) {
+    const { stateDir, host } = ground
+    expectSame('whether it runs on half a disk', wasRunning, false)
+    await new RestorePipeline({ host, stateDir, storage: ground.storage('first') }).run(task.request)
+    await ground.stop()
+    ground.content = restored
+    expectContent('the disks after a second restore', await ground.stored(), restored)
+  } else {
+    const failed = !end.killed && end.failure !== undefined
+    const isNew = settled.length > 0 ? settled.some(({ outcome }) => outcome === 'finished') : undefined
+    const wanted = isNew === true ? restored : isNew === false || failed ? before : undefined
+    if (wanted) {
+      expectContent('the disks after the restore', content, wanted)
+      ground.content = wanted
+    } else {
+      // It was killed before its journal began, or after that was gone.
+      const found = [before, restored].find(one => DISKS.every(disk => sameBytes(one[disk], content[disk])))
+      if (!found) throw new Error('the disks hold neither the old nor the restored content')
+      ground.content = found
+    }
+  }
+  if (wasRunning) await ground.start()
+}
+
+/** A removal that was cut short is done again; what the first try left is garbage a day later. */
+async function removeAgain(ground: ProvingGround, task: Task): Promise<void> {
+  const manager = new ChainManager({ storage: ground.storage('first') })
+  if (task.kind === 'delete') {
+    await manager.delete(task.backup).catch(error => {
+      if (!isVarveError(error, 'BACKUP_NOT_FOUND')) throw error
+    })
+  } else if (task.kind === 'prune') await manager.prune(task.policy)
+  const { now } = Date
+  Date.now = () => now() + 25 * 60 * 60 * 1000
+  try {
+    await manager.prune({ instance: INSTANCE, keepLast: 100 })
+  } finally {
+    Date.now = now
+  }
+}
+
+/** Nothing is left of the run but the backup. */
+async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<void> {
+  expectSame('the files of the instance', await ground.files(), ['vda.qcow2', 'vdb.qcow2'])
+  expectSame('the temporary files', await readdir(ground.temporary), [])
+  expectSame('the journals', await readdir(join(ground.stateDir, 'runs')).catch(() => []), [])
+  expectSame(
+    'the servers',
+    processesWith(`qemu-nbd --format`).filter(line => line.includes(ground.folder)),
+    [],
+  )
+  const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
+  expectSame('the guest agent', agent, 'thawed')
+  const { disks } = await ground.host.instance(INSTANCE)
+  const ids = await backupIds(ground)
+  for (const { name, path, bitmaps } of disks) {
+    expectSame(`the source of ${name}`, path, ground.image(name === 'vda' ? 'vda' : 'vdb'))
+    const names = bitmaps.map(bitmap => bitmap.name.replace('varve-', ''))
+    const others = await backupIds(ground, 'second')
+    const stray = names.filter(id => !ids.includes(id) && !others.includes(id))
+    // The bitmap of a backup that is deleted stays; see docs/architecture.md.
+    if (!scenario.name.startsWith('deletion')) expectSame(`the stray bitmaps of ${name}`, stray, [])
+    const own = names.filter(id => ids.includes(id))
+    if (own.length > 1) throw new Error(`${name} has bitmaps of ${own.length} backups: ${own}`)
+  }
+  await expectNoPartialObjects(ground)
+}
+
+async function expectNoPartialObjects(ground: ProvingGround): Promise<void> {
+  const ids = await backupIds(ground)
+  const keys: string[] = []
+  for await (const { key } of ground.storage('first').list('')) keys.push(key)
+  expectSame(
+    'the objects of unfinished backups',
+    keys.filter(key => !ids.some(id => key.includes(`/${id}/`))),
+    [],
+  )
+}
+
+/** The instance runs or starts, every backup restores to what it held, and so does the next one. */
+async function expectGoesOn(
+  ground: ProvingGround,
+  { scenario, mishap, scope, second }: KillCase,
+  random: Random,
+  published: readonly string[],
+): Promise<void> {
+  if (scenario.instance !== 'images') await ground.start()
+  await ground.write(random)
+  const had = (await backupIds(ground)).length > 0
+  const next = await ground.backup('first')
+  const harsh = mishap === 'QEMU killed' || scope === 'group' || scenario.name.startsWith('deletion')
+  if (!harsh) expectSame('the kind of the next backup', next.kind, had ? 'incremental' : 'full')
+  for (const { name, kind, fallback } of next.disks) {
+    const alone = published.length > 0 && scenario.name.includes('one disk') && name === 'vda'
+    if (kind === 'full' && had && fallback === undefined) throw new Error(`${name} has no reason to be full`)
+    if (!harsh && !alone && had) expectSame(`the kind of ${name}`, kind, 'incremental')
+  }
+  if (second) {
+    await ground.write(random)
+    const other = await ground.backup('second')
+    if (!harsh && scenario.from !== 'empty') expectSame('the kind of the second', other.kind, 'incremental')
+    expectContent(
+      'the next backup on the second storage',
+      await ground.restored('second', other),
+      ground.content,
+    )
+  }
+  const { backups } = await new ChainManager({ storage: ground.storage('first') }).list()
+  const older = backups.filter(({ manifest }) => manifest.id !== next.id && !published.includes(manifest.id))
+  const another = older.length > 0 ? random.pick(older).manifest.id : undefined
+  for (const { manifest } of backups) {
+    if (older.some(one => one.manifest.id === manifest.id) && manifest.id !== another) continue
+    const wanted = ground.backups.get(manifest.id)
+    if (!wanted) throw new Error(`nobody took the backup ${manifest.id}`)
+    expectContent(`the backup ${manifest.id}`, await ground.restored('first', manifest), wanted)
+  }
+  await ground.stop()
+  expectContent('the disks in the end', await ground.stored(), ground.content)
+  for (const disk of DISKS) {
+    const { exitCode, stderr } = await execa('qemu-img', ['check', '-f', 'qcow2', ground.image(disk)], {
+      reject: false,
+    })
+    // A writer that is killed leaves clusters that nobody uses.
+    if (exitCode !== 0 && !(exitCode === 3 && harsh)) throw new Error(`qemu-img check: ${stderr}`)
+  }
+}
+
+async function backupIds(ground: ProvingGround, name: StorageName = 'first'): Promise<string[]> {
+  const { backups, damaged } = await new ChainManager({ storage: ground.storage(name) }).list()
+  expectSame('the damaged manifests', damaged, [])
+  return backups.map(({ manifest }) => manifest.id)
+}
+
+function expectContent(what: string, found: Content, wanted: Content): void {
+  for (const [disk, bytes] of Object.entries(found)) {
+    const right = wanted[disk]
+    if (!right) throw new Error(`${what}: nobody knows ${disk}`)
+    if (bytes.equals(right)) continue
+    const at = bytes.findIndex((byte, index) => byte !== right[index])
+    throw new Error(
+      `${what}: ${disk} differs first at ${at}: ${bytes[at]} and not ${right[at]} (${bytes.length} bytes)`,
+    )
+  }
+}
+
+function sameBytes(one: Buffer | undefined, other: Buffer | undefined): boolean {
+  return one !== undefined && other !== undefined && one.equals(other)
+}
+
+function expectSame(what: string, found: unknown, wanted: unknown): void {
+  const [is, should] = [JSON.stringify(found), JSON.stringify(wanted)]
+  if (is !== should) throw new Error(`${what}: ${is} and not ${should}`)
+}

@@ -1,0 +1,83 @@
+import childProcess from 'node:child_process'
+import { writeFileSync } from 'node:fs'
+import fs from 'node:fs/promises'
+import { syncBuiltinESMExports } from 'node:module'
+import { RunJournal } from '../../src/journal.ts'
+import { killDescendants } from './processes.ts'
+
+/** When a victim dies. */
+export interface Kill {
+  /** At this point of its run, counted from 1. */
+  readonly at: number
+  /** `process` leaves the commands that it started running, as a crash does; `group` ends them too, as a power cut does. */
+  readonly scope: 'process' | 'group'
+  /** Where it says which point that was. */
+  readonly diary: string
+}
+
+/**
+ * The points at which a run may be cut short: before and after every record of its journal, when an external
+ * command has been started and when it has ended, and after every change of a file system. Each is counted, and
+ * the process kills itself at the chosen one.
+ */
+export class KillPoints {
+  readonly labels: string[] = []
+  #kill: Kill | undefined
+
+  /** Begins to count, and to kill. */
+  arm(kill: Kill | undefined): void {
+    this.#kill = kill
+    this.#watchJournal()
+    this.#watchFiles()
+    this.#watchCommands()
+    syncBuiltinESMExports()
+  }
+
+  reach(label: string): void {
+    this.labels.push(label)
+    const kill = this.#kill
+    if (this.labels.length !== kill?.at) return
+    writeFileSync(kill.diary, label)
+    if (kill.scope === 'group') killDescendants(process.pid)
+    process.kill(process.pid, 'SIGKILL')
+  }
+
+  #watchJournal(): void {
+    const { record, settled } = RunJournal.prototype
+    const reach = this.reach.bind(this)
+    RunJournal.prototype.record = async function (step) {
+      reach(`before ${step.step}`)
+      await record.call(this, step)
+      reach(`after ${step.step}`)
+    }
+    RunJournal.prototype.settled = async function () {
+      reach('before settled')
+      await settled.call(this)
+      reach('after settled')
+    }
+  }
+
+  #watchFiles(): void {
+    const reach = this.reach.bind(this)
+    for (const name of ['rename', 'rm', 'unlink', 'link', 'mkdir', 'rmdir', 'chmod', 'writeFile'] as const) {
+      const call: (...args: unknown[]) => Promise<unknown> = fs[name].bind(fs) as never
+      Reflect.set(fs, name, async (...args: unknown[]) => {
+        const result = await call(...args)
+        reach(`${name} done`)
+        return result
+      })
+    }
+  }
+
+  #watchCommands(): void {
+    const reach = this.reach.bind(this)
+    const { spawn } = childProcess
+    Reflect.set(childProcess, 'spawn', (command: string, args: string[], options: object) => {
+      const child = spawn(command, args, options)
+      const verb = args.find(arg => /^[a-z][a-z-]+$/.test(arg)) ?? ''
+      reach(`start ${command} ${verb}`)
+      child.once('exit', () => reach(`end ${command} ${verb}`))
+      return child
+    })
+  }
+}

@@ -1,0 +1,293 @@
+import { existsSync } from 'node:fs'
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import { createQcow2, type LibvirtLab, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { BackupPipeline, type BackupRequest } from '../../src/backup-pipeline.ts'
+import type { Host } from '../../src/host.ts'
+import { ImageHost } from '../../src/image-host.ts'
+import type { BackupManifest } from '../../src/manifest.ts'
+import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import { AgentHost } from './job.ts'
+import type { Random } from './random.ts'
+
+/** No multiple of a cluster: the last one is a part. */
+export const DISK_BYTES: number = 4 * 1024 * 1024 + 3 * 512
+
+export const INSTANCE = 'web-1'
+export const DISKS = ['vda', 'vdb'] as const
+export type DiskName = (typeof DISKS)[number]
+
+/** What disks hold, byte for byte, by disk. */
+export type Content = Readonly<Record<string, Buffer>>
+
+/** The two storages: backups go to the first, and the second one's chain must not suffer from that. */
+export type StorageName = 'first' | 'second'
+
+/** What a template remembers beside its files. */
+interface Memory {
+  readonly content: Content
+  readonly backups: ReadonlyMap<string, Content>
+}
+
+/**
+ * One instance with two disks, two storages, and beside each disk what it must hold: a plain buffer that every
+ * write of the "guest" goes to as well. Without a libvirt the disks are plain images. A running domain boots
+ * nothing: its writes are done by QEMU's own `qemu-io`, through the device, and cost no boot.
+ */
+export class ProvingGround implements AsyncDisposable {
+  readonly folder: string
+  /** What each backup must hold, by its id. */
+  readonly backups = new Map<string, Content>()
+  readonly #lab: LibvirtLab | undefined
+  readonly #content = new Map<DiskName, Buffer>()
+  readonly #templates = new Map<string, Memory>()
+
+  private constructor(folder: string, lab: LibvirtLab | undefined) {
+    this.folder = folder
+    this.#lab = lab
+  }
+
+  static async create(lab?: LibvirtLab): Promise<ProvingGround> {
+    // In memory where there is room: what is cut short are processes, and a disk would only be slower.
+    const place = existsSync('/dev/shm') ? '/dev/shm' : tmpdir()
+    const ground = new ProvingGround(await mkdtemp(join(place, 'varve-torture-')), lab)
+    await mkdir(ground.temporary)
+    return ground
+  }
+
+  /** Where the instance's files are. */
+  get work(): string {
+    return join(this.folder, 'work')
+  }
+  /** For the victims' temporary files. */
+  get temporary(): string {
+    return join(this.folder, 'tmp')
+  }
+  get stateDir(): string {
+    return join(this.work, 'state')
+  }
+  get frozenFlag(): string {
+    return join(this.work, 'agent')
+  }
+  get hasDomain(): boolean {
+    return this.#lab !== undefined
+  }
+  image(disk: DiskName): string {
+    return join(this.work, `${disk}.qcow2`)
+  }
+  storagePath(name: StorageName): string {
+    return join(this.work, name)
+  }
+  storage(name: StorageName): LocalDriver {
+    return new LocalDriver({ path: this.storagePath(name) })
+  }
+  get host(): Host {
+    if (this.#lab) return new AgentHost(this.#lab.uri, this.frozenFlag)
+    const disks = DISKS.map(disk => [disk, { path: this.image(disk), format: 'qcow2' }] as const)
+    return new ImageHost({ instance: INSTANCE, disks: Object.fromEntries(disks) })
+  }
+  get virshUri(): string {
+    return this.#lab?.uri ?? ''
+  }
+
+  /** What the disks must hold now. */
+  get content(): Content {
+    return Object.fromEntries([...this.#content].map(([disk, bytes]) => [disk, Buffer.from(bytes)]))
+  }
+  set content(content: Content) {
+    for (const [disk, bytes] of this.#content) content[disk]?.copy(bytes)
+  }
+
+  /** Begins anew: empty disks, empty storages, the instance off. */
+  async clear(): Promise<void> {
+    await this.#remove()
+    for (const folder of ['first', 'second', 'state'])
+      await mkdir(join(this.work, folder), { recursive: true })
+    for (const disk of DISKS) {
+      await createQcow2(this.image(disk), DISK_BYTES)
+      this.#content.set(disk, Buffer.alloc(DISK_BYTES))
+    }
+    await this.#define()
+  }
+
+  /** Remembers the state under a name; the instance is off. */
+  async save(name: string): Promise<void> {
+    await cp(this.work, this.#template(name), { recursive: true })
+    this.#templates.set(name, { content: this.content, backups: new Map(this.backups) })
+  }
+
+  /** Brings a remembered state back. */
+  async load(name: string): Promise<void> {
+    const memory = this.#templates.get(name)
+    if (!memory) throw new Error(`no template ${name}`)
+    await this.#remove()
+    await cp(this.#template(name), this.work, { recursive: true })
+    this.content = memory.content
+    for (const [id, content] of memory.backups) this.backups.set(id, content)
+    await this.#define()
+  }
+
+  async state(): Promise<'running' | 'off'> {
+    const lab = this.#lab
+    if (!lab) return 'off'
+    const state = (await lab.virsh(['domstate', INSTANCE])).trim()
+    return state === 'shut off' || state === 'crashed' ? 'off' : 'running'
+  }
+
+  async start(): Promise<void> {
+    if ((await this.state()) === 'off') await this.#lab?.virsh(['start', INSTANCE])
+  }
+
+  async stop(): Promise<void> {
+    if ((await this.state()) === 'running') await this.#lab?.virsh(['destroy', INSTANCE])
+  }
+
+  /** Ends QEMU with SIGKILL: its bitmaps are not stored. */
+  async killQemu(): Promise<void> {
+    const { stdout } = await execa('pgrep', ['-f', `guest=${INSTANCE},.*${this.#lab?.root}`])
+    process.kill(Number(stdout), 'SIGKILL')
+    while ((await this.state()) === 'running');
+  }
+
+  /** The guest writes, zeroes and trims at random; with the instance off, its disks are written to. */
+  async write(random: Random): Promise<void> {
+    const running = (await this.state()) === 'running'
+    for (const [index, disk] of DISKS.entries()) {
+      const content = this.#content.get(disk)
+      if (!content) continue
+      const commands = Array.from({ length: 3 }, () => change(content, random))
+      if (running) await this.#monitor(index, commands)
+      else await qemuIo(this.image(disk), 'qcow2', commands)
+    }
+  }
+
+  /** Backs up in this process, and remembers what the backup must hold. */
+  async backup(name: StorageName, request: Partial<BackupRequest> = {}): Promise<BackupManifest> {
+    const pipeline = new BackupPipeline({
+      host: this.host,
+      storage: this.storage(name),
+      stateDir: this.stateDir,
+    })
+    const manifest = await pipeline.run({ instance: INSTANCE, ...request })
+    this.backups.set(manifest.id, this.content)
+    return manifest
+  }
+
+  /** What a restore of a backup gives. */
+  async restored(name: StorageName, manifest: BackupManifest): Promise<Content> {
+    const folder = await mkdtemp(join(this.folder, 'restored-'))
+    const disks = Object.fromEntries(manifest.disks.map(disk => [disk.name, join(folder, disk.name)]))
+    const pipeline = new RestorePipeline({
+      host: this.host,
+      storage: this.storage(name),
+      stateDir: this.stateDir,
+    })
+    await pipeline.run({ backup: manifest.id, to: { disks, format: 'raw' } })
+    const content: Record<string, Buffer> = {}
+    for (const [disk, path] of Object.entries(disks)) content[disk] = await readFile(path)
+    await rm(folder, { recursive: true })
+    return content
+  }
+
+  /** What the images of the disks hold; the instance is off. */
+  async stored(): Promise<Content> {
+    const content: Record<string, Buffer> = {}
+    for (const disk of DISKS) {
+      const path = join(this.folder, 'raw')
+      await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', this.image(disk), path])
+      content[disk] = await readFile(path)
+    }
+    return content
+  }
+
+  /** The files of the instance's folder, its storages left out. */
+  async files(): Promise<string[]> {
+    const names = await readdir(this.work)
+    return names.filter(name => !['first', 'second', 'state', 'agent'].includes(name)).sort()
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#remove()
+    await rm(this.folder, { recursive: true })
+  }
+
+  #template(name: string): string {
+    return join(this.folder, `template-${name}`)
+  }
+
+  async #remove(): Promise<void> {
+    if (this.#lab && (await this.#lab.virsh(['list', '--all', '--name'])).split('\n').includes(INSTANCE)) {
+      await this.stop()
+      await this.#lab.virsh(['undefine', INSTANCE])
+    }
+    await rm(this.work, { recursive: true, force: true })
+    await rm(this.temporary, { recursive: true })
+    await mkdir(this.temporary)
+  }
+
+  async #define(): Promise<void> {
+    if (!this.#lab) return
+    const path = join(this.folder, 'domain.xml')
+    await writeFile(path, domainXml(DISKS.map(disk => [disk, this.image(disk)])))
+    await this.#lab.virsh(['define', path])
+  }
+
+  async #monitor(index: number, commands: readonly string[]): Promise<void> {
+    const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
+    const lines = commands.map(
+      command => `qemu-monitor-command ${INSTANCE} --hmp 'qemu-io -d ${device} "${command}"'`,
+    )
+    const said = await this.#lab?.virsh([lines.join('; ')])
+    if (/failed|error|invalid|unknown|not found/i.test(said ?? '')) throw new Error(`qemu-io: ${said}`)
+  }
+}
+
+/** One change of a disk: a command for `qemu-io`, done to the bytes as well. */
+function change(content: Buffer, random: Random): string {
+  const unit = random.oneIn(2) ? 65_536 : 512
+  const units = Math.floor(content.byteLength / unit)
+  const start = random.below(units)
+  const length = Math.min(1 + random.below(unit === 512 ? 300 : 6), units - start) * unit
+  const offset = start * unit
+  const kind = random.below(4)
+  if (kind >= 2) {
+    const byte = 1 + random.below(255)
+    content.fill(byte, offset, offset + length)
+    return `write -P ${byte} ${offset} ${length}`
+  }
+  if (kind === 1 || unit === 512) {
+    content.fill(0, offset, offset + length)
+    return `write -z ${offset} ${length}`
+  }
+  content.fill(0, offset, offset + length) // whole clusters: they read as zero afterwards
+  return `discard ${offset} ${length}`
+}
+
+/** A domain that boots nothing: its firmware finds no boot sector, and halts. */
+function domainXml(disks: readonly (readonly [name: string, path: string])[]): string {
+  return `<domain type='qemu'>
+  <name>${INSTANCE}</name>
+  <memory unit='MiB'>32</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <on_poweroff>destroy</on_poweroff>
+  <devices>${disks
+    .map(
+      ([name, path]) => `
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source file='${path}'/>
+      <target dev='${name}' bus='virtio'/>
+    </disk>`,
+    )
+    .join('')}
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    <video><model type='none'/></video>
+  </devices>
+</domain>
+`
+}

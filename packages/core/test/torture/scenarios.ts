@@ -1,0 +1,150 @@
+import { readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { blake3Hex } from '../../src/digest.ts'
+import type { BackupManifest } from '../../src/manifest.ts'
+import type { Task } from './job.ts'
+import { INSTANCE, type ProvingGround } from './proving-ground.ts'
+import { Random } from './random.ts'
+
+/** The backups that a template has on its first storage: a full one and two increments. */
+export interface Prepared {
+  readonly full: BackupManifest
+  readonly middle: BackupManifest
+  readonly newest: BackupManifest
+}
+
+/** A run that is to be killed at each of its points. */
+export interface Scenario {
+  readonly name: string
+  /** Plain images, or a domain that is off or running when the run begins. */
+  readonly instance: 'images' | 'off' | 'running'
+  /** Makes the state that the run begins with; `chain` has three backups and changes since, `chains` a second full one. */
+  readonly from: 'empty' | 'chain' | 'chains' | 'refused'
+  task(prepared: Prepared, ground: ProvingGround): Task
+}
+
+const backup = (request: object = {}): Task => ({
+  kind: 'backup',
+  request: { instance: INSTANCE, ...request },
+})
+
+const over = (backupId: string, more: object = {}): Task => ({
+  kind: 'restore',
+  request: { backup: backupId, to: { instance: INSTANCE }, powerOffTimeoutMs: 0, ...more },
+})
+
+export const SCENARIOS: readonly Scenario[] = [
+  { name: 'first backup of images', instance: 'images', from: 'empty', task: () => backup() },
+  { name: 'increment of images', instance: 'images', from: 'chain', task: () => backup() },
+  { name: 'increment of an instance that is off', instance: 'off', from: 'chain', task: () => backup() },
+  {
+    name: 'first backup of a running instance, frozen by its agent',
+    instance: 'running',
+    from: 'empty',
+    task: () => backup({ freeze: 'require' }),
+  },
+  { name: 'increment of a running instance', instance: 'running', from: 'chain', task: () => backup() },
+  {
+    name: 'increment of one disk of a running instance',
+    instance: 'running',
+    from: 'chain',
+    task: () => backup({ disks: ['vdb'] }),
+  },
+  {
+    name: 'new full backup of a running instance',
+    instance: 'running',
+    from: 'chain',
+    task: () => backup({ type: 'full' }),
+  },
+  {
+    name: 'restore over images',
+    instance: 'images',
+    from: 'chain',
+    task: ({ middle }) => over(middle.id),
+  },
+  {
+    name: 'restore over a running instance',
+    instance: 'running',
+    from: 'chain',
+    task: ({ middle }) => over(middle.id),
+  },
+  {
+    name: 'restore of disks and definition of an instance that is off',
+    instance: 'off',
+    from: 'chain',
+    task: ({ newest }) => over(newest.id, { definition: 'restore', start: true }),
+  },
+  {
+    name: 'restore whose definition is refused',
+    instance: 'running',
+    from: 'refused',
+    task: ({ newest }) => over(newest.id, { definition: 'restore' }),
+  },
+  {
+    name: 'restore in place of images',
+    instance: 'images',
+    from: 'chain',
+    task: ({ middle }) => over(middle.id, { inPlace: true }),
+  },
+  {
+    name: 'restore in place of a running instance',
+    instance: 'running',
+    from: 'chain',
+    task: ({ middle }) => over(middle.id, { inPlace: true }),
+  },
+  {
+    name: 'deletion of the newest backup',
+    instance: 'images',
+    from: 'chain',
+    task: ({ newest }) => ({ kind: 'delete', backup: newest.id }),
+  },
+  {
+    name: 'pruning of a chain',
+    instance: 'images',
+    from: 'chains',
+    task: () => ({ kind: 'prune', policy: { instance: INSTANCE, keepLast: 1 } }),
+  },
+]
+
+/** Makes the template of a scenario, once for each ground. */
+export async function prepareTemplates(ground: ProvingGround): Promise<Prepared> {
+  const random = new Random(1)
+  await ground.clear()
+  await ground.write(random)
+  await ground.save('empty')
+
+  const full = await ground.backup('first')
+  await ground.write(random)
+  await ground.backup('second')
+  await ground.write(random)
+  const middle = await ground.backup('first')
+  await ground.write(random)
+  const newest = await ground.backup('first')
+  await ground.write(random)
+  await ground.save('chain')
+
+  await ground.backup('first', { type: 'full' })
+  await ground.write(random)
+  await ground.save('chains')
+
+  if (ground.hasDomain) {
+    await ground.load('chain')
+    await refuseDefinition(ground, newest)
+    await ground.save('refused')
+  }
+  return { full, middle, newest }
+}
+
+/** Puts a definition that no host takes into a backup. */
+async function refuseDefinition(ground: ProvingGround, { chain, id }: BackupManifest): Promise<void> {
+  const folder = join(ground.storagePath('first'), INSTANCE, chain, id)
+  const xml = (await readFile(join(folder, 'domain.xml'), 'utf8')).replace(
+    /machine='[^']*'/,
+    "machine='pc-q35-99.9'",
+  )
+  await writeFile(join(folder, 'domain.xml'), xml)
+  const path = join(folder, 'manifest.json')
+  const json = JSON.parse(await readFile(path, 'utf8'))
+  Object.assign(json.definition, { size: Buffer.byteLength(xml), blake3: blake3Hex(Buffer.from(xml)) })
+  await writeFile(path, JSON.stringify(json))
+}
