@@ -36,14 +36,18 @@ export async function settleRestore(
   const names = journal.header.disks.map(({ name }) => name)
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
 
-  const finish = journal.of('undo').length > 0 ? undefined : journal.of('finish').at(-1)
+  const undone = journal.of('undo').length > 0
+  const finish = undone ? undefined : journal.of('finish').at(-1)
   const refusal = finish && (await finishSwap(journal, finish, host, run))
   for (const { temporary } of journal.of('target-create')) await rm(temporary, { force: true })
   for (const { image, of } of journal.of('image-create'))
     await (await host.rbd(of, run)).removeImage(image, run)
 
-  const finished = finish !== undefined && refusal === undefined
-  const writing = journal.of('written-in-place').length > 0 ? [] : journal.of('write-in-place')
+  // In place the disks alone are all of it, unless their definition was still to come.
+  const decided = finish !== undefined || undone || journal.of('define').length === 0
+  const overwritten = journal.of('written-in-place').length > 0 && decided
+  const finished = refusal === undefined && !undone && (finish !== undefined || overwritten)
+  const writing = overwritten ? [] : journal.of('write-in-place')
   const power = journal.of('power-off').at(-1)
   const wanted = finished ? power?.start : power?.wasRunning
   const start = wanted === true && writing.length === 0

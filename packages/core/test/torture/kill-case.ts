@@ -5,6 +5,7 @@ import { ChainManager } from '../../src/chain-manager.ts'
 import { isVarveError } from '../../src/errors.ts'
 import { type RecoveredRun, recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import { expectContent } from './expect-content.ts'
 import type { Job, Task } from './job.ts'
 import { processesWith } from './processes.ts'
 import { type Content, DISKS, INSTANCE, type ProvingGround, type StorageName } from './proving-ground.ts'
@@ -212,7 +213,9 @@ async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<v
   expectSame('the guest agent', agent, 'thawed')
   const { disks } = await ground.host.instance(INSTANCE)
   const ids = await backupIds(ground)
-  for (const { name, path, bitmaps } of disks) {
+  for (const disk of disks) {
+    const { name, path } = disk
+    const bitmaps = 'bitmaps' in disk ? disk.bitmaps : []
     expectSame(`the source of ${name}`, path, ground.image(name === 'vda' ? 'vda' : 'vdb'))
     const names = bitmaps.map(bitmap => bitmap.name.replace('varve-', ''))
     const others = await backupIds(ground, 'second')
@@ -288,18 +291,6 @@ async function backupIds(ground: ProvingGround, name: StorageName = 'first'): Pr
   const { backups, damaged } = await new ChainManager({ storage: ground.storage(name) }).list()
   expectSame('the damaged manifests', damaged, [])
   return backups.map(({ manifest }) => manifest.id)
-}
-
-function expectContent(what: string, found: Content, wanted: Content): void {
-  for (const [disk, bytes] of Object.entries(found)) {
-    const right = wanted[disk]
-    if (!right) throw new Error(`${what}: nobody knows ${disk}`)
-    if (bytes.equals(right)) continue
-    const at = bytes.findIndex((byte, index) => byte !== right[index])
-    throw new Error(
-      `${what}: ${disk} differs first at ${at}: ${bytes[at]} and not ${right[at]} (${bytes.length} bytes)`,
-    )
-  }
 }
 
 function sameBytes(one: Buffer | undefined, other: Buffer | undefined): boolean {

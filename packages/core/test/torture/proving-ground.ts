@@ -98,7 +98,10 @@ export class ProvingGround implements AsyncDisposable {
     return Object.fromEntries([...this.#content].map(([disk, bytes]) => [disk, Buffer.from(bytes)]))
   }
   set content(content: Content) {
-    for (const [disk, bytes] of this.#content) content[disk]?.copy(bytes)
+    for (const disk of DISKS) {
+      const bytes = content[disk]
+      if (bytes) this.#content.set(disk, Buffer.from(bytes))
+    }
   }
 
   /** Begins anew: empty disks, empty storages, the instance off. */
@@ -162,6 +165,16 @@ export class ProvingGround implements AsyncDisposable {
       if (running) await this.#monitor(index, commands)
       else await qemuIo(this.image(disk), 'qcow2', commands)
     }
+  }
+
+  /** Makes a disk larger, be it in use or not. */
+  async grow(disk: DiskName, bytes: number): Promise<void> {
+    const content = this.#content.get(disk) ?? Buffer.alloc(0)
+    const size = content.byteLength + bytes
+    if ((await this.state()) === 'running')
+      await this.#lab?.virsh(['blockresize', INSTANCE, disk, `${size}B`])
+    else await execa('qemu-img', ['resize', '-f', 'qcow2', this.image(disk), String(size)])
+    this.#content.set(disk, Buffer.concat([content, Buffer.alloc(bytes)]))
   }
 
   /** Backs up in this process, and remembers what the backup must hold. */

@@ -1,0 +1,187 @@
+import { FaultyDriver } from '@varve/testkit'
+import { BackupPipeline } from '../../src/backup-pipeline.ts'
+import { ChainManager } from '../../src/chain-manager.ts'
+import { VarveError } from '../../src/errors.ts'
+import type { BackupManifest } from '../../src/manifest.ts'
+import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import { expectContent } from './expect-content.ts'
+import { DISKS, INSTANCE, type ProvingGround, type StorageName } from './proving-ground.ts'
+import { Random } from './random.ts'
+
+/** How often each kind of step is taken, of the sum of all. */
+const STEPS = {
+  write: 8,
+  backup: 6,
+  'full backup': 1,
+  'backup that fails': 2,
+  'backup of one disk': 1,
+  restore: 2,
+  'restore in place': 1,
+  'restore that fails': 1,
+  compare: 2,
+  delete: 1,
+  prune: 1,
+  grow: 1,
+  restart: 2,
+} as const
+type StepName = keyof typeof STEPS
+
+const MOST_BYTES = 12 * 1024 * 1024
+
+/**
+ * Takes an instance through random steps, beside what each disk and each backup must hold, and compares. Rejects with
+ * the steps so far where one differs.
+ */
+export class ModelWalk {
+  readonly log: string[] = []
+  readonly #ground: ProvingGround
+  readonly #random: Random
+  /** The backups that are there, by storage, oldest first. */
+  readonly #there: Record<StorageName, BackupManifest[]> = { first: [], second: [] }
+
+  constructor(ground: ProvingGround, seed: number) {
+    this.#ground = ground
+    this.#random = new Random(seed)
+  }
+
+  async run(steps: number): Promise<void> {
+    await this.#ground.clear()
+    if (this.#ground.hasDomain) await this.#ground.start()
+    try {
+      for (let step = 0; step < steps; step++) await this.#step(this.#choose())
+      for (const name of ['first', 'second'] as const)
+        for (const backup of this.#there[name]) await this.#compare(name, backup)
+      await this.#ground.stop()
+      expectContent('the disks in the end', await this.#ground.stored(), this.#ground.content)
+    } catch (error) {
+      throw new Error(`${this.log.join('\n')}\n${error instanceof Error ? error.message : error}`, {
+        cause: error,
+      })
+    }
+  }
+
+  #choose(): StepName {
+    const names = Object.entries(STEPS).flatMap(([name, often]) => Array<string>(often).fill(name))
+    return this.#random.pick(names) as StepName
+  }
+
+  async #step(name: StepName): Promise<void> {
+    this.log.push(name)
+    const storage = this.#random.pick(['first', 'second'] as const)
+    const [ground, random] = [this.#ground, this.#random]
+    const there = this.#there[storage]
+    const some = there.length > 0 ? random.pick(there) : undefined
+    switch (name) {
+      case 'write':
+        return ground.write(random)
+      case 'backup':
+        return this.#backup(storage, {})
+      case 'full backup':
+        return this.#backup(storage, { type: 'full' })
+      case 'backup of one disk':
+        return this.#backup(storage, { disks: [random.pick(DISKS)] })
+      case 'backup that fails':
+        return this.#fail(storage)
+      case 'restore':
+        return some && this.#restore(storage, some, false)
+      case 'restore in place':
+        return some && this.#fits(some) ? this.#restore(storage, some, true) : undefined
+      case 'restore that fails':
+        return some && this.#failToRestore(storage, some)
+      case 'compare':
+        return some && this.#compare(storage, some)
+      case 'delete':
+        return this.#delete(storage)
+      case 'prune':
+        return this.#prune(storage)
+      case 'grow':
+        return this.#grow()
+      case 'restart':
+        await ground.stop()
+        if (ground.hasDomain && !random.oneIn(3)) await ground.start()
+    }
+  }
+
+  async #backup(storage: StorageName, request: object): Promise<void> {
+    const manifest = await this.#ground.backup(storage, request)
+    const kinds = manifest.disks.map(({ name, kind, fallback }) => `${name} ${kind} ${fallback ?? ''}`)
+    this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
+    this.#there[storage].push(manifest)
+  }
+
+  /** The storage fails at some call. */
+  async #fail(storage: StorageName): Promise<void> {
+    const { host, stateDir } = this.#ground
+    const left = this.#random.below(6)
+    let puts = 0
+    const error = new VarveError('STORAGE_FULL', 'There is no room.')
+    const faulty = new FaultyDriver(this.#ground.storage(storage), ({ operation }) =>
+      operation === 'put' && puts++ === left ? { kind: 'fail-before', error } : undefined,
+    )
+    const pipeline = new BackupPipeline({ host, stateDir, storage: faulty })
+    const manifest = await pipeline.run({ instance: INSTANCE }).catch(found => {
+      if (found !== error && found?.code !== 'STORAGE_FULL') throw found
+      return undefined
+    })
+    if (!manifest) return
+    this.#ground.backups.set(manifest.id, this.#ground.content) // it needed fewer objects
+    this.#there[storage].push(manifest)
+  }
+
+  async #restore(storage: StorageName, { id }: BackupManifest, inPlace: boolean): Promise<void> {
+    this.log.push(`  ${id} on ${storage}`)
+    const { host, stateDir } = this.#ground
+    const pipeline = new RestorePipeline({ host, stateDir, storage: this.#ground.storage(storage) })
+    const wanted = this.#ground.backups.get(id) ?? {}
+    await pipeline.run({ backup: id, to: { instance: INSTANCE }, powerOffTimeoutMs: 0, inPlace })
+    this.#ground.content = wanted
+  }
+
+  /** The storage fails at some call, and the disks stay as they were. */
+  async #failToRestore(storage: StorageName, { id }: BackupManifest): Promise<void> {
+    const { host, stateDir } = this.#ground
+    const error = new VarveError('STORAGE_UNREACHABLE', 'Nobody answers.')
+    const faulty = new FaultyDriver(this.#ground.storage(storage), ({ operation, key }) =>
+      operation === 'get' && key.endsWith('.qcow2') ? { kind: 'fail-before', error } : undefined,
+    )
+    const pipeline = new RestorePipeline({ host, stateDir, storage: faulty })
+    const failed = await pipeline.run({ backup: id, to: { instance: INSTANCE }, powerOffTimeoutMs: 0 }).then(
+      () => false,
+      () => true,
+    )
+    if (!failed) throw new Error('a restore without its images succeeded')
+  }
+
+  /** Beyond its end a restore in place leaves a larger disk as it is. */
+  #fits({ id }: BackupManifest): boolean {
+    const [now, then] = [this.#ground.content, this.#ground.backups.get(id) ?? {}]
+    return Object.entries(then).every(([disk, bytes]) => now[disk]?.byteLength === bytes.byteLength)
+  }
+
+  async #compare(storage: StorageName, manifest: BackupManifest): Promise<void> {
+    const wanted = this.#ground.backups.get(manifest.id) ?? {}
+    expectContent(`${manifest.id} on ${storage}`, await this.#ground.restored(storage, manifest), wanted)
+  }
+
+  /** The newest, as others may rest on an older one. */
+  async #delete(storage: StorageName): Promise<void> {
+    const last = this.#there[storage].at(-1)
+    if (!last) return
+    await new ChainManager({ storage: this.#ground.storage(storage) }).delete(last.id)
+    this.#there[storage].pop()
+  }
+
+  async #prune(storage: StorageName): Promise<void> {
+    const manager = new ChainManager({ storage: this.#ground.storage(storage) })
+    const { removed } = await manager.prune({ instance: INSTANCE, keepLast: 1 + this.#random.below(4) })
+    const gone = new Set(removed.map(({ manifest }) => manifest.id))
+    this.#there[storage] = this.#there[storage].filter(({ id }) => !gone.has(id))
+  }
+
+  async #grow(): Promise<void> {
+    const disk = this.#random.pick(DISKS)
+    const bytes = (1 + this.#random.below(2000)) * 512
+    const size = this.#ground.content[disk]?.byteLength ?? 0
+    if (size + bytes <= MOST_BYTES) await this.#ground.grow(disk, bytes)
+  }
+}
