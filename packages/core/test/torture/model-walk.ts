@@ -124,7 +124,8 @@ export class ModelWalk {
       return undefined
     })
     if (!manifest) return
-    this.#ground.backups.set(manifest.id, this.#ground.content) // it needed fewer objects
+    this.#ground.remember(manifest) // it needed fewer objects
+    this.log.push(`  made ${manifest.id} on ${storage}: ${manifest.disks.map(d => d.kind)}`)
     this.#there[storage].push(manifest)
   }
 

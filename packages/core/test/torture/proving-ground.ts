@@ -185,8 +185,17 @@ export class ProvingGround implements AsyncDisposable {
       stateDir: this.stateDir,
     })
     const manifest = await pipeline.run({ instance: INSTANCE, ...request })
-    this.backups.set(manifest.id, this.content)
+    this.remember(manifest)
     return manifest
+  }
+
+  /** A backup holds what its disks hold now. */
+  remember({ id, disks }: BackupManifest): void {
+    const { content } = this
+    this.backups.set(
+      id,
+      Object.fromEntries(disks.map(({ name }) => [name, content[name] ?? Buffer.alloc(0)])),
+    )
   }
 
   /** What a restore of a backup gives. */

@@ -1,14 +1,16 @@
 /**
  * Kills backups, restores, deletions and prunes at their points for a while, and tells how many kills were survived;
- * see docs/reliability.md.
+ * then walks at random beside a model. See docs/reliability.md.
  *
- *   npm run test:torture -- [--seconds 600] [--seed 1] [--only restore|running|off|images] [--replay '<case>']
+ *   npm run test:torture -- [--seconds 600] [--seed 1] [--only restore|running|off|images] [--replay '<case>'] [--walk <seed>]
  */
 import { parseArgs } from 'node:util'
 import { startLibvirt } from '@varve/testkit/lab'
 import { errorMessage } from '../../src/errors.ts'
 import type { KillCase } from './kill-case.ts'
 import { KillMatrix, scenarioOf, unreachedSteps } from './kill-matrix.ts'
+import { ModelWalk } from './model-walk.ts'
+import { ProvingGround } from './proving-ground.ts'
 import { Random } from './random.ts'
 import { SCENARIOS, type Scenario } from './scenarios.ts'
 
@@ -18,14 +20,20 @@ const { values } = parseArgs({
     seed: { type: 'string', default: '1' },
     only: { type: 'string' },
     replay: { type: 'string' },
+    walk: { type: 'string' },
   },
 })
+
+/** How long a walk is. */
+const WALK_STEPS = 100
 
 /** A case as it is printed and replayed. */
 type Replay = Omit<KillCase, 'scenario'> & { scenario: string }
 
 const startedAt = Date.now()
 const deadline = Date.now() + Number(values.seconds) * 1000
+/** The last quarter is for walks beside the model. */
+const killingUntil = startedAt + Number(values.seconds) * 750
 const random = new Random(Number(values.seed))
 const scenarios = SCENARIOS.filter(({ name, instance }) =>
   `${name} (${instance})`.includes(values.only ?? ''),
@@ -55,7 +63,7 @@ let kills = 0
 if (values.replay) {
   const { scenario, ...replay }: Replay = JSON.parse(values.replay)
   if (await attempt({ ...replay, scenario: scenarioOf(scenario) })) kills++
-} else {
+} else if (values.walk === undefined) {
   const points = new Map<string, readonly string[]>()
   for (const scenario of scenarios) points.set(scenario.name, await matrix.points(scenario))
   const unreached = values.only === undefined ? unreachedSteps(points) : []
@@ -73,15 +81,34 @@ if (values.replay) {
     ...shuffled(plain.filter(({ label }) => !isStep(label))),
   ]
   for (const { scenario, at } of inOrder) {
-    if (Date.now() > deadline) break
+    if (Date.now() > killingUntil) break
     if (await attempt({ scenario, kill: { at }, seed: random.below(2 ** 31) })) kills++
   }
-  while (Date.now() < deadline) {
+  while (Date.now() < killingUntil) {
     if (await attempt(atRandom(random.pick(scenarios), points))) kills++
   }
 }
+let walks = 0
+let failedWalks = 0
+if (values.walk !== undefined) await walk(Number(values.walk))
+else if (!values.replay) while (Date.now() < deadline) await walk(random.below(2 ** 31))
+
+console.log(`walks that ended right: ${walks - failedWalks} of ${walks}, of ${WALK_STEPS} steps each`)
 console.log(`kills survived: ${kills - failures.length} of ${kills} in ${seconds()} s (seed ${values.seed})`)
-process.exitCode = failures.length > 0 ? 1 : 0
+process.exitCode = failures.length + failedWalks > 0 ? 1 : 0
+
+/** Every other one with plain images, the rest with a domain where there is a libvirt. */
+async function walk(seed: number): Promise<void> {
+  walks++
+  await using ground = await ProvingGround.create(seed % 2 === 0 ? lab : undefined)
+  try {
+    await new ModelWalk(ground, seed).run(WALK_STEPS)
+  } catch (error) {
+    failedWalks++
+    console.log(`FAILED: ${errorMessage(error)}`)
+    console.log(`  npm run test:torture -- --walk ${seed}`)
+  }
+}
 
 function seconds(): number {
   return Math.round((Date.now() - startedAt) / 1000)
