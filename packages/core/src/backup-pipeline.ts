@@ -11,7 +11,7 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { describe, freeze, mark, publish, stream, watchOverlays } from './backup-stages.ts'
+import { describe, freeze, mark, publish, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
@@ -57,11 +57,6 @@ export interface BackupRequest {
   freeze?: 'off' | 'try' | 'require'
   /** Bytes a second for all disks together. Default: no limit. */
   bandwidth?: number
-  /**
-   * Bytes that are kept free where the overlays are, beside what it takes to merge them back. A backup is given up
-   * with OVERLAY_SPACE_LOW before a guest runs out of room. Default: 1 GiB, or 5 % of a smaller file system.
-   */
-  overlayReserve?: number
   /** Disks that are streamed at the same time. Default: 2. */
   concurrency?: number
   /** Bytes of a cluster of the images: a power of two from 4096 to 2 MiB. Default: 65,536. */
@@ -176,11 +171,9 @@ export class BackupPipeline {
       await ledger.add(id, storage)
       await mark(backup)
       const frozen = await freeze(backup)
-      await using space = watchOverlays(backup)
-      const watched = { ...backup, run: { ...run, signal: AbortSignal.any([space.signal, ...signals(run)]) } }
-      const images = await stream(watched, frozen)
-      manifest = await describe(watched, frozen, images)
-      await publish(watched, manifest, {
+      const images = await stream(backup, frozen)
+      manifest = await describe(backup, frozen, images)
+      await publish(backup, manifest, {
         bitmaps: bitmapsToRetire(disks, backups, id, gone),
         snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),
       })
@@ -216,26 +209,9 @@ async function forgetUnused(
   }
 }
 
-function signals({ signal }: RunOptions): AbortSignal[] {
-  return signal ? [signal] : []
-}
-
 function checkRequest(request: BackupRequest): void {
-  const least = {
-    maxIncrementalChain: 0,
-    bandwidth: 1,
-    overlayReserve: 0,
-    concurrency: 1,
-    rbdSnapshots: 1,
-  } as const
-  const numbers = [
-    'maxIncrementalChain',
-    'bandwidth',
-    'concurrency',
-    'overlayReserve',
-    'rbdSnapshots',
-  ] as const
-  for (const name of numbers) {
+  const least = { maxIncrementalChain: 0, bandwidth: 1, concurrency: 1, rbdSnapshots: 1 } as const
+  for (const name of ['maxIncrementalChain', 'bandwidth', 'concurrency', 'rbdSnapshots'] as const) {
     const value = request[name]
     if (value !== undefined && (!Number.isSafeInteger(value) || value < least[name])) {
       throw new VarveError(

@@ -17,7 +17,6 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
-import { lackOfSpace, OverlayWatch, type SizedOverlay } from './overlay-space.ts'
 import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
@@ -98,8 +97,6 @@ async function freezeRunning(
       }),
     ),
   )
-  const lack = await lackOfSpace(sized(overlays, backup), request.overlayReserve)
-  if (lack) throw lack
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
   try {
     const snapshots = await atOneMoment(backup, { images, overlays, frozen }, async () => {
@@ -138,20 +135,6 @@ async function atOneMoment<T>(
     await host.resume(instance.name, events) // without the signal: also after an abort
     await journal.record({ step: 'resumed' })
   }
-}
-
-/** Gives the backup up before the overlays, or what they are merged into, run out of room. */
-export function watchOverlays(backup: BackupContext): OverlayWatch {
-  const { journal, request, run } = backup
-  const overlays = journal.of('snapshot').flatMap(step => step.overlays)
-  return new OverlayWatch(sized(overlays, backup), request.overlayReserve, run)
-}
-
-function sized(overlays: readonly DiskOverlay[], { plan }: BackupContext): SizedOverlay[] {
-  return overlays.map(overlay => {
-    const planned = plan.disks.find(({ disk }) => disk.name === overlay.disk)
-    return { ...overlay, virtualSize: planned?.disk.virtualSize ?? 0 }
-  })
 }
 
 /** Takes a snapshot of every RBD image; returns them by the name of their disk. */
