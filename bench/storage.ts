@@ -87,7 +87,7 @@ function rcloneEnv(remote: Record<string, string>): Record<string, string> {
     value,
   ])
   return {
-    PATH: process.env['PATH'] ?? '',
+    PATH: process.env.PATH ?? '',
     RCLONE_CONFIG: '/dev/null',
     ...Object.fromEntries(variables),
   }

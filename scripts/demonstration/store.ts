@@ -98,7 +98,7 @@ function rcloneRemote(options: Readonly<Record<string, string>>): Record<string,
     value,
   ])
   return {
-    PATH: process.env['PATH'] ?? '',
+    PATH: process.env.PATH ?? '',
     RCLONE_CONFIG: '/dev/null',
     ...Object.fromEntries(variables),
   }

@@ -20,6 +20,7 @@ import {
 import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
+import { isBeingDeleted } from './remove-backup.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { bytesBody, type StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
@@ -294,7 +295,10 @@ async function assertParent(
   parent: StoredBackup | undefined,
   run: RunOptions,
 ): Promise<void> {
-  if (!parent || (await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run)))) return
+  if (!parent) return
+  const isThere = await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run))
+  const isGoing = await isBeingDeleted(storage, parent.folder, signalOf(run))
+  if (isThere && !isGoing) return
   const { id } = parent.manifest
   throw new VarveError(
     'PARENT_MISSING',

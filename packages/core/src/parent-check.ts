@@ -1,6 +1,6 @@
 import type { Catalog, StoredBackup } from './backups.ts'
 import { indexChains, missingObjects, walkChain } from './chain.ts'
-import { backupOfKey } from './storage-layout.ts'
+import { backupOfKey, DELETION_PREFIX } from './storage-layout.ts'
 
 /** Increments in a chain before a new full backup, unless a policy says otherwise. */
 export const DEFAULT_MAX_INCREMENTAL_CHAIN = 30
@@ -12,6 +12,10 @@ export function unfitParent(
   maxIncrementalChain: number,
 ): 'parent-broken' | 'chain-limit' | undefined {
   const { links, problem } = walkChain(parent.folder, indexChains(catalog))
+  const isGoing = [...catalog.objects.keys()].some(key =>
+    key.startsWith(`${parent.folder}/${DELETION_PREFIX}`),
+  )
+  if (isGoing) return 'parent-broken' // its deletion is under way, or was cut short
   if (problem || links.some(link => missingObjects(link, catalog.objects).length > 0)) return 'parent-broken'
   return links.length - 1 >= maxIncrementalChain ? 'chain-limit' : undefined
 }

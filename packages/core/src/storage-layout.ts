@@ -4,6 +4,9 @@ import { VarveError } from './errors.ts'
 /** The file name of a backup's record. */
 export const MANIFEST_FILE = 'manifest.json'
 
+/** What the file names of the marks begin with that a backup is being deleted, one of each who does; see `removeBackup`. */
+export const DELETION_PREFIX = 'deleting-'
+
 /**
  * The folder name of an instance: its name, with every byte outside `A-Z a-z 0-9 _ -` and inner dots
  * percent-encoded, so that any name is one safe, reversible path part.

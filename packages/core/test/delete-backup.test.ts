@@ -53,13 +53,13 @@ describe('deleting a backup', () => {
     expect(storage.keys).toEqual([])
   })
 
-  it('is undone where another machine publishes an increment on it at that moment', async () => {
+  it('gives way where another machine publishes an increment on it at that moment', async () => {
     const [folder = ''] = await storeFakeChain(storage, [1])
     const before = new Map(storage.objects)
     const elsewhere = new WatchedStorage()
     await storeFake(elsewhere, { id: dayId(2), parent: dayId(1), chain: dayId(1) })
     storage.intercept = call => {
-      if (call !== `delete ${folder}/manifest.json`) return
+      if (!call.startsWith(`put ${folder}/deleting-`)) return
       storage.intercept = undefined
       for (const [key, bytes] of elsewhere.objects) storage.objects.set(key, bytes)
     }
@@ -67,8 +67,31 @@ describe('deleting a backup', () => {
       code: 'CHAIN_DEPENDENCY',
       context: { children: [dayId(2)] },
     })
-    for (const [key, bytes] of before) expect(storage.objects.get(key)).toEqual(bytes)
+    expect(storage.objects).toEqual(new Map([...before, ...elsewhere.objects]))
     expect((await chains.resolve(dayId(2))).length).toBe(2)
+  })
+
+  it('says so on the storage before it looks for new increments, and before the manifest goes', async () => {
+    const [folder = ''] = await storeFakeChain(storage, [1])
+    const chain = folder.slice(0, folder.lastIndexOf('/'))
+    await chains.delete(dayId(1))
+    const mark = storage.calls.findIndex(call => call.startsWith(`put ${folder}/deleting-`))
+    const look = storage.calls.indexOf(`list ${chain}/`, mark)
+    const gone = storage.calls.indexOf(`delete ${folder}/manifest.json`)
+    expect([mark >= 0, look > mark, gone > look]).toEqual([true, true, true])
+  })
+
+  it('that was cut short before the manifest went leaves a backup on which nothing new rests', async () => {
+    const [folder = ''] = await storeFakeChain(storage, [1])
+    storage.intercept = call => {
+      if (call === `delete ${folder}/manifest.json`) throw new VarveError('STORAGE_UNREACHABLE', 'Gone.')
+    }
+    await expect(chains.delete(dayId(1))).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+    storage.intercept = undefined
+    expect(await chains.verify(dayId(1), { deep: false })).toMatchObject({ ok: true })
+    expect(await chains.nextKind('web-1')).toEqual({ kind: 'full', reason: 'parent-broken' })
+    await chains.delete(dayId(1))
+    expect(storage.keys).toEqual([])
   })
 
   it('is refused while others rest on it, and tells the order in which they can go', async () => {
