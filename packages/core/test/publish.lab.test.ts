@@ -72,6 +72,18 @@ test('an increment whose parent is deleted while its manifest is written is take
   expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
 })
 
+test('an increment whose parent somebody begins to delete while its manifest is written is taken back', async () => {
+  const { id, chain } = await pipeline.run({ instance: 'web-1' })
+  storage.beforePut = async key => {
+    if (key.endsWith('manifest.json')) await writeFile(join(chainFolder(chain), id, 'deleting-0123abcd'), '')
+  }
+  const error = await pipeline.run({ instance: 'web-1' }).catch((reason: unknown) => reason)
+  expect(error).toMatchObject({ code: 'PARENT_MISSING', retryable: true })
+  expect((await left()).filter(name => name.endsWith('manifest.json'))).toHaveLength(1)
+  // Nor is one begun on it.
+  expect((await pipeline.run({ instance: 'web-1' })).disks[0]).toMatchObject({ fallback: 'parent-broken' })
+})
+
 test('a raw disk that is written to while it is read as one that is off is not published', async () => {
   const path = join(folder, 'disk.raw')
   await createRaw(path, 1024 * 1024)
