@@ -24,8 +24,6 @@ export interface CommandOptions extends RunOptions {
   timeoutMs?: number
   /** Variables of its environment beside those of this process, where secrets may be: they are in no event or error. */
   env?: Readonly<Record<string, string>>
-  /** What the command reads from its standard input. Default: nothing. It is in no event and no error. */
-  input?: string
   /** Whether standard output may hold a secret, and is left out of events and errors. Default: false. */
   secretOutput?: boolean
   /** Takes each line of standard output, of which nothing is kept then: for output without a limit. */
@@ -55,13 +53,12 @@ export async function runCommand(
     label = `${command} ${args[0] ?? ''}`,
     secretOutput = false,
     onLine,
-    input,
   } = options
   if (signal?.aborted) throw abortError(signal)
   const keepsSecret = secretOutput || env !== undefined // execa's result has both in it
   const run = () =>
     execa(command, args, {
-      ...(input === undefined ? { stdin: 'ignore' as const } : { input }),
+      stdin: 'ignore',
       env: { LC_ALL: 'C', ...env }, // messages are looked at
       reject: false,
       detached: true, // a Ctrl-C in the terminal is for Varve, and must not end what cleans up

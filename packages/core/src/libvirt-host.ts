@@ -11,6 +11,7 @@ import {
 } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, RbdDisk } from './host.ts'
+import { namelessFile } from './nameless-file.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import { Qmp } from './qmp.ts'
 import { isRbdImage, type RbdCluster, type RbdConnection, type RbdConnector } from './rbd.ts'
@@ -421,8 +422,9 @@ export class LibvirtHost implements Host {
   }
 
   async define(xml: string, run: RunOptions = {}): Promise<void> {
-    // By standard input: it may hold passwords, and a file would stay behind when this process is killed.
-    await this.#virsh.run({ ...run, input: xml }, 'define', '/dev/stdin')
+    // It may hold passwords, and a file with a name would stay behind when this process is killed.
+    await using file = await namelessFile(xml)
+    await this.#virsh.run(run, 'define', file.path)
   }
 
   async #isRunning(instance: string, run: RunOptions): Promise<boolean> {

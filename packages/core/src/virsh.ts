@@ -3,7 +3,7 @@ import { isVarveError, VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** Options of one command. */
-export type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput' | 'input'>
+export type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput'>
 
 /** The `virsh` program on one connection: its domains by their names, and its errors as the SDK's own. */
 export class Virsh {

@@ -2,6 +2,8 @@
 export const GRACE_MS = 10_000
 
 /** A signal that fires {@link GRACE_MS} after another: for calls whose outcome has to be known. */
+export function soonAfter(signal: AbortSignal): AbortSignal
+export function soonAfter(signal: AbortSignal | undefined): AbortSignal | undefined
 export function soonAfter(signal: AbortSignal | undefined): AbortSignal | undefined {
   if (signal === undefined) return undefined
   const later = new AbortController()

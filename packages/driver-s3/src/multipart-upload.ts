@@ -82,7 +82,15 @@ export class MultipartUpload {
         sent += bytes
         this.#progress(bytes)
       }
-      const stream = new UploadStream(body, { key, range, signal, onSent })
+      // A part that is with the storage as a whole is stored whether anyone waits or not: one that was given up is waited
+      // for a little, or it would come after the upload was removed, and stay.
+      const cut = new AbortController()
+      const stream = new UploadStream(body, { key, range, signal: cut.signal, onSent })
+      const giveUp = () => {
+        if (!stream.complete) cut.abort(signal.reason)
+      }
+      signal.addEventListener('abort', giveUp, { once: true })
+      if (signal.aborted) giveUp()
       try {
         const { ETag, ChecksumCRC32 } = await bucket.client.send(
           new UploadPartCommand({
@@ -92,7 +100,7 @@ export class MultipartUpload {
             Body: stream,
             ContentLength: size,
           }),
-          { abortSignal: signal },
+          abortBy(AbortSignal.any([cut.signal, soonAfter(signal)])),
         )
         this.#parts.push({ PartNumber: number, ETag, ...(ChecksumCRC32 !== undefined && { ChecksumCRC32 }) })
         if (sent < size) onSent(size - sent)
@@ -100,6 +108,7 @@ export class MultipartUpload {
         this.#progress(-sent)
         throw stream.failure ? stream.failure.error : error
       } finally {
+        signal.removeEventListener('abort', giveUp)
         stream.destroy()
       }
     }

@@ -46,6 +46,14 @@ export class CephLab implements AsyncDisposable {
     return stdout
   }
 
+  /** The address of the monitor, for clients without the ceph.conf. */
+  async monitor(): Promise<string> {
+    const dump = await this.run('ceph', 'mon', 'dump')
+    const address = /v1:(127\.0\.0\.1:\d+)/.exec(dump)?.[1]
+    if (address === undefined) throw new Error(`The monitor has no address:\n${dump}`)
+    return address
+  }
+
   /** Makes a pool for RBD images. */
   async createRbdPool(pool: string): Promise<void> {
     await this.run('ceph', 'osd', 'pool', 'create', pool)

@@ -64,11 +64,20 @@ function diskXml(disk: LabDisk): string {
   const discard = disk.discard ? ` discard='${disk.discard}'` : ''
   const serial = disk.serial === undefined ? '' : `<serial>${escapeXml(disk.serial)}</serial>`
   return `
-    <disk type='file' device='disk'>
+    <disk type='${disk.rbd ? 'network' : 'file'}' device='disk'>
       <driver name='qemu' type='${disk.format}'${discard}/>
-      <source file='${escapeXml(disk.path)}'/>
+      ${sourceXml(disk)}
       <target dev='${escapeXml(disk.target)}' bus='virtio'/>${serial}
     </disk>`
+}
+
+function sourceXml({ path, rbd }: LabDisk): string {
+  if (!rbd) return `<source file='${escapeXml(path)}'/>`
+  const [host = '', port = ''] = rbd.monitor.split(':')
+  return `<source protocol='rbd' name='${escapeXml(path)}'>
+        <host name='${host}' port='${port}'/>
+        <auth username='${escapeXml(rbd.user)}'><secret type='ceph' uuid='${rbd.secretUuid}'/></auth>
+      </source>`
 }
 
 function escapeXml(text: string): string {

@@ -14,8 +14,10 @@ import { ovmfFirmware } from './ovmf-firmware.ts'
 export interface LabDisk {
   /** Its name in libvirt and in the guest, such as `vda`. */
   readonly target: string
-  /** Absolute path of the image. */
+  /** Absolute path of the image; with `rbd` the image's name, such as `vms/web-1`. */
   readonly path: string
+  /** Where the image is one of a Ceph cluster: a monitor's address, the user, and libvirt's secret with its key. */
+  readonly rbd?: { readonly monitor: string; readonly user: string; readonly secretUuid: string }
   readonly format: 'qcow2' | 'raw'
   /** `unmap` passes the guest's discards on to the image. Default: QEMU's, which is to ignore them. */
   readonly discard?: 'unmap' | 'ignore'

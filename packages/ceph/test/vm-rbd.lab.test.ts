@@ -1,0 +1,169 @@
+import { randomUUID } from 'node:crypto'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import {
+  type BackupManifest,
+  BackupPipeline,
+  LibvirtHost,
+  RestorePipeline,
+  recover,
+  type VarveEvent,
+} from '@varve/core'
+import { LocalDriver } from '@varve/driver-local'
+import {
+  checkQcow2,
+  createQcow2,
+  type LabDomain,
+  type LibvirtLab,
+  sha256Content,
+  startLibvirt,
+  writerBlockSize,
+} from '@varve/testkit/lab'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { CephConnector } from '../src/index.ts'
+import { RbdSite } from './rbd-site.ts'
+
+const MIB = 1024 ** 2
+
+let site: RbdSite
+let lab: LibvirtLab
+let secretUuid: string
+let folder: string
+let storage: LocalDriver
+let host: LibvirtHost
+let vm: LabDomain | undefined
+let events: VarveEvent[]
+
+beforeAll(async () => {
+  site = await RbdSite.start()
+  lab = await startLibvirt()
+  secretUuid = randomUUID()
+  const definition = join(lab.root, 'secret.xml')
+  await writeFile(
+    definition,
+    `<secret ephemeral='no' private='no'><uuid>${secretUuid}</uuid><usage type='ceph'><name>client.varve secret</name></usage></secret>`,
+  )
+  await lab.virsh(['secret-define', definition])
+  await lab.virsh(['secret-set-value', secretUuid, site.user.secret])
+  // No configuration of Ceph's: all that is needed is in the domain and in libvirt's secret.
+  host = new LibvirtHost({ uri: lab.uri, rbd: new CephConnector({ conf: '/dev/null' }) })
+})
+afterAll(async () => {
+  await lab.stop()
+  await site[Symbol.asyncDispose]()
+})
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-vm-rbd-'))
+  storage = new LocalDriver({ path: join(folder, 'storage'), create: true })
+  events = []
+})
+afterEach(async () => {
+  if (vm && (await vm.state()) !== 'shut off') await vm.destroy()
+  await vm?.undefine()
+  vm = undefined
+  await rm(folder, { recursive: true })
+})
+
+const onEvent = (event: VarveEvent) => void events.push(event)
+const pipelines = () => ({ host, storage, stateDir: join(folder, 'state') })
+const commands = () =>
+  events.flatMap(event => (event.type === 'command' ? [[event.command, ...event.args].join(' ')] : []))
+
+/** A guest whose vda is an RBD image and whose vdb, where it has one, a qcow2 file. */
+async function createVm(image: string, withFile: boolean): Promise<LabDomain> {
+  const file = join(folder, 'vdb.qcow2')
+  if (withFile) await createQcow2(file, 16 * MIB)
+  const rbd = { monitor: await site.ceph.monitor(), user: site.user.user, secretUuid }
+  vm = await lab.createDomain({
+    name: 'web-1',
+    disks: [
+      { target: 'vda', path: image, format: 'raw', discard: 'unmap', rbd },
+      ...(withFile ? [{ target: 'vdb', path: file, format: 'qcow2', discard: 'unmap' } as const] : []),
+    ],
+  })
+  return vm
+}
+
+function backup(): Promise<BackupManifest> {
+  return new BackupPipeline(pipelines()).run({ instance: 'web-1' }, { onEvent })
+}
+
+async function sum(device: string): Promise<string> {
+  const command = `sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`
+  return ((await vm?.run(command))?.stdout ?? '').slice(0, 64)
+}
+
+async function restoredSum({ id }: BackupManifest, disk: string): Promise<string> {
+  const path = join(folder, `${id}-${disk}.qcow2`)
+  await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { [disk]: path } } }, { onEvent })
+  await checkQcow2(path)
+  return sha256Content(path, 'qcow2')
+}
+
+test('a running guest on RBD and on a file is backed up while it writes, and restored over itself', async () => {
+  const image = await site.create(32 * MIB)
+  const guest = await createVm(image, true)
+  await guest.boot()
+  await guest.run(
+    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=12 conv=fsync || exit 1; done',
+  )
+  const writer = guest.startWriter({ device: '/dev/vda', blocks: (32 * MIB) / writerBlockSize })
+  await writer.waitForWrites(3)
+  const full = await backup()
+  await writer.stop()
+  expect(full).toMatchObject({ kind: 'full', consistency: 'crash', running: true })
+  // All disks at one moment: the guest stands still while they are frozen one after the other.
+  const order = commands().filter(command => /suspend|resume|snapshot-create-as|snap create/.test(command))
+  expect(order.map(command => /suspend|resume|snapshot-create-as|snap create/.exec(command)?.[0])).toEqual([
+    'suspend',
+    'snapshot-create-as',
+    'snap create',
+    'resume',
+  ])
+
+  await guest.run(
+    'dd if=/dev/zero of=/dev/vda bs=1M seek=2 count=2 conv=fsync && blkdiscard -o 6291456 -l 4194304 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=400 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
+  )
+  const [vda, vdb] = [await sum('/dev/vda'), await sum('/dev/vdb')]
+  const second = await backup()
+  expect(second.disks.map(({ kind, format }) => [kind, format])).toEqual([
+    ['incremental', 'rbd-diff'],
+    ['incremental', 'qcow2'],
+  ])
+  expect(await restoredSum(second, 'vda')).toBe(vda)
+  expect(await restoredSum(second, 'vdb')).toBe(vdb)
+
+  await guest.run('dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync; blkdiscard /dev/vdb')
+  await new RestorePipeline(pipelines()).run(
+    { backup: second.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 30_000 },
+    { onEvent },
+  )
+  await guest.waitForBoot()
+  expect([await sum('/dev/vda'), await sum('/dev/vdb')]).toEqual([vda, vdb])
+  await guest.run('dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=9 conv=fsync')
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: second.id })
+  expect(await restoredSum(next, 'vda')).toBe(await sum('/dev/vda'))
+
+  const { ceph } = site
+  expect((await ceph.run('rbd', 'ls', 'vms')).split('\n').filter(name => name.includes('varve'))).toEqual([])
+  expect(await recover({ ...pipelines(), storages: [storage] })).toEqual({ runs: [], ok: true })
+  expect(JSON.stringify(events)).not.toContain(site.user.secret)
+})
+
+test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {
+  const image = await site.create(16 * MIB)
+  const guest = await createVm(image, false)
+  await site.write(image, 'write -P 1 0 4M')
+  const stopped = await backup()
+  expect(stopped).toMatchObject({ consistency: 'offline', running: false })
+  await site.write(image, 'write -P 2 0 4M')
+  await guest.start()
+  await new RestorePipeline(pipelines()).run(
+    { backup: stopped.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 1, start: false },
+    { onEvent },
+  )
+  expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
+  expect(await guest.state()).toBe('shut off')
+})
