@@ -7,7 +7,7 @@ const alias = [
   { find: /^@varve\/([a-z0-9-]+)$/, replacement: `${packages}$1/src/index.ts` },
 ]
 
-const remote = 'packages/driver-{s3,sftp,ftp,rclone}/test/**/*.lab.test.ts'
+const remote = 'packages/{ceph,driver-s3,driver-sftp,driver-ftp,driver-rclone}/test/**/*.lab.test.ts'
 
 function labProject(name: string, include: string[], exclude: string[]): TestProjectInlineConfiguration {
   return {
@@ -31,7 +31,7 @@ export default defineConfig({
       },
       // Real programs, as root. One file at a time: they share one libvirt.
       labProject('lab', ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'], [remote]),
-      // The remote storages against their real servers: they share nothing with the others, and may run beside them.
+      // The remote storages and Ceph against their real servers: they share nothing with the others, and may run beside them.
       labProject('servers', [remote], []),
     ],
   },
