@@ -94,7 +94,12 @@ async function writeRbd(restore: RestoreContext, disk: RbdRestore): Promise<Rest
   await using opened = await cluster.open(temporary ?? image)
   const isNew = temporary !== undefined
   // Awaited here: what was opened has the file of the key until QEMU is done.
-  return await writeExport(restore, disk, { path: opened.fileName, format: 'raw', isNew, ...(base && { base }) })
+  return await writeExport(restore, disk, {
+    path: opened.fileName,
+    format: 'raw',
+    isNew,
+    ...(base && { base }),
+  })
 }
 
 /**
