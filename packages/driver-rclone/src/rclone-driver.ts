@@ -120,16 +120,17 @@ export class RcloneDriver implements StorageDriver {
     return checkStorage(this, { ...options, connect })
   }
 
-  /**
-   * Removes the temporary objects that killed processes left of their uploads. Parts of a multipart upload that was
-   * killed are no objects: rclone has `rclone backend cleanup` for them, and buckets have rules.
-   */
+  /** Removes what killed processes left of their uploads: temporary objects and, on S3, parts of them. */
   async cleanUp({ olderThan, ...options }: CleanUpOptions): Promise<number> {
     let removed = 0
     for await (const { key, file } of this.#files('', options)) {
-      const name = key.slice(key.lastIndexOf('/') + 1)
-      if (!name.startsWith(TEMPORARY_PREFIX) || !file.modifiedAt || file.modifiedAt >= olderThan) continue
+      if (!isTemporary(key) || !file.modifiedAt || file.modifiedAt >= olderThan) continue
       if (await this.#rclone.deleteFile(this.#pathOf(key), options)) removed++
+    }
+    for (const { path, begunAt } of await this.#rclone.unfinishedUploads(this.#path, options)) {
+      if (!isTemporary(path) || begunAt >= olderThan) continue
+      await this.#rclone.removeParts(this.#pathOf(path), options)
+      removed++
     }
     return removed
   }
@@ -175,7 +176,9 @@ export class RcloneDriver implements StorageDriver {
   /** Removes what there is of an upload and returns the error to throw, which tells if something stays. */
   async #discarded(temporary: string, failure: unknown): Promise<unknown> {
     try {
-      await this.#rclone.deleteFile(temporary, { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) })
+      const call = { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) }
+      await this.#rclone.deleteFile(temporary, call)
+      await this.#rclone.removeParts(temporary, call) // an rclone that was killed had no time for it
       return failure
     } catch {
       if (!isVarveError(failure)) return failure
@@ -189,7 +192,12 @@ export class RcloneDriver implements StorageDriver {
   async *#files(prefix: string, options: CallOptions): AsyncGenerator<{ key: string; file: RemoteFile }> {
     const folder = prefix.slice(0, prefix.lastIndexOf('/') + 1)
     let found = false
-    for await (const file of this.#rclone.list(this.#pathOf(folder.slice(0, -1)), options)) {
+    let missing = false
+    const onMissing = () => {
+      missing = true
+    }
+    const path = this.#pathOf(folder.slice(0, -1))
+    for await (const file of this.#rclone.list(path, { ...callOptions(options), onMissing })) {
       // of a folder that is a file, rclone gives the file, as it would a file of that name inside it
       if (
         !found &&
@@ -200,7 +208,7 @@ export class RcloneDriver implements StorageDriver {
       found = true
       yield { key: folder + file.path, file }
     }
-    if (!found) await this.#mustBeThere(options)
+    if (missing) await this.#mustBeThere(options)
   }
 
   /** Nothing found is an answer only where something could be. */
@@ -245,6 +253,10 @@ export class RcloneDriver implements StorageDriver {
     if (key === '' || this.#path === '' || this.#path.endsWith('/')) return this.#path + key
     return `${this.#path}/${key}`
   }
+}
+
+function isTemporary(key: string): boolean {
+  return key.slice(key.lastIndexOf('/') + 1).startsWith(TEMPORARY_PREFIX)
 }
 
 function siblingOf(path: string, name: string): string {

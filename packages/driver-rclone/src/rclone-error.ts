@@ -121,6 +121,11 @@ export function saysMissing({ exitCode, stderr }: RcloneExit): boolean {
   return exitCode === 3 || exitCode === 4 || / is a directory or doesn't exist$/m.test(stderr)
 }
 
+/** Whether rclone says that the backend has no such command. */
+export function saysNoCommand({ exitCode, stderr }: RcloneExit): boolean {
+  return exitCode !== 0 && /: command not found$|does not support backend commands$/m.test(stderr)
+}
+
 /** A path may be called anything, and means nothing. */
 function withoutPath(text: string, target: string): string {
   const path = target.slice(target.indexOf(':') + 1)

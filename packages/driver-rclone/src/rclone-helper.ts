@@ -10,15 +10,18 @@ import {
 } from '@varve/core'
 import { CatStream } from './cat-stream.ts'
 import { parseLine, parseStat, type RemoteFile, readLines } from './lsjson.ts'
-import { type FailedCommand, rcloneError, saysMissing } from './rclone-error.ts'
+import { type FailedCommand, rcloneError, saysMissing, saysNoCommand } from './rclone-error.ts'
 import { assertHelperOptions, type RcloneHelperOptions } from './rclone-options.ts'
 import { type RcloneExit, RcloneProcess } from './rclone-process.ts'
 import { assertVersion, parseVersion } from './rclone-version.ts'
 import { baseEnvironment, parseBackends, redact, remoteVariables, secretsOf } from './remote-environment.ts'
+import { parseUploads, type UnfinishedUpload } from './unfinished-uploads.ts'
 
 const DEFAULT_TIMEOUT_MS = 60_000
 /** The slowest copy within a server that is waited for, in bytes a second: some servers move by copying. */
 const SLOWEST_COPY = 8 * 1024 * 1024
+/** Less than any age, whatever the server's clock says. */
+const ANY_AGE = '-8760h'
 /** Bytes that wait to be taken by rclone before the source has to wait. */
 const MOST_WAITING = 2 * 1024 * 1024
 
@@ -30,6 +33,8 @@ export interface RemoteFeatures {
   readonly duplicateNames: boolean
   /** It tells how much space is left. */
   readonly tellsSpace: boolean
+  /** It may keep parts of uploads that never came to an end, as S3 does. */
+  readonly keepsParts: boolean
 }
 
 /** Options of {@link RcloneHelper.rcat}. */
@@ -38,6 +43,12 @@ export interface RcatOptions extends CallOptions {
   size?: number
   /** Called when rclone has taken a chunk. */
   onTaken?: (chunk: Uint8Array) => void
+}
+
+/** Options of {@link RcloneHelper.list}. */
+export interface ListOptions extends CallOptions {
+  /** Called when the folder is not there. */
+  onMissing?: () => void
 }
 
 interface RunOptions extends CallOptions {
@@ -162,7 +173,7 @@ export class RcloneHelper {
    * All files in a folder and below it, as rclone finds them. A folder that is not there has none; where the path is a
    * file, that file is given by its last name, as if it were in a folder.
    */
-  async *list(path: string, options: CallOptions = {}): AsyncGenerator<RemoteFile> {
+  async *list(path: string, options: ListOptions = {}): AsyncGenerator<RemoteFile> {
     const target = this.target(path)
     const args = ['lsjson', '-R', '--files-only', '--no-mimetype', '--use-server-modtime', target]
     const process = await this.#start(args, options, false)
@@ -182,7 +193,8 @@ export class RcloneHelper {
     }
     const exit = await process.exited
     if (process.stopped) throw process.stopped
-    if (exit.exitCode !== 0 && !saysMissing(exit)) throw await this.#explain(exit, { target }, options.signal)
+    if (saysMissing(exit)) options.onMissing?.()
+    else if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
   }
 
   /**
@@ -240,6 +252,28 @@ export class RcloneHelper {
     return true
   }
 
+  /** Uploads in parts below a folder that have not come to an end; none where the remote knows no such. */
+  async unfinishedUploads(path: string, options: CallOptions = {}): Promise<UnfinishedUpload[]> {
+    const { keepsParts } = await this.features(options)
+    if (!keepsParts) return []
+    const target = this.target(path)
+    const { exit, stdout } = await this.#run(['backend', 'list-multipart-uploads', target], options)
+    if (saysNoCommand(exit)) return []
+    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    return parseUploads(stdout, path)
+  }
+
+  /** Removes what there is of uploads in parts to a path that have not come to an end, however young they are. */
+  async removeParts(path: string, options: CallOptions = {}): Promise<void> {
+    const { keepsParts } = await this.features(options)
+    if (!keepsParts) return
+    const target = this.target(path)
+    const { exit } = await this.#run(['backend', 'cleanup', '-o', `max-age=${ANY_AGE}`, target], options)
+    if (exit.exitCode !== 0 && !saysNoCommand(exit)) {
+      throw await this.#explain(exit, { target }, options.signal)
+    }
+  }
+
   /** Bytes that can still be written, where the remote tells. */
   async freeBytes(path: string, options: CallOptions = {}): Promise<number | undefined> {
     const { tellsSpace } = await this.features(options)
@@ -258,6 +292,7 @@ export class RcloneHelper {
       streamingUpload: has('PutStream'),
       duplicateNames: has('DuplicateFiles'),
       tellsSpace: has('About'),
+      keepsParts: has('CleanUp'),
     }
   }
 

@@ -261,6 +261,7 @@ describe('the remote', () => {
       streamingUpload: true,
       duplicateNames: false,
       tellsSpace: true,
+      keepsParts: false,
     })
     expect(await helper.version()).toMatch(/^1\.\d+\.\d+$/)
   })

@@ -1,3 +1,4 @@
+import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -6,8 +7,17 @@ import { buffer } from 'node:stream/consumers'
 import { bytesBody, type CommandEvent, isVarveError, type StorageDriver } from '@varve/core'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
-import { type RadosgwLab, type S3User, type SshdLab, startRadosgw, startSshd } from '@varve/testkit/lab'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import {
+  childProcesses,
+  filesOpenForWriting,
+  freePorts,
+  type RadosgwLab,
+  type S3User,
+  type SshdLab,
+  startRadosgw,
+  startSshd,
+} from '@varve/testkit/lab'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { filesIn } from './rclone-target.ts'
 
 const LARGE = 12_000_011 // more than two parts of S3
@@ -130,6 +140,135 @@ describe.each(REMOTES)('over %s, given by the environment,', (_, optionsOf) => {
   })
 })
 
+describe('the parts of an upload to S3', () => {
+  const source = (kind: 'fail' | 'wait', onTaken?: () => void) =>
+    troubledSource(
+      kind === 'fail'
+        ? { kind, error: new Error('boom') }
+        : { kind, resumed: new Promise<never>(() => undefined), size: 2 * LARGE },
+      { bytes: LARGE, ...(onTaken && { onTaken }) },
+    )
+  /** What the gateway itself has in the bucket: objects, and the parts of uploads as `_multipart_…`. */
+  const inBucket = async () => {
+    const entries: { name: string }[] = JSON.parse(await gateway.admin('bucket', 'list', '--bucket', 'parts'))
+    return entries.map(({ name }) => name)
+  }
+  const begin = () =>
+    new RcloneDriver({
+      remoteName: 'cloud',
+      remotes: { cloud: s3() },
+      pathPrefix: 'parts/backups',
+      create: true,
+    })
+
+  test('do not stay when the source fails, when it is given up, and when rclone is killed', async () => {
+    const driver = begin()
+    await expect(driver.put('a/failed', source('fail'))).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+    expect(await inBucket()).toEqual([])
+    const controller = new AbortController()
+    const { signal } = controller
+    const given = driver.put(
+      'a/given-up',
+      source('wait', () => controller.abort()),
+      { signal },
+    )
+    await expect(given).rejects.toMatchObject({ code: 'ABORTED' })
+    expect(await inBucket()).toEqual([])
+    const killed = driver.put('a/killed', source('wait', killRclone))
+    await expect(killed).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+    expect(await inBucket()).toEqual([])
+  })
+
+  test('that nobody could remove are cleaned up when they are old; those of others stay', async () => {
+    const driver = begin()
+    await driver.put('whole', bytesBody(Buffer.from('stays')))
+    for (const name of ['backups/a/.varve-part-0123', 'backups2/.varve-part-0123', 'backups/others']) {
+      await leaveParts(name)
+    }
+    const before = (await inBucket()).length
+    const hour = 3_600_000
+    expect(await driver.cleanUp({ olderThan: new Date(Date.now() - hour) })).toBe(0)
+    expect(await inBucket()).toHaveLength(before)
+    expect(await driver.cleanUp({ olderThan: new Date(Date.now() + hour) })).toBe(1)
+    const left = (await inBucket()).join('\n')
+    expect(left).toContain('_multipart_backups2/.varve-part-0123')
+    expect(left).toContain('_multipart_backups/others')
+    expect(left).not.toContain('_multipart_backups/a/')
+    expect(left).toContain('backups/whole')
+  })
+
+  /** Kills an rclone in the middle of an upload. */
+  async function leaveParts(path: string): Promise<void> {
+    const remote = Object.entries(s3()).map(([name, value]) => [
+      `RCLONE_CONFIG_C_${name.toUpperCase()}`,
+      value,
+    ])
+    const env = { ...Object.fromEntries(remote), PATH: process.env.PATH ?? '' }
+    const child = spawn('rclone', ['--config', '', 'rcat', `C:parts/${path}`], {
+      env,
+      stdio: ['pipe', 'ignore', 'ignore'],
+    })
+    child.stdin.on('error', () => undefined).write(Buffer.alloc(LARGE))
+    await expect
+      .poll(inBucket, { timeout: 30_000 })
+      .toContainEqual(expect.stringContaining(`_multipart_${path}`))
+    child.kill('SIGKILL')
+    await once(child, 'exit')
+  }
+})
+
+describe('a remote that takes no upload of unknown size', () => {
+  const HALF = 6_000_000
+  let path: string
+  let server: ChildProcess
+  let driver: RcloneDriver
+  beforeAll(async () => {
+    path = await mkdtemp(join(folder, 'webdav-'))
+    const [port = 0] = await freePorts(1)
+    const address = `127.0.0.1:${port}`
+    server = spawn('rclone', ['--config', '', 'serve', 'webdav', '--addr', address, path], {
+      stdio: 'ignore',
+    })
+    const url = `http://${address}`
+    await vi.waitFor(() => fetch(url), { timeout: 30_000 }) // whatever it says of a folder
+    driver = new RcloneDriver({
+      remoteName: 'dav',
+      remotes: { dav: { type: 'webdav', url, vendor: 'other' } },
+    })
+  })
+  afterAll(async () => {
+    server.kill()
+    await once(server, 'exit')
+  })
+
+  test('is sent none, with an error that says why', async () => {
+    const stream = troubledSource({ kind: 'end' }, { bytes: LARGE })
+    await expect(driver.put('a/stream', stream)).rejects.toMatchObject({
+      code: 'UPLOAD_FAILED',
+      message: expect.stringMatching(/its size is not known.*Give the size/),
+    })
+    expect(stream.destroyed).toBe(true)
+    expect(stream.readableDidRead).toBe(false)
+    expect(await filesIn(path)).toEqual([])
+  })
+
+  test('gets one of a known size as it comes, over no local disk', async () => {
+    const lookAround = async () => {
+      const uploading = (await rclones()).filter(pid => pid !== server.pid) // which is the storage
+      expect(uploading).toHaveLength(1)
+      for (const pid of uploading) expect(await filesOpenForWriting(pid)).toEqual([])
+    }
+    const seen = Promise.withResolvers<void>()
+    const open = () =>
+      troubledSource(
+        { kind: 'wait', resumed: seen.promise, size: 2 * HALF },
+        { bytes: HALF, onTaken: () => lookAround().then(seen.resolve, seen.reject) },
+      )
+    await driver.put('a/known', { size: 2 * HALF, replayable: false, open })
+    expect((await buffer(await driver.get('a/known'))).equals(patternBytes(0, 0, 2 * HALF))).toBe(true)
+  })
+})
+
 test('what is encrypted shows neither names nor bytes', async () => {
   const path = join(folder, 'hidden')
   const remotes = { safe: { type: 'crypt', remote: path, password: 'crypt-secret-2' } }
@@ -217,6 +356,21 @@ test('a server that is killed while it sends fails the download', async () => {
   expect(outcome).toMatchObject({ status: 'rejected', reason: { name: 'VarveError' } })
   expect(await driver.stat('large')).toMatchObject({ size: 60_000_000 })
 })
+
+/** Kills the rclone that a driver has started, as the kernel does when memory is short. */
+async function killRclone(): Promise<void> {
+  for (const pid of await rclones()) process.kill(pid, 'SIGKILL')
+}
+
+/** The rclones that this process has started. */
+async function rclones(): Promise<number[]> {
+  const found: number[] = []
+  for (const pid of await childProcesses()) {
+    const name = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '') // ended meanwhile
+    if (name.trim() === 'rclone') found.push(pid)
+  }
+  return found
+}
 
 async function sizes(driver: StorageDriver, prefix: string): Promise<Record<string, number>> {
   const found: Record<string, number> = {}

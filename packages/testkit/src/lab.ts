@@ -25,6 +25,7 @@ export { GuestCommandError, type GuestResult } from './guest-channel.ts'
 export { buildGuest, type GuestImage } from './guest-image.ts'
 export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize } from './guest-writer.ts'
 export { CephLab, type CephOptions, type CephUser, startCeph } from './lab-ceph.ts'
+export { freePorts } from './lab-daemon.ts'
 export {
   type GuestProcess,
   type GuestRunOptions,
@@ -36,4 +37,5 @@ export { RadosgwLab, type S3User, startRadosgw } from './lab-radosgw.ts'
 export { SshdLab, type SshdOptions, startSshd } from './lab-sshd.ts'
 export { startVsftpd, VsftpdLab, type VsftpdOptions } from './lab-vsftpd.ts'
 export { type LibvirtAvailability, LibvirtLab, libvirtAvailable, startLibvirt } from './libvirt-lab.ts'
+export { childProcesses, filesOpenForWriting } from './process-files.ts'
 export { mountTmpfs, type Tmpfs } from './tmpfs.ts'

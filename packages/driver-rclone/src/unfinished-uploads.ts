@@ -1,0 +1,52 @@
+import { VarveError } from '@varve/core'
+
+/** An upload in parts that has not come to an end, and of which there is no object. */
+export interface UnfinishedUpload {
+  /** The path that it was for, below the folder that was asked for. */
+  readonly path: string
+  /** When it began, by the server's clock. */
+  readonly begunAt: Date
+}
+
+/**
+ * The uploads below a folder in what `rclone backend list-multipart-uploads` prints: by bucket, those whose keys begin
+ * with the folder's name, such as those in `backups2` for `backups`. Keys begin in the bucket, wherever the remote does.
+ *
+ * @throws STORAGE_FAILED
+ */
+export function parseUploads(json: string, folder: string): UnfinishedUpload[] {
+  const path = folder.replace(/^\//, '')
+  const uploads: UnfinishedUpload[] = []
+  for (const [bucket, entries] of Object.entries(parse(json))) {
+    if (!Array.isArray(entries)) throw unreadable(json)
+    for (const { Key, Initiated } of entries) {
+      if (typeof Key !== 'string' || typeof Initiated !== 'string') throw unreadable(json)
+      const below = pathBelow(path, `/${bucket}/${Key}`)
+      if (below !== undefined) uploads.push({ path: below, begunAt: new Date(Initiated) })
+    }
+  }
+  return uploads
+}
+
+function pathBelow(folder: string, path: string): string | undefined {
+  if (folder === '') return path.slice(1)
+  const start = path.indexOf(`/${folder}/`) // a remote may itself begin somewhere in the bucket
+  return start < 0 ? undefined : path.slice(start + folder.length + 2)
+}
+
+function parse(json: string): Record<string, unknown> {
+  try {
+    const value: unknown = JSON.parse(json)
+    if (typeof value === 'object' && value !== null) return value as Record<string, unknown>
+  } catch {
+    // told below
+  }
+  throw unreadable(json)
+}
+
+function unreadable(json: string): VarveError {
+  return new VarveError(
+    'STORAGE_FAILED',
+    `rclone backend list-multipart-uploads printed something else: ${JSON.stringify(json.slice(0, 80))}.`,
+  )
+}
