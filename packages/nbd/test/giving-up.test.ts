@@ -5,6 +5,7 @@ import { type FakeConnection, type FakeRequest, FakeServer, patternDisk, serveDi
 
 const disk = patternDisk(1 << 20)
 const serve = serveDisk(disk)
+const oneRequest = { maxRequestBytes: disk.length }
 
 /** A server that answers only when a test says so. */
 async function heldServer() {
@@ -95,7 +96,7 @@ describe('a signal', () => {
 
   it('in the middle of a large chunk takes the memory back before the call ends', async () => {
     await using lab = await heldServer()
-    await using client = await NbdClient.connect(lab.server)
+    await using client = await NbdClient.connect(lab.server, oneRequest)
     const controller = new AbortController()
     const memory = Buffer.alloc(disk.length)
     const given = client.read(0, memory, { signal: controller.signal })
@@ -122,7 +123,7 @@ describe('a signal', () => {
 
   it('in the middle of a large chunk keeps the connection when the server goes on', async () => {
     await using lab = await heldServer()
-    await using client = await NbdClient.connect(lab.server)
+    await using client = await NbdClient.connect(lab.server, oneRequest)
     const controller = new AbortController()
     const memory = Buffer.alloc(disk.length)
     const given = client.read(0, memory, { signal: controller.signal })
@@ -152,7 +153,7 @@ describe('a signal', () => {
 describe('a signal, after the connection was lost in the middle of a large chunk', () => {
   it('ends the call, whose memory nobody holds any more', async () => {
     await using lab = await heldServer()
-    await using client = await NbdClient.connect(lab.server)
+    await using client = await NbdClient.connect(lab.server, oneRequest)
     const controller = new AbortController()
     const calls = [
       client.read(0, Buffer.alloc(512), { signal: controller.signal }),
