@@ -14,6 +14,7 @@ export type ErrorCode =
   // state of a host
   | 'DISK_BUSY'
   | 'MEMORY_SAVED'
+  | 'INSTANCE_TRANSIENT'
   | 'RUN_UNRESOLVED'
   | 'OVERLAY_LEFT_OVER'
   | 'COMMAND_FAILED'

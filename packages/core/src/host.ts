@@ -61,6 +61,8 @@ export interface Instance {
   readonly running: boolean
   /** Whether it runs, but somebody has stopped its processors. */
   readonly paused?: boolean
+  /** Whether it is gone once it stops, since its definition is stored nowhere. */
+  readonly transient?: boolean
   /** The disks that can be backed up, the primary one first. */
   readonly disks: readonly HostDisk[]
   /** The disks that cannot, by name, and why. */

@@ -58,7 +58,7 @@ export class LibvirtHost implements Host {
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
-    const state = await this.#state(name, run)
+    const { state, transient } = await this.#info(name, run)
     const running = isRunning(state)
     const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
     const definition = await this.#virsh.onDomain(run, name, 'dumpxml', '--inactive')
@@ -79,6 +79,7 @@ export class LibvirtHost implements Host {
       ...(domain.uuid !== undefined && { uuid: domain.uuid }),
       running,
       ...(state === 'paused' && { paused: true }),
+      ...(transient && { transient }),
       disks,
       unsupported,
       definition,
@@ -390,7 +391,7 @@ export class LibvirtHost implements Host {
   }
 
   async hasSavedMemory(instance: string, run: RunOptions = {}): Promise<boolean> {
-    return /^Managed save:\s*yes$/m.test(await this.#virsh.onDomain(run, instance, 'dominfo'))
+    return (await this.#info(instance, run)).hasSavedMemory
   }
 
   async waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {
@@ -433,6 +434,19 @@ export class LibvirtHost implements Host {
 
   async #state(instance: string, run: RunOptions): Promise<string> {
     return (await this.#virsh.onDomain(run, instance, 'domstate')).trim()
+  }
+
+  async #info(
+    instance: string,
+    run: RunOptions,
+  ): Promise<{ state: string; transient: boolean; hasSavedMemory: boolean }> {
+    const text = await this.#virsh.onDomain(run, instance, 'dominfo')
+    const value = (name: string) => new RegExp(`^${name}:\\s*(.*?)\\s*$`, 'm').exec(text)?.[1]
+    return {
+      state: value('State') ?? 'no state',
+      transient: value('Persistent') === 'no',
+      hasSavedMemory: value('Managed save') === 'yes',
+    }
   }
 
   /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */

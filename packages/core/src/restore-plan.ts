@@ -50,8 +50,8 @@ export interface RestorePlan {
 /**
  * Finds the targets and refuses what cannot work, before anything is touched.
  *
- * @throws DISK_BUSY, DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, MEMORY_SAVED, TARGET_EXISTS,
- *   TARGET_TOO_SMALL, INVALID_ARGUMENT
+ * @throws DISK_BUSY, DISK_NOT_FOUND, DISK_UNSUPPORTED, INSTANCE_NOT_FOUND, INSTANCE_TRANSIENT, MEMORY_SAVED,
+ *   TARGET_EXISTS, TARGET_TOO_SMALL, INVALID_ARGUMENT
  */
 export async function planRestore(
   request: RestoreRequest,
@@ -121,6 +121,13 @@ async function planInstance(
     throw new VarveError(
       'MEMORY_SAVED',
       `${name} is off with its memory saved (virsh managedsave). At its next start it would go on with that memory on the restored disks, which ruins its file systems. Start it and shut it down, or drop the memory with "virsh managedsave-remove ${name}", and restore again. Nothing was changed.`,
+      { context: { instance: name } },
+    )
+  }
+  if (instance.transient) {
+    throw new VarveError(
+      'INSTANCE_TRANSIENT',
+      `${name} is a transient domain: switched off for a restore, it would be gone. Store its definition (virsh dumpxml ${name} >FILE, virsh define FILE) and restore again, or restore its disks to new files. Nothing was changed.`,
       { context: { instance: name } },
     )
   }

@@ -1,7 +1,7 @@
 import { execFileSync } from 'node:child_process'
-import { stat } from 'node:fs/promises'
+import { stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { createQcow2 } from '@varve/testkit/lab'
+import { createQcow2, sha256Content } from '@varve/testkit/lab'
 import { expect, test } from 'vitest'
 import type { DiskOverlay } from '../src/host.ts'
 import { MiB, useVmSite } from './vm-site.ts'
@@ -125,4 +125,48 @@ test('a guest that is paused, and so cannot shut down, is switched off', async (
   await site.lab.virsh(['suspend', vm.name])
   await site.host.powerOff(vm.name, 60_000)
   expect(await vm.state()).toBe('shut off')
+})
+
+test('a transient instance is backed up, also where it goes meanwhile, and no restore makes it vanish', async () => {
+  const vm = await createVm([{ target: 'vda', size: 4 * MiB }])
+  const definition = await site.lab.virsh(['dumpxml', vm.name])
+  const write = (where: string) =>
+    site.lab.virsh([
+      'qemu-monitor-command',
+      vm.name,
+      '--hmp',
+      `qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend "write -P 0x33 ${where}"`,
+    ])
+  await vm.start()
+  await site.lab.virsh(['undefine', vm.name])
+  await write('0 1M')
+  const full = await site.backup()
+  for (const inPlace of [false, true]) {
+    await expect(site.restore({ backup: full.id, to: { instance: vm.name }, inPlace })).rejects.toMatchObject(
+      { code: 'INSTANCE_TRANSIENT', message: expect.stringContaining('virsh define') },
+    )
+  }
+  expect(await vm.state()).toBe('running')
+
+  site.storage.beforePut = async key => {
+    if (!key.endsWith('vda.qcow2')) return
+    await write('2M 1M')
+    await vm.destroy()
+  }
+  const last = await site.backup()
+  expect(last).toMatchObject({ kind: 'incremental', parent: full.id })
+  const written = await sha256Content(site.image('vda'), 'qcow2')
+  expect(await site.restoredSums(full)).toEqual(await site.restoredSums(last))
+  expect(await site.restoredSums(last)).not.toEqual({ vda: written })
+
+  const file = join(site.folder, 'vm.xml')
+  await writeFile(file, definition)
+  await site.lab.virsh(['define', file])
+  // Where the disk of an instance is that is gone nobody can tell: its old bitmap goes with the next backup.
+  await site.expectCleanHost([`varve-${full.id}`, `varve-${last.id}`])
+  site.storage.beforePut = undefined
+  const next = await site.backup()
+  expect(next).toMatchObject({ kind: 'incremental', parent: last.id })
+  await site.expectCleanHost([`varve-${next.id}`])
+  expect(await site.restoredSums(next)).toEqual({ vda: written })
 })
