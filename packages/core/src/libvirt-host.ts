@@ -14,10 +14,12 @@ import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, Rb
 import { namelessFile } from './nameless-file.ts'
 import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import { Qmp } from './qmp.ts'
-import { isRbdImage, type RbdCluster, type RbdConnection, type RbdConnector } from './rbd.ts'
+import type { RbdCluster, RbdConnector } from './rbd.ts'
+import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
+import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
 
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
@@ -313,7 +315,7 @@ export class LibvirtHost implements Host {
     const connector = this.#rbd
     if (!connector) throw noConnector()
     const source = disk && (await this.#rbdSource(disk.instance, disk.disk, run))
-    return connector.cluster(source && (await this.#connection(source, run)))
+    return connector.cluster(source && (await rbdConnection(this.#virsh, source, run)))
   }
 
   /** The RBD image of a disk; undefined where the domain or the disk is gone. */
@@ -329,39 +331,11 @@ export class LibvirtHost implements Host {
 
   async #rbdDisk(name: string, source: RbdSource, run: RunOptions): Promise<RbdDisk> {
     if (!this.#rbd) throw noConnector()
-    return readRbdDisk(name, source.image, this.#rbd.cluster(await this.#connection(source, run)), run)
-  }
-
-  async #connection({ monitors, conf, auth }: RbdSource, run: RunOptions): Promise<RbdConnection> {
-    const key = auth && (await this.#secret(auth, run))
-    return {
-      ...(monitors.length > 0 && { monitors }),
-      ...(conf !== undefined && { conf }),
-      ...(auth && { user: auth.user }),
-      ...(key !== undefined && { key }),
-    }
-  }
-
-  /** The key in libvirt's secret; undefined where the disk has none, and Ceph's own keyring is used. */
-  async #secret(
-    { uuid, usage }: NonNullable<RbdSource['auth']>,
-    run: RunOptions,
-  ): Promise<string | undefined> {
-    const secret = uuid ?? (usage && (await this.#secretOfUsage(usage, run)))
-    if (!secret) return undefined
-    return (await this.#virsh.run({ ...run, secretOutput: true }, 'secret-get-value', secret)).trim()
-  }
-
-  async #secretOfUsage(usage: string, run: RunOptions): Promise<string> {
-    const lines = (await this.#virsh.run(run, 'secret-list')).split('\n')
-    const found = lines
-      .map(line => line.trim().split(/\s+/))
-      .find(words => words.slice(2).join(' ') === usage)
-    if (found?.[0]) return found[0]
-    throw new VarveError(
-      'DISK_UNSUPPORTED',
-      `libvirt has no secret of the usage ${usage}, with which a disk reaches its Ceph cluster. Define it (virsh secret-define, secret-set-value).`,
-      { context: { usage } },
+    return readRbdDisk(
+      name,
+      source.image,
+      this.#rbd.cluster(await rbdConnection(this.#virsh, source, run)),
+      run,
     )
   }
 
@@ -481,33 +455,6 @@ export class LibvirtHost implements Host {
 
 function isRunning(state: string): boolean {
   return state !== 'shut off' && state !== 'crashed'
-}
-
-function unsupportedReason(
-  disk: DomainDisk,
-  path: string | undefined,
-  rbd: RbdConnector | undefined,
-): string | undefined {
-  if (disk.rbd) return unsupportedRbdReason(disk, disk.rbd, rbd)
-  if (path === undefined || !['file', 'block', 'volume'].includes(disk.type))
-    return `its type is ${disk.type}`
-  if (disk.encrypted) return 'libvirt encrypts it'
-  if (disk.shareable) return 'it is shared between instances'
-  if (disk.format !== 'qcow2' && disk.format !== 'raw') return `its format is ${disk.format}`
-  return undefined
-}
-
-function unsupportedRbdReason(
-  disk: DomainDisk,
-  source: RbdSource,
-  connector: RbdConnector | undefined,
-): string | undefined {
-  if (!connector) return 'it is an RBD image, and this host was made without @varve/ceph (option rbd)'
-  if (disk.encrypted) return 'libvirt encrypts it'
-  if (disk.shareable) return 'it is shared between instances'
-  if (source.snapshot !== undefined) return `it is the snapshot ${source.snapshot} of an RBD image`
-  if (disk.format !== 'raw') return `its format within the RBD image is ${disk.format}`
-  return isRbdImage(source.image) ? undefined : `${source.image} is no name of an RBD image`
 }
 
 /**

@@ -6,14 +6,16 @@ import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { MarkLedger } from './mark-ledger.ts'
+import { type RestoreContext, stage } from './restore-context.ts'
 import { planRestore } from './restore-plan.ts'
-import { define, finish, mark, powerOff, type RestoreContext, stage, writeDisks } from './restore-stages.ts'
+import { define, finish, mark, powerOff } from './restore-stages.ts'
 import type { RunOptions } from './run-options.ts'
 import { settleError } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
+import { writeTargets } from './write-targets.ts'
 
 /** What a {@link RestorePipeline} works with. */
 export interface RestorePipelineOptions {
@@ -127,7 +129,7 @@ export class RestorePipeline {
     try {
       const nvram = await define(restore)
       if (request.inPlace) await powerOff(restore)
-      disks = await writeDisks(restore)
+      disks = await writeTargets(restore)
       const ledger = new MarkLedger(stateDir, found.manifest.instance.name)
       if (!plan.newInstance) await ledger.add(request.backup, storage)
       await mark(restore, catalog.backups)

@@ -1,197 +1,23 @@
 import { randomUUID } from 'node:crypto'
-import { chmod, chown, mkdir, writeFile } from 'node:fs/promises'
-import { NbdClient } from '@varve/nbd'
-import type { LayeredExtents } from '@varve/qcow2'
-import { backupOfMark, markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
+import { writeFile } from 'node:fs/promises'
+import { backupOfMark, markName } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { blake3Hex } from './digest.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, VarveError } from './errors.ts'
-import type { RestoreStage } from './events.ts'
-import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import type { ImageRename, Rename, RunJournal, TargetImage } from './journal.ts'
+import type { ImageRename, Rename } from './journal.ts'
 import { loadObject } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
-import { NbdTarget } from './nbd-target.ts'
-import { Progress } from './progress.ts'
 import { assertNameIsFree } from './put-in-place.ts'
-import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
-import { exportDisk, newExportFolder } from './qemu-nbd.ts'
-import { RawFileTarget } from './raw-file-target.ts'
-import { restoreDisk } from './restore-disk.ts'
-import type { RestoredDisk, RestoreRequest } from './restore-pipeline.ts'
-import { type DiskRestore, type FileRestore, planRestore, type RestorePlan } from './restore-plan.ts'
+import { type RestoreContext, stage } from './restore-context.ts'
+import { planRestore } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
-import type { RestoreTarget } from './restore-target.ts'
-import { emit, type RunOptions } from './run-options.ts'
-import { statIfThere } from './stat-if-there.ts'
+import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
-
-/** What the stages of one restore share. */
-export interface RestoreContext {
-  readonly backup: StoredBackup
-  /** The full backup first, the one to restore last. */
-  readonly chain: readonly StoredBackup[]
-  readonly host: Host
-  readonly storage: StorageDriver
-  readonly request: RestoreRequest
-  readonly plan: RestorePlan
-  readonly journal: RunJournal
-  readonly run: RunOptions
-}
-
-/** Tells that a stage begins, unless the run was given up. */
-export function stage(run: RunOptions, name: RestoreStage, message: string): void {
-  if (run.signal?.aborted) throw abortError(run.signal)
-  emit(run, { type: 'stage', stage: name, message })
-}
-
-/** Writes every disk, one after the other: each uses the whole of the storage's rate. */
-export async function writeDisks(restore: RestoreContext): Promise<RestoredDisk[]> {
-  const { plan, journal, run } = restore
-  const restored: RestoredDisk[] = []
-  for (const disk of plan.disks) {
-    stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
-    if (disk.format === 'rbd') restored.push(await writeRbd(restore, disk))
-    else if (disk.temporary !== undefined) {
-      await journal.record({ step: 'target-create', temporary: disk.temporary })
-      const { temporary } = disk
-      restored.push(await writeDisk(restore, disk, merged => newFile(disk, temporary, merged)))
-      await takeOwnership(temporary, disk.target)
-    } else restored.push(await writeInPlace(restore, disk))
-  }
-  if (restore.request.inPlace) await journal.record({ step: 'written-in-place' })
-  return restored
-}
-
-function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
-  if (disk.format === 'raw') return RawFileTarget.create({ path }, merged)
-  const clusterSize = disk.disk.format === 'qcow2' ? { clusterSize: disk.disk.clusterSize } : {}
-  return Qcow2FileTarget.create({ path, ...clusterSize }, merged)
-}
-
-async function writeInPlace(restore: RestoreContext, disk: FileRestore): Promise<RestoredDisk> {
-  const { format, target: path } = disk
-  await restore.journal.record({ step: 'write-in-place', disk: disk.disk.name, path })
-  return writeExport(restore, disk, { path, format })
-}
-
-/** Writes a new RBD image, or over the one that is there. */
-async function writeRbd(restore: RestoreContext, disk: RbdRestore): Promise<RestoredDisk> {
-  const { journal, run } = restore
-  const { cluster, image, existing, temporary } = disk
-  const { name, virtualSize: size } = disk.disk
-  let base: string | undefined
-  if (temporary === undefined) {
-    await journal.record({ step: 'write-in-place', disk: name, path: disk.target })
-    base = await rollBack(restore, disk)
-  } else {
-    await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
-    await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
-  }
-  await using opened = await cluster.open(temporary ?? image)
-  const isNew = temporary !== undefined
-  // Awaited here: what was opened has the file of the key until QEMU is done.
-  return await writeExport(restore, disk, {
-    path: opened.fileName,
-    format: 'raw',
-    isNew,
-    ...(base && { base }),
-  })
-}
-
-/**
- * Brings an image back to the newest snapshot that it still has of the chain, and returns that backup's id: only what
- * is newer has to be downloaded. Not where the size differs, which a rollback changes too.
- */
-async function rollBack({ chain, run }: RestoreContext, disk: RbdRestore): Promise<string | undefined> {
-  const { cluster, image, existing } = disk
-  if (!existing) return undefined
-  for (const { manifest } of chain.toReversed()) {
-    const stored = manifest.disks.find(({ name }) => name === disk.disk.name)
-    if (!stored || stored.virtualSize !== existing.virtualSize) continue
-    if (snapshotObstacle(existing, stored, manifest.id) !== undefined) continue
-    const snapshot = markName(manifest.id)
-    stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
-    await cluster.rollback(image, snapshot, run)
-    return manifest.id
-  }
-  return undefined
-}
-
-function targetImage({ plan }: RestoreContext, { disk }: RbdRestore, image: string): TargetImage {
-  return { image, ...(plan.instance && { of: { instance: plan.instance.name, disk: disk.name } }) }
-}
-
-/** Writes to what QEMU opens, through a `qemu-nbd` of its own. */
-async function writeExport(
-  restore: RestoreContext,
-  disk: DiskRestore,
-  to: {
-    readonly path: string
-    readonly format: 'qcow2' | 'raw'
-    readonly isNew?: boolean
-    readonly base?: string
-  },
-): Promise<RestoredDisk> {
-  const { journal, run } = restore
-  const folder = newExportFolder()
-  await journal.record({ step: 'export', folder })
-  await mkdir(folder, { mode: 0o700 })
-  const { path, format, isNew = false, base } = to
-  await using server = await exportDisk({
-    ...run,
-    disk: disk.disk.name,
-    path,
-    format,
-    writable: true,
-    folder,
-  })
-  const signal = run.signal ? AbortSignal.any([run.signal, server.died]) : server.died
-  await using client = await NbdClient.connect({ socketPath: server.socketPath }, { signal })
-  try {
-    const createTarget = (merged: LayeredExtents) =>
-      Promise.resolve(new NbdTarget(client, merged, { path: disk.target, isNew }))
-    return await writeDisk({ ...restore, run: { ...run, signal } }, disk, createTarget, base)
-  } catch (error) {
-    throw server.died.aborted && !run.signal?.aborted ? server.died.reason : error
-  }
-}
-
-async function writeDisk(
-  { storage, chain, run }: RestoreContext,
-  { disk, format, target }: DiskRestore,
-  createTarget: (merged: LayeredExtents) => Promise<RestoreTarget>,
-  base?: string,
-): Promise<RestoredDisk> {
-  let progress: Progress | undefined
-  let bytesWritten = 0
-  await restoreDisk({
-    storage,
-    chain,
-    disk: disk.name,
-    createTarget,
-    ...(base !== undefined && { base }),
-    ...(run.signal && { signal: run.signal }),
-    onProgress: (bytesDone, bytesTotal) => {
-      progress ??= new Progress(run, disk.name, bytesTotal)
-      progress.update(bytesDone)
-      bytesWritten = bytesTotal
-    },
-  })
-  progress?.finish()
-  return { name: disk.name, path: target, format, virtualSize: disk.virtualSize, bytesWritten }
-}
-
-/** The new file belongs to whom the old one did. */
-async function takeOwnership(temporary: string, target: string): Promise<void> {
-  const old = await statIfThere(target)
-  if (!old) return
-  await chmod(temporary, old.mode & 0o7777)
-  await chown(temporary, old.uid, old.gid)
-}
+import { takeOwnership } from './take-ownership.ts'
+import { markImage, targetImage } from './write-rbd-image.ts'
 
 /**
  * Gives each qcow2 target a fresh bitmap of the restored backup, so that the chain goes on from it; a disk of
@@ -225,21 +51,6 @@ export async function mark(
     await addImageBitmap(path, bitmap.name, bitmap.granularity, run)
   }
   for (const image of images) await markImage(image, manifest.id, run)
-}
-
-/**
- * A snapshot of the restored content, and in the image's metadata which one it is: the manifest has the number of
- * the snapshot that was backed up. Where that one is still there its content is the restored one.
- */
-async function markImage(
-  { cluster, image, existing, temporary }: RbdRestore,
-  backupId: string,
-  run: RunOptions,
-): Promise<void> {
-  const name = markName(backupId)
-  if (temporary === undefined && existing?.state.snapshots.some(snapshot => snapshot.name === name)) return
-  const snapshot = await cluster.createSnapshot(temporary ?? image, name, run)
-  await cluster.setMetadata(temporary ?? image, restoredKey(backupId), String(snapshot.id), run)
 }
 
 /** Switches the instance off, if there is one; `settleRestore` starts it again. */

@@ -1,0 +1,41 @@
+import type { LayeredExtents } from '@varve/qcow2'
+import { Qcow2FileTarget } from './qcow2-file-target.ts'
+import { RawFileTarget } from './raw-file-target.ts'
+import { type RestoreContext, stage } from './restore-context.ts'
+import type { RestoredDisk } from './restore-pipeline.ts'
+import type { FileRestore } from './restore-plan.ts'
+import type { RestoreTarget } from './restore-target.ts'
+import { takeOwnership } from './take-ownership.ts'
+import { writeExport } from './write-export.ts'
+import { writeRbdImage } from './write-rbd-image.ts'
+import { writeTarget } from './write-target.ts'
+
+/** Writes every disk, one after the other: each uses the whole of the storage's rate. */
+export async function writeTargets(restore: RestoreContext): Promise<RestoredDisk[]> {
+  const { plan, journal, run } = restore
+  const restored: RestoredDisk[] = []
+  for (const disk of plan.disks) {
+    stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
+    if (disk.format === 'rbd') restored.push(await writeRbdImage(restore, disk))
+    else if (disk.temporary !== undefined) {
+      await journal.record({ step: 'target-create', temporary: disk.temporary })
+      const { temporary } = disk
+      restored.push(await writeTarget(restore, disk, merged => newFile(disk, temporary, merged)))
+      await takeOwnership(temporary, disk.target)
+    } else restored.push(await writeInPlace(restore, disk))
+  }
+  if (restore.request.inPlace) await journal.record({ step: 'written-in-place' })
+  return restored
+}
+
+function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
+  if (disk.format === 'raw') return RawFileTarget.create({ path }, merged)
+  const clusterSize = disk.disk.format === 'qcow2' ? { clusterSize: disk.disk.clusterSize } : {}
+  return Qcow2FileTarget.create({ path, ...clusterSize }, merged)
+}
+
+async function writeInPlace(restore: RestoreContext, disk: FileRestore): Promise<RestoredDisk> {
+  const { format, target: path } = disk
+  await restore.journal.record({ step: 'write-in-place', disk: disk.disk.name, path })
+  return writeExport(restore, disk, { path, format })
+}
