@@ -19,6 +19,7 @@
  *
  * @packageDocumentation
  */
+export { backUpAcrossCut, type CutBackup, type CutBackupOptions } from './cut-backup.ts'
 export { createDenseQcow2 } from './dense-image.ts'
 export * from './disk-image.ts'
 export { GuestCommandError, type GuestResult } from './guest-channel.ts'
