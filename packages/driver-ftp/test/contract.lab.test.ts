@@ -78,7 +78,7 @@ describe('with explicit TLS', () => {
     remote: {
       create: () => throughTunnel(lab, 'explicit'),
       restartServer: () => lab.restart(),
-      evenCuts: 6,
+      mostCuts: 4,
       refused: [],
       secrets: [],
     },

@@ -10,34 +10,28 @@ import { beginRemote, type Remote } from './remote-target.ts'
 export function describeCuts(contract: Contract, remote: Remote): void {
   describe('connections that are cut', () => {
     const how = 'reset'
-    const { evenCuts } = remote
 
-    test('an upload that is cut anywhere on its way to the server is whole, or fails and leaves nothing', async () => {
+    test('an upload that is cut anywhere is whole, or fails and leaves nothing', async () => {
       await cutUploads(remote, {
         how,
-        direction: 'toServer',
-        even: evenCuts,
-        beforeEnd: [1024, 256, 64, 16, 1, 0],
+        toServer: { even: 8, beforeEnd: [1024, 256, 64, 16, 1, 0] },
+        toClient: { even: 8, beforeEnd: [1, 0] },
       })
-    })
-
-    test('an upload that is cut anywhere in what the server answers is whole, or fails and leaves nothing', async () => {
-      await cutUploads(remote, { how, direction: 'toClient', even: evenCuts, beforeEnd: [1, 0] })
     })
 
     test.runIf(contract.capabilities.atomicPublish)(
       'an object stays as it was when the upload that would replace it is cut and fails',
       async () => {
         const former = patternBytes(22, 0, 1000)
-        await cutUploads(remote, { how, direction: 'toServer', even: 2, beforeEnd: [64, 1, 0] }, { former })
-        await cutUploads(remote, { how, direction: 'toClient', even: 1, beforeEnd: [0] }, { former })
+        const toServer = { even: 2, beforeEnd: [64, 1, 0] }
+        const toClient = { even: 1, beforeEnd: [0] }
+        await cutUploads(remote, { how, toServer, toClient }, { former })
       },
     )
 
     test('a body that opens once is stored whole, or fails and leaves nothing, when its upload is cut', async () => {
-      const once = { replayable: false }
-      await cutUploads(remote, { how, direction: 'toServer', even: 2, beforeEnd: [1, 0] }, once)
-      await cutUploads(remote, { how, direction: 'toClient', even: 2, beforeEnd: [1, 0] }, once)
+      const places = { even: 2, beforeEnd: [1, 0] }
+      await cutUploads(remote, { how, toServer: places, toClient: places }, { replayable: false })
     })
 
     test.runIf(contract.capabilities.resume)(
@@ -61,28 +55,24 @@ export function describeCuts(contract: Contract, remote: Remote): void {
       await target.driver.put('a/object', bytesBody(bytes))
       const all = { key: 'a/object', range: { start: 0, end: bytes.length } }
       const middle = { key: 'a/object', range: { start: 1001, end: bytes.length - 1001 } }
-      const even = Math.ceil(evenCuts * 0.75)
       await cutDownloads(target, remote, {
         ...all,
-        cuts: { how, direction: 'toClient', even, beforeEnd: [1, 0] },
-      })
-      await cutDownloads(target, remote, {
-        ...all,
-        cuts: { how, direction: 'toServer', even: 2, beforeEnd: [0] },
+        cuts: { how, toClient: { even: 6, beforeEnd: [1, 0] }, toServer: { even: 2, beforeEnd: [0] } },
       })
       await cutDownloads(target, remote, {
         ...middle,
-        cuts: { how, direction: 'toClient', even: 3, beforeEnd: [1] },
+        cuts: { how, toClient: { even: 3, beforeEnd: [1] } },
       })
       await expectStored(target, 'a/object', bytes)
     })
 
     test('a call that is cut anywhere gives the right answer or fails', async () => {
       const target = await beginRemote(remote)
-      await forEachAnswer(target, remote, async (call, look) => {
-        await cutCalls(target, { how, direction: 'toClient', even: 2, beforeEnd: [1, 0] }, call, look)
-        await cutCalls(target, { how, direction: 'toServer', even: 0, beforeEnd: [0] }, call, look)
-      })
+      const toClient = { even: 2, beforeEnd: [1, 0] }
+      const toServer = { even: 0, beforeEnd: [0] }
+      await forEachAnswer(target, remote, (call, look) =>
+        cutCalls(target, remote, { how, toClient, toServer }, call, look),
+      )
     })
   })
 }

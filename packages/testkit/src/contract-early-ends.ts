@@ -8,21 +8,21 @@ import { beginRemote, type Remote } from './remote-target.ts'
 export function describeEarlyEnds(remote: Remote): void {
   describe('connections that end early', () => {
     const how = 'end'
-    const even = Math.ceil(remote.evenCuts / 2)
 
     test.each([
       ['a re-openable body', true],
       ['a body that opens once', false],
     ])('%s is stored whole, or fails and leaves nothing', async (_, replayable) => {
-      await cutUploads(remote, { how, direction: 'toServer', even, beforeEnd: [64, 1] }, { replayable })
-      await cutUploads(remote, { how, direction: 'toClient', even: 2, beforeEnd: [1] }, { replayable })
+      const toServer = { even: 4, beforeEnd: [64, 1] }
+      const toClient = { even: 2, beforeEnd: [1] }
+      await cutUploads(remote, { how, toServer, toClient }, { replayable })
     })
 
     test('a download gives the right bytes or fails', async () => {
       const target = await beginRemote(remote)
       const bytes = cutBytes(remote)
       await target.driver.put('a/object', bytesBody(bytes))
-      const cuts = { how, direction: 'toClient', even, beforeEnd: [1] } as const
+      const cuts = { how, toClient: { even: 4, beforeEnd: [1] } } as const
       const [all, middle] = [
         { start: 0, end: bytes.length },
         { start: 1001, end: bytes.length - 1001 },
@@ -35,7 +35,7 @@ export function describeEarlyEnds(remote: Remote): void {
     test('a call gives the right answer or fails', async () => {
       const target = await beginRemote(remote)
       await forEachAnswer(target, remote, (call, look) =>
-        cutCalls(target, { how, direction: 'toClient', even: 3, beforeEnd: [1] }, call, look),
+        cutCalls(target, remote, { how, toClient: { even: 3, beforeEnd: [1] } }, call, look),
       )
     })
   })

@@ -1,10 +1,14 @@
 import { Readable } from 'node:stream'
+import { setTimeout as delay } from 'node:timers/promises'
 import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { type Contract, expectStored, listed } from './contract-target.ts'
 import { findProcess } from './lab-process.ts'
 import { beginRemote, expectAllRefused, expectNoSecrets, outcomeOf, type Remote } from './remote-target.ts'
 import { troubledSource } from './troubled-source.ts'
+
+/** How often all processes are looked at. A program takes much longer. */
+const LOOK_EVERY_MS = 10
 
 /** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
 export function describeRefusal(contract: Contract, remote: Remote): void {
@@ -66,7 +70,7 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
       const outcome = outcomeOf(work()).finally(() => {
         done = true
       })
-      while (!done) await lookAround()
+      for (; !done; await delay(LOOK_EVERY_MS)) await lookAround()
       expect(await outcome).toEqual({ value: undefined })
     })
   })

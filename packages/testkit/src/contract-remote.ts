@@ -11,7 +11,12 @@ import type { Remote } from './remote-target.ts'
 /** A storage that is reached over a network: all that can happen on the way, and to the server. */
 export function describeRemote(contract: Contract): void {
   if (contract.remote === undefined) return
-  const remote: Remote = { idleTimeoutMs: 1500, cutSize: 1_000_003, evenCuts: 8, ...contract.remote }
+  const remote: Remote = {
+    idleTimeoutMs: 1500,
+    cutSize: 1_000_003,
+    mostCuts: Number.POSITIVE_INFINITY,
+    ...contract.remote,
+  }
   const blocks: [RemotePart, () => void][] = [
     ['cuts', () => describeCuts(contract, remote)],
     ['early ends', () => describeEarlyEnds(remote)],

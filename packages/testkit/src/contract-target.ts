@@ -110,10 +110,10 @@ export interface RemoteOptions {
    */
   cutSize?: number
   /**
-   * At how many places, at even distances, an upload is cut in either direction. Default: 8; fewer for a driver
-   * whose calls cost much.
+   * At how many places at most a call is cut in either direction. Default: all that the suite knows, up to 14. Fewer for
+   * a driver whose calls cost much; those near the end are the last to go.
    */
-  evenCuts?: number
+  mostCuts?: number
 }
 
 /** {@link ContractOptions} with their defaults. */
