@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
 import { promisify } from 'node:util'
 import { bytesBody } from '@varve/core'
-import { FtpDriver } from '@varve/driver-ftp'
+import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { troubledSource } from '@varve/testkit'
 import { startVsftpd, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
@@ -75,7 +75,7 @@ describe('permissions', () => {
     const { lab, driver } = await begin({ config: ['cmds_denied=DELE,RMD'] })
     const { ok, checks } = await driver.check()
     expect(ok).toBe(false)
-    expect(checks.at(-1)).toMatchObject({ name: 'delete', ok: false })
+    expect(checks.at(-1)).toMatchObject({ name: 'delete', ok: false, code: 'STORAGE_ACCESS_DENIED' })
     const source = troubledSource({ kind: 'fail', error: new Error('boom') }, { bytes: 100_000 })
     await expect(driver.put('a/b', source)).rejects.toMatchObject({
       code: 'UPLOAD_FAILED',
@@ -110,6 +110,36 @@ describe('permissions', () => {
     await expect(listed(target.driver, '')).rejects.toMatchObject(missing)
     await expect(target.driver.stat('a/b')).rejects.toMatchObject(missing)
     await expect(target.driver.put('a/b', x)).rejects.toMatchObject(missing)
+  })
+})
+
+describe('a check', () => {
+  let lab: VsftpdLab
+  beforeAll(async () => {
+    lab = await startVsftpd({ config: ['delay_failed_login=0'] })
+  })
+  afterAll(() => lab[Symbol.asyncDispose]())
+
+  test.each<[string, Partial<FtpDriverOptions>, string, RegExp]>([
+    ['the host is not known', { host: 'nowhere.invalid' }, 'STORAGE_UNREACHABLE', /host is not known/],
+    ['nobody listens', { port: 1 }, 'STORAGE_UNREACHABLE', /refused/],
+    ['the server has no TLS', { tls: 'explicit' }, 'STORAGE_UNREACHABLE', /TLS/],
+    ['the password is wrong', { password: 'wrong' }, 'STORAGE_ACCESS_DENIED', /username and the password/],
+    ['the folder is missing', { pathPrefix: 'none' }, 'STORAGE_NOT_FOUND', /none/],
+  ])('tells that %s', async (_, different, code, message) => {
+    await using driver = new FtpDriver({ ...(await optionsOf(lab, 'none')), attempts: 1, ...different })
+    const { ok, checks } = await driver.check()
+    expect(ok).toBe(false)
+    expect(checks).toEqual([{ name: 'connect', ok: false, code, message: expect.stringMatching(message) }])
+  })
+
+  test('tells that the account may not write', async () => {
+    await mkdir(join(lab.home, 'fixed'), { mode: 0o755 }) // root's
+    await using driver = new FtpDriver({ ...(await optionsOf(lab, 'none')), pathPrefix: 'fixed' })
+    expect((await driver.check()).checks).toMatchObject([
+      { name: 'connect', ok: true },
+      { name: 'write', ok: false, code: 'STORAGE_ACCESS_DENIED' },
+    ])
   })
 })
 

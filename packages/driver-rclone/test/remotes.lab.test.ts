@@ -1,6 +1,6 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, readFile, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
@@ -292,6 +292,11 @@ test.each<[string, string, () => RcloneDriverOptions]>([
     () => ({ remoteName: 'nas', remotes: { nas: { ...sftp(), port: '9' } } }),
   ],
   [
+    'a host without a name',
+    'STORAGE_UNREACHABLE',
+    () => ({ remoteName: 'nas', remotes: { nas: { ...sftp(), host: 'nowhere.invalid' } } }),
+  ],
+  [
     'a missing folder',
     'STORAGE_NOT_FOUND',
     () => ({ remoteName: 'nas', remotes: { nas: sftp() }, pathPrefix: 'no/such' }),
@@ -339,7 +344,28 @@ test.each<[string, string, () => RcloneDriverOptions]>([
       }
     }),
   )
-  expect((await driver.check()).checks).toMatchObject([{ name: 'connect', ok: false }])
+  expect((await driver.check()).checks).toMatchObject([{ name: 'connect', ok: false, code }])
+})
+
+test('a check tells a certificate that is not trusted, and a folder that may not be written to or deleted from', async () => {
+  const https = { ...s3(), endpoint: `https://127.0.0.1:${gateway.tlsPort}` }
+  const untrusted = new RcloneDriver({ remoteName: 'cloud', remotes: { cloud: https }, pathPrefix: 'bucket' })
+  expect((await untrusted.check()).checks).toMatchObject([
+    { name: 'connect', ok: false, code: 'STORAGE_UNREACHABLE', message: expect.stringContaining('TLS') },
+  ])
+
+  await mkdir(join(sshd.home, 'fixed'), { mode: 0o755 }) // root's
+  const fixed = new RcloneDriver({ remoteName: 'nas', remotes: { nas: sftp() }, pathPrefix: 'fixed' })
+  expect((await fixed.check()).checks).toMatchObject([
+    { name: 'connect', ok: true },
+    { name: 'write', ok: false, code: 'STORAGE_ACCESS_DENIED' },
+  ])
+
+  await using keeper = await startSshd({ denied: ['remove'] })
+  const kept = { ...sftp(), port: String(keeper.port) }
+  const driver = new RcloneDriver({ remoteName: 'nas', remotes: { nas: kept } })
+  const { checks } = await driver.check()
+  expect(checks.at(-1)).toMatchObject({ name: 'delete', ok: false, code: 'STORAGE_ACCESS_DENIED' })
 })
 
 test('a server that is killed while it sends fails the download', async () => {

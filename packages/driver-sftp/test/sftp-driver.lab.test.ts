@@ -126,10 +126,28 @@ describe('a login', () => {
     await expect(driver.put('a/b', X())).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
     expect((await driver.check()).checks).toMatchObject([
       { name: 'connect', ok: true },
-      { name: 'write', ok: false },
+      { name: 'write', ok: false, code: 'STORAGE_ACCESS_DENIED' },
     ])
     await writeFile(join(path, 'theirs'), 'x')
     await expect(driver.delete('theirs')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  })
+
+  test.each<[string, () => Partial<SftpDriverOptions>, string, RegExp]>([
+    ['the host is not known', () => ({ host: 'nowhere.invalid' }), 'STORAGE_UNREACHABLE', /is not known/],
+    ['nobody listens', () => ({ port: 1 }), 'STORAGE_UNREACHABLE', /nothing accepts connections/],
+    ['the password is wrong', () => ({ password: 'wrong' }), 'STORAGE_ACCESS_DENIED', /password/],
+    [
+      'the key is another',
+      () => ({ hostKey: `SHA256:${'C'.repeat(43)}` }),
+      'STORAGE_ACCESS_DENIED',
+      /host key/,
+    ],
+    ['the folder is missing', () => ({ pathPrefix: 'none' }), 'STORAGE_NOT_FOUND', /none is not there/],
+  ])('that %s is told by a check', async (_, different, code, message) => {
+    await using driver = new SftpDriver({ ...options, password: lab.password, ...different() })
+    const { ok, checks } = await driver.check()
+    expect(ok).toBe(false)
+    expect(checks).toEqual([{ name: 'connect', ok: false, code, message: expect.stringMatching(message) }])
   })
 
   test('makes the folder of the storage where that is asked for', async () => {
@@ -273,6 +291,21 @@ test('a server without any of the extensions keeps objects as well', async () =>
   expect(proxy.cuts).toBe(1)
   expect(Buffer.from(await target.readRaw('a/large')).equals(patternBytes(3, 0, 24 * MIB))).toBe(true)
   expect((await filesIn(target.path)).map(file => file.name).sort()).toEqual(['a/large', 'a/object'])
+})
+
+test('a user who may write and not delete is found out by a check', async () => {
+  await using lab = await startSshd({ denied: ['remove'] })
+  const { driver } = await sftpTarget(lab)
+  const { checks } = await driver.check()
+  expect(checks.map(({ name, ok }) => [name, ok])).toEqual([
+    ['connect', true],
+    ['write', true],
+    ['read', true],
+    ['list', true],
+    ['delete', false],
+  ])
+  expect(checks.at(-1)).toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  await driver[Symbol.asyncDispose]()
 })
 
 test('symbolic links lead nowhere', async () => {
