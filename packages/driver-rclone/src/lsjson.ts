@@ -1,5 +1,7 @@
 import type { Readable } from 'node:stream'
-import { VarveError } from '@varve/core'
+import { unreadable } from './json-output.ts'
+
+const COMMAND = 'lsjson'
 
 /** A file that rclone tells of. */
 export interface RemoteFile {
@@ -42,7 +44,7 @@ export async function* readLines(output: Readable): AsyncGenerator<string> {
     const lines = rest.split('\n')
     rest = lines.pop() ?? ''
     yield* lines
-    if (rest.length > LONGEST_LINE) throw unreadable(rest.slice(0, 80))
+    if (rest.length > LONGEST_LINE) throw unreadable(rest, COMMAND)
   }
   if (rest !== '') yield rest
 }
@@ -51,24 +53,16 @@ function parseJson(text: string): unknown {
   try {
     return JSON.parse(text)
   } catch {
-    throw unreadable(text.slice(0, 80))
+    throw unreadable(text, COMMAND)
   }
 }
 
 function toFile(entry: unknown): RemoteFile | undefined {
-  if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry))
+  if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry), COMMAND)
   const { Path, Size, ModTime } = entry as Record<string, unknown>
-  if (typeof Path !== 'string' || typeof Size !== 'number')
-    throw unreadable(JSON.stringify(entry).slice(0, 80))
+  if (typeof Path !== 'string' || typeof Size !== 'number') throw unreadable(JSON.stringify(entry), COMMAND)
   if (Size < 0) return undefined // a document that exists only by its export, and is none of ours
   const modifiedAt = typeof ModTime === 'string' ? new Date(ModTime) : undefined
   const known = modifiedAt !== undefined && !Number.isNaN(modifiedAt.getTime())
   return { path: Path, size: Size, ...(known && { modifiedAt }) }
-}
-
-function unreadable(text: string): VarveError {
-  return new VarveError(
-    'STORAGE_FAILED',
-    `rclone lsjson printed something that is no entry: ${JSON.stringify(text)}. Is command really rclone?`,
-  )
 }

@@ -52,6 +52,8 @@ export class RcloneDriver implements StorageDriver {
   readonly #path: string
   readonly #create: boolean
   #isThere = false
+  /** Folders that have been made or found. */
+  readonly #folders = new Set<string>()
 
   /** @throws INVALID_CONFIG, which names the option */
   constructor(options: RcloneDriverOptions) {
@@ -143,6 +145,7 @@ export class RcloneDriver implements StorageDriver {
     const { onProgress } = options
     const call = callOptions(options)
     const temporary = siblingOf(this.#pathOf(key), TEMPORARY_PREFIX + randomBytes(8).toString('hex'))
+    await this.#makeFolderOf(temporary, call)
     let size = 0
     try {
       await this.#rclone.rcat(temporary, signal => readUpload(body, { key, signal }), {
@@ -163,14 +166,27 @@ export class RcloneDriver implements StorageDriver {
     }
   }
 
+  /** rclone makes it by itself, but fails where two uploads at once do so: a body that opens once would be lost. */
+  async #makeFolderOf(path: string, call: CallOptions): Promise<void> {
+    const folder = path.slice(0, Math.max(0, path.lastIndexOf('/')))
+    if (folder === '' || folder === this.#path || this.#folders.has(folder)) return
+    const { hasFolders } = await this.#rclone.features(call)
+    if (hasFolders) await this.#rclone.makeFolder(folder, call)
+    this.#folders.add(folder)
+  }
+
+  /** Carries the move through as far as it can: one that broke off may have removed the former object already. */
   async #publish(temporary: string, key: string, size: number, call: CallOptions): Promise<void> {
-    try {
-      await this.#rclone.moveTo(temporary, this.#pathOf(key), size, call)
-    } catch (error) {
-      // a move whose answer was lost has been made all the same
-      if (call.signal?.aborted || (await this.#rclone.stat(temporary, call))) throw error
-      if ((await this.#rclone.stat(this.#pathOf(key), call))?.size !== size) throw error
+    const move = async () => {
+      try {
+        await this.#rclone.moveTo(temporary, this.#pathOf(key), size, call)
+      } catch (error) {
+        // a move whose answer was lost has been made all the same
+        if (call.signal?.aborted || (await this.#rclone.stat(temporary, call))) throw error
+        if ((await this.#rclone.stat(this.#pathOf(key), call))?.size !== size) throw error
+      }
     }
+    await retrying(move, call)
   }
 
   /** Removes what there is of an upload and returns the error to throw, which tells if something stays. */

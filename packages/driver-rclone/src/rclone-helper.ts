@@ -1,41 +1,22 @@
 import { Readable } from 'node:stream'
-import { text } from 'node:stream/consumers'
-import {
-  abortError,
-  type ByteRange,
-  type CallOptions,
-  errorMessage,
-  isVarveError,
-  VarveError,
-} from '@varve/core'
+import { abortError, type ByteRange, type CallOptions, errorMessage, VarveError } from '@varve/core'
 import { CatStream } from './cat-stream.ts'
+import { feed } from './feed.ts'
+import { parseObject } from './json-output.ts'
 import { parseLine, parseStat, type RemoteFile, readLines } from './lsjson.ts'
-import { type FailedCommand, rcloneError, saysMissing, saysNoCommand } from './rclone-error.ts'
+import { rcloneError, saysMissing, saysNoCommand } from './rclone-error.ts'
 import { assertHelperOptions, type RcloneHelperOptions } from './rclone-options.ts'
-import { type RcloneExit, RcloneProcess } from './rclone-process.ts'
-import { assertVersion, parseVersion } from './rclone-version.ts'
-import { baseEnvironment, parseBackends, redact, remoteVariables, secretsOf } from './remote-environment.ts'
+import type { RcloneProcess } from './rclone-process.ts'
+import { RcloneRunner } from './rclone-runner.ts'
+import { parseFeatures, type RemoteFeatures } from './remote-features.ts'
 import { parseUploads, type UnfinishedUpload } from './unfinished-uploads.ts'
 
-const DEFAULT_TIMEOUT_MS = 60_000
 /** The slowest copy within a server that is waited for, in bytes a second: some servers move by copying. */
 const SLOWEST_COPY = 8 * 1024 * 1024
+/** How often a folder is made that cannot be. */
+const MKDIR_ATTEMPTS = 3
 /** Less than any age, whatever the server's clock says. */
 const ANY_AGE = '-8760h'
-/** Bytes that wait to be taken by rclone before the source has to wait. */
-const MOST_WAITING = 2 * 1024 * 1024
-
-/** What a remote can do, as `rclone backend features` tells. */
-export interface RemoteFeatures {
-  /** It takes an upload whose size is not known. Without it rclone would spool the data to a local disk. */
-  readonly streamingUpload: boolean
-  /** Two files of one folder may have the same name, so an upload replaces nothing. */
-  readonly duplicateNames: boolean
-  /** It tells how much space is left. */
-  readonly tellsSpace: boolean
-  /** It may keep parts of uploads that never came to an end, as S3 does. */
-  readonly keepsParts: boolean
-}
 
 /** Options of {@link RcloneHelper.rcat}. */
 export interface RcatOptions extends CallOptions {
@@ -51,15 +32,6 @@ export interface ListOptions extends CallOptions {
   onMissing?: () => void
 }
 
-interface RunOptions extends CallOptions {
-  /** Written to its standard input. */
-  input?: string
-  /** How long it may make no progress, in milliseconds. */
-  idleMs?: number
-  /** Without the remotes that are given in the options. */
-  bare?: boolean
-}
-
 /**
  * rclone, for one remote: manages how the remote is known to rclone and runs its commands. Data goes by pipes, never
  * over a local disk, and secrets by the environment, never by the command line.
@@ -68,24 +40,20 @@ interface RunOptions extends CallOptions {
  * them; {@link RcloneDriver} keeps to its prefix.
  */
 export class RcloneHelper {
-  readonly #options: RcloneHelperOptions
-  readonly #timeoutMs: number
-  readonly #secrets: string[]
-  #env: Promise<Record<string, string>> | undefined
-  #features: Promise<RemoteFeatures> | undefined
-  #versionIsRight = false
+  readonly #remoteName: string
+  readonly #rclone: RcloneRunner
+  #features: RemoteFeatures | undefined
 
   /** @throws INVALID_CONFIG, which names the option */
   constructor(options: RcloneHelperOptions) {
     assertHelperOptions(options)
-    this.#options = options
-    this.#timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS
-    this.#secrets = secretsOf(options)
+    this.#remoteName = options.remoteName
+    this.#rclone = new RcloneRunner(options)
   }
 
   /** A path as rclone wants it: `remote:path`. */
   target(path: string): string {
-    return `${this.#options.remoteName}:${path}`
+    return `${this.#remoteName}:${path}`
   }
 
   /**
@@ -93,21 +61,17 @@ export class RcloneHelper {
    *
    * @throws COMMAND_MISSING; INVALID_CONFIG with both versions
    */
-  async version(options: CallOptions = {}): Promise<string> {
-    const { exit, stdout } = await this.#run(['version'], { ...options, bare: true })
-    if (exit.exitCode !== 0) throw rcloneError(exit, { target: 'version' })
-    const version = parseVersion(stdout)
-    assertVersion(version)
-    this.#versionIsRight = true
-    return version
+  version(options: CallOptions = {}): Promise<string> {
+    return this.#rclone.version(options)
   }
 
   /** What the remote can do; asked for once. */
   async features(options: CallOptions = {}): Promise<RemoteFeatures> {
-    this.#features ??= this.#readFeatures(options).catch(error => {
-      this.#features = undefined // the next call asks again
-      throw error
-    })
+    const target = this.target('')
+    // what was found is kept, not the call: who gives that up gives up no other
+    this.#features ??= parseFeatures(
+      await this.#rclone.must(['backend', 'features', target], target, options),
+    )
     return this.#features
   }
 
@@ -128,7 +92,7 @@ export class RcloneHelper {
     const target = this.target(path)
     const known = size === undefined ? [] : ['--size', String(size)]
     // no time limit within rclone: it would hold a slow source against the server
-    const process = await this.#start(['rcat', ...known, '--timeout', '0', target], options, true)
+    const process = await this.#rclone.start(['rcat', ...known, '--timeout', '0', target], options, true)
     process.stdout.resume()
     try {
       await feed(process, open(process.ending), onTaken)
@@ -142,7 +106,7 @@ export class RcloneHelper {
     const exit = await process.exited
     if (process.stopped) throw process.stopped
     if (signal?.aborted) throw abortError(signal)
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target, code: 'UPLOAD_FAILED' }, signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target, code: 'UPLOAD_FAILED' }, signal)
   }
 
   /** The bytes of a file from `start` to before `end`, all of which must be there. The stream fails otherwise. */
@@ -151,7 +115,7 @@ export class RcloneHelper {
     if (start === end) return Readable.from([])
     const part = ['--offset', String(start), '--count', String(end - start)]
     const target = this.target(path)
-    const process = await this.#start(['cat', ...part, '--timeout', '0', target], options, false)
+    const process = await this.#rclone.start(['cat', ...part, '--timeout', '0', target], options, false)
     return new CatStream(process, {
       target,
       length: end - start,
@@ -163,9 +127,9 @@ export class RcloneHelper {
   async stat(path: string, options: CallOptions = {}): Promise<RemoteFile | undefined> {
     const target = this.target(path)
     const args = ['lsjson', '--stat', '--files-only', '--no-mimetype', '--use-server-modtime', target]
-    const { exit, stdout } = await this.#run(args, options)
+    const { exit, stdout } = await this.#rclone.run(args, options)
     if (saysMissing(exit)) return undefined
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
     return parseStat(stdout)
   }
 
@@ -176,9 +140,9 @@ export class RcloneHelper {
   async *list(path: string, options: ListOptions = {}): AsyncGenerator<RemoteFile> {
     const target = this.target(path)
     const args = ['lsjson', '-R', '--files-only', '--no-mimetype', '--use-server-modtime', target]
-    const process = await this.#start(args, options, false)
+    const process = await this.#rclone.start(args, options, false)
     try {
-      for await (const line of readLines(process.stdout)) {
+      for await (const line of linesOf(process)) {
         process.watch.progress()
         const file = parseLine(line)
         if (!file) continue
@@ -194,7 +158,7 @@ export class RcloneHelper {
     const exit = await process.exited
     if (process.stopped) throw process.stopped
     if (saysMissing(exit)) options.onMissing?.()
-    else if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    else if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
   }
 
   /**
@@ -204,8 +168,8 @@ export class RcloneHelper {
    */
   async hasFolder(path: string, options: CallOptions = {}): Promise<boolean> {
     const target = this.target(path)
-    const process = await this.#start(['lsf', '--max-depth', '1', target], options, false)
-    for await (const _ of readLines(process.stdout)) {
+    const process = await this.#rclone.start(['lsf', '--max-depth', '1', target], options, false)
+    for await (const _ of linesOf(process)) {
       process.stop(new VarveError('ABORTED', 'The first name is enough.'))
       await process.exited
       return true
@@ -213,13 +177,20 @@ export class RcloneHelper {
     const exit = await process.exited
     if (process.stopped) throw process.stopped
     if (saysMissing(exit)) return false
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
     return true
   }
 
-  /** Makes a folder and those above it. */
+  /** Makes a folder and those above it. One that is there already is no error. */
   async makeFolder(path: string, options: CallOptions = {}): Promise<void> {
-    await this.#must(['mkdir', this.target(path)], this.target(path), options)
+    const target = this.target(path)
+    for (let attempt = 1; ; attempt++) {
+      const { exit } = await this.#rclone.run(['mkdir', target], options)
+      if (exit.exitCode === 0) return
+      // over SFTP, as elsewhere, it fails where somebody else makes one of them at the same moment
+      if (attempt < MKDIR_ATTEMPTS && !rcloneError(exit, { target }).retryable) continue
+      throw await this.#rclone.explain(exit, { target }, options.signal)
+    }
   }
 
   /**
@@ -228,27 +199,28 @@ export class RcloneHelper {
    * @param size the file's, in bytes: a server that moves by copying gets time for it
    */
   async moveTo(from: string, to: string, size: number, options: CallOptions = {}): Promise<void> {
-    const idleMs = this.#timeoutMs + (size / SLOWEST_COPY) * 1000
+    const idleMs = this.#rclone.timeoutMs + (size / SLOWEST_COPY) * 1000
     const { duplicateNames } = await this.features(options)
     // Else rclone removes what is there before it moves, and takes two files of one size and time for the same.
     const over = duplicateNames ? '--ignore-times' : '--no-check-dest'
     const target = this.target(to)
-    const move = (how: string) =>
-      this.#run(['moveto', how, this.target(from), target], { ...options, idleMs })
-    let { exit } = await move(over)
-    // some servers rename over nothing: SFTP without its POSIX extension
+    const move = (how: string, call: CallOptions) =>
+      this.#rclone.run(['moveto', how, this.target(from), target], { ...call, idleMs })
+    let { exit } = await move(over, options)
+    // Some servers rename over nothing, nor does rclone's sftp (1.60) anywhere. Then rclone removes what is there and
+    // renames, which is not to be given up in between.
     if (exit.exitCode !== 0 && over !== '--ignore-times' && !rcloneError(exit, { target }).retryable) {
-      ;({ exit } = await move('--ignore-times'))
+      ;({ exit } = await move('--ignore-times', {}))
     }
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
   }
 
   /** Removes a file. False where there is none, or a folder. */
   async deleteFile(path: string, options: CallOptions = {}): Promise<boolean> {
     const target = this.target(path)
-    const { exit } = await this.#run(['deletefile', target], options)
+    const { exit } = await this.#rclone.run(['deletefile', target], options)
     if (saysMissing(exit)) return false
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
     return true
   }
 
@@ -257,9 +229,9 @@ export class RcloneHelper {
     const { keepsParts } = await this.features(options)
     if (!keepsParts) return []
     const target = this.target(path)
-    const { exit, stdout } = await this.#run(['backend', 'list-multipart-uploads', target], options)
+    const { exit, stdout } = await this.#rclone.run(['backend', 'list-multipart-uploads', target], options)
     if (saysNoCommand(exit)) return []
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
     return parseUploads(stdout, path)
   }
 
@@ -268,9 +240,12 @@ export class RcloneHelper {
     const { keepsParts } = await this.features(options)
     if (!keepsParts) return
     const target = this.target(path)
-    const { exit } = await this.#run(['backend', 'cleanup', '-o', `max-age=${ANY_AGE}`, target], options)
+    const { exit } = await this.#rclone.run(
+      ['backend', 'cleanup', '-o', `max-age=${ANY_AGE}`, target],
+      options,
+    )
     if (exit.exitCode !== 0 && !saysNoCommand(exit)) {
-      throw await this.#explain(exit, { target }, options.signal)
+      throw await this.#rclone.explain(exit, { target }, options.signal)
     }
   }
 
@@ -278,148 +253,18 @@ export class RcloneHelper {
   async freeBytes(path: string, options: CallOptions = {}): Promise<number | undefined> {
     const { tellsSpace } = await this.features(options)
     if (!tellsSpace) return undefined
-    const { exit, stdout } = await this.#run(['about', '--json', this.target(path)], options)
+    const { exit, stdout } = await this.#rclone.run(['about', '--json', this.target(path)], options)
     if (exit.exitCode !== 0) return undefined // the backend can, but this server does not: it is told as unknown
-    const { free } = parseObject(stdout)
+    const { free } = parseObject(stdout, 'about')
     return typeof free === 'number' ? free : undefined
   }
-
-  async #readFeatures(options: CallOptions): Promise<RemoteFeatures> {
-    const target = this.target('')
-    const { Features } = parseObject(await this.#must(['backend', 'features', target], target, options))
-    const has = (name: string) => (Features as Record<string, unknown> | undefined)?.[name] === true
-    return {
-      streamingUpload: has('PutStream'),
-      duplicateNames: has('DuplicateFiles'),
-      tellsSpace: has('About'),
-      keepsParts: has('CleanUp'),
-    }
-  }
-
-  async #must(args: string[], target: string, options: CallOptions): Promise<string> {
-    const { exit, stdout } = await this.#run(args, options)
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target }, options.signal)
-    return stdout
-  }
-
-  /** Runs a command to its end. */
-  async #run(args: string[], options: RunOptions): Promise<{ exit: RcloneExit; stdout: string }> {
-    const { input } = options
-    const process = await this.#start(args, options, input !== undefined)
-    process.stdin?.end(input)
-    const output = text(process.stdout).catch(() => '') // destroyed when it is stopped
-    const exit = await process.exited
-    if (process.stopped) throw process.stopped
-    return { exit, stdout: await output }
-  }
-
-  async #start(args: string[], options: RunOptions, input: boolean): Promise<RcloneProcess> {
-    const { signal, idleMs = this.#timeoutMs, bare = false } = options
-    if (signal?.aborted) throw abortError(signal)
-    const env = bare ? baseEnvironment(this.#options) : await this.#environment()
-    return RcloneProcess.start([...args, ...this.#flags(args)], {
-      command: this.#options.command ?? 'rclone',
-      env,
-      redact: text => redact(text, this.#secrets),
-      idleMs,
-      input,
-      onCommand: this.#options.onCommand,
-      signal,
-    })
-  }
-
-  #flags(args: readonly string[]): string[] {
-    const { remoteName, remotes = {}, configFile = remoteName in remotes ? '' : undefined } = this.#options
-    const seconds = Math.ceil(this.#timeoutMs / 1000)
-    return [
-      ...(configFile === undefined ? [] : ['--config', configFile]),
-      ...['--retries', '1', '--low-level-retries', '3', '--contimeout', `${seconds}s`],
-      ...(args.includes('--timeout') ? [] : ['--timeout', `${seconds}s`]),
-      ...['--stats', '0', '--ask-password=false'],
-    ]
-  }
-
-  /** The environment with the given remotes; made once. */
-  #environment(): Promise<Record<string, string>> {
-    this.#env ??= this.#makeEnvironment().catch(error => {
-      this.#env = undefined
-      throw error
-    })
-    return this.#env
-  }
-
-  async #makeEnvironment(): Promise<Record<string, string>> {
-    const env = baseEnvironment(this.#options)
-    const { remotes = {} } = this.#options
-    if (Object.keys(remotes).length === 0) return env
-    const { exit, stdout } = await this.#run(['config', 'providers'], { bare: true })
-    if (exit.exitCode !== 0) throw await this.#explain(exit, { target: 'providers' }, undefined)
-    const variables = await remoteVariables(remotes, parseBackends(stdout), async password => {
-      const { exit, stdout } = await this.#run(['obscure', '-'], { bare: true, input: password })
-      if (exit.exitCode !== 0) throw rcloneError(exit, { target: 'a password' })
-      const obscured = stdout.trim()
-      this.#secrets.push(password, obscured) // anyone can turn it back
-      return obscured
-    })
-    return { ...env, ...variables }
-  }
-
-  /** The error of a command that failed; that of an rclone which is too old where that is the reason. */
-  async #explain(
-    exit: RcloneExit,
-    failed: FailedCommand,
-    signal: AbortSignal | undefined,
-  ): Promise<VarveError> {
-    const error = rcloneError(exit, failed)
-    if (this.#versionIsRight || error.code === 'COMMAND_MISSING') return error
-    try {
-      await this.version(signal ? { signal } : {})
-      return error
-    } catch (reason) {
-      return isVarveError(reason, 'INVALID_CONFIG') ? reason : error
-    }
-  }
 }
 
-/** Writes chunks to an rclone, a few at once. Resolves when it has taken all of them, and has been told so. */
-async function feed(
-  { stdin, watch, exited }: RcloneProcess,
-  chunks: AsyncIterable<Uint8Array>,
-  onTaken: RcatOptions['onTaken'],
-): Promise<void> {
-  if (stdin === null) throw new TypeError('this rclone has no input')
-  let waiting = 0
-  let wake: (() => void) | undefined
-  let held: Disposable | undefined = watch.hold()
-  exited.then(() => wake?.())
-  const taken = (chunk: Uint8Array, error: unknown) => {
-    waiting -= chunk.byteLength
-    watch.progress()
-    if (waiting === 0) held = watch.hold() // it is up to the source now
-    wake?.()
-    if (!error) onTaken?.(chunk)
-  }
-  for await (const chunk of chunks) {
-    waiting += chunk.byteLength
-    held?.[Symbol.dispose]()
-    held = undefined
-    stdin.write(chunk, error => taken(chunk, error))
-    while (waiting > MOST_WAITING && stdin.writable) {
-      await new Promise<void>(resolve => {
-        wake = resolve
-      })
-    }
-  }
-  held?.[Symbol.dispose]()
-  stdin.end()
-}
-
-function parseObject(json: string): Record<string, unknown> {
+/** The lines that an rclone prints, as they come. @throws why it was stopped, if it was */
+async function* linesOf(process: RcloneProcess): AsyncGenerator<string> {
   try {
-    const value: unknown = JSON.parse(json)
-    if (typeof value === 'object' && value !== null) return value as Record<string, unknown>
-  } catch {
-    // told below
+    yield* readLines(process.stdout)
+  } catch (error) {
+    throw process.stopped ?? error // its output was destroyed
   }
-  throw new VarveError('STORAGE_FAILED', `rclone printed something that is no JSON: ${json.slice(0, 80)}`)
 }

@@ -1,4 +1,6 @@
-import { VarveError } from '@varve/core'
+import { parseObject, unreadable } from './json-output.ts'
+
+const COMMAND = 'backend list-multipart-uploads'
 
 /** An upload in parts that has not come to an end, and of which there is no object. */
 export interface UnfinishedUpload {
@@ -17,10 +19,10 @@ export interface UnfinishedUpload {
 export function parseUploads(json: string, folder: string): UnfinishedUpload[] {
   const path = folder.replace(/^\//, '')
   const uploads: UnfinishedUpload[] = []
-  for (const [bucket, entries] of Object.entries(parse(json))) {
-    if (!Array.isArray(entries)) throw unreadable(json)
+  for (const [bucket, entries] of Object.entries(parseObject(json, COMMAND))) {
+    if (!Array.isArray(entries)) throw unreadable(json, COMMAND)
     for (const { Key, Initiated } of entries) {
-      if (typeof Key !== 'string' || typeof Initiated !== 'string') throw unreadable(json)
+      if (typeof Key !== 'string' || typeof Initiated !== 'string') throw unreadable(json, COMMAND)
       const below = pathBelow(path, `/${bucket}/${Key}`)
       if (below !== undefined) uploads.push({ path: below, begunAt: new Date(Initiated) })
     }
@@ -32,21 +34,4 @@ function pathBelow(folder: string, path: string): string | undefined {
   if (folder === '') return path.slice(1)
   const start = path.indexOf(`/${folder}/`) // a remote may itself begin somewhere in the bucket
   return start < 0 ? undefined : path.slice(start + folder.length + 2)
-}
-
-function parse(json: string): Record<string, unknown> {
-  try {
-    const value: unknown = JSON.parse(json)
-    if (typeof value === 'object' && value !== null) return value as Record<string, unknown>
-  } catch {
-    // told below
-  }
-  throw unreadable(json)
-}
-
-function unreadable(json: string): VarveError {
-  return new VarveError(
-    'STORAGE_FAILED',
-    `rclone backend list-multipart-uploads printed something else: ${JSON.stringify(json.slice(0, 80))}.`,
-  )
 }

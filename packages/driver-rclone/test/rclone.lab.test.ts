@@ -1,4 +1,4 @@
-import { chmod, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
+import { access, chmod, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
@@ -6,7 +6,7 @@ import { buffer } from 'node:stream/consumers'
 import { bytesBody, type CommandEvent, type StorageDriver } from '@varve/core'
 import { RcloneDriver, RcloneHelper } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
-import { describe, expect, onTestFinished, test } from 'vitest'
+import { describe, expect, onTestFinished, test, vi } from 'vitest'
 import { filesIn, folderTarget } from './rclone-target.ts'
 
 const never = new Promise<never>(() => undefined)
@@ -138,6 +138,38 @@ describe('an upload', () => {
     await driver.put('a/b', body)
     expect(body.faults).toEqual([])
     expect((await buffer(await driver.get('a/b'))).equals(patternBytes(4, 0, body.size))).toBe(true)
+  })
+
+  test('whose move breaks off after the former object was removed is moved all the same', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-moves-'))
+    onTestFinished(() => rm(folder, { recursive: true }))
+    // arguments: moveto, how, from, to, --config, the file
+    const { driver, path } = await beginWithScript(`
+      there() { rclone --config "$6" lsf "$4" > /dev/null 2>&1; }
+      case "$1 $2" in
+        "moveto --no-check-dest") if there "$@"; then echo "Move Rename failed: Failure" >&2; exit 1; fi;;
+        "moveto --ignore-times")
+          if mkdir ${folder}/broken; then rclone --config "$6" deletefile "$4"; echo "connection lost" >&2; exit 1; fi;;
+      esac`)
+    await driver.put('a/b', Readable.from([Buffer.from('former')]))
+    await driver.put('a/b', Readable.from([Buffer.from('new')])) // which cannot be uploaded again
+    expect(await readFile(join(path, 'a/b'), 'utf8')).toBe('new')
+    expect(await filesIn(path)).toHaveLength(1)
+  })
+
+  test('is not given up with another one that is', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-given-up-'))
+    onTestFinished(() => rm(folder, { recursive: true }))
+    const asked = join(folder, 'asked')
+    const { driver, path } = await beginWithScript(`case "$1" in backend) touch ${asked};; esac`)
+    const controller = new AbortController()
+    const given = driver.put('given-up', bytesBody(Buffer.from('x')), { signal: controller.signal })
+    const other = driver.put('other', bytesBody(Buffer.from('x')))
+    await vi.waitFor(() => access(asked), { interval: 5, timeout: 30_000 })
+    controller.abort()
+    await expect(given).rejects.toMatchObject({ code: 'ABORTED' })
+    await other
+    expect(await filesIn(path)).toEqual([{ name: 'other', size: 1 }])
   })
 
   test('to an rclone that takes nothing ends with TIMEOUT; a source that gives nothing is waited for', async () => {
