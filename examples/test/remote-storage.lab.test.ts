@@ -114,6 +114,7 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
       expect(comparison).toMatchObject({ identical: true })
     }
     expect(await sha256Content(disks.vda, 'qcow2')).toBe(sum)
-    expect(await writtenPrefix(disks.vdb, writer, await writer.writes())).toBeGreaterThanOrEqual(flushed)
+    const restored = { path: disks.vdb, format: 'qcow2' } as const
+    expect(await writtenPrefix(restored, writer, await writer.writes())).toBeGreaterThanOrEqual(flushed)
   })
 })

@@ -1,7 +1,5 @@
-import { join } from 'node:path'
 import { type Host, LibvirtHost } from '@varve/core'
 import {
-  createQcow2,
   type GuestProcess,
   type GuestWriter,
   type LabDomain,
@@ -10,6 +8,7 @@ import {
   writerBlockSize,
 } from '@varve/testkit/lab'
 import type { Screen } from './screen.ts'
+import type { Source } from './source.ts'
 import { assert } from './story.ts'
 import type { Subject } from './subject.ts'
 import { writtenPrefix } from './written-prefix.ts'
@@ -21,7 +20,7 @@ const SIZES = { vda: 64 * MEBIBYTE, vdb: 16 * MEBIBYTE }
 export class GuestSubject implements Subject {
   readonly instance = 'web-1'
   readonly host: Host
-  readonly disks: Readonly<Record<string, string>>
+  readonly source: Source
   readonly titles = {
     prepare: 'Boot a guest under libvirt and let it write',
     full: 'Full backup of the running guest, while it writes to both disks',
@@ -35,28 +34,19 @@ export class GuestSubject implements Subject {
   #flushed = 0
   #proven = ''
 
-  private constructor(lab: LibvirtLab, vm: LabDomain, disks: Record<string, string>, screen: Screen) {
-    this.host = new LibvirtHost({ uri: lab.uri })
-    this.disks = disks
+  private constructor(lab: LibvirtLab, vm: LabDomain, source: Source, screen: Screen) {
+    this.host = new LibvirtHost({ uri: lab.uri, ...source.connector })
+    this.source = source
     this.#vm = vm
     this.#screen = screen
   }
 
-  /** Defines the guest; its disks are in `folder`. */
-  static async create(lab: LibvirtLab, folder: string, screen: Screen): Promise<GuestSubject> {
-    const disks = { vda: join(folder, 'vda.qcow2'), vdb: join(folder, 'vdb.qcow2') }
-    await createQcow2(disks.vda, SIZES.vda)
-    await createQcow2(disks.vdb, SIZES.vdb)
-    const vm = await lab.createDomain({
-      name: 'web-1',
-      disks: Object.entries(disks).map(([target, path]) => ({
-        target,
-        path,
-        format: 'qcow2',
-        discard: 'unmap',
-      })),
-    })
-    return new GuestSubject(lab, vm, disks, screen)
+  /** Makes the disks and defines the guest. */
+  static async create(lab: LibvirtLab, source: Source, screen: Screen): Promise<GuestSubject> {
+    for (const [disk, size] of Object.entries(SIZES)) await source.create(disk, size)
+    const disks = Object.keys(SIZES).map(disk => source.labDisk(disk))
+    const vm = await lab.createDomain({ name: 'web-1', disks })
+    return new GuestSubject(lab, vm, source, screen)
   }
 
   async prepare(): Promise<void> {
@@ -131,18 +121,18 @@ export class GuestSubject implements Subject {
     return stdout.slice(0, 64)
   }
 
-  async proveOthers(restored: Readonly<Record<string, string>>): Promise<string[]> {
+  async proveOthers(): Promise<string[]> {
     const { step } = this.#bound()
-    const path = restored.vdb ?? ''
+    const restored = this.source.open('new-vdb')
     const writer = this.#writing()
     const writes = await writer.stop()
     this.#writer = undefined
     const shown = await step(`Looks for the guest's ${writes.length} writes in the restored vdb`, () =>
-      writtenPrefix(path, writer, writes),
+      writtenPrefix(restored, writer, writes),
     )
     assert(shown !== undefined, "The restored vdb holds something else than the guest's first writes.")
     assert(shown >= this.#flushed, `Of ${this.#flushed} flushed writes the backup holds ${shown}.`)
-    this.#proven = await sha256Content(path, 'qcow2')
+    this.#proven = await sha256Content(restored.path, restored.format)
     return [
       `the restored vdb is exactly the guest's first ${shown} of ${writes.length} writes, and all ${this.#flushed} flushed before the backup`,
     ]

@@ -1,19 +1,22 @@
 import { randomBytes } from 'node:crypto'
-import { copyFile, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { type Host, ImageHost } from '@varve/core'
-import { compareImages, createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
+import { compareImages, type DiskImage, qemuIo, sha256Content } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import type { Screen } from './screen.ts'
+import type { Source } from './source.ts'
 import { assert } from './story.ts'
 import type { Subject } from './subject.ts'
 
 const MEBIBYTE = 1024 * 1024
+const DISKS = ['vda', 'vdb']
 
 /** Two disk images, with qemu-io as the writer: for machines on which libvirt cannot run. */
 export class ImageSubject implements Subject {
   readonly instance = 'web-1'
   readonly host: Host
-  readonly disks: Readonly<Record<string, string>>
+  readonly source: Source
   readonly titles = {
     prepare: 'Make two disk images',
     full: 'Full backup',
@@ -24,18 +27,19 @@ export class ImageSubject implements Subject {
   readonly #folder: string
   readonly #screen: Screen
 
-  constructor(folder: string, screen: Screen) {
+  constructor(folder: string, source: Source, screen: Screen) {
     this.#folder = folder
     this.#screen = screen
-    this.disks = { vda: join(folder, 'vda.qcow2'), vdb: join(folder, 'vdb.qcow2') }
-    this.host = new ImageHost({ instance: this.instance, disks: this.disks })
+    this.source = source
+    const disks = Object.fromEntries(DISKS.map(disk => [disk, source.path(disk)]))
+    this.host = new ImageHost({ instance: this.instance, disks, ...source.connector })
   }
 
   async prepare(): Promise<void> {
     const random = join(this.#folder, 'random')
     await this.#screen.step('vda 1 GiB with 256 MiB of random data, vdb 64 MiB with a pattern', async () => {
-      await createQcow2(this.#path('vda'), 1024 * MEBIBYTE)
-      await createQcow2(this.#path('vdb'), 64 * MEBIBYTE)
+      await this.source.create('vda', 1024 * MEBIBYTE)
+      await this.source.create('vdb', 64 * MEBIBYTE)
       for (let at = 0; at < 256; at += 64) {
         await writeFile(random, randomBytes(64 * MEBIBYTE))
         await this.#io('vda', `write -s ${random} ${at * 3}M 64M`)
@@ -60,15 +64,18 @@ export class ImageSubject implements Subject {
   }
 
   sum(): Promise<string> {
-    return sha256Content(this.#path('vda'), 'qcow2')
+    const { path, format } = this.source.open('vda')
+    return sha256Content(path, format)
   }
 
-  async proveOthers(restored: Readonly<Record<string, string>>): Promise<string[]> {
-    for (const name of Object.keys(this.disks)) {
+  async proveOthers(): Promise<string[]> {
+    for (const name of DISKS) {
+      const disk = this.source.open(name)
       await this.#screen.step(`qemu-img compare of ${name} and what was restored`, () =>
-        this.#assertSame(this.#path(name), restored[name] ?? ''),
+        this.#assertSame(disk, this.source.open(`new-${name}`)),
       )
-      await copyFile(this.#path(name), this.#copy(name))
+      const copy = this.#copy(name)
+      await execa('qemu-img', ['convert', '-f', disk.format, '-O', copy.format, disk.path, copy.path])
     }
     return ['both restored images are what the disks hold: qemu-img compare']
   }
@@ -83,31 +90,25 @@ export class ImageSubject implements Subject {
   async proveRestored(sum: string): Promise<string[]> {
     const found = await this.#screen.step('SHA-256 of vda', () => this.sum())
     assert(found === sum, `vda has the SHA-256 ${found}, not ${sum}.`)
-    for (const name of Object.keys(this.disks)) {
+    for (const name of DISKS) {
       await this.#screen.step(`qemu-img compare of ${name} with a copy from before the disaster`, () =>
-        this.#assertSame(this.#path(name), this.#copy(name)),
+        this.#assertSame(this.source.open(name), this.#copy(name)),
       )
     }
     return ['the images are what they were before they were overwritten: qemu-img compare, and SHA-256']
   }
 
-  async #assertSame(path: string, other: string): Promise<void> {
-    const { identical, message } = await compareImages(
-      { path, format: 'qcow2' },
-      { path: other, format: 'qcow2' },
-    )
-    assert(identical, `${path} and ${other} differ: ${message}`)
+  async #assertSame(image: DiskImage, other: DiskImage): Promise<void> {
+    const { identical, message } = await compareImages(image, other)
+    assert(identical, `${image.path} and ${other.path} differ: ${message}`)
   }
 
   #io(disk: string, ...commands: string[]): Promise<string> {
-    return qemuIo(this.#path(disk), 'qcow2', commands)
+    const { path, format } = this.source.open(disk)
+    return qemuIo(path, format, commands)
   }
 
-  #path(disk: string): string {
-    return this.disks[disk] ?? ''
-  }
-
-  #copy(disk: string): string {
-    return join(this.#folder, `before-${disk}.qcow2`)
+  #copy(disk: string): DiskImage {
+    return { path: join(this.#folder, `before-${disk}.qcow2`), format: 'qcow2' }
   }
 }

@@ -3,19 +3,25 @@ import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { errorMessage } from '@varve/core'
-import { libvirtAvailable, startLibvirt } from '@varve/testkit/lab'
+import { type LibvirtLab, libvirtAvailable, startLibvirt } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { formatDuration } from '../../packages/cli/src/time-text.ts'
 import { GuestSubject } from './guest-subject.ts'
 import { ImageSubject } from './image-subject.ts'
 import { Screen } from './screen.ts'
+import { SOURCES, type Source } from './source.ts'
 import { STORES, type Store } from './store.ts'
 import { tellStory } from './story.ts'
 
 const { values: options } = parseArgs({
-  options: { image: { type: 'boolean' }, storage: { type: 'string', default: 'local' } },
+  options: {
+    image: { type: 'boolean' },
+    source: { type: 'string', default: 'qcow2' },
+    storage: { type: 'string', default: 'local' },
+  },
 })
-const openStore = STORES.get(options.storage) ?? unknownStorage(options.storage)
+const openStore = STORES.get(options.storage) ?? unknown('storage', options.storage, STORES)
+const openSource = SOURCES.get(options.source) ?? unknown('source', options.source, SOURCES)
 const asked = { available: false, reason: 'It was asked for images.' } as const
 const { signal, ...giveUp } = endSignal()
 const screen = new Screen(signal)
@@ -44,7 +50,8 @@ async function showGuest(): Promise<void> {
   const folder = join(lab.root, 'demo')
   await mkdir(folder)
   await using store = await openTheStore(folder)
-  const subject = await GuestSubject.create(lab, folder, screen)
+  await using source = await openTheSource(folder, lab)
+  const subject = await GuestSubject.create(lab, source, screen)
   await tellStory({ subject, store, folder, screen, signal })
 }
 
@@ -55,19 +62,27 @@ async function openTheStore(folder: string): Promise<Store> {
   return store
 }
 
+async function openTheSource(folder: string, lab?: LibvirtLab): Promise<Source> {
+  const source = await openSource(folder, lab)
+  screen.print(screen.dim(`    The disks are ${source.title}`))
+  return source
+}
+
 async function showImages(reason: string): Promise<void> {
   screen.print(`\n    No virtual machine here: ${reason} The same job on disk images:`)
   const folder = await mkdtemp(join(tmpdir(), 'varve-demo-'))
   try {
     await using store = await openTheStore(folder)
-    await tellStory({ subject: new ImageSubject(folder, screen), store, folder, screen, signal })
+    await using source = await openTheSource(folder)
+    const subject = new ImageSubject(folder, source, screen)
+    await tellStory({ subject, store, folder, screen, signal })
   } finally {
     await rm(folder, { recursive: true })
   }
 }
 
-function unknownStorage(name: string): never {
-  console.error(`There is no storage ${name}. Choose one of: ${[...STORES.keys()].join(', ')}.`)
+function unknown(what: string, name: string, known: ReadonlyMap<string, unknown>): never {
+  console.error(`There is no ${what} ${name}. Choose one of: ${[...known.keys()].join(', ')}.`)
   process.exit(2)
 }
 

@@ -1,20 +1,21 @@
-import { readFile, rm } from 'node:fs/promises'
-import { type GuestWrite, type GuestWriter, writerBlockSize } from '@varve/testkit/lab'
-import { execa } from 'execa'
+import {
+  type DiskImage,
+  type GuestWrite,
+  type GuestWriter,
+  readContent,
+  writerBlockSize,
+} from '@varve/testkit/lab'
 
 /**
  * How many of the guest's writes an image shows, when it shows the first so many of them and nothing else:
  * that is what a disk holds whose power was cut. Undefined when it shows anything else.
  */
 export async function writtenPrefix(
-  path: string,
+  image: DiskImage,
   writer: GuestWriter,
   writes: readonly GuestWrite[],
 ): Promise<number | undefined> {
-  const raw = `${path}.raw`
-  await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', path, raw])
-  const actual = await readFile(raw)
-  await rm(raw)
+  const actual = await readContent(image)
   const isAsIn = (expected: Buffer, block: number) =>
     actual.compare(expected, 0, writerBlockSize, block * writerBlockSize, (block + 1) * writerBlockSize) === 0
 

@@ -1,5 +1,4 @@
-import { randomUUID } from 'node:crypto'
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -38,14 +37,7 @@ let events: VarveEvent[]
 beforeAll(async () => {
   site = await RbdSite.start()
   lab = await startLibvirt()
-  secretUuid = randomUUID()
-  const definition = join(lab.root, 'secret.xml')
-  await writeFile(
-    definition,
-    `<secret ephemeral='no' private='no'><uuid>${secretUuid}</uuid><usage type='ceph'><name>client.varve secret</name></usage></secret>`,
-  )
-  await lab.virsh(['secret-define', definition])
-  await lab.virsh(['secret-set-value', secretUuid, site.user.secret])
+  secretUuid = await lab.defineCephSecret(site.user.secret)
   // No configuration of Ceph's: all that is needed is in the domain and in libvirt's secret.
   host = new LibvirtHost({ uri: lab.uri, rbd: new CephConnector({ conf: '/dev/null' }) })
 })

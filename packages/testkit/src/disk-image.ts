@@ -8,6 +8,12 @@ const timeout = 120_000
 /** The image formats that the lab deals with. */
 export type ImageFormat = 'qcow2' | 'raw'
 
+/** An image file, or what QEMU takes for one, such as `rbd:pool/image:conf=/etc/ceph/ceph.conf`. */
+export interface DiskImage {
+  readonly path: string
+  readonly format: ImageFormat
+}
+
 /** Makes an empty qcow2 image of `size` bytes. */
 export async function createQcow2(path: string, size: number): Promise<void> {
   await execa('qemu-img', ['create', '-q', '-f', 'qcow2', path, String(size)], { timeout })
@@ -36,8 +42,8 @@ export async function qemuIo(
 
 /** Whether `qemu-img compare` finds the same content, and what it says. */
 export async function compareImages(
-  first: { readonly path: string; readonly format: ImageFormat },
-  second: { readonly path: string; readonly format: ImageFormat },
+  first: DiskImage,
+  second: DiskImage,
 ): Promise<{ identical: boolean; message: string }> {
   const args = ['compare', '-f', first.format, '-F', second.format, first.path, second.path]
   const { exitCode, stdout, stderr } = await execa('qemu-img', args, { reject: false, timeout })
@@ -60,12 +66,23 @@ export async function sha256File(path: string): Promise<string> {
 /** SHA-256 of the content that a guest sees in an image, in hex: what `sha256sum /dev/vda` prints there. */
 export async function sha256Content(path: string, format: ImageFormat): Promise<string> {
   const hash = createHash('sha256')
-  // qemu-img cannot write into a pipe; nbdcopy reads any format through a qemu-nbd of its own.
-  const copy = execa(
-    'nbdcopy',
-    ['--', '[', 'qemu-nbd', '--read-only', '--persistent', '-f', format, path, ']', '-'],
-    { timeout, buffer: false, encoding: 'buffer' },
-  )
+  const copy = execa('nbdcopy', toStandardOutput(path, format), {
+    timeout,
+    buffer: false,
+    encoding: 'buffer',
+  })
   await Promise.all([copy, pipeline(copy.stdout, hash)])
   return hash.digest('hex')
+}
+
+/** The content that a guest sees in an image, all of it in memory. */
+export async function readContent({ path, format }: DiskImage): Promise<Buffer> {
+  const args = toStandardOutput(path, format)
+  const { stdout } = await execa('nbdcopy', args, { timeout, encoding: 'buffer', maxBuffer: 2 ** 30 })
+  return Buffer.from(stdout.buffer, stdout.byteOffset, stdout.byteLength)
+}
+
+/** qemu-img cannot write into a pipe; nbdcopy reads any format through a qemu-nbd of its own. */
+function toStandardOutput(path: string, format: ImageFormat): string[] {
+  return ['--', '[', 'qemu-nbd', '--read-only', '--persistent', '-f', format, path, ']', '-']
 }

@@ -1,4 +1,5 @@
-import { mkdir, mkdtemp, rm } from 'node:fs/promises'
+import { randomUUID } from 'node:crypto'
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import os from 'node:os'
 import path from 'node:path'
 import { execa } from 'execa'
@@ -59,6 +60,19 @@ export class LibvirtLab implements AsyncDisposable {
    */
   openDomain(name: string): Promise<LabDomain> {
     return openLabDomain(this, name)
+  }
+
+  /** Makes the key of a cephx user a secret of libvirt's and returns the secret's uuid, for {@link LabDisk.rbd}. */
+  async defineCephSecret(key: string): Promise<string> {
+    const uuid = randomUUID()
+    const definition = path.join(this.root, `${uuid}.xml`)
+    await writeFile(
+      definition,
+      `<secret ephemeral='no' private='no'><uuid>${uuid}</uuid><usage type='ceph'><name>${uuid}</name></usage></secret>`,
+    )
+    await this.virsh(['secret-define', definition])
+    await this.virsh(['secret-set-value', uuid, key])
+    return uuid
   }
 
   /** A power cut of the host: all domains and the daemon die at once, then the daemon starts anew. */
