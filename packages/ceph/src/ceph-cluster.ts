@@ -25,8 +25,10 @@ import {
   type ImageInfo,
   type ImageLayout,
   type ListedSnapshot,
+  parseClones,
   parseInfo,
   parseMetadata,
+  parseNames,
   parseSnapshots,
   parseWatchers,
 } from './image-info.ts'
@@ -52,7 +54,7 @@ export class CephCluster implements RbdCluster {
   }
 
   async image(image: string, run: RunOptions = {}): Promise<RbdImage> {
-    const [{ id, size }, snapshots, metadata] = await Promise.all([
+    const [{ id, size, flags }, snapshots, metadata] = await Promise.all([
       this.#info(image, run),
       this.#snapshots(image, run),
       this.#metadata(image, run),
@@ -62,6 +64,7 @@ export class CephCluster implements RbdCluster {
       size,
       snapshots: snapshots.map(({ name, id }) => ({ name, id })),
       metadata: new Map([...metadata].filter(([key]) => key.startsWith(METADATA))),
+      objectMapInvalid: flags.includes('object map invalid'),
     }
   }
 
@@ -99,6 +102,16 @@ export class CephCluster implements RbdCluster {
     ]
     const env = connectionEnvironment(this.#connection)
     return exportDiff({ ...run, args, env, image, snapshot, from })
+  }
+
+  async imagesBeside(image: string, run: RunOptions = {}): Promise<string[]> {
+    const pool = image.slice(0, image.lastIndexOf('/'))
+    const names = parseNames(await this.#rbd.json(run, ['ls'], { image, isPool: true }))
+    return names.map(name => `${pool}/${name}`)
+  }
+
+  async clones(image: string, run: RunOptions = {}): Promise<string[]> {
+    return parseClones(await this.#rbd.json(run, ['children'], { image }))
   }
 
   async isOpen(image: string, run: RunOptions = {}): Promise<boolean> {
@@ -217,6 +230,15 @@ export class CephCluster implements RbdCluster {
         'RBD_SNAPSHOT_PROTECTED',
         `The RBD image ${image} is not removed, as its snapshot ${held.name} is protected: clones rest on it or may. "rbd children ${image}@${held.name}" shows them.`,
         { context },
+      )
+    }
+    // A snapshot that clones of version 2 rest on can be removed, but is kept out of sight, and the image cannot go.
+    const [clone] = await this.clones(image, run)
+    if (clone !== undefined) {
+      throw new VarveError(
+        'RBD_SNAPSHOT_PROTECTED',
+        `The RBD image ${image} is not removed, as the clone ${clone} rests on it. Flatten the clone (rbd flatten) or remove it, then remove the image.`,
+        { context: { ...context, clone } },
       )
     }
     if (await this.isOpen(image, run)) {

@@ -11,11 +11,18 @@ const infoShape = z.object({
   stripe_unit: size.optional(),
   stripe_count: size.optional(),
   data_pool: z.string().optional(),
+  flags: z.array(z.string()).default([]),
 })
 
 const snapshotShape = z.array(z.object({ id: size, name: z.string(), protected: z.enum(['true', 'false']) }))
 
 const metadataShape = z.record(z.string(), z.string())
+
+const namesShape = z.array(z.string())
+
+const clonesShape = z.array(
+  z.object({ pool: z.string(), pool_namespace: z.string().default(''), image: z.string() }),
+)
 
 const statusShape = z.object({ watchers: z.array(z.unknown()).default([]) })
 
@@ -26,6 +33,8 @@ export interface ImageInfo {
   /** In bytes. */
   readonly size: number
   readonly layout: ImageLayout
+  /** Such as `object map invalid`. */
+  readonly flags: readonly string[]
 }
 
 /** How the objects of an image are made. */
@@ -53,6 +62,7 @@ export function parseInfo(json: string): ImageInfo {
   return {
     id: info.id,
     size: info.size,
+    flags: info.flags,
     layout: {
       features: info.features,
       objectSize: info.object_size,
@@ -76,6 +86,18 @@ export function parseSnapshots(json: string): ListedSnapshot[] {
 export function parseMetadata(json: string): Map<string, string> {
   if (json === '') return new Map() // there is none
   return new Map(Object.entries(parse('rbd image-meta ls', metadataShape, json)))
+}
+
+/** What `rbd ls` printed. @throws RBD_FAILED */
+export function parseNames(json: string): string[] {
+  return parse('rbd ls', namesShape, json)
+}
+
+/** What `rbd children` printed: each clone as `<pool>/[<namespace>/]<image>`. @throws RBD_FAILED */
+export function parseClones(json: string): string[] {
+  return parse('rbd children', clonesShape, json).map(({ pool, pool_namespace: namespace, image }) =>
+    [pool, ...(namespace === '' ? [] : [namespace]), image].join('/'),
+  )
 }
 
 /** How many clients have the image open, by what `rbd status` printed. @throws RBD_FAILED */

@@ -28,13 +28,17 @@ export function parseImageName(text: string): ImageName {
  * @throws INVALID_ARGUMENT
  */
 export function imageArguments(image: string, snapshot?: string): string[] {
-  const name = parseImageName(image)
   return [
-    `--pool=${name.pool}`,
-    ...(name.namespace === undefined ? [] : [`--namespace=${name.namespace}`]),
-    `--image=${name.image}`,
+    ...poolArguments(image),
+    `--image=${parseImageName(image).image}`,
     ...(snapshot === undefined ? [] : [`--snap=${checkedSnapshot(snapshot)}`]),
   ]
+}
+
+/** The options of `rbd` that name the pool, and the namespace, of an image. @throws INVALID_ARGUMENT */
+export function poolArguments(image: string): string[] {
+  const { pool, namespace } = parseImageName(image)
+  return [`--pool=${pool}`, ...(namespace === undefined ? [] : [`--namespace=${namespace}`])]
 }
 
 /** @throws INVALID_ARGUMENT */

@@ -1,6 +1,6 @@
 import { isVarveError, type RunOptions, runCommand } from '@varve/core'
 import { type CephConnection, connectionArguments, connectionEnvironment } from './connection.ts'
-import { imageArguments } from './image-name.ts'
+import { imageArguments, poolArguments } from './image-name.ts'
 import { rbdError } from './rbd-error.ts'
 
 /** How long a command may take that does the same for any image, in milliseconds. */
@@ -19,6 +19,8 @@ export interface RbdSubject {
   readonly target?: string
   /** Whether it goes through all of the image. Default: false. */
   readonly isLong?: boolean
+  /** Whether it is about the whole pool, or namespace, of the image. Default: false. */
+  readonly isPool?: boolean
 }
 
 /** The `rbd` program on one connection, and its errors as the SDK's own. */
@@ -36,11 +38,11 @@ export class Rbd {
 
   /** Runs a command on an image. @throws those of {@link rbdError}, and those of a program that does not start or end */
   async run(run: RunOptions, command: readonly string[], subject: RbdSubject): Promise<string> {
-    const { image, snapshot, more = [], target, isLong = false } = subject
+    const { image, snapshot, more = [], target, isLong = false, isPool = false } = subject
     const label = ['rbd', ...command.filter(word => !word.startsWith('-'))].join(' ')
     const args = [
       ...command,
-      ...imageArguments(image, snapshot),
+      ...(isPool ? poolArguments(image) : imageArguments(image, snapshot)),
       ...connectionArguments(this.#connection),
       ...more,
     ]

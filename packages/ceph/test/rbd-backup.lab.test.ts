@@ -6,6 +6,7 @@ import {
   BackupPipeline,
   type BackupRequest,
   ChainManager,
+  findOrphans,
   type Host,
   ImageHost,
   RestorePipeline,
@@ -17,6 +18,8 @@ import { LocalDriver } from '@varve/driver-local'
 import { checkQcow2, createQcow2, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { newBackupId } from '../../core/src/backup-id.ts'
+import { DiskLock } from '../../core/src/disk-lock.ts'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 
@@ -276,6 +279,68 @@ test('a backup that fails leaves no snapshot, and the next increment rests on th
   expectSame(await restoredBytes(next), await site.bytes(image))
 })
 
+test('the snapshot of a backup that is deleted or pruned goes with it, where the host is known', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const chains = new ChainManager({ storage, host: hostOf(disks) })
+  const full = await backup(disks)
+  const second = await backup(disks)
+  await chains.delete(second.id, run)
+  expect(await snapshots(image)).toEqual([`varve-${full.id}`])
+  await site.write(image, 'write -P 1 0 1M')
+  const third = await backup(disks)
+  expect([third.kind, third.parent]).toEqual(['incremental', full.id])
+  expectSame(await restoredBytes(third), await site.bytes(image))
+
+  const other = await backup(disks, { type: 'full', rbdSnapshots: 9 })
+  expect(await snapshots(image)).toEqual([full, third, other].map(({ id }) => `varve-${id}`))
+  await chains.prune({ keepLast: 1 }, { dryRun: true })
+  expect(await snapshots(image)).toHaveLength(3)
+  const { removed } = await chains.prune({ keepLast: 1 }, run)
+  expect(removed).toHaveLength(2)
+  expect(await snapshots(image)).toEqual([`varve-${other.id}`])
+  expect(events.filter(({ type }) => type === 'warning')).toEqual([])
+})
+
+test('a backup is deleted also where its snapshot has to stay, which is told of', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const full = await backup(disks)
+  const second = await backup(disks)
+  const warnings = () => events.flatMap(event => (event.type === 'warning' ? [event.message] : []))
+  const unreachable = new CephConnector({ conf: '/dev/null', monitors: ['127.0.0.1:1'], timeoutMs: 1000 })
+  const away = new ImageHost({ instance: 'web-1', disks, rbd: unreachable })
+  await new ChainManager({ storage, host: away }).delete(second.id, run)
+  expect(warnings()).toEqual([expect.stringContaining(`varve-${second.id} of the RBD image ${image} stays`)])
+  expect((await new ChainManager({ storage }).list()).backups).toHaveLength(1)
+
+  // A run holds the disk.
+  await using _lock = await DiskLock.acquire([disks.vda])
+  await new ChainManager({ storage, host: hostOf(disks) }).delete(full.id, run)
+  expect(warnings()).toHaveLength(2)
+  expect(await snapshots(image)).toEqual([`varve-${full.id}`, `varve-${second.id}`])
+})
+
+test('snapshots and images that no run and no backup knows are found, and left alone', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await backup(disks)
+  const [old, now] = ['20250102-030405-006-abcdef', newBackupId()]
+  const make = (...args: string[]) => site.ceph.run('rbd', ...args)
+  await make('snap', 'create', '--no-progress', `${image}@varve-${old}`)
+  await make('snap', 'create', '--no-progress', `${image}@varve-${now}`) // another machine may be at it
+  await make('snap', 'create', '--no-progress', `${image}@varve-mine`)
+  await make('create', '--size', '1M', `${image}.varve-restore-${old}`)
+  await make('create', '--size', '1M', `${image}.varve-replaced-${now}`)
+  await make('create', '--size', '1M', `${image}0.varve-restore-${old}`) // of an image that nobody has backed up
+  const options = { host: hostOf(disks), storages: [storage], stateDir: stateDir() }
+  expect(await findOrphans(options)).toEqual([
+    { image, snapshot: `varve-${old}`, run: old },
+    { image: `${image}.varve-restore-${old}`, run: old },
+  ])
+  expect(await snapshots(image)).toHaveLength(4)
+})
+
 test('snapshots of backups that were deleted go with the next backup', async () => {
   const image = await site.create(8 * MIB)
   const disks = { vda: `rbd:${image}` }
@@ -285,6 +350,66 @@ test('snapshots of backups that were deleted go with the next backup', async () 
   const third = await backup(disks)
   expect(third.parent).toBe(full.id)
   expect(await snapshots(image)).toEqual([`varve-${full.id}`, `varve-${third.id}`])
+})
+
+test('an image with clones is not replaced, and its backups go on', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 4M')
+  const full = await backup(disks)
+  const [clone, old] = [site.newImage(), site.newImage()]
+  const first = `${image}@varve-${full.id}`
+  await site.ceph.run('rbd', 'clone', '--rbd-default-clone-format', '2', first, clone)
+  const wanted = await site.bytes(image)
+  await site.write(image, 'write -P 2 0 1M')
+  const before = await site.bytes(image)
+  const over: RestoreRequest = { backup: full.id, to: { disks, overwrite: true } }
+  await expect(restore(over)).rejects.toMatchObject({
+    code: 'RBD_SNAPSHOT_PROTECTED',
+    context: { clone },
+  })
+  expectSame(await site.bytes(image), before)
+  await backup(disks)
+  const third = await backup(disks) // the snapshot of the first one goes, as far as Ceph lets it
+  expect(await snapshots(image)).not.toContain(`varve-${full.id}`)
+  await expect(restore(over)).rejects.toMatchObject({ code: 'RBD_SNAPSHOT_PROTECTED' })
+  await restore({ ...over, to: { disks }, inPlace: true })
+  expectSame(await site.bytes(image), wanted)
+  expectSame(await site.bytes(clone), wanted)
+
+  // A clone of version 1 needs a snapshot that is protected, and so stays.
+  const again = await backup(disks)
+  await site.ceph.run('rbd', 'snap', 'protect', `${image}@varve-${again.id}`)
+  await site.ceph.run('rbd', 'clone', '--rbd-default-clone-format', '1', `${image}@varve-${again.id}`, old)
+  await backup(disks)
+  const last = await backup(disks)
+  expect(last.kind).toBe('incremental')
+  expect(events).toContainEqual({
+    type: 'warning',
+    message: expect.stringContaining(`varve-${again.id} of ${image} is protected`),
+  })
+  expect(await snapshots(image)).toContain(`varve-${again.id}`)
+  expect(third.kind).toBe('incremental')
+  expect(await recover({ stateDir: stateDir(), storages: [storage], rbd })).toEqual({ runs: [], ok: true })
+})
+
+test('an image whose object map Ceph has found to be wrong is backed up right, and told of', async () => {
+  const image = await site.create(16 * MIB, '--object-size', '1M')
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 9M')
+  await backup(disks)
+  await site.write(image, 'write -P 2 8M 4M', 'discard 0 1M')
+  const { id } = await site.cluster.image(image)
+  await site.ceph.run('rados', '-p', 'vms', 'rm', `rbd_object_map.${id}`)
+  await site.write(image, 'write -P 3 5M 64k') // whoever takes the lock looks for the map
+  expect(await site.ceph.run('rbd', 'info', image)).toContain('object map invalid')
+  const next = await backup(disks)
+  expect(next.kind).toBe('incremental')
+  expectSame(await restoredBytes(next), await site.bytes(image))
+  expect(events).toContainEqual({
+    type: 'warning',
+    message: expect.stringContaining('rbd object-map rebuild'),
+  })
 })
 
 test('a stream or an index that was changed is refused, and nothing is restored', async () => {

@@ -1,5 +1,5 @@
 import { resolve } from 'node:path'
-import { RBD_PREFIX, type RbdConnector, type RunOptions, type StorageDriver } from '@varve/core'
+import { LibvirtHost, RBD_PREFIX, type RbdConnector, type RunOptions, type StorageDriver } from '@varve/core'
 import { cephConnector } from './ceph-settings.ts'
 import { type Config, loadConfig, openStorage } from './config.ts'
 import { EXIT, type ExitCode } from './exit-code.ts'
@@ -78,6 +78,11 @@ export class Session {
     const { path: configPath, ceph = {} } = await this.config()
     const { env } = this.terminal
     return cephConnector(ceph, key => readSecret(key, { configPath, field: 'ceph.key', env }))
+  }
+
+  /** The host of instances under libvirt, and of RBD images by their names. @throws INVALID_CONFIG */
+  async libvirtHost(uri: string | undefined): Promise<LibvirtHost> {
+    return new LibvirtHost({ uri: await this.libvirtUri(uri), rbd: await this.rbd() })
   }
 
   /**

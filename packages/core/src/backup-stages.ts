@@ -148,8 +148,13 @@ async function snapshotImages(
   const disks = images.map(({ name, image }) => ({ disk: name, image }))
   await journal.record({ step: 'rbd-snapshot', snapshot, disks })
   const taken = new Map<string, RbdSnapshot>()
-  for (const { name, image, cluster } of images)
+  for (const { name, image, cluster, state } of images) {
+    if (state.objectMapInvalid) {
+      const message = `Ceph has found the object map of ${image} to be wrong and goes without it: the backup is right, but slower than need be. Rebuild it: rbd object-map rebuild ${image}`
+      emit(run, { type: 'warning', message })
+    }
     taken.set(name, await cluster.createSnapshot(image, snapshot, run))
+  }
   return taken
 }
 

@@ -11,8 +11,11 @@ import {
 } from './backups.ts'
 import { type ChainWalk, indexChains, walkChain } from './chain.ts'
 import { deleteBackup } from './delete-backup.ts'
+import type { Host } from './host.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
 import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
+import { removeSnapshotsOf } from './remove-snapshots.ts'
+import type { RunOptions } from './run-options.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
 import { type VerifyProgress, type VerifyReport, verifyChain } from './verify-chain.ts'
@@ -23,6 +26,11 @@ const never: AbortSignal = new AbortController().signal
 export interface ChainManagerOptions {
   /** Where the backups are. */
   storage: StorageDriver
+  /**
+   * Where the instances live. With it, `delete` and `prune` also remove the snapshots of what they delete from RBD
+   * images. Default: those go with the next backup to the same storage.
+   */
+  host?: Host
 }
 
 /** How to verify. */
@@ -41,9 +49,11 @@ export interface VerifyOptions {
  */
 export class ChainManager {
   readonly #storage: StorageDriver
+  readonly #host: Host | undefined
 
   constructor(options: ChainManagerOptions) {
     this.#storage = options.storage
+    this.#host = options.host
   }
 
   /** The backups on the storage, oldest first, and the manifests that cannot be used. */
@@ -97,12 +107,14 @@ export class ChainManager {
   /**
    * Removes a backup. Its manifest goes first: a deletion that breaks off leaves garbage and no broken backup.
    * A manifest that cannot be read does not tell its parent, so it protects every older backup of its chain.
+   * A snapshot that cannot be removed, as the cluster is away or the disk is held by a run, is told of by a warning.
    *
    * @throws BACKUP_NOT_FOUND, also for an upload under way
    * @throws CHAIN_DEPENDENCY where other backups rest on it: `context.children` has their ids, newest first
    */
-  async delete(backupId: string, options: CallOptions = {}): Promise<void> {
-    await deleteBackup(this.#storage, backupId, options.signal ?? never)
+  async delete(backupId: string, options: RunOptions = {}): Promise<void> {
+    const deleted = await deleteBackup(this.#storage, backupId, options.signal ?? never)
+    if (deleted && this.#host) await removeSnapshotsOf(deleted.manifest, this.#host, options)
   }
 
   /**
@@ -112,8 +124,12 @@ export class ChainManager {
    *
    * @throws INVALID_ARGUMENT for a policy that keeps nothing
    */
-  prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
-    return prune(this.#storage, policy, options.dryRun ?? false, options.signal ?? never)
+  async prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
+    const { dryRun = false, ...run } = options
+    const report = await prune(this.#storage, policy, dryRun, run.signal ?? never)
+    if (!dryRun && this.#host)
+      for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#host, run)
+    return report
   }
 
   async #walk(

@@ -1,18 +1,23 @@
-import { hasManifest, locateBackup, readCatalog } from './backups.ts'
+import { hasManifest, locateBackup, readCatalog, type StoredBackup } from './backups.ts'
 import { chainOf, dependentsOf, indexChains } from './chain.ts'
 import { VarveError } from './errors.ts'
 import { DEFAULT_GARBAGE_AGE_MS, isStillGarbage } from './garbage.ts'
 import { removeBackup } from './remove-backup.ts'
 import type { StorageDriver } from './storage.ts'
 
-/** Removes one backup, unless another rests on it. See `ChainManager.delete`. */
-export async function deleteBackup(storage: StorageDriver, id: string, signal: AbortSignal): Promise<void> {
+/** Removes one backup, unless another rests on it, and returns what it was as far as that can be read. See `ChainManager.delete`. */
+export async function deleteBackup(
+  storage: StorageDriver,
+  id: string,
+  signal: AbortSignal,
+): Promise<StoredBackup | undefined> {
   const located = await locateBackup(storage, id, signal)
   const { folder, chain } = located
   const children = dependentsOf(folder, indexChains(chain))
   if (children.length > 0) throw chainDependency(id, children)
   if (!hasManifest(located)) await assertLeftover(storage, id, folder, signal)
-  if (await removeBackup(storage, folder, chain.objects, signal)) return
+  if (await removeBackup(storage, folder, chain.objects, signal))
+    return chain.backups.find(backup => backup.folder === folder)
   const now = await readCatalog(storage, `${chainOf(folder)}/`, signal)
   throw chainDependency(id, dependentsOf(folder, indexChains(now)))
 }

@@ -18,6 +18,7 @@ export * from './chain-manager.ts'
 export { type CommandOptions, type CommandResult, runCommand } from './command.ts'
 export * from './errors.ts'
 export * from './events.ts'
+export { type FindOrphansOptions, findOrphans, type RbdOrphan } from './find-orphans.ts'
 export type { GarbageFolder } from './garbage.ts'
 export * from './giving-up.ts'
 export type {

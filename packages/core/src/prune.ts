@@ -11,6 +11,7 @@ import {
 import { removeBackup } from './remove-backup.ts'
 import { removeFolder } from './remove-folder.ts'
 import { planRetention, type RetentionPolicy, type RetentionReason } from './retention.ts'
+import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
 
@@ -26,7 +27,7 @@ export interface PrunePolicy extends RetentionPolicy {
 }
 
 /** How to prune. */
-export interface PruneOptions {
+export interface PruneOptions extends RunOptions {
   /** Only tell what would be removed. Default: false. */
   dryRun?: boolean
   /** Gives up between two backups, or within one: what is left of it is garbage. */

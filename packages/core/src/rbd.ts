@@ -64,6 +64,8 @@ export interface RbdImage {
   readonly snapshots: readonly RbdSnapshot[]
   /** The image's metadata of the keys that begin with `varve.`. */
   readonly metadata: ReadonlyMap<string, string>
+  /** Whether Ceph has found its object map, or that of a snapshot, to be wrong and so goes without it. */
+  readonly objectMapInvalid: boolean
 }
 
 /** What is exported: the content of a snapshot, or what changed from another one to it. */
@@ -122,6 +124,10 @@ export interface RbdCluster {
   removeSnapshots(image: string, snapshots: readonly string[], run?: RunOptions): Promise<void>
   /** What `rbd export-diff` writes of a snapshot; its version 1. */
   exportDiff(image: string, what: RbdExport, run?: RunOptions): RbdDiffStream
+  /** The names of the images in the pool, or namespace, of an image: each `<pool>/[<namespace>/]<image>`. */
+  imagesBeside(image: string, run?: RunOptions): Promise<string[]>
+  /** The clones that rest on snapshots of an image, each `<pool>/[<namespace>/]<image>`. */
+  clones(image: string, run?: RunOptions): Promise<string[]>
   /** Whether a client has the image open. */
   isOpen(image: string, run?: RunOptions): Promise<boolean>
   /**

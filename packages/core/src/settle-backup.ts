@@ -108,7 +108,13 @@ async function removeSnapshots(
 ): Promise<void> {
   if (snapshots.length === 0) return
   const cluster = await host.rbd({ instance, disk }, run)
-  await cluster.removeSnapshots(image, snapshots, run)
+  for (const snapshot of snapshots) {
+    await cluster.removeSnapshots(image, [snapshot], run).catch(error => {
+      // Somebody has clones on it, which is no reason to stop this instance's backups.
+      if (!isVarveError(error, 'RBD_SNAPSHOT_PROTECTED')) throw error
+      emit(run, { type: 'warning', message: error.message })
+    })
+  }
 }
 
 async function isPublished(

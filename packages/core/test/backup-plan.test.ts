@@ -148,6 +148,7 @@ function rbdDisk(snapshots: [backup: number, snapshotId: number][], change: Part
     size: GiB,
     snapshots: snapshots.map(([n, id_]) => ({ name: markName(id(n)), id: id_ })),
     metadata: new Map<string, string>(),
+    objectMapInvalid: false,
     ...change,
   }
   const cluster = {} as RbdCluster // a plan asks it for nothing

@@ -2,7 +2,7 @@ import { ChainManager, findBackup } from '@varve/core'
 import type { Command } from 'commander'
 import { confirm } from '../confirm.ts'
 import { storedSize } from '../manifest-text.ts'
-import { storageOption } from '../options.ts'
+import { libvirtUriOption, storageOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { formatSize } from '../size-text.ts'
 import { formatTime } from '../time-text.ts'
@@ -10,6 +10,7 @@ import { formatTime } from '../time-text.ts'
 interface DeleteOptions {
   yes?: boolean
   storage?: string
+  libvirtUri?: string
 }
 
 /** `varve delete` */
@@ -21,6 +22,7 @@ export function deleteCommand(program: Command, session: Session): void {
     .argument('<backup>', 'id of the backup')
     .option('-y, --yes', 'do not ask')
     .addOption(storageOption())
+    .addOption(libvirtUriOption())
     .addHelpText('after', '\nExample:\n  varve delete 20261123-231543-123-9f3a1c')
     .action((backup: string, options: DeleteOptions) => deleteBackup(session, backup, options))
 }
@@ -36,6 +38,7 @@ async function deleteBackup(session: Session, backup: string, options: DeleteOpt
       answer: instance.name,
     })
   }
-  await new ChainManager({ storage }).delete(backup, { signal })
+  const host = await session.libvirtHost(options.libvirtUri)
+  await new ChainManager({ storage, host }).delete(backup, session.run())
   await session.result({ deleted: backup }, `Backup ${backup} is deleted.`)
 }

@@ -1,7 +1,7 @@
 import { ChainManager, type PruneReport, type StoredBackup } from '@varve/core'
 import type { Command } from 'commander'
 import { storedSize } from '../manifest-text.ts'
-import { numberOption, storageOption } from '../options.ts'
+import { libvirtUriOption, numberOption, storageOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { formatSize } from '../size-text.ts'
 import { renderTable } from '../table.ts'
@@ -16,6 +16,7 @@ interface PruneOptions {
   timeZone?: string
   dryRun?: boolean
   storage?: string
+  libvirtUri?: string
 }
 
 /** `varve prune` */
@@ -35,20 +36,22 @@ export function pruneCommand(program: Command, session: Session): void {
     .option('--time-zone <name>', "where days begin, such as Europe/Vienna (default: this machine's)")
     .option('--dry-run', 'only show what would be removed')
     .addOption(storageOption())
+    .addOption(libvirtUriOption())
     .addHelpText('after', '\nExample:\n  varve prune web-1 --keep-last 7 --keep-weekly 4 --dry-run')
     .action((instance: string | undefined, options: PruneOptions) => prune(session, instance, options))
 }
 
 async function prune(session: Session, instance: string | undefined, options: PruneOptions): Promise<void> {
-  const { dryRun = false, storage: name, ...rules } = options
+  const { dryRun = false, storage: name, libvirtUri, ...rules } = options
   await using storage = await session.openStorage(name)
-  const report = await new ChainManager({ storage }).prune(
+  const host = await session.libvirtHost(libvirtUri)
+  const report = await new ChainManager({ storage, host }).prune(
     {
       timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
       ...rules,
       ...(instance !== undefined && { instance }),
     },
-    { dryRun, signal: session.signal },
+    { dryRun, ...session.run() },
   )
   await session.result(pruneDocument(report), pruneText(report, new Date()))
 }

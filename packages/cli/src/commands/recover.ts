@@ -1,8 +1,17 @@
-import { errorMessage, type RecoveredRun, type RecoverReport, recover, type StorageDriver } from '@varve/core'
+import {
+  errorMessage,
+  findOrphans,
+  type RbdOrphan,
+  type RecoveredRun,
+  type RecoverReport,
+  recover,
+  type StorageDriver,
+  VarveError,
+} from '@varve/core'
 import type { Command } from 'commander'
 import { openStorage } from '../config.ts'
 import { EXIT } from '../exit-code.ts'
-import { stateDirOption } from '../options.ts'
+import { libvirtUriOption, stateDirOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { renderTable } from '../table.ts'
 
@@ -14,6 +23,12 @@ const OUTCOMES: Record<RecoveredRun['outcome'], string> = {
   unresolved: 'UNRESOLVED',
 }
 
+interface RecoverOptions {
+  orphans?: boolean
+  stateDir?: string
+  libvirtUri?: string
+}
+
 /** `varve recover` */
 export function recoverCommand(program: Command, session: Session): void {
   program
@@ -22,12 +37,14 @@ export function recoverCommand(program: Command, session: Session): void {
     .description(
       'Settles every backup and restore of this machine that was killed or cut short: merges overlays back, ends servers, removes unfinished files. Can be repeated; a run that goes on is left alone.',
     )
+    .option('--orphans', 'also list snapshots and RBD images of Varve that no run and no backup knows')
     .addOption(stateDirOption())
+    .addOption(libvirtUriOption())
     .addHelpText('after', '\nExample:\n  varve recover')
-    .action((options: { stateDir?: string }) => recoverRuns(session, options))
+    .action((options: RecoverOptions) => recoverRuns(session, options))
 }
 
-async function recoverRuns(session: Session, options: { stateDir?: string }): Promise<void> {
+async function recoverRuns(session: Session, options: RecoverOptions): Promise<void> {
   const config = await session.config()
   const stateDir = await session.stateDir(options.stateDir)
   const storages: StorageDriver[] = []
@@ -41,7 +58,17 @@ async function recoverRuns(session: Session, options: { stateDir?: string }): Pr
     }
     const report = await recover({ stateDir, storages, rbd: await session.rbd() }, session.run())
     if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
-    await session.result(recoverDocument(report), recoverText(report))
+    if (!options.orphans) return await session.result(recoverDocument(report), recoverText(report))
+    if (storages.length < config.storages.size) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        'What belongs to no backup cannot be told without every storage of the configuration. Make all of them reachable and try again.',
+      )
+    }
+    const host = await session.libvirtHost(options.libvirtUri)
+    const orphans = await findOrphans({ host, storages, stateDir }, session.run())
+    const text = `${recoverText(report)}\n\n${orphansText(orphans)}`
+    await session.result({ ...recoverDocument(report), orphans }, text)
   } finally {
     for (const storage of storages) await storage[Symbol.asyncDispose]()
   }
@@ -60,6 +87,20 @@ function recoverDocument({ runs, ok }: RecoverReport): object {
       ...(error && { error: { code: error.code, message: error.message, context: error.context } }),
     })),
   }
+}
+
+/** What `varve recover --orphans` found, with the commands that remove it. */
+export function orphansText(orphans: readonly RbdOrphan[]): string {
+  if (orphans.length === 0) return 'No snapshot or RBD image of Varve is without a run or a backup.'
+  const commands = orphans.map(({ image, snapshot }) =>
+    snapshot === undefined
+      ? `rbd snap purge ${image} && rbd rm ${image}`
+      : `rbd snap rm ${image}@${snapshot}`,
+  )
+  return [
+    'These belong to no run of this machine and to no backup on its storages. Unless another machine or storage has them, remove them:',
+    ...commands.map(command => `  ${command}`),
+  ].join('\n')
 }
 
 /** What `varve recover` did. */
