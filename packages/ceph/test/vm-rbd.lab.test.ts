@@ -159,3 +159,27 @@ test('a stopped guest is backed up, and a running one is switched off hard for i
   expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
   expect(await guest.state()).toBe('shut off')
 })
+
+test('a new instance gets new images in the cluster of the old one, and libvirt starts it on them', async () => {
+  const image = await site.create(16 * MIB)
+  const guest = await createVm(image, true)
+  await site.write(image, 'write -P 1 0 4M', 'write -P 2 10M 64k')
+  const { id } = await backup()
+  const to = { newInstance: 'web-2', directory: folder, rbdPool: 'vms' }
+  const { disks } = await new RestorePipeline(pipelines()).run({ backup: id, to }, { onEvent })
+  try {
+    expect(disks.map(({ path }) => path)).toEqual(['rbd:vms/web-2-vda', join(folder, 'web-2-vdb.qcow2')])
+    expect((await site.bytes('vms/web-2-vda')).equals(await site.bytes(image))).toBe(true)
+    expect((await site.cluster.image('vms/web-2-vda')).snapshots).toEqual([])
+    await lab.virsh(['start', 'web-2'])
+    expect(await site.cluster.isOpen('vms/web-2-vda')).toBe(true)
+    expect(await site.cluster.isOpen(image)).toBe(false)
+    const taken = { backup: id, to: { ...to, newInstance: 'web-3' } }
+    await site.ceph.run('rbd', 'create', '--size', '1M', 'vms/web-3-vda')
+    await expect(new RestorePipeline(pipelines()).run(taken)).rejects.toMatchObject({ code: 'TARGET_EXISTS' })
+  } finally {
+    await lab.virsh(['destroy', 'web-2'])
+    await lab.virsh(['undefine', 'web-2'])
+  }
+  expect(await guest.state()).toBe('shut off')
+})

@@ -121,6 +121,8 @@ export interface TargetImage {
 /** A complete new RBD image and the name that it takes, `<pool>/[<namespace>/]<image>`. */
 export interface ImageRename extends TargetImage {
   readonly target: string
+  /** Whether nothing may be replaced by it. Default: false. */
+  readonly isNew?: boolean
 }
 
 /**

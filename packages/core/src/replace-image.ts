@@ -10,13 +10,14 @@ import { emit, type RunOptions } from './run-options.ts'
  */
 export async function replaceImage(
   cluster: RbdCluster,
-  { image, target }: ImageRename,
+  { image, target, isNew }: ImageRename,
   runId: string,
   run: RunOptions,
 ): Promise<void> {
   const old = `${target}.varve-replaced-${runId}`
   if (await isThere(cluster, image, run)) {
     if (await isThere(cluster, target, run)) {
+      if (isNew) throw notReplaced(image, target)
       await assertImageOff(cluster, target, run)
       await cluster.renameImage(target, old, run)
     }
@@ -26,6 +27,15 @@ export async function replaceImage(
     const message = `The image that was replaced stays as ${old}: ${errorMessage(error)} Remove it by hand (rbd snap purge, rbd rm).`
     emit(run, { type: 'warning', message })
   })
+}
+
+/** Somebody else has made an image of the name that was free when the restore began. */
+function notReplaced(image: string, target: string): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored image is complete as ${image}, but somebody else made an image ${target}, which is left alone. Rename that one (rbd rename), then run "varve recover": the restored image gets its name.`,
+    { context: { image, target } },
+  )
 }
 
 async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {

@@ -40,8 +40,17 @@ export type RestoreDestination =
       readonly format?: 'qcow2' | 'raw'
       readonly overwrite?: boolean
     }
-  /** A new instance from the stored definition, its disks `<directory>/<name>-<disk>.<format>`. */
-  | { readonly newInstance: string; readonly directory: string; readonly format?: 'qcow2' | 'raw' }
+  /**
+   * A new instance from the stored definition, its disks `<directory>/<name>-<disk>.<format>`. With `rbdPool`, a pool or
+   * `<pool>/<namespace>`, disks that were RBD images become new ones, `<rbdPool>/<name>-<disk>`, in the cluster of the
+   * original's disk, or where that is gone, of the host's own options.
+   */
+  | {
+      readonly newInstance: string
+      readonly directory: string
+      readonly format?: 'qcow2' | 'raw'
+      readonly rbdPool?: string
+    }
 
 /** One restore. */
 export interface RestoreRequest {

@@ -2,6 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { backupOfMark } from './backup-plan.ts'
 import { abortError, isVarveError, VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
+import type { TargetImage } from './journal.ts'
 import type { ManifestDisk } from './manifest.ts'
 import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
 import { readRbdDisk } from './rbd-disk.ts'
@@ -20,6 +21,8 @@ export interface RbdRestore {
   /** `<pool>/[<namespace>/]<image>` */
   readonly image: string
   readonly cluster: RbdCluster
+  /** The disk whose cluster that is, where it is not the disk that is restored. */
+  readonly of?: TargetImage['of']
   /** The image that is there now. */
   readonly existing?: RbdDisk
   /** The new image that takes the target's name once it is complete; absent for a restore in place. */
@@ -31,12 +34,13 @@ interface RbdPlanOptions {
   readonly runId: string
 }
 
-/** The restore of a disk of an instance which is an RBD image. @throws DISK_UNSUPPORTED */
-export function planRbdDisk(
+/** The restore of a disk of an instance which is an RBD image. @throws DISK_UNSUPPORTED, RBD_SNAPSHOT_PROTECTED */
+export async function planRbdDisk(
   disk: ManifestDisk,
   existing: RbdDisk,
   { inPlace, runId }: RbdPlanOptions,
-): RbdRestore {
+  run: RunOptions,
+): Promise<RbdRestore> {
   const { image, path: target, cluster } = existing
   if (inPlace) return { disk, format: 'rbd', target, image, cluster, existing }
   const foreign = existing.state.snapshots.find(({ name }) => backupOfMark(name) === undefined)
@@ -45,6 +49,14 @@ export function planRbdDisk(
       'DISK_UNSUPPORTED',
       `The RBD image ${image} has the snapshot ${foreign.name}, which would be lost with it. Remove the snapshot, or restore in place (inPlace, --in-place).`,
       { context: { disk: disk.name, image, snapshot: foreign.name } },
+    )
+  }
+  const [clone] = await cluster.clones(image, run)
+  if (clone !== undefined) {
+    throw new VarveError(
+      'RBD_SNAPSHOT_PROTECTED',
+      `The RBD image ${image} cannot be replaced by a new one, as the clone ${clone} rests on a snapshot of it. Flatten the clone (rbd flatten), or restore in place (inPlace, --in-place).`,
+      { context: { disk: disk.name, image, clone } },
     )
   }
   return { disk, format: 'rbd', target, image, cluster, existing, temporary: temporaryImage(image, runId) }
@@ -74,7 +86,7 @@ export async function planRbdPath(
   }
   if (await cluster.isOpen(image, run)) throw imageBusy(image)
   if (inPlace) assertFits(disk, existing)
-  return planRbdDisk(disk, existing, { inPlace, runId })
+  return planRbdDisk(disk, existing, { inPlace, runId }, run)
 }
 
 /** Waits for a client that ended without closing the image. @throws DISK_BUSY where one has it open for longer */

@@ -9,7 +9,7 @@ import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ManifestDisk } from './manifest.ts'
 import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
-import { rbdImageOf } from './rbd.ts'
+import { RBD_PREFIX, rbdImageOf } from './rbd.ts'
 import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
 import { planRbdDisk, planRbdPath, type RbdRestore } from './restore-plan-rbd.ts'
 import { targetError } from './restore-target.ts'
@@ -132,16 +132,18 @@ async function planInstance(
     )
   }
   const names = request.disks ?? backup.manifest.disks.map(disk => disk.name)
-  const disks = chooseDisks(instance, names).map((target): DiskRestore => {
+  const disks: DiskRestore[] = []
+  for (const target of chooseDisks(instance, names)) {
     const disk = diskOf(backup, target.name)
+    if (request.inPlace) assertFits(disk, target)
     if (!isFileDisk(target)) {
-      if (request.inPlace) assertFits(disk, target)
-      return planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId })
+      disks.push(await planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId }, run))
+      continue
     }
     const { path, format } = target
     if (request.inPlace) {
-      assertFits(disk, target)
-      return { disk, format, target: path }
+      disks.push({ disk, format, target: path })
+      continue
     }
     if (target.blockDevice) {
       throw new VarveError(
@@ -152,8 +154,8 @@ async function planInstance(
         },
       )
     }
-    return { disk, format, target: path, temporary: temporaryOf(path, runId) }
-  })
+    disks.push({ disk, format, target: path, temporary: temporaryOf(path, runId) })
+  }
   const renewed = new Set(disks.flatMap(({ disk, temporary }) => (temporary === undefined ? [] : disk.name)))
   return { disks, instance, backed: backedDisks(instance).filter(disk => renewed.has(disk)) }
 }
@@ -199,6 +201,14 @@ async function planNewInstance(
   const disks: DiskRestore[] = []
   for (const diskName of request.disks ?? backup.manifest.disks.map(disk => disk.name)) {
     const disk = diskOf(backup, diskName)
+    if (disk.format === 'rbd-diff' && to.rbdPool !== undefined) {
+      const path = `${RBD_PREFIX}${to.rbdPool}/${name}-${diskName}`
+      const image = rbdImageOf(path) ?? path
+      const of = { instance: backup.manifest.instance.name, disk: diskName }
+      const options = { inPlace: false, overwrite: false, runId }
+      disks.push({ ...(await planRbdPath(disk, image, await host.rbd(of, run), options, run)), of })
+      continue
+    }
     const path = join(directory, `${name}-${diskName}.${format}`)
     disks.push(await planNewFile(disk, path, { format }, runId, run))
   }

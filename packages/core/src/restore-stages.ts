@@ -171,7 +171,8 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
     if (temporary === undefined) continue
     if (disk.format === 'rbd') {
       if (disk.existing) await assertImageUnused(disk.cluster, disk.image, run)
-      images.push({ ...targetImage(restore, disk, temporary), target: disk.image })
+      const isNew = disk.existing === undefined
+      images.push({ ...targetImage(restore, disk, temporary), target: disk.image, isNew })
     } else renames.push({ temporary, target, isNew: disk.isNew ?? false })
   }
   if (nvram) renames.push(nvram)

@@ -50,8 +50,9 @@ async function rollBack({ chain, run }: RestoreContext, disk: RbdRestore): Promi
 }
 
 /** What the journal knows an image by. */
-export function targetImage({ plan }: RestoreContext, { disk }: RbdRestore, image: string): TargetImage {
-  return { image, ...(plan.instance && { of: { instance: plan.instance.name, disk: disk.name } }) }
+export function targetImage({ plan }: RestoreContext, { disk, of }: RbdRestore, image: string): TargetImage {
+  const inClusterOf = of ?? (plan.instance && { instance: plan.instance.name, disk: disk.name })
+  return { image, ...(inClusterOf && { of: inClusterOf }) }
 }
 
 /**

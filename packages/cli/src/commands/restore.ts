@@ -1,6 +1,5 @@
 import {
   findBackup,
-  LibvirtHost,
   type RestoreDestination,
   RestorePipeline,
   type RestoreRequest,
@@ -29,6 +28,7 @@ interface RestoreOptions {
   toInstance?: string
   toNewInstance?: string
   directory?: string
+  rbdPool?: string
   disks?: string[]
   format?: 'qcow2' | 'raw'
   overwrite?: boolean
@@ -60,6 +60,10 @@ export function restoreCommand(program: Command, session: Session): void {
     .option('--to-instance <name>', 'replace the disks of this libvirt domain; it is shut down for it')
     .option('--to-new-instance <name>', 'define a new libvirt domain from the backup')
     .option('--directory <folder>', 'folder for the disks of a new instance')
+    .option(
+      '--rbd-pool <pool>',
+      'pool, or pool/namespace, for those that were RBD images (default: the folder)',
+    )
     .addOption(
       new Option('--disks <list>', 'only these disks, such as vda,vdb (default: all)').argParser(
         parseDiskNames,
@@ -97,8 +101,7 @@ async function restore(session: Session, backup: string, options: RestoreOptions
   const to = destination(session, options)
   const { disks, inPlace, shutdownTimeout, withDefinition } = options
   await using storage = await session.openStorage(options.storage)
-  const uri = await session.libvirtUri(options.libvirtUri)
-  const host = new LibvirtHost({ uri, rbd: await session.rbd() })
+  const host = await session.libvirtHost(options.libvirtUri)
   const stateDir = await session.stateDir(options.stateDir)
   if ('instance' in to && !options.yes) await confirmReplacement(session, storage, backup, to.instance)
   const request: RestoreRequest = {
@@ -116,13 +119,15 @@ async function restore(session: Session, backup: string, options: RestoreOptions
 }
 
 function destination(session: Session, options: RestoreOptions): RestoreDestination {
-  const { toDisk, toInstance, toNewInstance, directory, format, overwrite } = options
+  const { toDisk, toInstance, toNewInstance, directory, rbdPool, format, overwrite } = options
   const chosen = [toDisk, toInstance, toNewInstance].filter(target => target !== undefined)
   if (chosen.length !== 1)
     throw usage('Say where to restore to: exactly one of --to-disk, --to-instance and --to-new-instance.')
   if (overwrite && !toDisk) throw usage('--overwrite goes with --to-disk only.')
   if (directory !== undefined && toNewInstance === undefined)
     throw usage('--directory goes with --to-new-instance only.')
+  if (rbdPool !== undefined && toNewInstance === undefined)
+    throw usage('--rbd-pool goes with --to-new-instance only.')
   if (options.withDefinition && toInstance === undefined)
     throw usage('--with-definition goes with --to-instance only; a new instance always gets its definition.')
   if (toInstance !== undefined) {
@@ -131,7 +136,12 @@ function destination(session: Session, options: RestoreOptions): RestoreDestinat
   }
   if (toNewInstance !== undefined) {
     if (directory === undefined) throw usage('--to-new-instance needs --directory, the folder for its disks.')
-    return { newInstance: toNewInstance, directory: session.path(directory), ...(format && { format }) }
+    return {
+      newInstance: toNewInstance,
+      directory: session.path(directory),
+      ...(format && { format }),
+      ...(rbdPool !== undefined && { rbdPool }),
+    }
   }
   const disks = Object.fromEntries(
     Object.entries(toDisk ?? {}).map(([name, path]) => [name, session.path(path)]),
