@@ -215,13 +215,21 @@ export class RcloneHelper {
     if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
   }
 
-  /** Removes a file. False where there is none, or a folder. */
+  /** Removes a file, and looks whether it is gone. False where there was none, or a folder. */
   async deleteFile(path: string, options: CallOptions = {}): Promise<boolean> {
     const target = this.target(path)
     const { exit } = await this.#rclone.run(['deletefile', target], options)
-    if (saysMissing(exit)) return false
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
-    return true
+    const missing = saysMissing(exit)
+    if (exit.exitCode !== 0 && !missing) throw await this.#rclone.explain(exit, { target }, options.signal)
+    // where an FTP server refuses to delete it, rclone ends well all the same
+    if (await this.stat(path, options)) {
+      throw new VarveError(
+        'STORAGE_ACCESS_DENIED',
+        `rclone deletefile: failed for ${target}: it is still there. Check the remote's credentials, and that they may delete there.`,
+        { context: { command: 'rclone', args: exit.args, exitCode: exit.exitCode, stderr: exit.stderr } },
+      )
+    }
+    return !missing
   }
 
   /** Uploads in parts below a folder that have not come to an end; none where the remote knows no such. */

@@ -11,7 +11,7 @@ import { filesIn } from './rclone-target.ts'
 
 const WRONG = 'not the password'
 /** Long enough for the start of a program on a busy machine. */
-const IDLE_TIMEOUT_MS = 3000
+const IDLE_TIMEOUT_MS = 4000
 
 let lab: SshdLab
 let folder: string

@@ -16,6 +16,7 @@ import {
   type SshdLab,
   startRadosgw,
   startSshd,
+  startVsftpd,
 } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { filesIn } from './rclone-target.ts'
@@ -361,9 +362,11 @@ test('a check tells a certificate that is not trusted, and a folder that may not
     { name: 'write', ok: false, code: 'STORAGE_ACCESS_DENIED' },
   ])
 
-  await using keeper = await startSshd({ denied: ['remove'] })
-  const kept = { ...sftp(), port: String(keeper.port) }
-  const driver = new RcloneDriver({ remoteName: 'nas', remotes: { nas: kept } })
+  await using keeper = await startVsftpd({ config: ['cmds_denied=DELE'] })
+  const { port, username: user, password: pass } = keeper
+  const place = { type: 'ftp', host: '127.0.0.1', port: String(port) }
+  const ftp = { ...place, user, pass, force_list_hidden: 'true' } // temporary names begin with a dot
+  const driver = new RcloneDriver({ remoteName: 'nas', remotes: { nas: ftp } })
   const { checks } = await driver.check()
   expect(checks.at(-1)).toMatchObject({ name: 'delete', ok: false, code: 'STORAGE_ACCESS_DENIED' })
 })
