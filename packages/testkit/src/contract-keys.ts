@@ -54,12 +54,10 @@ export function describeKeys(contract: Contract): void {
     test('odd names are kept as they are', async () => {
       const target = await begin(contract.create)
       await Promise.all(ODD_KEYS.map(key => target.driver.put(key, bytesBody(Buffer.from(`<${key}>`)))))
-      for (const key of ODD_KEYS) await expectStored(target, key, Buffer.from(`<${key}>`))
+      await Promise.all(ODD_KEYS.map(key => expectStored(target, key, Buffer.from(`<${key}>`))))
       expect(await listed(target.driver)).toEqual([...ODD_KEYS].sort())
-      for (const key of ODD_KEYS) {
-        expect(await listed(target.driver, key)).toEqual([key])
-        await target.driver.delete(key)
-      }
+      await Promise.all(ODD_KEYS.map(async key => expect(await listed(target.driver, key)).toEqual([key])))
+      await Promise.all(ODD_KEYS.map(key => target.driver.delete(key)))
       await expectNothing(target)
     })
 

@@ -1,4 +1,4 @@
-import { bytesBody } from '@varve/core'
+import { bytesBody, type StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { begin, type Contract, errorOf, listed } from './contract-target.ts'
 
@@ -18,12 +18,12 @@ export function describeListing(contract: Contract): void {
     test('a prefix is a string and no folder', async () => {
       const { driver } = await begin(contract.create)
       const keys = ['a', 'ab/c', 'ab/d/e', 'ab/d/f/g', 'abc', 'b/ab/c', 'ab-'].sort()
-      for (const key of keys) await driver.put(key, bytesBody(Buffer.from(key)))
+      await putAll(driver, keys)
       expect(await listed(driver)).toEqual(keys)
       const prefixes = ['a', 'ab', 'ab/', 'ab/d', 'ab/d/', 'ab/d/f/g', 'ab/d/f/g/', 'b/a', 'ab/c/', 'x', 'bb']
-      for (const prefix of prefixes) {
+      const tryPrefix = async (prefix: string) =>
         expect(await listed(driver, prefix), prefix).toEqual(keys.filter(key => key.startsWith(prefix)))
-      }
+      await Promise.all(prefixes.map(tryPrefix))
     })
 
     test('a listing tells sizes and times', async () => {
@@ -38,20 +38,14 @@ export function describeListing(contract: Contract): void {
     test('thousands of objects are listed, each once', async () => {
       const { driver } = await begin(contract.create)
       const keys = Array.from({ length: contract.manyObjects }, (_, index) => `many/${index % 7}/${index}`)
-      const waiting = [...keys]
-      const upload = async () => {
-        for (let key = waiting.pop(); key !== undefined; key = waiting.pop()) {
-          await driver.put(key, bytesBody(Buffer.from(key)))
-        }
-      }
-      await Promise.all(Array.from({ length: PARALLEL }, upload))
+      await putAll(driver, keys)
       expect(await listed(driver)).toEqual(keys.sort())
       expect(await listed(driver, 'many/3/')).toEqual(keys.filter(key => key.startsWith('many/3/')))
     })
 
     test('a listing can be left half-way', async () => {
       const { driver } = await begin(contract.create)
-      for (const key of ['1', '2', '3']) await driver.put(key, bytesBody(Buffer.from(key)))
+      await putAll(driver, ['1', '2', '3'])
       for await (const { size } of driver.list('')) {
         expect(size).toBe(1)
         break
@@ -61,7 +55,7 @@ export function describeListing(contract: Contract): void {
 
     test('a listing can be given up before it begins and half-way', async () => {
       const { driver } = await begin(contract.create)
-      for (const key of ['1', '2', '3']) await driver.put(key, bytesBody(Buffer.from(key)))
+      await putAll(driver, ['1', '2', '3'])
       const controller = new AbortController()
       const giveUpHalfWay = async () => {
         for await (const _ of driver.list('', { signal: controller.signal })) controller.abort()
@@ -73,7 +67,7 @@ export function describeListing(contract: Contract): void {
     test('objects that come and go meanwhile do not break a listing', async () => {
       const { driver } = await begin(contract.create)
       const stays = Array.from({ length: 10 }, (_, index) => `stays/${index}`)
-      await Promise.all(stays.map(key => driver.put(key, bytesBody(Buffer.from(key)))))
+      await putAll(driver, stays)
       let changing = true
       const changes = (async () => {
         for (let turn = 0; changing; turn++) {
@@ -91,4 +85,15 @@ export function describeListing(contract: Contract): void {
       }
     })
   })
+}
+
+/** Stores each key's name under it, many at once. */
+async function putAll(driver: StorageDriver, keys: readonly string[]): Promise<void> {
+  const waiting = [...keys]
+  const upload = async () => {
+    for (let key = waiting.pop(); key !== undefined; key = waiting.pop()) {
+      await driver.put(key, bytesBody(Buffer.from(key)))
+    }
+  }
+  await Promise.all(Array.from({ length: PARALLEL }, upload))
 }

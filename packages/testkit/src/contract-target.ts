@@ -133,7 +133,8 @@ export async function begin<T extends DriverTarget>(create: () => Promise<T>): P
   const target = await create()
   onTestFinished(async () => {
     try {
-      expect(await rawNames(target)).toEqual(await listed(target.driver))
+      const [raw, seen] = await Promise.all([rawNames(target), listed(target.driver)])
+      expect(raw).toEqual(seen)
     } finally {
       await target.dispose()
     }
@@ -161,9 +162,10 @@ export async function read(driver: StorageDriver, key: string, range?: ByteRange
 /** Expects an object to be these bytes, by the driver and by the server. */
 export async function expectStored(target: DriverTarget, key: string, bytes: Uint8Array): Promise<void> {
   const { driver } = target
-  expect(await driver.stat(key)).toMatchObject({ key, size: bytes.byteLength })
-  expect((await read(driver, key)).equals(bytes), 'the driver reads other bytes').toBe(true)
-  expect(Buffer.from(await target.readRaw(key)).equals(bytes), 'the server holds other bytes').toBe(true)
+  const [object, given, raw] = await Promise.all([driver.stat(key), read(driver, key), target.readRaw(key)])
+  expect(object).toMatchObject({ key, size: bytes.byteLength })
+  expect(given.equals(bytes), 'the driver reads other bytes').toBe(true)
+  expect(Buffer.from(raw).equals(bytes), 'the server holds other bytes').toBe(true)
 }
 
 /** Expects that nothing is stored, visible or not. */
