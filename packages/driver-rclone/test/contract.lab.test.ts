@@ -1,4 +1,4 @@
-import { rm } from 'node:fs/promises'
+import { readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { type DriverTarget, describeDriver } from '@varve/testkit'
 import { mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
@@ -26,7 +26,7 @@ async function create(): Promise<DriverTarget> {
   const target = await folderTarget()
   made.push(target)
   const empty = async () => {
-    for (const { name } of await target.inspect()) await rm(join(target.path, name)) // rclone leaves folders as well
+    for (const name of await readdir(target.path)) await rm(join(target.path, name), { recursive: true })
     free.push(emptied)
   }
   const emptied: DriverTarget = { ...target, dispose: empty }

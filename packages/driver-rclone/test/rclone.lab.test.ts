@@ -291,6 +291,7 @@ describe('the remote', () => {
     const helper = new RcloneHelper({ remoteName: 'nas', configFile })
     expect(await helper.features()).toEqual({
       streamingUpload: true,
+      hasFolders: true,
       duplicateNames: false,
       tellsSpace: true,
       keepsParts: false,
