@@ -14,7 +14,7 @@ import {
 } from '@aws-sdk/client-s3'
 import { bytesBody, type UploadBody } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
-import { PatternBody, patternBytes } from '@varve/testkit'
+import { NetworkProxy, PatternBody, patternBytes } from '@varve/testkit'
 import { type RadosgwLab, type S3User, startRadosgw } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
@@ -208,7 +208,9 @@ test('uploads that somebody else removes meanwhile do not disturb a clean-up', a
 
 test('a put that was given up has no part left at the gateway when it rejects', async () => {
   const alone = await TestBucket.make(gateway, owner)
-  await using driver = new S3Driver({ ...alone.options, pathPrefix: 'given-up' })
+  await using proxy = await NetworkProxy.start(gateway)
+  const endpoint = `http://127.0.0.1:${proxy.port}`
+  await using driver = new S3Driver({ ...alone.options, endpoint, pathPrefix: 'given-up' })
   const controller = new AbortController()
   let parts = 0
   const upload = driver.put('object', new PatternBody({ size: 64 * MIB }), {
@@ -216,10 +218,13 @@ test('a put that was given up has no part left at the gateway when it rejects', 
     onProgress: bytes => {
       if (bytes < 32 * MIB || controller.signal.aborted) return
       parts = Math.floor(bytes / (5 * MIB))
+      proxy.latencyMs = 1000 // who does not wait for the removal is done long before it
       controller.abort()
     },
   })
   await expect(upload).rejects.toMatchObject({ code: 'ABORTED' })
+  const { Uploads = [] } = await alone.client.send(new ListMultipartUploadsCommand({ Bucket: alone.name }))
+  expect(Uploads).toEqual([])
   expect(parts).toBeGreaterThan(1)
   // the gateway's index of the bucket, which holds each part that is stored
   const entries: unknown = JSON.parse(await gateway.admin('bi', 'list', '--bucket', alone.name))
