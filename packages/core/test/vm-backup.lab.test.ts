@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto'
 import { mkdir, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
-import { type GuestWriter, sha256Content, writerBlockSize } from '@varve/testkit/lab'
+import { createQcow2, type GuestWriter, qemuIo, sha256Content, writerBlockSize } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
@@ -12,7 +12,7 @@ import { RestorePipeline } from '../src/restore-pipeline.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, restore, sum, restoredSums, expectCleanHost } = site
+const { createVm, image, backup, restore, content, sum, restoredSums, expectCleanHost } = site
 
 /** Blocks of a restored disk must be what a prefix of the writer's writes left; returns that prefix's length. */
 async function consistentPrefix(writer: GuestWriter, path: string): Promise<number> {
@@ -183,11 +183,11 @@ test('raw disks are backed up in full each time, with the reason, beside increme
     { target: 'vda', size: 16 * MiB },
     { target: 'vdb', size: 16 * MiB, format: 'raw' },
   ])
-  await vm.boot()
-  await vm.run('for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=3 conv=fsync; done')
+  await vm.start()
+  for (const disk of ['vda', 'vdb']) await vm.io(disk, 'write -P 1 0 3M')
   await backup()
-  await vm.run('for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=1 seek=2 conv=fsync; done')
-  const wanted = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  for (const disk of ['vda', 'vdb']) await vm.io(disk, 'write -P 2 2M 1M')
+  const wanted = { vda: await content('vda'), vdb: await content('vdb') }
   const next = await backup()
   expect(next.disks).toMatchObject([{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }])
   expect(next.disks[1]).not.toHaveProperty('bitmap')
@@ -199,7 +199,7 @@ test('raw disks are backed up in full each time, with the reason, beside increme
 
 test('a missing bitmap makes a full backup and says so in the words that operators know', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.boot()
+  await vm.start()
   const full = await backup()
   await site.host.removeBitmaps(vm.name, 'vda', [`varve-${full.id}`])
   const next = await backup({ type: 'incremental' })
@@ -231,7 +231,7 @@ test('the guest agent freezes the file systems around the snapshot and thaws the
 
 test('without an agent a required freeze ends the backup and leaves no trace, a tried one is a warning', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.boot()
+  await vm.start()
   await expect(backup({ freeze: 'require' })).rejects.toMatchObject({ code: 'FREEZE_FAILED' })
   await expectCleanHost([])
   expect(await readdir(site.storagePath)).toEqual([])
@@ -243,10 +243,10 @@ test('without an agent a required freeze ends the backup and leaves no trace, a 
 
 test('an aborted backup leaves the instance, its bitmaps and the storage as they were', async () => {
   const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  await vm.start()
+  await vm.io('vda', 'write -P 1 0 8M')
   const full = await backup()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  await vm.io('vda', 'write -P 2 0 8M')
   const aborter = new AbortController()
   const running = backup(
     { bandwidth: MiB },
@@ -262,7 +262,7 @@ test('an aborted backup leaves the instance, its bitmaps and the storage as they
   await expectCleanHost([`varve-${full.id}`])
   expect(await readdir(join(site.storagePath, vm.name, full.chain))).toEqual([full.id])
 
-  const wanted = await sum('/dev/vda')
+  const wanted = await content('vda')
   const next = await backup()
   expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
   expect(await restoredSums(next)).toEqual({ vda: wanted })
@@ -277,8 +277,8 @@ test('one instance keeps a chain on each of two storages', async () => {
     new BackupPipeline({ host: site.host, storage: second, stateDir: site.stateDir }).run({
       instance: vm.name,
     })
-  await vm.boot()
-  const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=${at} conv=fsync`)
+  await vm.start()
+  const write = (at: number) => vm.io('vda', `write -P ${at} ${at}M 1M`)
   await write(1)
   const a1 = await backup()
   await write(2)
@@ -286,7 +286,7 @@ test('one instance keeps a chain on each of two storages', async () => {
   await write(3)
   const a2 = await backup()
   await write(4)
-  const wanted = await sum('/dev/vda')
+  const wanted = await content('vda')
   const b2 = await toSecond()
   expect([a2.parent, b2.parent]).toEqual([a1.id, b1.id])
   await expectCleanHost([`varve-${a2.id}`, `varve-${b2.id}`].sort())
@@ -300,8 +300,8 @@ test('one instance keeps a chain on each of two storages', async () => {
 
 test('a run whose process died is settled by recover, and until then no backup starts', async () => {
   const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  await vm.start()
+  await vm.io('vda', 'write -P 1 0 16M')
   const child = execa(
     process.execPath,
     ['--import', 'tsx', new URL('./die-mid-backup.ts', import.meta.url).pathname],
@@ -319,8 +319,7 @@ test('a run whose process died is settled by recover, and until then no backup s
   )
   expect((await child).signal).toBe('SIGKILL')
   expect((await readdir(site.folder)).some(name => name.includes('.varve-'))).toBe(true)
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=7 conv=fsync') // to the overlay
-  const wanted = await sum('/dev/vda')
+  await vm.io('vda', 'write -P 2 7M 2M') // to the overlay
   await expect(backup()).rejects.toMatchObject({
     code: expect.stringMatching(/RUN_UNRESOLVED|OVERLAY_LEFT_OVER/),
   })
@@ -328,6 +327,11 @@ test('a run whose process died is settled by recover, and until then no backup s
   const report = await recover({ stateDir: site.stateDir, storages: [site.storage] })
   expect(report).toMatchObject({ ok: true, runs: [{ kind: 'backup', outcome: 'undone' }] })
   await expectCleanHost([])
-  expect(await sum('/dev/vda')).toBe(wanted)
+  const wanted = await content('vda')
   expect(await restoredSums(await backup())).toEqual({ vda: wanted })
+  await vm.destroy()
+  const expected = join(site.folder, 'expected')
+  await createQcow2(expected, 32 * MiB)
+  await qemuIo(expected, 'qcow2', ['write -P 1 0 16M', 'write -P 2 7M 2M'])
+  expect(await sha256Content(expected, 'qcow2')).toBe(wanted)
 })

@@ -130,13 +130,7 @@ test('a guest that is paused, and so cannot shut down, is switched off', async (
 test('a transient instance is backed up, also where it goes meanwhile, and no restore makes it vanish', async () => {
   const vm = await createVm([{ target: 'vda', size: 4 * MiB }])
   const definition = await site.lab.virsh(['dumpxml', vm.name])
-  const write = (where: string) =>
-    site.lab.virsh([
-      'qemu-monitor-command',
-      vm.name,
-      '--hmp',
-      `qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend "write -P 0x33 ${where}"`,
-    ])
+  const write = (where: string) => vm.io('vda', `write -P 0x33 ${where}`)
   await vm.start()
   await site.lab.virsh(['undefine', vm.name])
   await write('0 1M')

@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { copyFile, mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -62,6 +62,8 @@ export interface VmSite {
   /** Backs the instance up. */
   backup(request?: Partial<BackupRequest>, run?: RunOptions): Promise<BackupManifest>
   restore(request: RestoreRequest, run?: RunOptions): Promise<RestoreResult>
+  /** SHA-256 of what is on a disk of the instance to which nobody writes, also while it runs. */
+  content(disk: string): Promise<string>
   /** SHA-256 of a device as the guest reads it from the disk. */
   sum(device: string): Promise<string>
   /** Restores to new files and returns the SHA-256 of what a guest would read in each. */
@@ -78,6 +80,7 @@ export function useVmSite(): VmSite {
   let events: VarveEvent[]
   let vm: LabDomain | undefined
   let domains = 0
+  const formats = new Map<string, 'qcow2' | 'raw'>()
 
   beforeAll(async () => {
     lab = await startLibvirt()
@@ -124,8 +127,10 @@ export function useVmSite(): VmSite {
     },
 
     async createVm(disks, options = {}) {
-      for (const { target, size, format } of disks)
+      for (const { target, size, format = 'qcow2' } of disks) {
+        formats.set(target, format)
         await (format === 'raw' ? createRaw : createQcow2)(site.image(target), size)
+      }
       domains += 1
       vm = await lab.createDomain({
         name: `web-${domains}`,
@@ -146,6 +151,12 @@ export function useVmSite(): VmSite {
     backup: (request = {}, run = {}) =>
       new BackupPipeline(pipelines()).run({ instance: theVm().name, ...request }, { onEvent, ...run }),
     restore: (request, run = {}) => new RestorePipeline(pipelines()).run(request, { onEvent, ...run }),
+
+    async content(disk) {
+      const copy = join(folder, `${disk}.copy`)
+      await copyFile(site.image(disk), copy) // QEMU keeps others from the disk itself
+      return sha256Content(copy, formats.get(disk) ?? 'qcow2')
+    },
 
     async sum(device) {
       const { stdout } = await theVm().run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)

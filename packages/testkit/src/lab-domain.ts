@@ -70,6 +70,7 @@ export class LabDomain {
   /** UEFI only: the file with the domain's firmware variables. It exists from the first start on. */
   readonly nvram: string | undefined
   readonly #agent: boolean
+  readonly #disks: readonly string[]
   readonly #lab: DomainLab
   readonly #files: DomainFiles
   readonly #channel: GuestChannel
@@ -77,6 +78,7 @@ export class LabDomain {
   constructor(lab: DomainLab, options: LabDomainOptions, files: DomainFiles) {
     this.name = options.name
     this.#agent = options.agent ?? false
+    this.#disks = options.disks.map(({ target }) => target)
     this.nvram = files.firmware?.nvram
     this.#lab = lab
     this.#files = files
@@ -103,6 +105,24 @@ export class LabDomain {
   async boot(timeoutMs?: number): Promise<void> {
     await this.start()
     await this.waitForBoot(timeoutMs)
+  }
+
+  /**
+   * Has QEMU itself run `qemu-io` commands on a disk, through the guest's device and to wherever that writes at the
+   * moment: the domain has to run, and no guest has to be up. Flushed at the end.
+   */
+  async io(target: string, ...commands: readonly string[]): Promise<void> {
+    const device = `/machine/peripheral/virtio-disk${this.#disks.indexOf(target)}/virtio-backend`
+    for (const command of [...commands, 'flush']) {
+      const said = await this.#lab.virsh([
+        'qemu-monitor-command',
+        this.name,
+        '--hmp',
+        `qemu-io -d ${device} "${command}"`,
+      ])
+      if (/failed|error|invalid|unknown|not found/i.test(said))
+        throw new Error(`qemu-io on ${target}: ${said}`)
+    }
   }
 
   /** Presses the power button and waits until the domain is off. The guest flushes and unmounts its disks. */
