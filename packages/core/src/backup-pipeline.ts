@@ -68,7 +68,7 @@ export interface BackupRequest {
   rbdSnapshots?: number
   /**
    * What is checked at the storage before the backup is published. `size`: that every object is there with
-   * its size. `digest`: every image is also read back and digested. Default: `size`.
+   * its size. `digest`: every object is also read back and digested. The manifest always is. Default: `size`.
    */
   verifyUpload?: 'size' | 'digest'
 }

@@ -7,7 +7,7 @@ import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
 import { diskError } from './disk-error.ts'
-import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
+import { abortError, type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { type DiskOverlay, type FileDisk, isFileDisk, type RbdDisk } from './host.ts'
 import {
   type BackupManifest,
@@ -26,6 +26,7 @@ import { bytesBody, type StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
 import { streamFileDisk } from './stream-file-disk.ts'
 import { streamRbdDisk } from './stream-rbd-disk.ts'
+import { uploadOf, verifyUploads } from './verify-upload.ts'
 import { VERSION } from './version.ts'
 
 function fileDisks({ disks }: BackupPlan): FileDisk[] {
@@ -318,6 +319,9 @@ export interface Retired {
   readonly snapshots: Readonly<Record<string, readonly string[]>>
 }
 
+/** What tells that a manifest which was written makes no backup. */
+const NOT_PUBLISHED: ReadonlySet<ErrorCode> = new Set(['DIGEST_MISMATCH', 'SIZE_MISMATCH', 'PARENT_MISSING'])
+
 /** Writes the manifest, last of all: from there on the backup exists. */
 export async function publish(
   { folder, storage, plan, journal, run }: BackupContext,
@@ -333,21 +337,28 @@ export async function publish(
     retire: retired.bitmaps,
     retireSnapshots: retired.snapshots,
   })
-  await storage.put(key, bytesBody(serializeManifest(manifest)), signalOf(run))
+  const bytes = serializeManifest(manifest)
+  await storage.put(key, bytesBody(bytes), signalOf(run))
   try {
+    // It is small, and all else rests on it: it is read back whatever was asked for.
+    const { signal = new AbortController().signal } = run
+    await verifyUploads(storage, [uploadOf(key, bytes)], 'digest', signal)
     await assertParent(storage, plan.parent, run) // see removeBackup
   } catch (error) {
-    if (isVarveError(error, 'PARENT_MISSING')) await storage.delete(key)
+    if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) await storage.delete(key)
     throw error
   }
 }
 
 async function putFile(
-  { storage, folder, run }: BackupContext,
+  { storage, folder, request, run }: BackupContext,
   key: string,
   bytes: Uint8Array,
 ): Promise<ManifestFile> {
-  await storage.put(`${folder}/${key}`, bytesBody(bytes), signalOf(run))
+  const { signal = new AbortController().signal } = run
+  const upload = uploadOf(`${folder}/${key}`, bytes)
+  await storage.put(upload.key, bytesBody(bytes), { signal })
+  await verifyUploads(storage, [upload], request.verifyUpload ?? 'size', signal)
   return { key, size: bytes.byteLength, blake3: blake3Hex(bytes) }
 }
 

@@ -12,7 +12,7 @@ import { Progress } from './progress.ts'
 import { exportDisk } from './qemu-nbd.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { bytesBody } from './storage.ts'
-import { verifyUpload } from './verify-upload.ts'
+import { uploadOf, verifyUploads } from './verify-upload.ts'
 
 /** Serves one disk and uploads its image; a server that dies ends the upload at once. */
 export async function streamFileDisk(
@@ -101,15 +101,11 @@ async function uploadDisk(
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
   const digested = await upload.digest()
   await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
-  await verifyUpload(
-    storage,
-    `${folder}/${image}`,
-    upload.size,
-    digested.digest,
-    request.verifyUpload ?? 'size',
-    signal,
-  )
-  await verifyUpload(storage, `${folder}/${blocks}`, digested.blocks.byteLength, undefined, 'size', signal)
+  const uploads = [
+    { key: `${folder}/${image}`, size: upload.size, digest: digested.digest },
+    uploadOf(`${folder}/${blocks}`, digested.blocks),
+  ]
+  await verifyUploads(storage, uploads, request.verifyUpload ?? 'size', signal)
   progress.finish()
 
   return {

@@ -11,7 +11,7 @@ import type { RbdDiffStream, RbdSnapshot } from './rbd.ts'
 import { encodeDiffIndex } from './rbd-diff-index.ts'
 import type { RunOptions } from './run-options.ts'
 import { bytesBody } from './storage.ts'
-import { verifyUpload } from './verify-upload.ts'
+import { uploadOf, verifyUploads } from './verify-upload.ts'
 
 /** Uploads what `rbd export-diff` writes of an image's snapshot, and where the records are in it. */
 export async function streamRbdDisk(
@@ -48,10 +48,12 @@ export async function streamRbdDisk(
   }
   await storage.put(`${folder}/${index.key}`, bytesBody(indexBytes), { signal })
 
-  const mode = request.verifyUpload ?? 'size'
-  await verifyUpload(storage, `${folder}/${image}`, size, digest, mode, signal)
-  await verifyUpload(storage, `${folder}/${blocks}`, blockList.byteLength, undefined, 'size', signal)
-  await verifyUpload(storage, `${folder}/${index.key}`, index.size, undefined, 'size', signal)
+  const uploads = [
+    { key: `${folder}/${image}`, size, digest },
+    uploadOf(`${folder}/${blocks}`, blockList),
+    uploadOf(`${folder}/${index.key}`, indexBytes),
+  ]
+  await verifyUploads(storage, uploads, request.verifyUpload ?? 'size', signal)
   progress.finish()
 
   return {

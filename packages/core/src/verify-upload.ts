@@ -4,41 +4,65 @@ import { VarveError } from './errors.ts'
 import type { ObjectDigest } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 
+/** An object that was uploaded, and the digest of what was. */
+export interface Upload {
+  readonly key: string
+  readonly size: number
+  readonly digest: ObjectDigest
+}
+
+/** What is uploaded from memory. */
+export function uploadOf(key: string, bytes: Uint8Array): Upload {
+  const digester = new BlockDigester()
+  digester.update(bytes)
+  const { size, digest } = digester.finish()
+  return { key, size, digest }
+}
+
 /**
- * Checks what the storage holds after an upload: by its size, or by reading it back.
+ * Checks what the storage holds after uploads: by its size, or by reading it back.
  *
  * @throws SIZE_MISMATCH, DIGEST_MISMATCH
  */
-export async function verifyUpload(
+export async function verifyUploads(
   storage: StorageDriver,
-  key: string,
-  size: number,
-  digest: ObjectDigest | undefined,
+  uploads: readonly Upload[],
   mode: 'size' | 'digest',
   signal: AbortSignal,
 ): Promise<void> {
-  const stored = await storage.stat(key, { signal })
-  if (stored?.size !== size) {
-    throw new VarveError(
-      'SIZE_MISMATCH',
-      `The storage holds ${stored ? `${stored.size} bytes` : 'nothing'} of ${key} after its upload; it should be ${size} bytes. Look at the storage before the next backup.`,
-      {
-        context: { key, expected: size, actual: stored?.size },
-        retryable: true,
-      },
-    )
+  for (const upload of uploads) {
+    await verifySize(storage, upload, signal)
+    if (mode === 'digest') await verifyDigest(storage, upload, signal)
   }
-  if (mode === 'size' || !digest) return
+}
+
+async function verifySize(storage: StorageDriver, { key, size }: Upload, signal: AbortSignal): Promise<void> {
+  const stored = await storage.stat(key, { signal })
+  if (stored?.size === size) return
+  throw new VarveError(
+    'SIZE_MISMATCH',
+    `The storage holds ${stored ? `${stored.size} bytes` : 'nothing'} of ${key} after its upload; it should be ${size} bytes. Look at the storage before the next backup.`,
+    {
+      context: { key, expected: size, actual: stored?.size },
+      retryable: true,
+    },
+  )
+}
+
+async function verifyDigest(
+  storage: StorageDriver,
+  { key, size, digest }: Upload,
+  signal: AbortSignal,
+): Promise<void> {
   const digester = new BlockDigester(digest.blockSize)
   await digestObject({ storage, signal, onBytes: () => undefined }, key, size, digester)
   const readBack = digester.finish().digest
-  if (readBack.root !== digest.root) {
-    throw new VarveError(
-      'DIGEST_MISMATCH',
-      `The storage gives back other bytes of ${key} than were uploaded. Look at the storage before the next backup.`,
-      {
-        context: { key, expected: digest.root, actual: readBack.root },
-      },
-    )
-  }
+  if (readBack.root === digest.root) return
+  throw new VarveError(
+    'DIGEST_MISMATCH',
+    `The storage gives back other bytes of ${key} than were uploaded. Look at the storage before the next backup.`,
+    {
+      context: { key, expected: digest.root, actual: readBack.root },
+    },
+  )
 }

@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest'
 import { BlockDigester } from '../src/digest.ts'
-import { verifyUpload } from '../src/verify-upload.ts'
+import { verifyUploads } from '../src/verify-upload.ts'
 import { MemoryStorage } from './memory-storage.ts'
 
 const BYTES = Buffer.from(Array.from({ length: 1000 }, (_, i) => i % 251))
@@ -9,7 +9,8 @@ const { signal } = new AbortController()
 function verify(storage: MemoryStorage): Promise<void> {
   const digester = new BlockDigester(256)
   digester.update(BYTES)
-  return verifyUpload(storage, 'object', BYTES.length, digester.finish().digest, 'digest', signal)
+  const { size, digest } = digester.finish()
+  return verifyUploads(storage, [{ key: 'object', size, digest }], 'digest', signal)
 }
 
 test('an upload whose reading back breaks off is read on from there, and told from one that is not the same', async () => {

@@ -164,6 +164,8 @@ function bodyWithFault(body: UploadBody, fault: BytesFault): UploadBody {
 }
 
 function streamWithFault(stream: Readable, fault: BytesFault, start = 0): Readable {
-  // the streams end each other; an error comes out of the last one, which is the caller's
+  // The streams end each other; an error comes out of the last one, which is the caller's. Where that one is destroyed
+  // first, nobody else listens any more to what the other says of the same abort.
+  stream.on('error', () => undefined)
   return pipeline(stream, bytesWithFault(fault, start), () => undefined)
 }

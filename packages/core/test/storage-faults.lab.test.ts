@@ -1,0 +1,239 @@
+import { cp, mkdir, mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
+import { type Fault, FaultyDriver, type StorageCall } from '@varve/testkit'
+import { checkQcow2, createQcow2, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
+import { ChainManager } from '../src/chain-manager.ts'
+import { VarveError } from '../src/errors.ts'
+import { ImageHost } from '../src/image-host.ts'
+import { recover } from '../src/recover.ts'
+import { RestorePipeline } from '../src/restore-pipeline.ts'
+import type { StorageDriver } from '../src/storage.ts'
+import { Random } from './torture/random.ts'
+
+const INSTANCE = 'web-1'
+const MiB = 1024 * 1024
+
+/** Cases of each task that the suite takes, at random; `VARVE_FAULTS=all` takes all there are, some 250. */
+const SAMPLE = 8
+const seed = Number(process.env.VARVE_SEED ?? Date.now() % 1_000_000)
+
+const lost = new VarveError('STORAGE_UNREACHABLE', 'The answer got lost.')
+const full = new VarveError('STORAGE_FULL', 'There is no room.')
+
+/** What can go wrong with each kind of call. */
+const FAULTS: Readonly<Record<StorageCall['operation'], readonly Fault[]>> = {
+  put: [
+    { kind: 'fail-before', error: full },
+    { kind: 'fail-after', error: lost },
+    { kind: 'stall' },
+    { kind: 'fail-at', offset: 20, error: full },
+    { kind: 'stall-at', offset: 20 },
+    { kind: 'end-at', offset: 20 },
+    { kind: 'append', bytes: 7 },
+    { kind: 'flip-bit', offset: 20 },
+    { kind: 'resize', by: 1 },
+  ],
+  get: [
+    { kind: 'fail-before', error: lost },
+    { kind: 'stall' },
+    { kind: 'fail-at', offset: 20, error: lost },
+    { kind: 'stall-at', offset: 20 },
+    { kind: 'end-at', offset: 20 },
+    { kind: 'flip-bit', offset: 20 },
+  ],
+  stat: [{ kind: 'fail-before', error: lost }, { kind: 'stall' }, { kind: 'resize', by: -1 }],
+  list: [
+    { kind: 'fail-before', error: lost },
+    { kind: 'fail-after', error: lost },
+    { kind: 'stall' },
+    { kind: 'resize', by: 1 },
+  ],
+  delete: [{ kind: 'fail-before', error: lost }, { kind: 'fail-after', error: lost }, { kind: 'stall' }],
+  check: [],
+  cleanUp: [],
+}
+
+let folder: string
+/** What the disk held at each backup, and holds now. */
+const contents = new Map<string, Buffer>()
+let now: Buffer
+/** The template's backups: a full one, an increment, and a second full one. */
+let ids: readonly string[]
+
+const at = (place: string) => ({
+  disk: join(place, 'disk.qcow2'),
+  storage: join(place, 'storage'),
+  stateDir: join(place, 'state'),
+  target: join(place, 'restored.raw'),
+})
+const host = (place: string) => new ImageHost({ instance: INSTANCE, disks: { vda: at(place).disk } })
+
+async function content(place: string): Promise<Buffer> {
+  const raw = join(place, 'content.raw')
+  await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', at(place).disk, raw])
+  const bytes = await readFile(raw)
+  await rm(raw)
+  return bytes
+}
+
+async function backup(
+  place: string,
+  storage: StorageDriver,
+  request: Partial<BackupRequest> = {},
+  signal?: AbortSignal,
+) {
+  const pipeline = new BackupPipeline({ host: host(place), storage, stateDir: at(place).stateDir })
+  const manifest = await pipeline.run({ instance: INSTANCE, ...request }, signal ? { signal } : {})
+  return manifest
+}
+
+async function restore(
+  place: string,
+  storage: StorageDriver,
+  id: string,
+  signal?: AbortSignal,
+): Promise<Buffer> {
+  const { target, stateDir } = at(place)
+  const pipeline = new RestorePipeline({ host: host(place), storage, stateDir })
+  await pipeline.run({ backup: id, to: { disks: { vda: target }, format: 'raw' } }, signal ? { signal } : {})
+  const bytes = await readFile(target)
+  await rm(target)
+  return bytes
+}
+
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'varve-faults-'))
+  const place = join(folder, 'template')
+  const { disk, storage: path } = at(place)
+  await mkdir(path, { recursive: true })
+  await createQcow2(disk, 2 * MiB)
+  const storage = new LocalDriver({ path })
+  const steps = [
+    ['auto', 'write -P 1 0 700k'],
+    ['auto', 'write -P 2 600k 200k', 'write -z 0 64k'],
+    ['full', 'write -P 3 1M 300k'],
+  ] as const
+  const made: string[] = []
+  for (const [type, ...commands] of steps) {
+    await qemuIo(disk, 'qcow2', commands)
+    const { id } = await backup(place, storage, { type })
+    contents.set(id, await content(place))
+    made.push(id)
+  }
+  await qemuIo(disk, 'qcow2', ['write -P 4 100k 300k', 'write -z 1M 64k'])
+  now = await content(place)
+  ids = made
+})
+afterAll(() => rm(folder, { recursive: true }))
+
+interface Task {
+  readonly name: string
+  run(place: string, storage: StorageDriver, signal: AbortSignal): Promise<unknown>
+}
+
+const TASKS: readonly Task[] = [
+  {
+    name: 'a full backup',
+    run: (place, storage, signal) => backup(place, storage, { type: 'full', verifyUpload: 'digest' }, signal),
+  },
+  {
+    name: 'an increment',
+    run: (place, storage, signal) => backup(place, storage, { verifyUpload: 'digest' }, signal),
+  },
+  {
+    name: 'a restore',
+    run: async (place, storage, signal) => {
+      const id = ids[1] ?? ''
+      expect((await restore(place, storage, id, signal)).equals(contents.get(id) ?? now)).toBe(true)
+    },
+  },
+  {
+    name: 'a deep verification',
+    run: async (_place, storage, signal) => {
+      const report = await new ChainManager({ storage }).verify(ids[1] ?? '', { deep: true, signal })
+      if (!report.ok) throw new VarveError('DIGEST_MISMATCH', 'The damage was found.')
+    },
+  },
+  {
+    name: 'a deletion',
+    run: (_place, storage, signal) => new ChainManager({ storage }).delete(ids[1] ?? '', { signal }),
+  },
+  {
+    name: 'a prune',
+    run: (_place, storage, signal) =>
+      new ChainManager({ storage }).prune({ instance: INSTANCE, keepLast: 1 }, { signal }),
+  },
+]
+
+/** Runs a task on a copy of the template, with `fault` at its `index`th call, and returns the calls. */
+async function runWith(task: Task, place: string, index: number, fault?: Fault) {
+  await rm(place, { recursive: true, force: true })
+  await cp(join(folder, 'template'), place, { recursive: true, preserveTimestamps: true })
+  const giveUp = new AbortController()
+  let calls = 0
+  const storage = new FaultyDriver(new LocalDriver({ path: at(place).storage }), () => {
+    if (calls++ !== index) return undefined
+    // What never answers is given up by whoever waits for it: at once, to the test.
+    if (fault?.kind.startsWith('stall')) setTimeout(() => giveUp.abort(), 20)
+    return fault
+  })
+  const error = await task.run(place, storage, giveUp.signal).then(
+    () => undefined,
+    (thrown: unknown) => thrown,
+  )
+  return { calls: storage.calls, error }
+}
+
+/** Nothing of the run is left on the host, every backup is what it was, and the next one is right. */
+async function expectSound(place: string): Promise<void> {
+  const { storage: path, stateDir, disk } = at(place)
+  const storage = new LocalDriver({ path })
+  expect(await recover({ stateDir, storages: [storage] })).toMatchObject({ ok: true })
+  expect((await readdir(place)).filter(name => name !== 'state').sort()).toEqual(['disk.qcow2', 'storage'])
+  expect(await readdir(join(stateDir, 'runs'))).toEqual([])
+  expect((await content(place)).equals(now)).toBe(true)
+  await checkQcow2(disk)
+  const next = await backup(place, storage)
+  const { backups, damaged } = await new ChainManager({ storage }).list()
+  expect(damaged).toEqual([])
+  for (const { manifest } of backups) {
+    const wanted = contents.get(manifest.id) ?? now // those that were not in the template are of the disk as it is
+    expect((await restore(place, storage, manifest.id)).equals(wanted), manifest.id).toBe(true)
+  }
+  expect(backups.at(-1)?.manifest.id).toBe(next.id)
+  const { stdout } = await execa('qemu-img', ['info', '--output=json', disk])
+  expect(JSON.parse(stdout)['format-specific'].data.bitmaps).toMatchObject([{ name: `varve-${next.id}` }])
+}
+
+test.each(TASKS)('whatever the storage does during $name, it is an error or it is right', async task => {
+  const place = join(folder, 'case')
+  const { calls, error } = await runWith(task, place, -1)
+  expect(error).toBeUndefined()
+  expect(calls.length).toBeGreaterThan(2)
+  const cases = calls.flatMap((call, index) => FAULTS[call.operation].map(fault => ({ call, index, fault })))
+  const random = new Random(seed)
+  while (process.env.VARVE_FAULTS !== 'all' && cases.length > SAMPLE)
+    cases.splice(random.below(cases.length), 1)
+  for (const { call, index, fault } of cases) {
+    const { error: outcome } = await runWith(task, place, index, fault)
+    try {
+      if (outcome !== undefined) expect(outcome).toBeInstanceOf(VarveError)
+      else expect(damages(fault, call), 'damage that nobody noticed').toBe(false)
+      await expectSound(place)
+    } catch (cause) {
+      const text = `${fault.kind} at call ${index}, ${call.operation} ${call.key} (VARVE_SEED=${seed}): ${cause instanceof Error ? cause.message : cause}`
+      throw new Error(text, { cause: outcome ?? cause })
+    }
+  }
+})
+
+/** Whether a fault makes bytes that are stored or read other ones. */
+function damages({ kind }: Fault, { operation, key }: StorageCall): boolean {
+  const changes = kind === 'flip-bit' || kind === 'end-at' || (kind === 'append' && operation === 'put')
+  return changes && /\.(qcow2|blake3)$/.test(key)
+}
