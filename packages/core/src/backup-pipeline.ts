@@ -11,14 +11,15 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { describe, freeze, mark, publish, stream } from './backup-stages.ts'
+import { describe, type Frozen, freeze, mark, publish, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
 import type { Host, Instance } from './host.ts'
 import { RunJournal } from './journal.ts'
-import type { BackupManifest } from './manifest.ts'
+import type { BackupManifest, ManifestDisk } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
+import { OverlayWatch } from './overlay-space.ts'
 import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
@@ -55,6 +56,12 @@ export interface BackupRequest {
    * failure is a warning and the backup is crash-consistent. `require`: a failure ends the run. Default: `off`.
    */
   freeze?: 'off' | 'try' | 'require'
+  /**
+   * Bytes that stay free in the file systems of the overlays and of the disks while a running instance is backed up;
+   * below, the backup is given up (OVERLAY_SPACE_LOW) before the guest has to stop. Default: 1 GiB, or 5 % of a file
+   * system that is smaller than 20 GiB.
+   */
+  overlayReserve?: number
   /** Bytes a second for all disks together. Default: no limit. */
   bandwidth?: number
   /** Disks that are streamed at the same time. Default: 2. */
@@ -171,7 +178,7 @@ export class BackupPipeline {
       await ledger.add(id, storage)
       await mark(backup)
       const frozen = await freeze(backup)
-      const images = await stream(backup, frozen)
+      const images = await streamWatched(backup, frozen)
       manifest = await describe(backup, frozen, images)
       await publish(backup, manifest, {
         bitmaps: bitmapsToRetire(disks, backups, id, gone),
@@ -195,6 +202,14 @@ export class BackupPipeline {
   }
 }
 
+/** Streams the disks while the guest's overlays have room. */
+async function streamWatched(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
+  const { run, request } = backup
+  await using watch = new OverlayWatch(frozen.overlays, request.overlayReserve, run)
+  const signal = run.signal ? AbortSignal.any([run.signal, watch.signal]) : watch.signal
+  return await stream({ ...backup, run: { ...run, signal } }, frozen)
+}
+
 /** Forgets backups whose mark was on no disk. Those that are newer than what is published may be under way. */
 async function forgetUnused(
   ledger: MarkLedger,
@@ -210,13 +225,19 @@ async function forgetUnused(
 }
 
 function checkRequest(request: BackupRequest): void {
-  const least = { maxIncrementalChain: 0, bandwidth: 1, concurrency: 1, rbdSnapshots: 1 } as const
-  for (const name of ['maxIncrementalChain', 'bandwidth', 'concurrency', 'rbdSnapshots'] as const) {
+  const numbers = [
+    ['maxIncrementalChain', 0],
+    ['overlayReserve', 0],
+    ['bandwidth', 1],
+    ['concurrency', 1],
+    ['rbdSnapshots', 1],
+  ] as const
+  for (const [name, least] of numbers) {
     const value = request[name]
-    if (value !== undefined && (!Number.isSafeInteger(value) || value < least[name])) {
+    if (value !== undefined && (!Number.isSafeInteger(value) || value < least)) {
       throw new VarveError(
         'INVALID_ARGUMENT',
-        `${name} is ${value}; it needs a whole number of at least ${least[name]}.`,
+        `${name} is ${value}; it needs a whole number of at least ${least}.`,
         { context: { [name]: value } },
       )
     }

@@ -17,6 +17,7 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
+import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
 import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
@@ -47,6 +48,8 @@ export async function mark({ id, host, instance, plan, journal, run }: BackupCon
 export interface Frozen {
   readonly at: Date
   readonly consistency: Consistency
+  /** Where a running instance writes to until the backup is done. */
+  readonly overlays: readonly SizedOverlay[]
   /** The snapshots of RBD images, by the name of their disk. */
   readonly snapshots: ReadonlyMap<string, RbdSnapshot>
   /** The UEFI variables at that moment. */
@@ -80,7 +83,7 @@ async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]):
     })
   }
   const snapshots = await snapshotImages(backup, images)
-  return { at: new Date(), consistency: saved ? 'crash' : 'offline', snapshots }
+  return { at: new Date(), consistency: saved ? 'crash' : 'offline', overlays: [], snapshots }
 }
 
 async function freezeRunning(
@@ -91,14 +94,17 @@ async function freezeRunning(
   const { id, host, instance, journal, run, request } = backup
   const overlays = await Promise.all(
     files.map(
-      async (disk): Promise<DiskOverlay> => ({
+      async (disk): Promise<SizedOverlay> => ({
         disk: disk.name,
         base: disk.path,
         baseFormat: disk.format,
         overlay: await host.overlayPath(disk, id),
+        virtualSize: disk.virtualSize,
       }),
     ),
   )
+  const lack = await lackOfSpace(overlays, request.overlayReserve)
+  if (lack) throw lack
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
   try {
     const snapshots = await atOneMoment(backup, { images, overlays, frozen }, async () => {
@@ -108,7 +114,7 @@ async function freezeRunning(
       }
       return snapshotImages(backup, images)
     })
-    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash', snapshots }
+    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash', overlays, snapshots }
   } finally {
     if (frozen) await thaw(backup)
   }

@@ -55,6 +55,10 @@ export interface VmSite {
   readonly events: readonly VarveEvent[]
   /** Defines the instance of the test; it is removed with it. */
   createVm(disks: readonly SiteDisk[], options?: Partial<LabDomainOptions>): Promise<LabDomain>
+  /** Starts the instance with its processors stopped: nothing boots, and writes are done by {@link VmSite.guest}. */
+  startIdle(): Promise<void>
+  /** Has QEMU carry out commands of `qemu-io` on a device of the running instance, as for its guest. */
+  guest(commands: readonly string[], disk?: string): Promise<void>
   /** Where a disk of the instance is. */
   image(disk: string): string
   /** Where an object of a backup is stored. */
@@ -66,6 +70,8 @@ export interface VmSite {
   content(disk: string): Promise<string>
   /** SHA-256 of a device as the guest reads it from the disk. */
   sum(device: string): Promise<string>
+  /** Restores one disk to a new file and returns its path. */
+  restored(manifest: BackupManifest, disk?: string): Promise<string>
   /** Restores to new files and returns the SHA-256 of what a guest would read in each. */
   restoredSums(manifest: BackupManifest): Promise<Record<string, string>>
   /** The state of the host is as it was before: no overlay, no server, no open journal; one bitmap a storage. */
@@ -145,6 +151,20 @@ export function useVmSite(): VmSite {
       return vm
     },
 
+    async startIdle() {
+      await lab.virsh(['start', theVm().name, '--paused'])
+    },
+
+    async guest(commands, disk = 'vda') {
+      const index = disk.charCodeAt(2) - 'a'.charCodeAt(0)
+      const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
+      const lines = [...commands, 'flush'].map(
+        command => `qemu-monitor-command ${theVm().name} --hmp 'qemu-io -d ${device} "${command}"'`,
+      )
+      const said = await lab.virsh([lines.join('; ')])
+      if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io: ${said}`)
+    },
+
     image: disk => join(folder, disk),
     stored: ({ instance, chain, id }, name) => join(site.storagePath, instance.name, chain, id, name),
 
@@ -161,6 +181,12 @@ export function useVmSite(): VmSite {
     async sum(device) {
       const { stdout } = await theVm().run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`)
       return stdout.slice(0, 64)
+    },
+
+    async restored(manifest, disk = 'vda') {
+      const path = join(await mkdtemp(join(folder, 'restored-')), disk)
+      await site.restore({ backup: manifest.id, to: { disks: { [disk]: path } } })
+      return path
     },
 
     async restoredSums(manifest) {

@@ -30,6 +30,7 @@ interface BackupOptions {
   concurrency?: number
   clusterSize?: number
   overlayFolder?: string
+  overlayReserve?: number
   verifyUpload?: boolean
   storage?: string
   stateDir?: string
@@ -72,6 +73,12 @@ export function backupCommand(program: Command, session: Session): void {
       '--overlay-folder <folder>',
       'where a running domain writes meanwhile (default: beside each disk; block devices need it)',
     )
+    .addOption(
+      sizeOption(
+        '--overlay-reserve <size>',
+        'gives up before a running domain leaves less free (default: 1G, or 5 % of a small file system)',
+      ),
+    )
     .option('--verify-upload', 'read everything back from the storage before the backup counts')
     .addOption(storageOption())
     .addOption(stateDirOption())
@@ -89,7 +96,7 @@ Examples:
 }
 
 async function backup(session: Session, instance: string, options: BackupOptions): Promise<void> {
-  const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize } = options
+  const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize, overlayReserve } = options
   await using storage = await session.openStorage(options.storage)
   const request: BackupRequest = {
     instance,
@@ -100,6 +107,7 @@ async function backup(session: Session, instance: string, options: BackupOptions
     ...(bandwidth !== undefined && { bandwidth }),
     ...(concurrency !== undefined && { concurrency }),
     ...(clusterSize !== undefined && { clusterSize }),
+    ...(overlayReserve !== undefined && { overlayReserve }),
     verifyUpload: options.verifyUpload ? 'digest' : 'size',
   }
   const host = await backupHost(session, instance, options)
