@@ -169,13 +169,15 @@ function obstacle(
 
 function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): FallbackReason | undefined {
   const bitmap = disk.bitmaps.find(bitmap => bitmap.name === name)
-  if (!bitmap || before.format !== 'qcow2' || !before.bitmap) return 'bitmap-missing'
+  if (!bitmap || bitmap.twin === 'alone' || before.format !== 'qcow2' || !before.bitmap)
+    return 'bitmap-missing'
   // On another file the bitmap need not tell of every write: libvirt puts an empty copy of it into the overlay of a
   // snapshot that somebody takes.
   if (disk.path !== before.source.path) return 'disk-replaced'
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'
+  if (bitmap.twin !== 'agrees') return 'bitmap-altered'
   if (disk.virtualSize < before.virtualSize) return 'disk-shrunk'
   return undefined
 }
@@ -278,6 +280,8 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'bitmap-inconsistent':
       'Bitmap is inconsistent since QEMU did not end cleanly, falling back to full backup',
     'bitmap-disabled': 'Bitmap was disabled, falling back to full backup',
+    'bitmap-altered':
+      'Bitmap does not show all writes since the parent (somebody cleared it or made it anew), falling back to full backup',
     'bitmap-granularity': 'Bitmap has another granularity, falling back to full backup',
     'snapshot-missing': 'RBD snapshot of the parent not found, falling back to full backup',
     'snapshot-replaced': 'The RBD snapshot is not the one of the parent, falling back to full backup',

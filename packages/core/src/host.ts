@@ -11,6 +11,11 @@ export interface DiskBitmap {
   readonly enabled: boolean
   /** QEMU did not store it when it ended: what it says cannot be trusted. It can only be removed. */
   readonly inconsistent: boolean
+  /**
+   * Whether it has all that its twin recorded beside it. `differs`: not, so somebody cleared it, made it anew or stopped it
+   * for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there.
+   */
+  readonly twin: 'agrees' | 'differs' | 'missing' | 'alone'
 }
 
 /** A disk of an instance that is a file or a block device, as it is now. */
@@ -97,7 +102,7 @@ export interface Host {
   readonly reference: HostReference
   /** @throws INSTANCE_NOT_FOUND */
   instance(name: string, run?: RunOptions): Promise<Instance>
-  /** Adds a persistent, recording bitmap to every disk: for a running instance in one transaction. */
+  /** Adds a persistent, recording bitmap and its twin to every disk: for a running instance in one transaction. */
   addBitmap(
     instance: string,
     disks: readonly FileDisk[],
@@ -105,7 +110,7 @@ export interface Host {
     granularity: number,
     run?: RunOptions,
   ): Promise<void>
-  /** Removes bitmaps from a disk; those that are not there are left out. */
+  /** Removes bitmaps and their twins from a disk; those that are not there are left out. */
   removeBitmaps(instance: string, disk: string, bitmaps: readonly string[], run?: RunOptions): Promise<void>
   /** Where the overlay of a disk goes. */
   overlayPath(disk: FileDisk, backupId: string): Promise<string>

@@ -1,6 +1,7 @@
 import { realpath, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { namesOnDisk, twinOf } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
 import {
   type DomainChanges,
@@ -102,10 +103,13 @@ export class LibvirtHost implements Host {
     }
     const qmp = await this.#qmp(instance, run)
     await qmp.transaction(
-      disks.map(disk => ({
-        type: 'block-dirty-bitmap-add',
-        data: { node: qmp.node(disk.path, disk.format).name, name: bitmap, granularity, persistent: true },
-      })),
+      disks.flatMap(disk => {
+        const node = qmp.node(disk.path, disk.format).name
+        return [bitmap, twinOf(bitmap)].map(name => ({
+          type: 'block-dirty-bitmap-add',
+          data: { node, name, granularity, persistent: true },
+        }))
+      }),
     )
   }
 
@@ -120,7 +124,7 @@ export class LibvirtHost implements Host {
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
     const qmp = await this.#qmp(instance, run)
     const node = qmp.node(state.path, state.format)
-    const present = bitmaps.filter(name => node.bitmaps.some(bitmap => bitmap.name === name))
+    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk)
     await qmp.transaction(
       present.map(name => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
     )

@@ -32,6 +32,7 @@ const fallbackReasons: WordsOf<FallbackReason> = {
   'bitmap-inconsistent': 'bitmap-inconsistent',
   'bitmap-disabled': 'bitmap-disabled',
   'bitmap-granularity': 'bitmap-granularity',
+  'bitmap-altered': 'bitmap-altered',
   'snapshot-missing': 'snapshot-missing',
   'snapshot-replaced': 'snapshot-replaced',
 }

@@ -22,6 +22,7 @@ export type FallbackReason =
   | 'bitmap-inconsistent'
   | 'bitmap-disabled'
   | 'bitmap-granularity'
+  | 'bitmap-altered'
   | 'snapshot-missing'
   | 'snapshot-replaced'
 

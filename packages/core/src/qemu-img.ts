@@ -1,6 +1,8 @@
 import { realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
+import { joinTwins, namesOnDisk, twinOf } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
+import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { DiskBitmap, FileDisk } from './host.ts'
 import type { RunOptions } from './run-options.ts'
@@ -52,18 +54,26 @@ export async function readImageInfo(
   const info = imageInfo.parse(JSON.parse(stdout))
   const data = info['format-specific']?.data
   const backing = info['full-backing-filename'] ?? info['backing-filename']
+  const bitmaps = data?.bitmaps ?? []
+  const counts = bitmaps.length > 0 ? await countBitmapBits(path) : undefined
   return {
     format: info.format,
     virtualSize: info['virtual-size'],
     ...(backing !== undefined && { backing }),
     ...(data?.['data-file'] !== undefined && { dataFile: data['data-file'] }),
     ...(data?.compat !== undefined && { compat: data.compat }),
-    bitmaps: (data?.bitmaps ?? []).map(bitmap => ({
-      name: bitmap.name,
-      granularity: bitmap.granularity,
-      enabled: bitmap.flags.includes('auto'),
-      inconsistent: bitmap.flags.includes('in-use'),
-    })),
+    bitmaps: joinTwins(
+      bitmaps.map(({ name, granularity, flags }) => {
+        const dirty = counts?.get(name)
+        const plain = {
+          name,
+          granularity,
+          enabled: flags.includes('auto'),
+          inconsistent: flags.includes('in-use'),
+        }
+        return { ...plain, ...(dirty !== undefined && { dirty }) }
+      }),
+    ),
   }
 }
 
@@ -133,7 +143,7 @@ async function resolveDisk(name: string, path: string): Promise<string> {
   })
 }
 
-/** Adds a persistent, recording bitmap to an image that nobody has open. One that is there already is kept. */
+/** Adds a persistent, recording bitmap and its twin to an image that nobody has open. One that is there already is kept. */
 export async function addImageBitmap(
   path: string,
   bitmap: string,
@@ -141,23 +151,21 @@ export async function addImageBitmap(
   run: RunOptions,
 ): Promise<void> {
   const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-  if (bitmaps.some(({ name }) => name === bitmap)) return
-  await runCommand(
-    'qemu-img',
-    ['bitmap', '--add', '-g', String(granularity), '-f', 'qcow2', path, bitmap],
-    run,
-  )
+  const present = new Set(bitmaps.flatMap(namesOnDisk))
+  for (const name of [bitmap, twinOf(bitmap)]) {
+    if (present.has(name)) continue
+    const options = ['--add', '-g', String(granularity), '-f', 'qcow2']
+    await runCommand('qemu-img', ['bitmap', ...options, path, name], run)
+  }
 }
 
-/** Removes bitmaps from an image that nobody has open; those that are not there are left out. */
+/** Removes bitmaps and their twins from an image that nobody has open; those that are not there are left out. */
 export async function removeImageBitmaps(
   path: string,
   bitmaps: readonly string[],
   run: RunOptions,
 ): Promise<void> {
-  const present = new Set((await readImageInfo(path, 'qcow2', run)).bitmaps.map(({ name }) => name))
-  for (const bitmap of bitmaps) {
-    if (present.has(bitmap))
-      await runCommand('qemu-img', ['bitmap', '--remove', '-f', 'qcow2', path, bitmap], run)
-  }
+  const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
+  for (const name of present.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk))
+    await runCommand('qemu-img', ['bitmap', '--remove', '-f', 'qcow2', path, name], run)
 }

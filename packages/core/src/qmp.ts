@@ -1,5 +1,6 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
+import { joinTwins } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
 import type { DiskBitmap } from './host.ts'
 
@@ -18,6 +19,8 @@ const blockNodes = z.array(
         z.object({
           name: z.string().default(''),
           granularity: z.number(),
+          /** Bytes. */
+          count: z.number(),
           recording: z.boolean(),
           inconsistent: z.boolean().default(false),
         }),
@@ -76,12 +79,16 @@ export class Qmp {
       name: node['node-name'],
       virtualSize: node.image['virtual-size'],
       holdsBitmaps: format === 'qcow2' && node.image['format-specific']?.data.compat !== '0.10',
-      bitmaps: node['dirty-bitmaps'].map(bitmap => ({
-        name: bitmap.name,
-        granularity: bitmap.granularity,
-        enabled: bitmap.recording,
-        inconsistent: bitmap.inconsistent,
-      })),
+      // QEMU counts the bitmaps of a node at one moment: no write falls between two of them.
+      bitmaps: joinTwins(
+        node['dirty-bitmaps'].map(bitmap => ({
+          name: bitmap.name,
+          granularity: bitmap.granularity,
+          enabled: bitmap.recording,
+          inconsistent: bitmap.inconsistent,
+          dirty: bitmap.count,
+        })),
+      ),
     }
   }
 

@@ -19,7 +19,14 @@ const GiB = 2 ** 30
 const id = (n: number) => `20260101-00000${n}-000-00000${n}`
 
 function bitmap(n: number, change: Partial<DiskBitmap> = {}): DiskBitmap {
-  return { name: markName(id(n)), granularity: 65_536, enabled: true, inconsistent: false, ...change }
+  return {
+    name: markName(id(n)),
+    granularity: 65_536,
+    enabled: true,
+    inconsistent: false,
+    twin: 'agrees',
+    ...change,
+  }
 }
 
 function hostDisk(name: string, bitmaps: DiskBitmap[], change: Partial<FileDisk> = {}): FileDisk {
@@ -113,6 +120,9 @@ test.each([
   ['bitmap-inconsistent', {}, [bitmap(2, { inconsistent: true })]],
   ['bitmap-disabled', {}, [bitmap(2, { enabled: false })]],
   ['bitmap-granularity', {}, [bitmap(2, { granularity: 4096 })]],
+  ['bitmap-altered', {}, [bitmap(2, { twin: 'differs' })]],
+  ['bitmap-altered', {}, [bitmap(2, { twin: 'missing' })]],
+  ['bitmap-missing', {}, [bitmap(2, { twin: 'alone' })]],
   ['disk-replaced', { path: '/img/snapshot-1' }, [bitmap(2)]],
   ['disk-shrunk', { virtualSize: GiB - 512 }, [bitmap(2)]],
   ['format-raw', { format: 'raw', holdsBitmaps: false }, []],

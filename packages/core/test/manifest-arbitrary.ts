@@ -24,6 +24,7 @@ const fallback = fc.constantFrom<FallbackReason>(
   'bitmap-inconsistent',
   'bitmap-disabled',
   'bitmap-granularity',
+  'bitmap-altered',
   'snapshot-missing',
   'snapshot-replaced',
 )

@@ -100,6 +100,7 @@ test('a bitmap is told of where one is added', async () => {
   const bitmaps = await execa('qemu-img', ['info', '--output=json', path])
   expect(JSON.parse(bitmaps.stdout)['format-specific'].data.bitmaps).toMatchObject([
     { name: `varve-${manifest.id}` },
+    { name: `varve-${manifest.id}-twin` },
   ])
 })
 
