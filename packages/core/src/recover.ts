@@ -2,7 +2,7 @@ import { DiskLock } from './disk-lock.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, HostReference } from './host.ts'
 import { ImageHost } from './image-host.ts'
-import { RunJournal } from './journal.ts'
+import { type JournalHeader, RunJournal } from './journal.ts'
 import { LibvirtHost } from './libvirt-host.ts'
 import type { RbdConnector } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
@@ -70,7 +70,8 @@ async function recoverRun(
 ): Promise<Pick<RecoveredRun, 'outcome' | 'error'>> {
   const { header } = journal
   try {
-    await using _lock = await DiskLock.acquire(header.disks.map(({ path }) => path))
+    await using lock = await lockOf(header)
+    if (!lock) return { outcome: 'running' }
     const host = options.host ?? hostOf(header.host, options.rbd)
     if (header.kind === 'restore') {
       const { finished, incomplete } = await settleRestore(journal, host, run)
@@ -82,12 +83,19 @@ async function recoverRun(
     const { published } = await settleBackup(journal, { host, storage, run })
     return { outcome: published ? 'finished' : 'undone' }
   } catch (error) {
-    if (isVarveError(error, 'DISK_BUSY')) return { outcome: 'running' }
     const reason = isVarveError(error)
       ? error
       : new VarveError('RUN_UNRESOLVED', errorMessage(error), { cause: error })
     return { outcome: 'unresolved', error: reason }
   }
+}
+
+/** None where a process holds the disks: the run goes on. */
+async function lockOf({ disks }: JournalHeader): Promise<DiskLock | undefined> {
+  return DiskLock.acquire(disks.map(({ path }) => path)).catch(error => {
+    if (isVarveError(error, 'DISK_BUSY')) return undefined
+    throw error
+  })
 }
 
 function hostOf(reference: HostReference, rbd: RbdConnector | undefined): Host {

@@ -5,7 +5,9 @@ import { assertUnused } from './image-lock.ts'
 import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
+import type { RbdCluster } from './rbd.ts'
 import { replaceImage, stillInUse } from './replace-image.ts'
+import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 
@@ -41,7 +43,7 @@ export async function settleRestore(
   const refusal = finish && (await finishSwap(journal, finish, host, run))
   for (const { temporary } of journal.of('target-create')) await rm(temporary, { force: true })
   for (const { image, of } of journal.of('image-create'))
-    await (await host.rbd(of, run)).removeImage(image, run)
+    await removeUnfinished(await host.rbd(of, run), image, run)
 
   // In place the disks alone are all of it, unless their definition was still to come.
   const decided = finish !== undefined || undone || journal.of('define').length === 0
@@ -62,6 +64,17 @@ export async function settleRestore(
   }
   const incomplete = writing.map(({ disk }) => disk)
   return { finished, started: start, incomplete, ...(refusal && { refusal }) }
+}
+
+/** A server that was killed counts as a client of the image for half a minute more. */
+async function removeUnfinished(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
+  try {
+    await assertImageUnused(cluster, image, run)
+  } catch (error) {
+    if (isVarveError(error, 'DISK_NOT_FOUND')) return // it has its new name, or was not made
+    throw error
+  }
+  await cluster.removeImage(image, run)
 }
 
 /** A process that died in the middle may have told the guest to shut down: it still runs, and goes at any moment. */

@@ -1,4 +1,5 @@
 import { writeFileSync } from 'node:fs'
+import { CephConnector, type CephOptions } from '@varve/ceph'
 import type { BackupRequest } from '../../src/backup-pipeline.ts'
 import type { Host, HostReference } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
@@ -23,6 +24,8 @@ export interface Job {
   readonly stateDir: string
   /** Where the stand-in for the guest agent keeps whether the guest is frozen. */
   readonly frozenFlag: string
+  /** How the Ceph cluster of RBD disks is reached. */
+  readonly ceph?: CephOptions
   readonly kill?: Kill
 }
 
@@ -41,8 +44,8 @@ export type Message =
 export class AgentHost extends LibvirtHost {
   readonly #flag: string
 
-  constructor(uri: string, flag: string) {
-    super({ uri })
+  constructor(uri: string, flag: string, ceph?: CephOptions) {
+    super({ uri, ...(ceph && { rbd: new CephConnector(ceph) }) })
     this.#flag = flag
   }
 
@@ -56,6 +59,6 @@ export class AgentHost extends LibvirtHost {
 }
 
 /** The host that a job means. */
-export function hostOf(reference: HostReference, frozenFlag: string): Host {
-  return reference.kind === 'libvirt' ? new AgentHost(reference.uri, frozenFlag) : new ImageHost(reference)
+export function hostOf({ host, frozenFlag, ceph }: Job): Host {
+  return host.kind === 'libvirt' ? new AgentHost(host.uri, frozenFlag, ceph) : new ImageHost(host)
 }

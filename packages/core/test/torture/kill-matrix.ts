@@ -55,8 +55,8 @@ export class KillMatrix implements AsyncDisposable {
 }
 
 /**
- * Steps that no scenario reaches yet: those of RBD images, of a guest that stands still while they are frozen, and of a
- * definition that names a backing file. A new step does not belong here, but in a scenario.
+ * Steps that no scenario here reaches: those of RBD images and of a guest that stands still while they are frozen, which
+ * packages/ceph/test/kill has; and, yet, of a definition that names a backing file. A new step does not belong here, but in a scenario.
  */
 const WITHOUT_A_CASE = new Set<JournalStepName>([
   'suspend',

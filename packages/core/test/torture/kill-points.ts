@@ -9,6 +9,8 @@ import { killDescendants } from './processes.ts'
 export interface Kill {
   /** At this point of its run, counted from 1. */
   readonly at: number
+  /** Counts only the points of this label. */
+  readonly label?: string
   /** `process` leaves the commands that it started running, as a crash does; `group` ends them too, as a power cut does. */
   readonly scope: 'process' | 'group'
   /** Where it says which point that was. */
@@ -36,7 +38,9 @@ export class KillPoints {
   reach(label: string): void {
     this.labels.push(label)
     const kill = this.#kill
-    if (this.labels.length !== kill?.at) return
+    if (!kill || (kill.label !== undefined && kill.label !== label)) return
+    const counted = kill.label === undefined ? this.labels : this.labels.filter(one => one === label)
+    if (counted.length !== kill.at) return
     writeFileSync(kill.diary, label)
     if (kill.scope === 'group') killDescendants(process.pid)
     process.kill(process.pid, 'SIGKILL')

@@ -36,9 +36,10 @@ function say(message: Message): void {
   process.send?.(message)
 }
 
-async function run({ task, host: reference, storagePath, stateDir, frozenFlag }: Job): Promise<void> {
+async function run(job: Job): Promise<void> {
+  const { task, storagePath, stateDir } = job
   const storage = new StreamedStorage({ path: storagePath })
-  const host = hostOf(reference, frozenFlag)
+  const host = hostOf(job)
   switch (task.kind) {
     case 'backup':
       await new BackupPipeline({ host, storage, stateDir }).run(task.request)
