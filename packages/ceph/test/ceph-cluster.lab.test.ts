@@ -26,7 +26,13 @@ test('an image is made, looked at, renamed and removed, also under an odd name',
   await cluster.createImage(image, { size: 5 * MIB + 512 })
   await cluster.createImage(image, { size: 5 * MIB + 512 }) // is there already
   const made = await cluster.image(image)
-  expect(made).toEqual({ id: expect.any(String), size: 5 * MIB + 512, snapshots: [], metadata: new Map() })
+  expect(made).toEqual({
+    id: expect.any(String),
+    size: 5 * MIB + 512,
+    snapshots: [],
+    metadata: new Map(),
+    objectMapInvalid: false,
+  })
   await expect(cluster.createImage(image, { size: MIB })).rejects.toMatchObject({ code: 'TARGET_EXISTS' })
 
   await cluster.renameImage(image, 'vms/other')
