@@ -7,6 +7,7 @@ import { NbdClient } from '@varve/nbd'
 import { startLibvirt } from '@varve/testkit/lab'
 import { createDisk, rewriteOnePercent, withExport } from './disk-data.ts'
 import { alternate, median, type Run, ratio, runTask, timeCommand } from './measure.ts'
+import { measureRbd } from './rbd.ts'
 import { measureStalls } from './stall.ts'
 import { storage } from './storage.ts'
 
@@ -259,6 +260,16 @@ async function stall({ folder, pairs }: Setting): Promise<Figure[]> {
   ]
 }
 
+async function rbd(setting: Setting): Promise<Figure[]> {
+  const { bytes, toFolder, throughRclone, chain } = await measureRbd(setting)
+  const size = `${(bytes / GiB).toFixed(2)} GiB`
+  return [
+    compared(`RBD, full to a folder, ${size}, against rbd export | rclone rcat`, toFolder, 1.1),
+    compared(`RBD, full through rclone, ${size}, against rbd export | rclone rcat`, throughRclone, 1.1),
+    compared('RBD, restore of a chain of ten, against rbd import-diff', chain, 0.8),
+  ]
+}
+
 /** What `--only` chooses from, in the order of running. */
 export const cases: Record<string, (setting: Setting) => Promise<Figure[]>> = {
   full: fullBackup,
@@ -269,4 +280,5 @@ export const cases: Record<string, (setting: Setting) => Promise<Figure[]>> = {
   planner,
   stall,
   storage,
+  rbd,
 }

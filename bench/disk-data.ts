@@ -32,6 +32,15 @@ export async function createDisk(path: string, size: number, dataBytes: number):
   await rm(raw)
 }
 
+/** Makes a raw image of random data all over. */
+export async function createRaw(path: string, size: number): Promise<void> {
+  const random = new RandomBytes()
+  const file = await open(path, 'wx')
+  for (let done = 0; done < size; done += 4 * MiB)
+    await file.write(random.next(Math.min(4 * MiB, size - done)))
+  await file.close()
+}
+
 /** Serves an image while `use` runs. */
 export async function withExport<T>(
   path: string,

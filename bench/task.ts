@@ -1,20 +1,35 @@
 // One measured piece of work in a process of its own; see runTask.
 import { mkdir } from 'node:fs/promises'
 import { text } from 'node:stream/consumers'
-import { BackupPipeline, ImageHost, RestorePipeline } from '@varve/core'
+import { CephConnector, type CephOptions } from '@varve/ceph'
+import { BackupPipeline, type Host, ImageHost, RestorePipeline, type StorageDriver } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
+import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { NbdClient } from '@varve/nbd'
 import { get, plainPut, put } from './remote.ts'
 
+/** Where backups go, a folder or what rclone reaches, and what they are taken of. */
 interface Places {
   readonly storage: string
+  readonly rclone?: RcloneDriverOptions
   readonly stateDir: string
+  /** How the cluster of an RBD image is reached. */
+  readonly ceph?: CephOptions
+}
+
+async function storageOf({ storage, rclone }: Places): Promise<StorageDriver> {
+  if (rclone) return new RcloneDriver(rclone)
+  await mkdir(storage, { recursive: true })
+  return new LocalDriver({ path: storage })
+}
+
+function hostOf({ ceph }: Places, disks: Record<string, string>): Host {
+  return new ImageHost({ instance: 'bench', disks, ...(ceph && { rbd: new CephConnector(ceph) }) })
 }
 
 async function backup(input: Places & { disk: string; type: 'full' | 'incremental' }): Promise<object> {
-  await mkdir(input.storage, { recursive: true })
-  const storage = new LocalDriver({ path: input.storage })
-  const host = new ImageHost({ instance: 'bench', disks: { vda: input.disk } })
+  await using storage = await storageOf(input)
+  const host = hostOf(input, { vda: input.disk })
   const pipeline = new BackupPipeline({ host, storage, stateDir: input.stateDir })
   const manifest = await pipeline.run({ instance: 'bench', type: input.type })
   return {
@@ -26,8 +41,8 @@ async function backup(input: Places & { disk: string; type: 'full' | 'incrementa
 }
 
 async function restore(input: Places & { backup: string; target: string }): Promise<object> {
-  const storage = new LocalDriver({ path: input.storage })
-  const host = new ImageHost({ instance: 'bench', disks: {} })
+  await using storage = await storageOf(input)
+  const host = hostOf(input, {})
   const pipeline = new RestorePipeline({ host, storage, stateDir: input.stateDir })
   await pipeline.run({ backup: input.backup, to: { disks: { vda: input.target } } })
   return {}
