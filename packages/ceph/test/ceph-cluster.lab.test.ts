@@ -1,4 +1,5 @@
 import { access, readFile, stat } from 'node:fs/promises'
+import { createInterface } from 'node:readline'
 import { buffer } from 'node:stream/consumers'
 import type { VarveEvent } from '@varve/core'
 import { execa } from 'execa'
@@ -236,8 +237,12 @@ test('an image that somebody has open is neither rolled back nor removed', async
   // it takes the exclusive lock by its write, and keeps it until its input ends
   const holder = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${ceph.conf}`], { stdin: 'pipe' })
   try {
+    // Not by its own iterable, which waits for its end when it is left.
+    const answers = createInterface(holder.stdout)[Symbol.asyncIterator]()
     holder.stdin.write('write -P 1 0 4k\nflush\n')
-    for await (const line of holder.iterable()) if (String(line).includes('wrote')) break
+    while (!(await answers.next()).value?.includes('wrote')) {
+      // the prompts
+    }
     expect(await cluster.isOpen(image)).toBe(true)
     await expect(cluster.rollback(image, 'varve-one')).rejects.toMatchObject({ code: 'DISK_BUSY' })
     await expect(cluster.removeImage(image)).rejects.toMatchObject({ code: 'DISK_BUSY' })
