@@ -7,17 +7,18 @@ import { type RecoveredRun, recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
 import type { Job, Task } from './job.ts'
+import type { Kill } from './kill-points.ts'
 import { processesWith } from './processes.ts'
 import { type Content, DISKS, INSTANCE, type ProvingGround, type StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
-import type { Prepared, Scenario } from './scenarios.ts'
+import { aroundSteps, type Prepared, type Scenario } from './scenarios.ts'
 import type { End, Meanwhile, Victims } from './victims.ts'
 
 /** Where things happen, and how. */
 export interface KillCase {
   readonly scenario: Scenario
-  /** The point at which the run dies, counted from 1; or after so many milliseconds. None: it does not. */
-  readonly kill?: { readonly at: number } | { readonly afterMs: number }
+  /** The point at which the run dies, see {@link Kill}; or after so many milliseconds. None: it does not. */
+  readonly kill?: Pick<Kill, 'at' | 'label'> | { readonly afterMs: number }
   readonly scope?: 'process' | 'group'
   /** What happens to the instance before the run is settled. Default: nothing. */
   readonly mishap?: 'switched off' | 'QEMU killed'
@@ -35,7 +36,7 @@ export interface CaseResult {
   readonly settled: readonly RecoveredRun[]
 }
 
-/** The points that a run reaches when nobody kills it. */
+/** The points that a run reaches when nobody kills it. Rejects where it does not record the steps that its scenario names. */
 export async function findPoints(
   ground: ProvingGround,
   victims: Victims,
@@ -49,6 +50,8 @@ export async function findPoints(
   if (end.killed) throw new Error(`${scenario.name} was killed`)
   if ((end.failure !== undefined) !== (scenario.from === 'refused'))
     throw new Error(`${scenario.name} ended with ${end.failure?.message ?? 'success'}`)
+  const missing = aroundSteps(scenario).filter(point => !end.points.includes(point))
+  if (missing.length > 0) throw new Error(`${scenario.name} does not reach: ${missing.join(', ')}`)
   return end.points
 }
 
@@ -109,7 +112,7 @@ async function runVictim(
     stateDir: ground.stateDir,
     frozenFlag: ground.frozenFlag,
     ...(kill && {
-      kill: { at: 'at' in kill ? kill.at : -1, scope, diary: join(ground.folder, 'diary') },
+      kill: { ...('at' in kill ? kill : { at: -1 }), scope, diary: join(ground.folder, 'diary') },
     }),
   }
   const meanwhile: Meanwhile = {

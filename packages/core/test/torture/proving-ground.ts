@@ -30,6 +30,7 @@ export type StorageName = 'first' | 'second'
 interface Memory {
   readonly content: Content
   readonly backups: ReadonlyMap<string, Content>
+  readonly backing: string | undefined
 }
 
 /**
@@ -44,6 +45,8 @@ export class ProvingGround implements AsyncDisposable {
   readonly #lab: LibvirtLab | undefined
   readonly #content = new Map<DiskName, Buffer>()
   readonly #templates = new Map<string, Memory>()
+  /** The backing file of the first disk, where the domain's definition names one. */
+  #backing: string | undefined
 
   private constructor(folder: string, lab: LibvirtLab | undefined) {
     this.folder = folder
@@ -113,13 +116,30 @@ export class ProvingGround implements AsyncDisposable {
       await createQcow2(this.image(disk), DISK_BYTES)
       this.#content.set(disk, Buffer.alloc(DISK_BYTES))
     }
+    this.#backing = undefined
+    await this.#define()
+  }
+
+  /** Puts a backing file under the first disk, which holds what it held, and names it in the domain's definition. */
+  async putOnBacking(): Promise<void> {
+    const backing = join(this.folder, 'backing.qcow2')
+    await createQcow2(backing, DISK_BYTES)
+    await qemuIo(backing, 'qcow2', [`write -P 0x5a 0 ${DISK_BYTES}`])
+    const options = ['-f', 'qcow2', '-F', 'qcow2', '-b', backing]
+    await execa('qemu-img', ['rebase', ...options, this.image('vda')])
+    this.#backing = backing
+    await this.#lab?.virsh(['undefine', INSTANCE])
     await this.#define()
   }
 
   /** Remembers the state under a name; the instance is off. */
   async save(name: string): Promise<void> {
     await cp(this.work, this.#template(name), { recursive: true })
-    this.#templates.set(name, { content: this.content, backups: new Map(this.backups) })
+    this.#templates.set(name, {
+      content: this.content,
+      backups: new Map(this.backups),
+      backing: this.#backing,
+    })
   }
 
   /** Brings a remembered state back. */
@@ -130,6 +150,7 @@ export class ProvingGround implements AsyncDisposable {
     await cp(this.#template(name), this.work, { recursive: true })
     this.content = memory.content
     for (const [id, content] of memory.backups) this.backups.set(id, content)
+    this.#backing = memory.backing
     await this.#define()
   }
 
@@ -253,7 +274,13 @@ export class ProvingGround implements AsyncDisposable {
   async #define(): Promise<void> {
     if (!this.#lab) return
     const path = join(this.folder, 'domain.xml')
-    await writeFile(path, domainXml(DISKS.map(disk => [disk, this.image(disk)])))
+    await writeFile(
+      path,
+      domainXml(
+        DISKS.map(disk => [disk, this.image(disk)]),
+        this.#backing,
+      ),
+    )
     await this.#lab.virsh(['define', path])
   }
 
@@ -289,7 +316,11 @@ function change(content: Buffer, random: Random): string {
 }
 
 /** A domain that boots nothing: its firmware finds no boot sector, and halts. */
-function domainXml(disks: readonly (readonly [name: string, path: string])[]): string {
+function domainXml(disks: readonly (readonly [name: string, path: string])[], backing?: string): string {
+  const backingStore =
+    backing === undefined
+      ? ''
+      : `<backingStore type='file'><format type='qcow2'/><source file='${backing}'/></backingStore>`
   return `<domain type='qemu'>
   <name>${INSTANCE}</name>
   <memory unit='MiB'>32</memory>
@@ -298,10 +329,10 @@ function domainXml(disks: readonly (readonly [name: string, path: string])[]): s
   <on_poweroff>destroy</on_poweroff>
   <devices>${disks
     .map(
-      ([name, path]) => `
+      ([name, path], index) => `
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2' discard='unmap'/>
-      <source file='${path}'/>
+      <source file='${path}'/>${index === 0 ? backingStore : ''}
       <target dev='${name}' bus='virtio'/>
     </disk>`,
     )

@@ -1,6 +1,7 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { blake3Hex } from '../../src/digest.ts'
+import type { JournalStepName } from '../../src/journal.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import type { Task } from './job.ts'
 import { INSTANCE, type ProvingGround } from './proving-ground.ts'
@@ -18,8 +19,13 @@ export interface Scenario {
   readonly name: string
   /** Plain images, or a domain that is off or running when the run begins. */
   readonly instance: 'images' | 'off' | 'running'
-  /** Makes the state that the run begins with; `chain` has three backups and changes since, `chains` a second full one. */
-  readonly from: 'empty' | 'chain' | 'chains' | 'refused'
+  /**
+   * Makes the state that the run begins with; `chain` has three backups and changes since, `chains` a second full one,
+   * `refused` a backup whose definition no host takes, `backed` a definition that names a backing file.
+   */
+  readonly from: 'empty' | 'chain' | 'chains' | 'refused' | 'backed'
+  /** What the journal of the run holds. */
+  readonly steps: readonly JournalStepName[]
   task(prepared: Prepared, ground: ProvingGround): Task
 }
 
@@ -33,78 +39,124 @@ const over = (backupId: string, more: object = {}): Task => ({
   request: { backup: backupId, to: { instance: INSTANCE }, powerOffTimeoutMs: 0, ...more },
 })
 
+const BACKUP = ['bitmap-add', 'export', 'upload', 'publish'] as const
+const RUNNING_BACKUP = [...BACKUP, 'snapshot'] as const
+const RESTORE = ['power-off', 'powered-off', 'target-create', 'finish'] as const
+const IN_PLACE = ['power-off', 'powered-off', 'export', 'write-in-place', 'written-in-place'] as const
+
 export const SCENARIOS: readonly Scenario[] = [
-  { name: 'first backup of images', instance: 'images', from: 'empty', task: () => backup() },
-  { name: 'increment of images', instance: 'images', from: 'chain', task: () => backup() },
-  { name: 'increment of an instance that is off', instance: 'off', from: 'chain', task: () => backup() },
+  {
+    name: 'first backup of images',
+    instance: 'images',
+    from: 'empty',
+    steps: BACKUP,
+    task: () => backup(),
+  },
+  { name: 'increment of images', instance: 'images', from: 'chain', steps: BACKUP, task: () => backup() },
+  {
+    name: 'increment of an instance that is off',
+    instance: 'off',
+    from: 'chain',
+    steps: BACKUP,
+    task: () => backup(),
+  },
   {
     name: 'first backup of a running instance, frozen by its agent',
     instance: 'running',
     from: 'empty',
+    steps: [...RUNNING_BACKUP, 'filesystem-freeze', 'filesystem-thawed'],
     task: () => backup({ freeze: 'require' }),
   },
-  { name: 'increment of a running instance', instance: 'running', from: 'chain', task: () => backup() },
+  {
+    name: 'increment of a running instance',
+    instance: 'running',
+    from: 'chain',
+    steps: RUNNING_BACKUP,
+    task: () => backup(),
+  },
   {
     name: 'increment of one disk of a running instance',
     instance: 'running',
     from: 'chain',
+    steps: RUNNING_BACKUP,
     task: () => backup({ disks: ['vdb'] }),
   },
   {
     name: 'new full backup of a running instance',
     instance: 'running',
     from: 'chain',
+    steps: RUNNING_BACKUP,
     task: () => backup({ type: 'full' }),
   },
   {
     name: 'restore over images',
     instance: 'images',
     from: 'chain',
+    steps: RESTORE,
     task: ({ middle }) => over(middle.id),
   },
   {
     name: 'restore over a running instance',
     instance: 'running',
     from: 'chain',
+    steps: RESTORE,
     task: ({ middle }) => over(middle.id),
   },
   {
     name: 'restore of disks and definition of an instance that is off',
     instance: 'off',
     from: 'chain',
+    steps: [...RESTORE, 'define', 'defined'],
     task: ({ newest }) => over(newest.id, { definition: 'restore', start: true }),
   },
   {
     name: 'restore whose definition is refused',
     instance: 'running',
     from: 'refused',
+    steps: [...RESTORE, 'define', 'undo'],
     task: ({ newest }) => over(newest.id, { definition: 'restore' }),
+  },
+  {
+    name: 'restore over an instance that is off, whose definition names a backing file',
+    instance: 'off',
+    from: 'backed',
+    steps: [...RESTORE, 'drop-backing', 'defined'],
+    task: ({ middle }) => over(middle.id, { start: true }),
   },
   {
     name: 'restore in place of images',
     instance: 'images',
     from: 'chain',
+    steps: IN_PLACE,
     task: ({ middle }) => over(middle.id, { inPlace: true }),
   },
   {
     name: 'restore in place of a running instance',
     instance: 'running',
     from: 'chain',
+    steps: IN_PLACE,
     task: ({ middle }) => over(middle.id, { inPlace: true }),
   },
   {
     name: 'deletion of the newest backup',
     instance: 'images',
     from: 'chain',
+    steps: [],
     task: ({ newest }) => ({ kind: 'delete', backup: newest.id }),
   },
   {
     name: 'pruning of a chain',
     instance: 'images',
     from: 'chains',
+    steps: [],
     task: () => ({ kind: 'prune', policy: { instance: INSTANCE, keepLast: 1 } }),
   },
 ]
+
+/** The points before and after the steps of a scenario. */
+export function aroundSteps({ steps }: Scenario): string[] {
+  return steps.flatMap(step => [`before ${step}`, `after ${step}`])
+}
 
 /** Makes the template of a scenario, once for each ground. */
 export async function prepareTemplates(ground: ProvingGround): Promise<Prepared> {
@@ -131,6 +183,10 @@ export async function prepareTemplates(ground: ProvingGround): Promise<Prepared>
     await ground.load('chain')
     await refuseDefinition(ground, newest)
     await ground.save('refused')
+
+    await ground.load('chain')
+    await ground.putOnBacking()
+    await ground.save('backed')
   }
   return { full, middle, newest }
 }

@@ -1,0 +1,47 @@
+import { type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { KillMatrix, stepsWithoutACase } from './torture/kill-matrix.ts'
+import { Random } from './torture/random.ts'
+import { aroundSteps, SCENARIOS } from './torture/scenarios.ts'
+
+// A sample of what `npm run test:torture` does; see docs/reliability.md.
+const SEED = 119
+const CASES = 6
+
+let lab: LibvirtLab
+let matrix: KillMatrix
+beforeAll(async () => {
+  lab = await startLibvirt()
+  matrix = await KillMatrix.prepare(lab)
+}, 300_000)
+afterAll(async () => {
+  await matrix?.[Symbol.asyncDispose]()
+  await lab?.stop()
+})
+
+test('every step that a journal may hold has a run that is killed before and after it', () => {
+  expect(stepsWithoutACase()).toEqual([])
+})
+
+const random = new Random(SEED)
+const withSteps = SCENARIOS.filter(({ steps }) => steps.length > 0)
+const cases = Array.from({ length: CASES }, (_, index) => {
+  // Images and domains in turn.
+  const scenario = random.pick(
+    withSteps.filter(({ instance }) => (instance === 'images') === (index % 2 === 0)),
+  )
+  return {
+    scenario,
+    kill: { at: 1, label: random.pick(aroundSteps(scenario)) },
+    scope: random.pick(['process', 'group'] as const),
+    ...(index % 3 === 0 && { recoverKill: 1 + random.below(20) }),
+    seed: random.below(2 ** 31),
+  }
+})
+
+test.each(cases.map(one => [one.scenario.name, one.kill.label, one] as const))(
+  '%s, killed %s',
+  async (_name, _at, killCase) => {
+    expect((await matrix.run(killCase)).end.killed).toBe(true)
+  },
+)
