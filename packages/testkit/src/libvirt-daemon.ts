@@ -53,6 +53,10 @@ stdio_handler = "file"
 export interface LibvirtDaemon {
   /** The URI for libvirt's clients, which live outside of the namespaces. */
   readonly uri: string
+  /** Ends libvirtd alone; its domains go on. */
+  stopLibvirtd(): Promise<void>
+  /** Starts libvirtd again, which finds its domains. */
+  startLibvirtd(): Promise<void>
   /** Ends the daemon and its domains at once, as a power cut does. With `keep` the folder stays. */
   stop(folder: 'keep' | 'remove'): Promise<void>
 }
@@ -77,7 +81,47 @@ export async function startLibvirtDaemon(root: string): Promise<LibvirtDaemon> {
     await stop('remove')
     throw error
   }
-  return { uri, stop }
+  return {
+    uri,
+    stop,
+    async stopLibvirtd() {
+      const pid = await libvirtdOf(child)
+      if (pid === undefined) throw new Error('libvirtd does not run.')
+      process.kill(pid, 'SIGTERM')
+      await pollUntil(
+        async () => ((await libvirtdOf(child)) === undefined ? true : undefined),
+        30_000,
+        () => 'libvirtd does not end.',
+      )
+    },
+    async startLibvirtd() {
+      const [shell] = await childrenOf(child.pid)
+      const command =
+        'exec libvirtd --daemon --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirtd.pid'
+      const inside = ['--target', String(shell), '--mount', '--pid', 'sh', '-c', command]
+      await execa('nsenter', inside, { timeout: 30_000 })
+      await pollUntil(
+        () => answers(uri),
+        30_000,
+        () => 'libvirtd does not answer again after 30 s.',
+      )
+    },
+  }
+}
+
+async function childrenOf(pid: number | undefined): Promise<number[]> {
+  const { stdout } = await execa('pgrep', ['--parent', String(pid)], { reject: false })
+  return stdout.split('\n').filter(Boolean).map(Number)
+}
+
+/** libvirtd's process id, where it runs, as it is seen from outside. */
+async function libvirtdOf(supervisor: ChildProcess): Promise<number | undefined> {
+  const [shell] = await childrenOf(supervisor.pid)
+  const { stdout } = await execa('pgrep', ['--ns', String(shell), '--nslist', 'pid', '--exact', 'libvirtd'], {
+    reject: false,
+  })
+  const [pid] = stdout.split('\n').filter(Boolean)
+  return pid === undefined ? undefined : Number(pid)
 }
 
 function spawnSupervisor(root: string): ChildProcess {
@@ -105,12 +149,16 @@ async function answer(uri: string, child: ChildProcess, root: string): Promise<v
       const exited = await readFile(path.join(root, 'run/exit'), 'utf8').catch(() => '')
       if (child.pid === undefined || child.exitCode !== null || exited)
         throw new Error(`libvirtd did not start. ${exited}${await log()}`)
-      const { exitCode } = await execa('virsh', ['--connect', uri, 'uri'], { reject: false, timeout: 10_000 })
-      return exitCode === 0 ? true : undefined
+      return answers(uri)
     },
     30_000,
     async () => `libvirtd does not answer after 30 s. ${await log()}`,
   )
+}
+
+async function answers(uri: string): Promise<true | undefined> {
+  const { exitCode } = await execa('virsh', ['--connect', uri, 'uri'], { reject: false, timeout: 10_000 })
+  return exitCode === 0 ? true : undefined
 }
 
 async function endSupervisor(child: ChildProcess, folder: 'keep' | 'remove'): Promise<void> {

@@ -82,6 +82,15 @@ export class LibvirtLab implements AsyncDisposable {
     this.#daemon = await startLibvirtDaemon(this.root)
   }
 
+  /** Ends libvirtd and leaves its domains running; {@link LibvirtLab.startLibvirtd} starts it again. */
+  stopLibvirtd(): Promise<void> {
+    return this.#daemon.stopLibvirtd()
+  }
+
+  startLibvirtd(): Promise<void> {
+    return this.#daemon.startLibvirtd()
+  }
+
   /** Ends all domains and the daemon, and removes the folder. */
   async stop(): Promise<void> {
     await this.#daemon.stop('remove')
