@@ -1,3 +1,4 @@
+import type { Readable } from 'node:stream'
 import { abortError, VarveError } from './errors.ts'
 
 /** How long after an abort a call may take to clean up, in milliseconds. */
@@ -14,6 +15,21 @@ export async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | u
  */
 export async function endsAfterAbort<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   return signal ? giveUpAfter(GRACE_MS, work, signal) : work
+}
+
+/**
+ * Has an abort destroy a download, whose error is then `ABORTED`. To be called by the driver that made the stream: until its
+ * consumer has it, and where that has given up as well and never takes it, nobody else hears of the error.
+ */
+export function destroyOnAbort(stream: Readable, signal: AbortSignal | undefined): void {
+  if (!signal) return
+  const giveUp = () => {
+    stream.on('error', () => undefined)
+    stream.destroy(abortError(signal))
+  }
+  signal.addEventListener('abort', giveUp, { once: true })
+  stream.once('close', () => signal.removeEventListener('abort', giveUp))
+  if (signal.aborted) giveUp()
 }
 
 async function giveUpAfter<T>(graceMs: number, work: Promise<T>, signal: AbortSignal): Promise<T> {

@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { abortError, type ObjectStream, VarveError } from '@varve/core'
+import { destroyOnAbort, type ObjectStream, VarveError } from '@varve/core'
 import { ftpError, timeoutError } from './ftp-error.ts'
 import type { FtpSettings } from './ftp-options.ts'
 import type { Transfer } from './transfer.ts'
@@ -22,7 +22,6 @@ export class Download extends Readable implements ObjectStream {
   readonly #transfer: Transfer
   readonly #options: DownloadOptions
   readonly #timer: NodeJS.Timeout
-  readonly #onAbort: () => void
   #left: number
   #flowing = false
 
@@ -40,14 +39,13 @@ export class Download extends Readable implements ObjectStream {
           timeoutError(`the download of ${options.key} stands still`, settings.timeoutMs, settings),
         )
     }, settings.timeoutMs)
-    this.#onAbort = () => signal && this.destroy(abortError(signal))
-    signal?.addEventListener('abort', this.#onAbort, { once: true })
     socket.on('data', chunk => this.#take(chunk))
     socket.pause()
     socket.once('end', () => this.#ended())
     socket.once('close', () => this.#ended())
     // an empty file may have ended, and be closed, before the server's reply was here
     if (socket.readableEnded || socket.closed) this.#ended()
+    destroyOnAbort(this, signal)
   }
 
   override _read(): void {
@@ -93,7 +91,6 @@ export class Download extends Readable implements ObjectStream {
 
   override _destroy(error: Error | null, done: (error?: Error | null) => void): void {
     clearTimeout(this.#timer)
-    this.#options.signal?.removeEventListener('abort', this.#onAbort)
     this.#transfer.abandon().finally(this.#options.onDone)
     done(error)
   }

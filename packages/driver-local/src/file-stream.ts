@@ -1,6 +1,6 @@
 import type { FileHandle } from 'node:fs/promises'
 import { Readable } from 'node:stream'
-import { abortError, type ByteRange, type ObjectStream, VarveError } from '@varve/core'
+import { type ByteRange, destroyOnAbort, type ObjectStream, VarveError } from '@varve/core'
 import { localError } from './local-error.ts'
 
 const CHUNK_SIZE = 1024 * 1024
@@ -19,15 +19,11 @@ export class FileStream extends Readable implements ObjectStream {
 
   constructor(file: FileHandle, path: string, range: ByteRange, signal?: AbortSignal) {
     super({ highWaterMark: CHUNK_SIZE }) // one chunk waits while the next is read: none are joined, which copies
-    if (signal) {
-      const giveUp = () => this.destroy(abortError(signal))
-      signal.addEventListener('abort', giveUp, { once: true })
-      this.once('close', () => signal.removeEventListener('abort', giveUp))
-    }
     this.#file = file
     this.#path = path
     this.#position = range.start
     this.#end = range.end
+    destroyOnAbort(this, signal)
   }
 
   override _read(): void {

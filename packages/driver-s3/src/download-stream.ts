@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { abortError, type ByteRange, isVarveError, type ObjectStream, VarveError } from '@varve/core'
+import { type ByteRange, destroyOnAbort, isVarveError, type ObjectStream, VarveError } from '@varve/core'
 import { backOff, isTransient, statusOf } from './retrying.ts'
 
 /** Options of {@link DownloadStream}. */
@@ -25,13 +25,8 @@ export class DownloadStream extends Readable implements ObjectStream {
     super({ highWaterMark: 256 * 1024 })
     this.#options = options
     this.#position = options.range.start
-    const { signal } = options
-    if (signal) {
-      const giveUp = () => this.destroy(abortError(signal))
-      signal.addEventListener('abort', giveUp, { once: true })
-      this.once('close', () => signal.removeEventListener('abort', giveUp))
-    }
     this.#attach(first)
+    destroyOnAbort(this, options.signal)
   }
 
   override _read(): void {

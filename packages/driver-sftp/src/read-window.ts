@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { abortError, type ByteRange, isVarveError, type ObjectStream, VarveError } from '@varve/core'
+import { type ByteRange, destroyOnAbort, isVarveError, type ObjectStream, VarveError } from '@varve/core'
 import { close } from './remote-file.ts'
 import type { Lease } from './session.ts'
 import { isLost, isStatus, STATUS, sftpError } from './sftp-error.ts'
@@ -60,13 +60,7 @@ export class SftpStream extends Readable implements ObjectStream {
     this.#packetSize = object.lease.root.connection.packetSize
     this.#next = options.range.start
     this.#delivered = options.range.start
-    const { signal } = options
-    if (signal) {
-      const giveUp = () => this.destroy(abortError(signal))
-      signal.addEventListener('abort', giveUp, { once: true })
-      this.once('close', () => signal.removeEventListener('abort', giveUp))
-      if (signal.aborted) giveUp()
-    }
+    destroyOnAbort(this, options.signal)
   }
 
   override _read(): void {
