@@ -27,6 +27,9 @@ export default defineConfig({
           include: ['packages/*/test/**/*.test.ts', 'examples/test/**/*.test.ts'],
           exclude: ['**/*.lab.test.ts'],
           testTimeout: 60_000, // property tests on a busy machine
+          // A process for each core and not for each file: starting them would take longer than the tests.
+          isolate: false,
+          maxWorkers: '100%',
         },
       },
       // Real programs, as root. One file at a time: they share one libvirt.

@@ -109,7 +109,7 @@ test('numbers that are too large, or endless, are refused', () => {
   expect(decodeDiffIndex(Buffer.concat([bytes, Buffer.from([0, 2])])).extents.count).toBe(2)
 })
 
-test('a million ranges of a large image take less than 20 MiB and less than a second', () => {
+test('a million ranges of a large image take less than 10 MiB', () => {
   const count = 1_000_000
   const extents = new ImageExtents()
   let offset = 100
@@ -120,12 +120,9 @@ test('a million ranges of a large image take less than 20 MiB and less than a se
   }
   const size = count * 765_536
   const diff = { toSnapshot: 'b', size, streamSize: offset + 1, dataSize: 7 * 8192 * count, extents }
-  const began = process.cpuUsage()
   const bytes = encodeDiffIndex(diff)
   const decoded = decodeDiffIndex(bytes)
-  const { user } = process.cpuUsage(began)
   expect(decoded).toMatchObject({ size, streamSize: offset + 1, dataSize: 7 * 8192 * count })
   expect(decoded.extents.count).toBe(2 * count)
   expect(bytes.length).toBeLessThan(10 * 2 ** 20)
-  expect(user / 1e6).toBeLessThan(1)
 })
