@@ -1,20 +1,11 @@
 import { fileURLToPath } from 'node:url'
-import { defineConfig, type TestProjectInlineConfiguration } from 'vitest/config'
+import { defineConfig } from 'vitest/config'
 
 const packages = fileURLToPath(new URL('./packages/', import.meta.url))
 const alias = [
   { find: /^@varve\/testkit\/(.+)$/, replacement: `${packages}testkit/src/$1.ts` },
   { find: /^@varve\/([a-z0-9-]+)$/, replacement: `${packages}$1/src/index.ts` },
 ]
-
-const remote = 'packages/{ceph,driver-s3,driver-sftp,driver-ftp,driver-rclone}/test/**/*.lab.test.ts'
-
-function labProject(name: string, include: string[], exclude: string[]): TestProjectInlineConfiguration {
-  return {
-    extends: true,
-    test: { name, include, exclude, fileParallelism: false, testTimeout: 300_000, hookTimeout: 120_000 },
-  }
-}
 
 export default defineConfig({
   resolve: { alias },
@@ -32,10 +23,17 @@ export default defineConfig({
           maxWorkers: '100%',
         },
       },
-      // Real programs, as root. One file at a time: they share one libvirt.
-      labProject('lab', ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'], [remote]),
-      // The remote storages and Ceph against their real servers: they share nothing with the others, and may run beside them.
-      labProject('servers', [remote], []),
+      // Real programs, as root. Each file has servers and a libvirt of its own, and waits for them much of its time.
+      {
+        extends: true,
+        test: {
+          name: 'lab',
+          include: ['packages/*/test/**/*.lab.test.ts', 'examples/test/**/*.lab.test.ts'],
+          maxWorkers: 3,
+          testTimeout: 300_000,
+          hookTimeout: 120_000,
+        },
+      },
     ],
   },
 })
