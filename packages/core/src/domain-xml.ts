@@ -43,6 +43,8 @@ export interface DomainDisk {
 export interface DomainDescription {
   readonly name: string
   readonly uuid?: string
+  /** Whether QEMU runs it: libvirt gives such a domain an id. */
+  readonly active: boolean
   readonly disks: readonly DomainDisk[]
   readonly nvram?: string
 }
@@ -55,6 +57,7 @@ export function readDomainXml(xml: string): DomainDescription {
   return {
     name: text(child(root, 'name')) ?? '',
     ...(uuid !== undefined && { uuid }),
+    active: root.hasAttribute('id'),
     disks: diskElements(root).map(readDisk),
     ...(nvram !== undefined && { nvram }),
   }

@@ -1,30 +1,21 @@
-import { realpath, rm, stat } from 'node:fs/promises'
+import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { namesOnDisk, twinOf } from './bitmap-twin.ts'
-import { runCommand } from './command.ts'
-import {
-  type DomainChanges,
-  type DomainDisk,
-  type RbdSource,
-  readDomainXml,
-  rewriteDomainXml,
-} from './domain-xml.ts'
+import { commitOverlay } from './commit-overlay.ts'
+import { type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, RbdDisk } from './host.ts'
-import { namelessFile } from './nameless-file.ts'
-import { addImageBitmap, readImageInfo, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
-import { Qmp } from './qmp.ts'
+import { isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
+import { addImageBitmap, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import type { Qmp } from './qmp.ts'
 import type { RbdCluster, RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
-import { statIfThere } from './stat-if-there.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
 
-/** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
-const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
 /** How long libvirt may take for a snapshot, in milliseconds: the guest's writes in flight are waited for. */
 const SNAPSHOT_TIMEOUT_MS = 10 * 60_000
 /** How long the guest agent may take to flush and freeze, in milliseconds. */
@@ -49,28 +40,31 @@ export interface LibvirtHostOptions {
 export class LibvirtHost implements Host {
   readonly reference: HostReference
   readonly #virsh: Virsh
+  readonly #domains: LibvirtDomains
   readonly #overlayFolder: string | undefined
   readonly #rbd: RbdConnector | undefined
 
   constructor(options: LibvirtHostOptions = {}) {
     const { uri = 'qemu:///system' } = options
     this.#virsh = new Virsh(uri)
+    this.#domains = new LibvirtDomains(this.#virsh)
     this.#overlayFolder = options.overlayFolder
     this.#rbd = options.rbd
     this.reference = { kind: 'libvirt', uri }
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
-    const { state, transient } = await this.#info(name, run)
+    const questions = [['dominfo'], ['dumpxml'], ['dumpxml', '--inactive']]
+    const [info = '', xml = '', definition = ''] = await this.#virsh.ask(run, name, ...questions)
+    const { state, transient } = readInfo(info)
     const running = isRunning(state)
-    const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
-    const definition = await this.#virsh.onDomain(run, name, 'dumpxml', '--inactive')
-    const qmp = running ? await this.#qmp(name, run) : undefined
+    const domain = readDomainXml(xml)
+    const qmp = running ? await this.#domains.qmp(name, run) : undefined
     const disks: HostDisk[] = []
     const unsupported = new Map<string, string>()
     for (const disk of domain.disks) {
       if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
-      const path = await this.#diskPath(disk, run)
+      const path = await this.#domains.diskPath(disk, run)
       const reason = unsupportedReason(disk, path, this.#rbd)
       if (disk.rbd && reason === undefined) disks.push(await this.#rbdDisk(disk.name, disk.rbd, run))
       else if (path === undefined || reason !== undefined)
@@ -97,11 +91,11 @@ export class LibvirtHost implements Host {
     granularity: number,
     run: RunOptions = {},
   ): Promise<void> {
-    if (!(await this.#isRunning(instance, run))) {
+    const qmp = await this.#domains.runningQmp(instance, run)
+    if (!qmp) {
       for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
       return
     }
-    const qmp = await this.#qmp(instance, run)
     await qmp.transaction(
       disks.flatMap(disk => {
         const node = qmp.node(disk.path, disk.format).name
@@ -119,10 +113,10 @@ export class LibvirtHost implements Host {
     bitmaps: readonly string[],
     run: RunOptions = {},
   ): Promise<void> {
-    const state = await this.#diskState(instance, disk, run)
+    const state = await this.#domains.diskState(instance, disk, run)
     if (state === undefined || state.format !== 'qcow2') return
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
-    const qmp = await this.#qmp(instance, run)
+    const qmp = await this.#domains.qmp(instance, run)
     const node = qmp.node(state.path, state.format)
     const present = node.bitmaps.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk)
     await qmp.transaction(
@@ -144,8 +138,10 @@ export class LibvirtHost implements Host {
 
   async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
     const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
-    const { disks } = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
-    const defined = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml', '--inactive'))
+    const questions = [['dumpxml'], ['dumpxml', '--inactive']]
+    const [live = '', inactive = ''] = await this.#virsh.ask(run, instance, ...questions)
+    const { disks } = readDomainXml(live)
+    const defined = readDomainXml(inactive)
     for (const disk of disks) if (byDisk.has(disk.name)) assertSameSource(instance, disk, defined.disks)
     const specs = disks.flatMap(({ name }) => {
       const overlay = byDisk.get(name)
@@ -175,92 +171,8 @@ export class LibvirtHost implements Host {
     }
   }
 
-  async commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
-    try {
-      const state = await this.#diskState(instance, overlay.disk, run)
-      if (state === undefined || (!state.running && state.path === overlay.overlay)) {
-        if (state && (await this.hasSavedMemory(instance, run))) {
-          // The saved state names the overlay, and the guest could not go on without it.
-          throw new VarveError(
-            'OVERLAY_LEFT_OVER',
-            'the memory of the instance was saved (virsh managedsave) while it wrote to the overlay; start the instance first',
-          )
-        }
-        await this.#commitOffline(instance, overlay, run)
-      } else if (state.path === overlay.overlay) await this.#commitLive(instance, overlay, run)
-      else if (state.path !== overlay.base && (await statIfThere(overlay.overlay))) {
-        // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
-        throw new VarveError(
-          'OVERLAY_LEFT_OVER',
-          `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
-        )
-      } else if (state.running && (await statIfThere(overlay.overlay)))
-        await this.#assertUnused(instance, overlay, run)
-      await rm(overlay.overlay, { force: true })
-    } catch (error) {
-      throw new VarveError(
-        'BLOCK_COMMIT_FAILED',
-        `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. The instance ${instance} goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
-        {
-          context: { instance, disk: overlay.disk, overlay: overlay.overlay, base: overlay.base },
-          cause: error,
-          retryable: true,
-        },
-      )
-    }
-  }
-
-  /**
-   * The definition says that the disk is on its base. libvirt may all the same be about to put the overlay on
-   * top, for a snapshot that nobody waits for any more: QEMU itself knows, and answers when that is done.
-   */
-  async #assertUnused(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
-    if (!(await this.#qmp(instance, run)).uses(overlay.overlay)) return
-    throw new VarveError('OVERLAY_LEFT_OVER', 'a snapshot is about to take it into use')
-  }
-
-  async #commitLive(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
-    // A job that a former try left behind refuses a new one.
-    const job = await this.#virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--info')
-    if (/commit/i.test(job)) await this.#virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--abort')
-    // --shallow: into the overlay's own base, never further down a chain that the instance has of its own.
-    const options = ['--active', '--shallow', '--pivot', '--wait']
-    const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
-    await this.#virsh.onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
-    const after = await this.#diskState(instance, overlay.disk, run)
-    if (after?.path !== overlay.base) {
-      throw new VarveError(
-        'BLOCK_COMMIT_FAILED',
-        `${overlay.disk} is on ${after?.path ?? 'no file'} instead of ${overlay.base}`,
-      )
-    }
-  }
-
-  /** The domain does not run (any more), or is gone. */
-  async #commitOffline(instance: string, overlay: DiskOverlay, run: RunOptions): Promise<void> {
-    if (!(await statIfThere(overlay.overlay))) return
-    const info = await readImageInfo(overlay.overlay, 'qcow2', run)
-    if (info.backing === undefined || (await realpath(info.backing)) !== overlay.base) {
-      throw new VarveError(
-        'OVERLAY_LEFT_OVER',
-        `its backing file is ${info.backing ?? 'none'}, not ${overlay.base}`,
-      )
-    }
-    await runCommand('qemu-img', ['commit', '-f', 'qcow2', '-d', overlay.overlay], {
-      ...run,
-      timeoutMs: COMMIT_TIMEOUT_MS,
-    })
-    const base = { path: overlay.base, format: overlay.baseFormat }
-    await this.#redefine(instance, { disks: { [overlay.disk]: base } }, run).catch(error => {
-      if (!isVarveError(error, 'INSTANCE_NOT_FOUND')) throw error // a transient domain is gone once it stops
-    })
-  }
-
-  /** Changes the definition, with the passwords of its console, which would be gone from it otherwise. */
-  async #redefine(instance: string, changes: DomainChanges, run: RunOptions): Promise<void> {
-    const secret = { ...run, secretOutput: true }
-    const xml = await this.#virsh.onDomain(secret, instance, 'dumpxml', '--inactive', '--security-info')
-    await this.define(rewriteDomainXml(xml, changes), run)
+  commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
+    return commitOverlay(this.#domains, instance, overlay, run)
   }
 
   async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
@@ -282,7 +194,7 @@ export class LibvirtHost implements Host {
     // A guest that stays frozen is worse than a failed backup, so this is tried for a while.
     for (let attempt = 1; ; attempt++) {
       try {
-        if (await this.#isRunning(instance, run))
+        if (await this.#domains.isRunning(instance, run))
           await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
         return
       } catch (error) {
@@ -308,7 +220,7 @@ export class LibvirtHost implements Host {
   }
 
   async resume(instance: string, run: RunOptions = {}): Promise<void> {
-    const state = await this.#state(instance, run).catch(error => {
+    const state = await this.#domains.state(instance, run).catch(error => {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
       throw error
     })
@@ -348,7 +260,7 @@ export class LibvirtHost implements Host {
     const { signal, ...rest } = run
     if (signal?.aborted) throw abortError(signal)
     try {
-      if (!(await this.#isRunning(instance, rest))) return
+      if (!(await this.#domains.isRunning(instance, rest))) return
       const asked = await this.#askToShutDown(instance, rest)
       if (!(await this.waitUntilOff(instance, asked ? timeoutMs : 0, rest))) {
         if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
@@ -357,7 +269,7 @@ export class LibvirtHost implements Host {
     } catch (error) {
       // It may have gone by itself in between.
       if (!isVarveError(error, 'COMMAND_FAILED')) throw error
-      if (await this.#isRunning(instance, rest)) {
+      if (await this.#domains.isRunning(instance, rest)) {
         throw new VarveError(
           'POWER_OFF_FAILED',
           `${instance} could not be switched off: ${error.message} Switch it off by hand and restore again; its disks are untouched.`,
@@ -368,13 +280,9 @@ export class LibvirtHost implements Host {
     if (signal?.aborted) throw abortError(signal)
   }
 
-  async hasSavedMemory(instance: string, run: RunOptions = {}): Promise<boolean> {
-    return (await this.#info(instance, run)).hasSavedMemory
-  }
-
   async waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {
     const deadline = Date.now() + timeoutMs
-    while (await this.#isRunning(instance, run)) {
+    while (await this.#domains.isRunning(instance, run)) {
       if (Date.now() >= deadline) return false
       await sleep(250)
     }
@@ -393,72 +301,20 @@ export class LibvirtHost implements Host {
   }
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
-    if (!(await this.#isRunning(instance, run))) await this.#virsh.onDomain(run, instance, 'start')
+    if (!(await this.#domains.isRunning(instance, run))) await this.#virsh.onDomain(run, instance, 'start')
+  }
+
+  hasSavedMemory(instance: string, run: RunOptions = {}): Promise<boolean> {
+    return this.#domains.hasSavedMemory(instance, run)
   }
 
   dropBacking(instance: string, disks: readonly string[], run: RunOptions = {}): Promise<void> {
-    return this.#redefine(instance, { dropBacking: disks }, run)
+    return this.#domains.redefine(instance, { dropBacking: disks }, run)
   }
 
-  async define(xml: string, run: RunOptions = {}): Promise<void> {
-    // It may hold passwords, and a file with a name would stay behind when this process is killed.
-    await using file = await namelessFile(xml)
-    await this.#virsh.run(run, 'define', file.path)
+  define(xml: string, run: RunOptions = {}): Promise<void> {
+    return this.#domains.define(xml, run)
   }
-
-  async #isRunning(instance: string, run: RunOptions): Promise<boolean> {
-    return isRunning(await this.#state(instance, run))
-  }
-
-  async #state(instance: string, run: RunOptions): Promise<string> {
-    return (await this.#virsh.onDomain(run, instance, 'domstate')).trim()
-  }
-
-  async #info(
-    instance: string,
-    run: RunOptions,
-  ): Promise<{ state: string; transient: boolean; hasSavedMemory: boolean }> {
-    const text = await this.#virsh.onDomain(run, instance, 'dominfo')
-    const value = (name: string) => new RegExp(`^${name}:\\s*(.*?)\\s*$`, 'm').exec(text)?.[1]
-    return {
-      state: value('State') ?? 'no state',
-      transient: value('Persistent') === 'no',
-      hasSavedMemory: value('Managed save') === 'yes',
-    }
-  }
-
-  /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
-  async #diskState(
-    instance: string,
-    disk: string,
-    run: RunOptions,
-  ): Promise<{ running: boolean; path: string; format: string } | undefined> {
-    try {
-      const running = await this.#isRunning(instance, run)
-      const domain = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
-      const found = domain.disks.find(({ name }) => name === disk)
-      const path = found && (await this.#diskPath(found, run))
-      return found && path !== undefined ? { running, path, format: found.format } : undefined
-    } catch (error) {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
-      throw error
-    }
-  }
-
-  async #diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
-    const path = disk.volume
-      ? (await this.#virsh.run(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
-      : disk.source
-    return path === undefined ? undefined : realpath(path).catch(() => path)
-  }
-
-  #qmp(instance: string, run: RunOptions): Promise<Qmp> {
-    return Qmp.open(json => this.#virsh.onDomain(run, instance, 'qemu-monitor-command', json), instance)
-  }
-}
-
-function isRunning(state: string): boolean {
-  return state !== 'shut off' && state !== 'crashed'
 }
 
 /**

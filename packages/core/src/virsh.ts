@@ -1,4 +1,5 @@
-import { type CommandOptions, runCommand } from './command.ts'
+import { randomBytes } from 'node:crypto'
+import { type CommandOptions, type CommandResult, runCommand } from './command.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -43,15 +44,48 @@ export class Virsh {
     )
   }
 
+  /**
+   * Asks several things about a domain with one start of the program, which takes longer than the answers do.
+   * Returns what was printed to each.
+   *
+   * @param commands such as `['dumpxml', '--inactive']`: the domain comes after the first word
+   * @throws INSTANCE_NOT_FOUND
+   */
+  async ask(run: RunOptions, instance: string, ...commands: readonly string[][]): Promise<string[]> {
+    const domain = await this.#designation(instance, run)
+    const mark = `varve-${randomBytes(8).toString('hex')}`
+    const lines = commands.map(([command = '', ...args]) => [command, domain, ...args].map(quote).join(' '))
+    const args = [lines.join(`; echo ${mark}; `)]
+    return this.#explained(args, async () => {
+      const { stdout, stderr } = await this.#execute(run, args)
+      const said = /^error: *(.*)/m.exec(stderr)?.[1] // the exit code is that of the last command
+      if (said !== undefined) {
+        throw new VarveError('COMMAND_FAILED', `virsh failed: ${said}`, {
+          context: { command: 'virsh', args, stderr },
+        })
+      }
+      return stdout.split(mark)
+    })
+  }
+
   /** Runs a command that is about no domain. @throws COMMAND_FAILED and the others of {@link runCommand} */
-  async run(run: VirshOptions, ...args: string[]): Promise<string> {
+  run(run: VirshOptions, ...args: string[]): Promise<string> {
+    return this.#explained(args, async () => (await this.#execute(run, args)).stdout)
+  }
+
+  #execute(run: VirshOptions, args: readonly string[]): Promise<CommandResult> {
+    const label = `virsh ${/[\w-]+/.exec(args[0] ?? '')?.[0] ?? ''}`
+    return runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], { ...run, label })
+  }
+
+  /** Turns what virsh says of the connection and of domains into errors that tell what to do. */
+  async #explained<T>(args: readonly string[], work: () => Promise<T>): Promise<T> {
     try {
-      const options = { ...run, label: `virsh ${args[0]}` }
-      return (await runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], options)).stdout
+      return await work()
     } catch (error) {
       const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
       if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
-        throw this.#notFound(args.find(arg => stderr.includes(`'${arg}'`)) ?? '', error)
+        throw this.#notFound(/'(.*)'/.exec(stderr)?.[1] ?? '', error)
       }
       if (/failed to connect to the hypervisor/i.test(stderr)) {
         const said = stderr.trim().split('\n').at(-1)?.replace('error: ', '')
@@ -64,4 +98,9 @@ export class Virsh {
       throw error
     }
   }
+}
+
+/** A word of a line of commands: virsh reads quotes as a shell does. */
+function quote(word: string): string {
+  return `'${word.replaceAll("'", "'\\''")}'`
 }

@@ -23,8 +23,10 @@ const XML = `<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qe
 </domain>`
 
 test('disks are read with their own source, not that of their backing chain', () => {
-  const { name, uuid, nvram, disks } = readDomainXml(XML)
-  expect({ name, uuid, nvram }).toEqual({
+  const { name, uuid, nvram, active, disks } = readDomainXml(XML)
+  expect(readDomainXml(XML.replace("<domain type='kvm'", "<domain type='kvm' id='3'")).active).toBe(true)
+  expect({ name, uuid, nvram, active }).toEqual({
+    active: false,
     name: 'web-1',
     uuid: 'b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e',
     nvram: '/var/nvram/web-1.fd',

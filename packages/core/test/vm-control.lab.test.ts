@@ -2,7 +2,10 @@ import { execFileSync } from 'node:child_process'
 import { stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, sha256Content } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import { expect, test } from 'vitest'
+import { VarveError } from '../src/errors.ts'
+import type { VarveEvent } from '../src/events.ts'
 import type { DiskOverlay } from '../src/host.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
@@ -65,6 +68,20 @@ test('a name that is a number is no id of another domain', async () => {
   }
 })
 
+test('a name with all that virsh would take for something else is that of the domain', async () => {
+  const name = `it's "odd"; echo \\x $(y) #z`
+  const vm = await createVm([{ target: 'vda', size: MiB }], { name })
+  expect(await site.host.instance(name)).toMatchObject({ name, running: false })
+  await site.startIdle()
+  await backup({ instance: name })
+  expect(await site.host.instance(name)).toMatchObject({ name, running: true })
+  for (const unknown of [`${name} `, "it's", `"odd"`]) {
+    const error = await site.host.instance(unknown).catch(error => error)
+    expect(error).toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+  }
+  await vm.destroy()
+})
+
 test('a snapshot is seen through although the run is given up, so that its overlay can be merged back', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   await vm.start()
@@ -74,7 +91,7 @@ test('a snapshot is seen through although the run is given up, so that its overl
     signal: giveUp.signal,
     onEvent: event => {
       // the last look before the snapshot
-      if (event.type === 'command' && event.args.includes('--inactive')) giveUp.abort()
+      if (event.type === 'command' && event.args.some(arg => arg.includes('--inactive'))) giveUp.abort()
     },
   })
   expect(giveUp.signal.aborted).toBe(true)
@@ -98,6 +115,51 @@ test("an overlay that QEMU has open is not removed, whatever the domain's defini
   await vm.qmp('blockdev-del', { 'node-name': 'soon' })
   await site.host.commitOverlay(vm.name, overlay)
   await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+})
+
+test('an instance that is started while its overlay is merged back keeps what it writes to it', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const start = ['start', vm.name, '--paused']
+  const overlay = overlayOf('overlay')
+  await site.startIdle()
+  await site.host.snapshot(vm.name, [overlay])
+  await vm.io('vda', 'write -P 1 0 64k')
+  await vm.destroy()
+  const startOnce = (event: VarveEvent) => {
+    if (event.type === 'command' && event.args[0] === 'commit')
+      execFileSync('virsh', ['--quiet', '--connect', site.lab.uri, ...start])
+  }
+  await expect(site.host.commitOverlay(vm.name, overlay, { onEvent: startOnce })).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining('was started on it meanwhile'),
+  })
+  await vm.io('vda', 'write -P 2 64k 64k')
+  await site.host.commitOverlay(vm.name, overlay)
+  await vm.destroy()
+  const { stdout } = await execa('qemu-io', [
+    '-r',
+    '-f',
+    'qcow2',
+    '-c',
+    'read -P 1 0 64k',
+    '-c',
+    'read -P 2 64k 64k',
+    image('vda'),
+  ])
+  expect(stdout).not.toMatch(/failed/i)
+  expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(image('vda'))
+})
+
+test('a storage that takes nothing is noticed before anything is done to the instance', async () => {
+  await createVm([{ target: 'vda', size: MiB }])
+  await site.startIdle()
+  site.storage.beforePut = async () => {
+    throw new VarveError('STORAGE_FULL', 'full')
+  }
+  await expect(backup()).rejects.toMatchObject({ code: 'STORAGE_FULL' })
+  expect(site.events.flatMap(event => (event.type === 'stage' ? [event.stage] : []))).toEqual(['plan'])
+  const changes = /bitmap-(add|remove)|snapshot-create-as|blockcommit/
+  expect(site.events.filter(event => changes.test(JSON.stringify(event)))).toEqual([])
 })
 
 test("the password of an instance's console stays when an overlay is merged back into one that has stopped", async () => {

@@ -1,0 +1,99 @@
+import { realpath } from 'node:fs/promises'
+import { type DomainChanges, type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { isVarveError } from './errors.ts'
+import { namelessFile } from './nameless-file.ts'
+import { Qmp } from './qmp.ts'
+import type { RunOptions } from './run-options.ts'
+import type { Virsh } from './virsh.ts'
+
+/** Where a disk of a domain writes to now, and whether QEMU runs it. */
+export interface DiskState {
+  readonly running: boolean
+  readonly path: string
+  readonly format: string
+}
+
+/** What `virsh` tells of the domains of a libvirt daemon, and their definitions. */
+export class LibvirtDomains {
+  readonly virsh: Virsh
+
+  constructor(virsh: Virsh) {
+    this.virsh = virsh
+  }
+
+  async hasSavedMemory(instance: string, run: RunOptions): Promise<boolean> {
+    return readInfo(await this.virsh.onDomain(run, instance, 'dominfo')).hasSavedMemory
+  }
+
+  /** Changes the definition, with the passwords of its console, which would be gone from it otherwise. */
+  async redefine(instance: string, changes: DomainChanges, run: RunOptions): Promise<void> {
+    const secret = { ...run, secretOutput: true }
+    const xml = await this.virsh.onDomain(secret, instance, 'dumpxml', '--inactive', '--security-info')
+    await this.define(rewriteDomainXml(xml, changes), run)
+  }
+
+  async define(xml: string, run: RunOptions): Promise<void> {
+    // It may hold passwords, and a file with a name would stay behind when this process is killed.
+    await using file = await namelessFile(xml)
+    await this.virsh.run(run, 'define', file.path)
+  }
+
+  async isRunning(instance: string, run: RunOptions): Promise<boolean> {
+    return isRunning(await this.state(instance, run))
+  }
+
+  async state(instance: string, run: RunOptions): Promise<string> {
+    return (await this.virsh.onDomain(run, instance, 'domstate')).trim()
+  }
+
+  /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
+  async diskState(instance: string, disk: string, run: RunOptions): Promise<DiskState | undefined> {
+    try {
+      const { active, disks } = readDomainXml(await this.virsh.onDomain(run, instance, 'dumpxml'))
+      const found = disks.find(({ name }) => name === disk)
+      const path = found && (await this.diskPath(found, run))
+      return found && path !== undefined ? { running: active, path, format: found.format } : undefined
+    } catch (error) {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    }
+  }
+
+  /** The file or block device of a disk, symbolic links resolved; undefined where it is none. */
+  async diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
+    const path = disk.volume
+      ? (await this.virsh.run(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
+      : disk.source
+    return path === undefined ? undefined : realpath(path).catch(() => path)
+  }
+
+  /** QEMU's monitor of an instance; undefined where it is off. */
+  async runningQmp(instance: string, run: RunOptions): Promise<Qmp | undefined> {
+    try {
+      return await this.qmp(instance, run)
+    } catch (error) {
+      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
+      if (/domain is not running/i.test(stderr)) return undefined
+      throw error
+    }
+  }
+
+  qmp(instance: string, run: RunOptions): Promise<Qmp> {
+    return Qmp.open(json => this.virsh.onDomain(run, instance, 'qemu-monitor-command', json), instance)
+  }
+}
+
+/** What `virsh dominfo` tells. */
+export function readInfo(text: string): { state: string; transient: boolean; hasSavedMemory: boolean } {
+  const value = (name: string) => new RegExp(`^${name}:\\s*(.*?)\\s*$`, 'm').exec(text)?.[1]
+  return {
+    state: value('State') ?? 'no state',
+    transient: value('Persistent') === 'no',
+    hasSavedMemory: value('Managed save') === 'yes',
+  }
+}
+
+/** Whether a domain in this state, as `virsh domstate` words it, runs. */
+export function isRunning(state: string): boolean {
+  return state !== 'shut off' && state !== 'crashed'
+}
