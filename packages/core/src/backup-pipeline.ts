@@ -11,7 +11,7 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { describe, type Frozen, freeze, mark, publish, stream } from './backup-stages.ts'
+import { type Frozen, freeze, mark, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
@@ -21,6 +21,7 @@ import type { BackupManifest, ManifestDisk } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { OverlayWatch } from './overlay-space.ts'
 import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
+import { describe, publish, storeDefinition } from './publish-backup.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
 import type { StorageDriver } from './storage.ts'
@@ -176,10 +177,11 @@ export class BackupPipeline {
     let failure: unknown
     try {
       await ledger.add(id, storage)
+      const definition = await storeDefinition(backup)
       await mark(backup)
       const frozen = await freeze(backup)
       const images = await streamWatched(backup, frozen)
-      manifest = await describe(backup, frozen, images)
+      manifest = await describe(backup, frozen, { definition, disks: images })
       await publish(backup, manifest, {
         bitmaps: bitmapsToRetire(disks, backups, id, gone),
         snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),

@@ -2,33 +2,17 @@ import { mkdir, readFile, stat } from 'node:fs/promises'
 import PQueue from 'p-queue'
 import { type BackupContext, stage } from './backup-context.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, markName } from './backup-plan.ts'
-import type { StoredBackup } from './backups.ts'
-import { objectsOf } from './chain.ts'
-import { runCommand } from './command.ts'
-import { blake3Hex } from './digest.ts'
 import { diskError } from './disk-error.ts'
-import { abortError, type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { type DiskOverlay, type FileDisk, isFileDisk, type RbdDisk } from './host.ts'
-import {
-  type BackupManifest,
-  type Consistency,
-  MANIFEST_VERSION,
-  type ManifestDisk,
-  type ManifestFile,
-  serializeManifest,
-} from './manifest.ts'
+import type { Consistency, ManifestDisk } from './manifest.ts'
 import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
 import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
-import { isBeingDeleted } from './remove-backup.ts'
 import { emit, type RunOptions } from './run-options.ts'
-import { bytesBody, type StorageDriver } from './storage.ts'
-import { MANIFEST_FILE } from './storage-layout.ts'
 import { streamFileDisk } from './stream-file-disk.ts'
 import { streamRbdDisk } from './stream-rbd-disk.ts'
-import { uploadOf, verifyUploads } from './verify-upload.ts'
-import { VERSION } from './version.ts'
 
 function fileDisks({ disks }: BackupPlan): FileDisk[] {
   return disks.map(({ disk }) => disk).filter(isFileDisk)
@@ -201,7 +185,7 @@ async function rawDiskTimes({ instance, plan }: BackupContext): Promise<Readonly
 
 /** Streams the image of every disk to the storage, several at once; the first failure ends the others. */
 export async function stream(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
-  const { plan, journal, run, request, folder } = backup
+  const { plan, journal, run, request } = backup
   let sockets = ''
   if (fileDisks(plan).length > 0) {
     stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
@@ -209,7 +193,6 @@ export async function stream(backup: BackupContext, frozen: Frozen): Promise<Man
     await journal.record({ step: 'export', folder: sockets })
     await mkdir(sockets, { mode: 0o700 })
   }
-  await journal.record({ step: 'upload', folder })
   stage(run, 'stream', 'Reading what is to be stored')
   const before = await rawDiskTimes(backup)
 
@@ -246,128 +229,6 @@ export async function stream(backup: BackupContext, frozen: Frozen): Promise<Man
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
 }
 
-/** Stores the instance's definition and writes down what the backup is. */
-export async function describe(
-  backup: BackupContext,
-  frozen: Frozen,
-  disks: readonly ManifestDisk[],
-): Promise<BackupManifest> {
-  const { id, instance, plan, run, startedAt } = backup
-  const definition = instance.definition === undefined ? undefined : Buffer.from(instance.definition)
-  const { name, uuid } = instance
-  return {
-    version: MANIFEST_VERSION,
-    id,
-    chain: plan.parent?.manifest.chain ?? id,
-    ...(plan.parent && { parent: plan.parent.manifest.id }),
-    kind: plan.parent ? 'incremental' : 'full',
-    instance: { name, ...(uuid !== undefined && { uuid }) },
-    startedAt: startedAt.toISOString(),
-    frozenAt: frozen.at.toISOString(),
-    finishedAt: new Date().toISOString(),
-    consistency: frozen.consistency,
-    running: instance.running,
-    disks,
-    ...(definition && { definition: await putFile(backup, 'domain.xml', definition) }),
-    ...(frozen.nvram && { nvram: await putFile(backup, 'nvram.fd', frozen.nvram) }),
-    tools: {
-      varve: VERSION,
-      node: process.version,
-      ...(fileDisks(plan).length > 0 && { qemu: await qemuVersion(run) }),
-    },
-  }
-}
-
-/**
- * Looks again at what the backup rests on and consists of: during a long upload another machine may have
- * deleted or pruned it.
- *
- * @throws PARENT_MISSING, SIZE_MISMATCH
- */
-async function assertPublishable(
-  storage: StorageDriver,
-  backup: StoredBackup,
-  parent: StoredBackup | undefined,
-  run: RunOptions,
-): Promise<void> {
-  await assertParent(storage, parent, run)
-  for (const { key, size } of objectsOf(backup)) {
-    const stored = await storage.stat(key, signalOf(run))
-    if (stored?.size === size) continue
-    throw new VarveError(
-      'SIZE_MISMATCH',
-      `The storage holds ${stored ? `${stored.size} bytes` : 'nothing'} of ${key}, which was uploaded with ${size} bytes. Nothing was published; look for what removes objects there, then back up again.`,
-      { context: { key, expected: size, actual: stored?.size }, retryable: true },
-    )
-  }
-}
-
-async function assertParent(
-  storage: StorageDriver,
-  parent: StoredBackup | undefined,
-  run: RunOptions,
-): Promise<void> {
-  if (!parent) return
-  const isThere = await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run))
-  const isGoing = await isBeingDeleted(storage, parent.folder, signalOf(run))
-  if (isThere && !isGoing) return
-  const { id } = parent.manifest
-  throw new VarveError(
-    'PARENT_MISSING',
-    `The backup ${id} that this one rests on was deleted during the upload. Nothing was published; back up again.`,
-    { context: { parent: id }, retryable: true },
-  )
-}
-
-/** What a backup replaces once it is published, by disk. */
-export interface Retired {
-  readonly bitmaps: Readonly<Record<string, readonly string[]>>
-  readonly snapshots: Readonly<Record<string, readonly string[]>>
-}
-
-/** What tells that a manifest which was written makes no backup. */
-const NOT_PUBLISHED: ReadonlySet<ErrorCode> = new Set(['DIGEST_MISMATCH', 'SIZE_MISMATCH', 'PARENT_MISSING'])
-
-/** Writes the manifest, last of all: from there on the backup exists. */
-export async function publish(
-  { folder, storage, plan, journal, run }: BackupContext,
-  manifest: BackupManifest,
-  retired: Retired,
-): Promise<void> {
-  stage(run, 'publish', 'Writing the manifest')
-  await assertPublishable(storage, { manifest, folder }, plan.parent, run)
-  const key = `${folder}/${MANIFEST_FILE}`
-  await journal.record({
-    step: 'publish',
-    manifest: key,
-    retire: retired.bitmaps,
-    retireSnapshots: retired.snapshots,
-  })
-  const bytes = serializeManifest(manifest)
-  await storage.put(key, bytesBody(bytes), signalOf(run))
-  try {
-    // It is small, and all else rests on it: it is read back whatever was asked for.
-    const { signal = new AbortController().signal } = run
-    await verifyUploads(storage, [uploadOf(key, bytes)], 'digest', signal)
-    await assertParent(storage, plan.parent, run) // see removeBackup
-  } catch (error) {
-    if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) await storage.delete(key)
-    throw error
-  }
-}
-
-async function putFile(
-  { storage, folder, request, run }: BackupContext,
-  key: string,
-  bytes: Uint8Array,
-): Promise<ManifestFile> {
-  const { signal = new AbortController().signal } = run
-  const upload = uploadOf(`${folder}/${key}`, bytes)
-  await storage.put(upload.key, bytesBody(bytes), { signal })
-  await verifyUploads(storage, [upload], request.verifyUpload ?? 'size', signal)
-  return { key, size: bytes.byteLength, blake3: blake3Hex(bytes) }
-}
-
 async function readNvram(path: string, run: RunOptions): Promise<Buffer | undefined> {
   try {
     return await readFile(path)
@@ -379,13 +240,4 @@ async function readNvram(path: string, run: RunOptions): Promise<Buffer | undefi
     })
     return undefined
   }
-}
-
-async function qemuVersion(run: RunOptions): Promise<string> {
-  const { stdout } = await runCommand('qemu-nbd', ['--version'], run)
-  return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
-}
-
-function signalOf({ signal }: RunOptions): { signal?: AbortSignal } {
-  return signal ? { signal } : {}
 }
