@@ -7,8 +7,9 @@ import { createRaw } from './disk-data.ts'
 import { alternate, type Run, runTask, timeCommand } from './measure.ts'
 
 const MIB = 1024 * 1024
-/** The cluster keeps everything in memory, and a whole object for each that changes after a snapshot. */
 const MOST_BYTES = 384 * MIB
+/** Less: the cluster keeps everything in memory, and a whole object for each that changes after a snapshot. */
+const MOST_CHAIN_BYTES = 128 * MIB
 const CAPACITY = 8192 * MIB
 const LAYERS = 10
 
@@ -54,18 +55,21 @@ export async function measureRbd({ folder, pairs, dataBytes }: Setting): Promise
     bytes,
     toFolder,
     throughRclone,
-    chain: await measureChain(ceph, { ...at, storage: local }, bytes, pairs),
+    chain: await measureChain(ceph, { ...at, storage: local }, Math.min(bytes, MOST_CHAIN_BYTES), pairs),
   }
 }
 
 /** Restores to a new image, which is removed each time. */
 async function measureChain(
   ceph: CephLab,
-  at: { storage: string; disk: string; ceph: object },
+  place: { storage: string; stateDir: string; ceph: object },
   bytes: number,
   pairs: number,
 ): Promise<Pairs> {
-  const image = at.disk.slice('rbd:'.length)
+  const image = 'bench/chain'
+  const at = { ...place, disk: `rbd:${image}` }
+  await ceph.run('rbd', 'create', '--size', `${bytes}B`, image)
+  await fill(ceph, image, bytes, `${place.storage}.raw`)
   const manifests: (Run & Record<string, unknown>)[] = []
   for (let layer = 0; layer < LAYERS; layer++) {
     if (layer > 0) await rewriteOnePercent(ceph, image, bytes, layer)
