@@ -78,10 +78,10 @@ export function objectsOf({ manifest, folder }: StoredBackup): BackupObject[] {
   return [...disks, ...files]
 }
 
-/** The small files of a backup: its definition, its UEFI variables, the indexes of RBD streams. */
+/** The small files of a backup: its definition, its UEFI variables, the indexes of RBD streams, the maps of disks. */
 export function filesOf({ definition, nvram, disks }: BackupManifest): ManifestFile[] {
-  const indexes = disks.map(disk => (disk.format === 'rbd-diff' ? disk.index : undefined))
-  return [definition, nvram, ...indexes].filter(file => file !== undefined)
+  const ofDisks = disks.map(disk => (disk.format === 'rbd-diff' ? disk.index : disk.map))
+  return [definition, nvram, ...ofDisks].filter(file => file !== undefined)
 }
 
 /** What is wrong with the objects of a backup as far as their sizes tell: OBJECT_NOT_FOUND, SIZE_MISMATCH. */

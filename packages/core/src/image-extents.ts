@@ -1,13 +1,9 @@
-import type { ExtentMap } from '@varve/nbd'
 import { ExtentKind, ExtentList } from '@varve/qcow2'
+import { type Runs, STATE_ZERO } from './data-map.ts'
+import type { RangeList } from './range-list.ts'
 
-/** NBD protocol, "base:allocation": reads as zeroes. */
-const STATE_ZERO = 2
 /** QEMU's NBD interop document, "qemu:dirty-bitmap:": written since the bitmap began. */
 const STATE_DIRTY = 1
-
-/** Runs that cover a disk, as {@link ExtentMap} holds them. */
-type Runs = Pick<ExtentMap, 'count' | 'start' | 'length' | 'flags'>
 
 /** What {@link imageExtents} is given. */
 export interface ImageExtentsOptions {
@@ -17,8 +13,8 @@ export interface ImageExtentsOptions {
   clusterSize: number
   /** The context `base:allocation`. */
   allocation: Runs
-  /** For an increment: the parent's bitmap, and the size that the disk had then. */
-  since?: { dirty: Runs; size: number }
+  /** For an increment: the parent's bitmap, the size that the disk had then, and where it had data that is lost. */
+  since?: { dirty: Runs; size: number; lost: RangeList }
 }
 
 /**
@@ -28,13 +24,14 @@ export interface ImageExtentsOptions {
  * - full: data, or unallocated where the disk reads as zero;
  * - increment: data or an *explicit* zero where the cluster is dirty, unallocated where it is clean. A dirty
  *   cluster that now reads as zero must hide what the parent has there, so it is never left out. What lies
- *   beyond the parent's size is dirty: bitmaps show grown regions as clean.
+ *   beyond the parent's size is dirty: bitmaps show grown regions as clean. So is what has lost its data: see
+ *   {@link lostData}.
  */
 export function imageExtents(options: ImageExtentsOptions): ExtentList {
   const { size, clusterSize, allocation, since } = options
   const extents = new ExtentList()
   const zero = since ? ExtentKind.zero : ExtentKind.unallocated
-  const isDirty = since && dirtyCursor(since.dirty, since.size, size)
+  const isDirty = since && dirtyCursor(since, size)
   const hasData = cursor(allocation, flags => (flags & STATE_ZERO) === 0)
 
   for (let start = 0; start < size; ) {
@@ -73,14 +70,25 @@ function cursor(map: Runs, matches: (flags: number) => boolean): (start: number,
 }
 
 function dirtyCursor(
-  dirty: Runs,
-  parentSize: number,
+  { dirty, size: parentSize, lost }: NonNullable<ImageExtentsOptions['since']>,
   size: number,
 ): (start: number, end: number) => Coverage {
   const inBitmap = cursor(dirty, flags => (flags & STATE_DIRTY) !== 0)
+  const isLost = rangeCursor(lost)
   return (start, end) => {
     if (end > parentSize) return { any: true, until: start >= parentSize ? size : end }
-    const coverage = inBitmap(start, end)
-    return { any: coverage.any, until: Math.min(coverage.until, parentSize) }
+    const [written, gone] = [inBitmap(start, end), isLost(start, end)]
+    return { any: written.any || gone.any, until: Math.min(written.until, gone.until, parentSize) }
+  }
+}
+
+/** As {@link cursor}, of ranges. */
+function rangeCursor(ranges: RangeList): (start: number, end: number) => Coverage {
+  let i = 0
+  return (start, end) => {
+    while (i < ranges.count && ranges.end(i) <= start) i++
+    const next = i < ranges.count ? ranges.start(i) : Number.POSITIVE_INFINITY
+    if (next >= end) return { any: false, until: next }
+    return { any: true, until: next <= start ? Math.max(end, ranges.end(i)) : end }
   }
 }

@@ -62,8 +62,8 @@ const digest = z.object({
   blockSize: powerOfTwo(64 * 1024, 64 * 1024 * 1024).describe('bytes in each block but the last'),
 } satisfies FieldsOf<ObjectDigest>)
 
-/** Such a file is held in memory. The largest UEFI variables are of 64 MiB. */
-const FILE_MAX_BYTES = 256 * 1024 * 1024
+/** The largest of the small files, in bytes: they are held in memory. The largest UEFI variables are of 64 MiB. */
+export const FILE_MAX_BYTES: number = 256 * 1024 * 1024
 
 const file = z.object({
   key: fileName,
@@ -87,6 +87,7 @@ const qcow2Disk = z.object({
   ...diskFields,
   format: z.literal('qcow2'),
   clusterSize: powerOfTwo(4096, 2 * 1024 * 1024),
+  map: file.exactOptional(),
   bitmap: z.object({ name: z.string(), granularity: powerOfTwo(512, 2 ** 31) }).exactOptional(),
   source: z.object({ path: z.string().min(1).max(4096), format: z.enum(['qcow2', 'raw']) }),
 } satisfies FieldsOf<Qcow2ManifestDisk>)
@@ -172,6 +173,7 @@ function* contradictions(value: BackupManifest): Generator<Contradiction> {
       [['blocks'], disk.blocks],
     ]
     if (disk.format === 'rbd-diff') files.push([['index', 'key'], disk.index.key])
+    else if (disk.map) files.push([['map', 'key'], disk.map.key])
     for (const [path, key] of files) {
       if (keys.has(key)) yield { path: ['disks', index, ...path], message: 'another file has this key' }
       keys.add(key)

@@ -63,6 +63,8 @@ export interface Qcow2ManifestDisk extends ManifestDiskBase {
   readonly format: 'qcow2'
   /** Cluster size of the image in bytes. */
   readonly clusterSize: number
+  /** Where the disk had data, for the next increment; see docs/storage-format.md. None of raw disks. */
+  readonly map?: ManifestFile
   /** The bitmap that records what changes after this backup, `varve-<id>`; none on raw disks. */
   readonly bitmap?: { readonly name: string; readonly granularity: number }
   /** The source when it was backed up. */

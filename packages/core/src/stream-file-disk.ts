@@ -2,15 +2,19 @@ import { NbdClient } from '@varve/nbd'
 import { ComposedImage, planImage } from '@varve/qcow2'
 import { type BackupContext, stage } from './backup-context.ts'
 import { BITMAP_GRANULARITY, type DiskPlan, markName } from './backup-plan.ts'
+import { dataMap, encodeDataMap, lostData } from './data-map.ts'
+import { blake3Hex } from './digest.ts'
 import { VarveError } from './errors.ts'
 import type { FileDisk } from './host.ts'
 import { imageExtents } from './image-extents.ts'
 import { ImageReader } from './image-reader.ts'
 import { ImageUpload } from './image-upload.ts'
-import type { Qcow2ManifestDisk } from './manifest.ts'
+import type { ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
+import { FILE_MAX_BYTES } from './manifest-schema.ts'
 import { Progress } from './progress.ts'
 import { exportDisk } from './qemu-nbd.ts'
 import type { RateLimit } from './rate-limit.ts'
+import { readDataMap } from './read-data-map.ts'
 import { bytesBody } from './storage.ts'
 import { uploadOf, verifyUploads } from './verify-upload.ts'
 
@@ -57,13 +61,14 @@ function dirtyContext(bitmap: string): string {
 }
 
 async function uploadDisk(
-  { id, storage, folder, run, request }: BackupContext,
+  backup: BackupContext,
   disk: FileDisk,
   plan: DiskPlan,
   client: NbdClient,
   limit: RateLimit | undefined,
   signal: AbortSignal,
 ): Promise<Qcow2ManifestDisk> {
+  const { id, storage, folder, run, request } = backup
   const maps = await client.mapExtents({ signal })
   const allocation = maps.get('base:allocation')
   const dirty = plan.kind === 'incremental' ? maps.get(dirtyContext(plan.since)) : undefined
@@ -73,12 +78,17 @@ async function uploadDisk(
     })
   }
   const clusterSize = request.clusterSize ?? 65_536
-  const extents = imageExtents({
-    size: client.size,
-    clusterSize,
-    allocation,
-    ...(plan.kind === 'incremental' && dirty && { since: { dirty, size: plan.parentSize } }),
-  })
+  const since = plan.kind === 'incremental' &&
+    dirty && {
+      dirty,
+      size: plan.parentSize,
+      lost: lostData(
+        await readDataMap(backup, disk.name, plan.parentSize, signal),
+        allocation,
+        plan.parentSize,
+      ),
+    }
+  const extents = imageExtents({ size: client.size, clusterSize, allocation, ...(since && { since }) })
   const layout = planImage(extents, {
     clusterSize,
     ...(plan.kind === 'incremental' && { backing: { name: plan.backing, format: 'qcow2' } }),
@@ -101,9 +111,18 @@ async function uploadDisk(
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
   const digested = await upload.digest()
   await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
+  const mapBytes = encodeDataMap(dataMap(allocation, client.size))
+  const map: ManifestFile = {
+    key: `${disk.name}.map`,
+    size: mapBytes.byteLength,
+    blake3: blake3Hex(mapBytes),
+  }
+  const hasMap = disk.holdsBitmaps && map.size <= FILE_MAX_BYTES // no increment without a bitmap
+  if (hasMap) await storage.put(`${folder}/${map.key}`, bytesBody(mapBytes), { signal })
   const uploads = [
     { key: `${folder}/${image}`, size: upload.size, digest: digested.digest },
     uploadOf(`${folder}/${blocks}`, digested.blocks),
+    ...(hasMap ? [uploadOf(`${folder}/${map.key}`, mapBytes)] : []),
   ]
   await verifyUploads(storage, uploads, request.verifyUpload ?? 'size', signal)
   progress.finish()
@@ -119,6 +138,7 @@ async function uploadDisk(
     clusterSize,
     digest: digested.digest,
     ...(plan.kind === 'incremental' && { backing: plan.backing }),
+    ...(hasMap && { map }),
     ...(disk.holdsBitmaps && { bitmap: { name: markName(id), granularity: BITMAP_GRANULARITY } }),
     ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
     source: { path: disk.path, format: disk.format },

@@ -1,6 +1,7 @@
 import { ExtentKind } from '@varve/qcow2'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
+import { dataMap, lostData } from '../src/data-map.ts'
 import { imageExtents } from '../src/image-extents.ts'
 
 const UNIT = 512
@@ -29,6 +30,7 @@ const disk = fc.integer({ min: 1, max: 100 }).chain(units =>
     allocation: fc.array(fc.constantFrom(0, 0, 1, 2, 3, 3), { minLength: units, maxLength: units }),
     dirty: fc.array(fc.constantFrom(0, 0, 1), { minLength: units, maxLength: units }),
     parentUnits: fc.integer({ min: 0, max: units }),
+    before: fc.option(fc.array(fc.constantFrom(0, 1, 2, 3), { minLength: units, maxLength: units })),
   }),
 )
 
@@ -68,18 +70,27 @@ test('a full image stores every cluster that has data in it and leaves out the o
   )
 })
 
-test('an increment holds dirty data, dirty zeros explicitly, all that lies beyond the parent, and nothing else', () => {
+test('an increment holds dirty data, dirty zeros and lost data explicitly, all that lies beyond the parent, and nothing else', () => {
   fc.assert(
-    fc.property(disk, ({ allocation, dirty, parentUnits }) => {
+    fc.property(disk, ({ allocation, dirty, parentUnits, before }) => {
       // A grown region is clean in the bitmap.
       const bitmap = dirty.map((flag, unit) => (unit < parentUnits ? flag : 0))
+      const size = parentUnits * UNIT
+      const map = before && dataMap(mapOf(before.slice(0, parentUnits)), size)
       const extents = imageExtents({
         size: allocation.length * UNIT,
         clusterSize: CLUSTER,
         allocation: mapOf(allocation),
-        since: { dirty: mapOf(bitmap), size: parentUnits * UNIT },
+        since: {
+          dirty: mapOf(bitmap),
+          size,
+          lost: lostData(map ?? undefined, mapOf(allocation), size),
+        },
       })
-      const changed = (unit: number) => unit >= parentUnits || bitmap[unit] === 1
+      const readsZero = (unit: number) => ((allocation[unit] ?? 0) & 2) !== 0
+      const hadData = (unit: number) => !before || ((before[unit] ?? 0) & 2) === 0
+      const changed = (unit: number) =>
+        unit >= parentUnits || bitmap[unit] === 1 || (readsZero(unit) && hadData(unit))
       expect(clustersOf(extents)).toEqual(expected(allocation, changed, false))
     }),
   )

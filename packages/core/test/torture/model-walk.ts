@@ -22,11 +22,15 @@ const STEPS = {
   delete: 1,
   prune: 1,
   grow: 1,
+  shrink: 1,
+  'shrink and grow': 1,
   restart: 2,
 } as const
 type StepName = keyof typeof STEPS
 
 const MOST_BYTES = 12 * 1024 * 1024
+const LEAST_BYTES = 1024 * 1024
+const CLUSTER = 64 * 1024
 
 /**
  * Takes an instance through random steps, beside what each disk and each backup must hold, and compares. Rejects with
@@ -95,7 +99,9 @@ export class ModelWalk {
       case 'prune':
         return this.#prune(storage)
       case 'grow':
-        return this.#grow()
+      case 'shrink':
+      case 'shrink and grow':
+        return this.#resize(name)
       case 'restart':
         await ground.stop()
         if (ground.hasDomain && !random.oneIn(3)) await ground.start()
@@ -179,10 +185,15 @@ export class ModelWalk {
     this.#there[storage] = this.#there[storage].filter(({ id }) => !gone.has(id))
   }
 
-  async #grow(): Promise<void> {
+  async #resize(name: 'grow' | 'shrink' | 'shrink and grow'): Promise<void> {
     const disk = this.#random.pick(DISKS)
     const bytes = (1 + this.#random.below(2000)) * 512
-    const size = this.#ground.content[disk]?.byteLength ?? 0
-    if (size + bytes <= MOST_BYTES) await this.#ground.grow(disk, bytes)
+    const now = this.#ground.content[disk]?.byteLength ?? 0
+    const larger = now + (name === 'grow' || this.#random.oneIn(2) ? bytes : 0)
+    // At the end of a cluster: of one that it cuts, QEMU shows all again when the disk grows.
+    const smaller = Math.floor((now - bytes) / CLUSTER) * CLUSTER
+    const sizes = { grow: [larger], shrink: [smaller], 'shrink and grow': [smaller, larger] }[name]
+    if (smaller < LEAST_BYTES || larger > MOST_BYTES) return
+    for (const size of sizes) await this.#ground.resize(disk, size)
   }
 }

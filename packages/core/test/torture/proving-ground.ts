@@ -188,14 +188,15 @@ export class ProvingGround implements AsyncDisposable {
     }
   }
 
-  /** Makes a disk larger, be it in use or not. */
-  async grow(disk: DiskName, bytes: number): Promise<void> {
+  /** Makes a disk larger or smaller, be it in use or not. */
+  async resize(disk: DiskName, size: number): Promise<void> {
     const content = this.#content.get(disk) ?? Buffer.alloc(0)
-    const size = content.byteLength + bytes
     if ((await this.state()) === 'running')
       await this.#lab?.virsh(['blockresize', INSTANCE, disk, `${size}B`])
-    else await execa('qemu-img', ['resize', '-f', 'qcow2', this.image(disk), String(size)])
-    this.#content.set(disk, Buffer.concat([content, Buffer.alloc(bytes)]))
+    else await execa('qemu-img', ['resize', '-f', 'qcow2', '--shrink', this.image(disk), String(size)])
+    const resized = Buffer.alloc(size)
+    content.copy(resized)
+    this.#content.set(disk, resized)
   }
 
   /** Backs up in this process, and remembers what the backup must hold. */
@@ -295,7 +296,7 @@ export class ProvingGround implements AsyncDisposable {
 }
 
 /** One change of a disk: a command for `qemu-io`, done to the bytes as well. */
-function change(content: Buffer, random: Random): string {
+export function change(content: Buffer, random: Random): string {
   const unit = random.oneIn(2) ? 65_536 : 512
   const units = Math.floor(content.byteLength / unit)
   const start = random.below(units)

@@ -1,0 +1,82 @@
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { type DataMap, decodeDataMap, encodeDataMap } from '../src/data-map.ts'
+import { isVarveError } from '../src/errors.ts'
+import { RangeList } from '../src/range-list.ts'
+
+function mapOf(size: number, ranges: readonly (readonly [start: number, end: number])[]): DataMap {
+  const data = new RangeList()
+  for (const [start, end] of ranges) data.append(start, end)
+  return { size, data }
+}
+
+function rangesOf({ data }: DataMap): [number, number][] {
+  return Array.from({ length: data.count }, (_, i) => [data.start(i), data.end(i)])
+}
+
+/** Gaps and lengths, most of them small, some beyond 32 bits. */
+const part = fc.oneof(
+  { weight: 5, arbitrary: fc.integer({ min: 1, max: 300 }) },
+  fc.integer({ min: 1, max: 2 ** 44 }),
+)
+const ranges = fc.array(fc.tuple(part, part), { maxLength: 60 }).map(parts => {
+  let at = 0
+  return parts.map(([gap, length]): [number, number] => {
+    const start = at + gap
+    at = start + length
+    return [start, at]
+  })
+})
+
+test('a map that was written down is read as it was', () => {
+  fc.assert(
+    fc.property(ranges, fc.nat(1000), (ranges, rest) => {
+      const map = mapOf((ranges.at(-1)?.[1] ?? 0) + rest, ranges)
+      const read = decodeDataMap(encodeDataMap(map))
+      expect(read.size).toBe(map.size)
+      expect(rangesOf(read)).toEqual(ranges)
+    }),
+  )
+})
+
+test('bytes that are no map are refused, and nothing else comes of them', () => {
+  const damaged = fc
+    .tuple(ranges, fc.nat(), fc.uint8Array({ maxLength: 12 }), fc.nat(30))
+    .map(([ranges, at, bytes, cut]) => {
+      const encoded = Buffer.from(encodeDataMap(mapOf((ranges.at(-1)?.[1] ?? 0) + 7, ranges)))
+      encoded.set(bytes.subarray(0, encoded.length - (at % encoded.length)), at % encoded.length)
+      return encoded.subarray(0, encoded.length - Math.min(cut, encoded.length))
+    })
+  fc.assert(
+    fc.property(fc.oneof(fc.uint8Array({ maxLength: 200 }), damaged), bytes => {
+      try {
+        const { size, data } = decodeDataMap(bytes)
+        for (let i = 0, end = 0; i < data.count; end = data.end(i), i++) {
+          expect(data.start(i)).toBeGreaterThanOrEqual(end)
+          expect(data.end(i)).toBeGreaterThan(data.start(i))
+          expect(data.end(i)).toBeLessThanOrEqual(size)
+        }
+        expect(data.count).toBeLessThanOrEqual(bytes.length)
+      } catch (error) {
+        if (!isVarveError(error, 'IMAGE_INVALID')) throw error
+      }
+    }),
+    { numRuns: 1000 },
+  )
+})
+
+test('a map of a later version is told from a damaged one', () => {
+  const bytes = Buffer.from(encodeDataMap(mapOf(10, [])))
+  bytes[15] = 2
+  expect(() => decodeDataMap(bytes)).toThrow(/only a newer Varve/)
+})
+
+test('a million ranges take less than 8 MiB', () => {
+  const ranges = Array.from({ length: 1_000_000 }, (_, i): [number, number] => [
+    i * 2 ** 20,
+    i * 2 ** 20 + 65_536,
+  ])
+  const bytes = encodeDataMap(mapOf(2 ** 40, ranges))
+  expect(bytes.byteLength).toBeLessThan(8 * 2 ** 20)
+  expect(decodeDataMap(bytes).data.count).toBe(1_000_000)
+})
