@@ -85,11 +85,10 @@ export function describeKeys(contract: Contract): void {
       expect(source.destroyed).toBe(true)
     })
 
-    const { create, neighbour: createNeighbour } = contract
-    if (createNeighbour === undefined) return
-    test('two drivers with neighbouring prefixes do not see each other', async () => {
-      const target = await begin(create)
-      const neighbour = await createNeighbour(target)
+    test('two drivers with neighbouring prefixes do not see each other', async context => {
+      const target = await begin(contract.create)
+      const neighbour = await target.neighbour?.()
+      if (neighbour === undefined) return context.skip('the target has no neighbour')
       await target.driver.put('same', bytesBody(Buffer.from('mine')))
       await neighbour.put('same', bytesBody(Buffer.from('theirs')))
       await neighbour.put('other', bytesBody(Buffer.from('theirs')))

@@ -32,7 +32,7 @@ export interface Job {
 /** What a victim says: that it waits for the guest's writes, and how it ended where it was not killed. */
 export type Message =
   | { readonly say: 'streaming' }
-  | { readonly say: 'done'; readonly points: readonly string[] }
+  | { readonly say: 'done'; readonly points: readonly string[]; readonly backup?: string }
   | {
       readonly say: 'failed'
       readonly code: string

@@ -36,25 +36,27 @@ function say(message: Message): void {
   process.send?.(message)
 }
 
-async function run(job: Job): Promise<void> {
+/** Does a job; resolves with the id of the backup that it took. */
+async function run(job: Job): Promise<string | undefined> {
   const { task, storagePath, stateDir } = job
   const storage = new StreamedStorage({ path: storagePath })
   const host = hostOf(job)
   switch (task.kind) {
     case 'backup':
-      await new BackupPipeline({ host, storage, stateDir }).run(task.request)
-      return
+      return (await new BackupPipeline({ host, storage, stateDir }).run(task.request)).id
     case 'restore':
       await new RestorePipeline({ host, storage, stateDir }).run(task.request)
-      return
+      return undefined
     case 'delete':
-      return new ChainManager({ storage }).delete(task.backup)
+      await new ChainManager({ storage }).delete(task.backup)
+      return undefined
     case 'prune':
       await new ChainManager({ storage }).prune(task.policy)
-      return
+      return undefined
     case 'recover': {
       const { runs } = await recover({ host, storages: [storage], stateDir })
       for (const { error } of runs) if (error) throw error
+      return undefined
     }
   }
 }
@@ -63,8 +65,8 @@ process.once('disconnect', () => process.exit())
 process.once('message', async (job: Job) => {
   points.arm(job.kill)
   try {
-    await run(job)
-    say({ say: 'done', points: points.labels })
+    const backup = await run(job)
+    say({ say: 'done', points: points.labels, ...(backup !== undefined && { backup }) })
   } catch (error) {
     const code = isVarveError(error) ? error.code : 'none'
     say({ say: 'failed', code, message: errorMessage(error), points: points.labels })

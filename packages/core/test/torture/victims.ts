@@ -13,6 +13,8 @@ export type End =
   | {
       readonly killed: false
       readonly points: readonly string[]
+      /** The backup that it took. */
+      readonly backup?: string
       readonly failure?: { readonly code: string; readonly message: string }
     }
 
@@ -98,7 +100,7 @@ export class Victims implements AsyncDisposable {
       const point = job.kill && (await readFile(job.kill.diary, 'utf8').catch(() => undefined))
       return { killed: true, point: point ?? `${meanwhile.killAfterMs} ms` }
     }
-    if (last?.say === 'done') return { killed: false, points: last.points }
+    if (last?.say === 'done') return { killed: false, ...last }
     if (last?.say === 'failed') return { killed: false, points: last.points, failure: last }
     throw new Error(`the victim ended by ${signal} without a word`)
   }
