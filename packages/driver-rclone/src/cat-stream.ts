@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { VarveError } from '@varve/core'
+import { destroyOnAbort, VarveError } from '@varve/core'
 import type { RcloneExit, RcloneProcess } from './rclone-process.ts'
 
 /** Options of {@link CatStream}. */
@@ -8,6 +8,7 @@ export interface CatStreamOptions {
   target: string
   /** How many bytes there should be. */
   length: number
+  signal: AbortSignal | undefined
   /** The error of an rclone that failed. */
   toError: (exit: RcloneExit) => Error
 }
@@ -39,6 +40,7 @@ export class CatStream extends Readable {
       if (exit.exitCode === 0) await ended // the end of what it printed may still wait for who reads this
       this.#finish(exit)
     })
+    destroyOnAbort(this, options.signal)
   }
 
   override _read(): void {

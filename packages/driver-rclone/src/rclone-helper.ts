@@ -119,6 +119,7 @@ export class RcloneHelper {
     return new CatStream(process, {
       target,
       length: end - start,
+      signal: options.signal,
       toError: exit => rcloneError(exit, { target }),
     })
   }

@@ -97,6 +97,18 @@ export function describeReading(contract: Contract): void {
       expect(await failure).toMatchObject(errorOf('ABORTED'))
     })
 
+    test('a download that has come and is not read yet can be given up', async () => {
+      const { driver } = await begin(contract.create)
+      await driver.put('small', bytesBody(Buffer.from('x')))
+      const controller = new AbortController()
+      const download = await driver.get('small', { signal: controller.signal })
+      await once(download, 'readable')
+      await driver.stat('small') // while its end comes as well
+      const failure = once(download, 'close').catch(error => error)
+      controller.abort()
+      expect(await failure).toMatchObject(errorOf('ABORTED'))
+    })
+
     test('downloads that are left half-way hold nothing up', async () => {
       const { driver } = await begin(contract.create)
       const body = new PatternBody({ size: 4_000_000, seed: 9 })
