@@ -6,6 +6,9 @@ import { SftpConnection } from './connection.ts'
 import { fingerprintOf, type HostKeyRule, keyTypeOf } from './host-key.ts'
 import type { SftpSettings } from './sftp-options.ts'
 
+/** How many keepalives may be without an answer: of one every quarter of the timeout, for ten timeouts. */
+const KEEPALIVES = 40
+
 /** In the order of preference. `ssh-rsa` signs with SHA-1: for servers that know nothing better. */
 const HOST_KEY_ALGORITHMS: ServerHostKeyAlgorithm[] = [
   'ssh-ed25519',
@@ -62,7 +65,8 @@ export async function connect(
     tryKeyboard: login.password !== undefined,
     readyTimeout: 0, // the deadline is ours
     keepaliveInterval: Math.ceil(timeoutMs / 4),
-    keepaliveCountMax: 3,
+    // answers wait behind data that a slow network still carries; a silent server is the connection's own matter
+    keepaliveCountMax: KEEPALIVES,
     algorithms: { serverHostKey: preferring(types) },
     hostVerifier: (key: Buffer) => {
       progress.fingerprint = fingerprintOf(key)

@@ -51,6 +51,8 @@ export class SftpConnection {
   readonly #parts: SftpConnectionParts
   readonly #waiting = new Set<(failure: VarveError) => void>()
   #flushes: number[] = []
+  /** Bytes that had come when the server was last known to be there. */
+  #received = 0
   #idle: NodeJS.Timeout | undefined
   #failure: VarveError | undefined
 
@@ -133,6 +135,7 @@ export class SftpConnection {
 
   /** The server has all its time again for what is still under way. */
   #heard(): void {
+    this.#received = this.#parts.socket.bytesRead
     if (this.#waiting.size > 0) this.#idle?.refresh()
     else {
       clearTimeout(this.#idle)
@@ -142,7 +145,10 @@ export class SftpConnection {
 
   #silent(): void {
     const [flush] = this.#flushes
-    if (flush !== undefined && Date.now() - flush < FLUSH_TIMEOUT_MS) {
+    const { bytesRead } = this.#parts.socket
+    const isThere = bytesRead > this.#received
+    if (flush !== undefined && isThere && Date.now() - flush < FLUSH_TIMEOUT_MS) {
+      this.#received = bytesRead
       this.#idle?.refresh()
       return
     }
