@@ -13,20 +13,19 @@ const LOOK_EVERY_MS = 10
 /** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
 export function describeRefusal(contract: Contract, remote: Remote): void {
   describe('refusal', () => {
-    test.each([
-      ['from the start', false],
-      ['later', true],
-    ])('a server that refuses connections %s cannot be reached by any call', async (_, warm) => {
-      const target = await beginRemote(remote)
-      const { driver, proxy } = target
-      if (warm) await driver.put('calls/stat', bytesBody(Buffer.from('x')))
-      proxy.refuse()
-      proxy.cutAll()
-      await expectAllRefused(driver, ['STORAGE_UNREACHABLE'], remote)
-      proxy.accept()
-      await driver.put('well/again', bytesBody(Buffer.from('x')))
-      await expectStored(target, 'well/again', Buffer.from('x'))
-    })
+    for (const warm of remote.keepsConnections ? [false, true] : [false]) {
+      test(`a server that refuses connections ${warm ? 'later' : 'from the start'} cannot be reached by any call`, async () => {
+        const target = await beginRemote(remote)
+        const { driver, proxy } = target
+        if (warm) await driver.put('calls/stat', bytesBody(Buffer.from('x')))
+        proxy.refuse()
+        proxy.cutAll()
+        await expectAllRefused(driver, ['STORAGE_UNREACHABLE'], remote)
+        proxy.accept()
+        await driver.put('well/again', bytesBody(Buffer.from('x')))
+        await expectStored(target, 'well/again', Buffer.from('x'))
+      })
+    }
 
     for (const { what, code, create } of remote.refused) {
       test(`${what} is ${code} for every call`, async () => {

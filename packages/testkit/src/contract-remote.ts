@@ -13,6 +13,7 @@ export function describeRemote(contract: Contract): void {
   if (contract.remote === undefined) return
   const remote: Remote = {
     idleTimeoutMs: 1500,
+    keepsConnections: true,
     cutSize: 1_000_003,
     mostCuts: Number.POSITIVE_INFINITY,
     ...contract.remote,

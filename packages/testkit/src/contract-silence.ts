@@ -4,7 +4,7 @@ import { buffer } from 'node:stream/consumers'
 import { setTimeout as delay } from 'node:timers/promises'
 import { bytesBody, type UploadBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { bytesOf, type Contract, errorOf, expectStored, type RemoteTarget } from './contract-target.ts'
+import { bytesOf, type Contract, errorOf, expectStored, type RemoteTarget, read } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import {
@@ -25,16 +25,15 @@ const SILENT = ['TIMEOUT', 'STORAGE_UNREACHABLE'] as const
 /** Servers that go silent end a call; sources and readers that do, do not. */
 export function describeSilence(contract: Contract, remote: Remote): void {
   describe('silence', () => {
-    test.each([
-      ['when it is first spoken to', false],
-      ['later', true],
-    ])('a server that is silent %s fails every call, and none hangs', async (_, warm) => {
-      const target = await beginRemote(remote)
-      if (warm) await target.driver.put('calls/stat', bytesBody(Buffer.from('x')))
-      target.proxy.stall()
-      await expectAllRefused(target.driver, SILENT, remote)
-      await expectWellAgain(target)
-    })
+    for (const warm of remote.keepsConnections ? [false, true] : [false]) {
+      test(`a server that is silent ${warm ? 'later' : 'when it is first spoken to'} fails every call, and none hangs`, async () => {
+        const target = await beginRemote(remote)
+        if (warm) await target.driver.put('calls/stat', bytesBody(Buffer.from('x')))
+        target.proxy.stall()
+        await expectAllRefused(target.driver, SILENT, remote)
+        await expectWellAgain(target)
+      })
+    }
 
     test('a server that goes silent in the middle of an upload fails it', async () => {
       const target = await beginRemote(remote)
@@ -96,6 +95,14 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       ])
       const bytes = patternBytes(0, 0, SIZE)
       for (const key of ['a/unknown', 'a/known', 'a/first']) await expectStored(target, key, bytes)
+    })
+
+    test('a server that is slow for longer than it may be silent does not fail a download', async () => {
+      const target = await beginRemote(remote)
+      const body = new PatternBody({ size: 3 * SIZE, seed: 33 })
+      await target.driver.put('a/b', body)
+      target.proxy.bytesPerSecond = body.size / ((2 * remote.idleTimeoutMs) / 1000)
+      expect((await read(target.driver, 'a/b')).equals(bytesOf(body))).toBe(true)
     })
 
     test('a reader that pauses for longer than a server may be silent does not fail its download', async () => {

@@ -105,6 +105,11 @@ export interface RemoteOptions {
   /** How long the drivers of `create` wait for a server that is silent, in milliseconds. Default: 1500. */
   idleTimeoutMs?: number
   /**
+   * Whether the driver keeps connections from one call to the next. Default: true; without, what befalls a first call
+   * is not tried on later ones again.
+   */
+  keepsConnections?: boolean
+  /**
    * The size in bytes of the object whose upload and download are cut, at many places. Default: 1000003. Of
    * more than one part, where a driver uploads in parts, it tries more.
    */

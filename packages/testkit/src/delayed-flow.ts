@@ -6,6 +6,10 @@ const HELD_BYTES = 8 * 1024 * 1024
 /** How long a reset waits, in rounds: a system that gets one drops what its program has not read yet. */
 const LINGER_MS = 5
 const LINGER_ROUNDS = 4
+/** How many pieces a second bytes come in where their rate is limited. */
+const PIECES_A_SECOND = 50
+/** How late a piece may be without a delay of those behind it. */
+const MOST_LATE_MS = 200
 const NOTHING = Buffer.alloc(0)
 
 /** How a connection is cut: reset at both ends, or one direction of it ended in order. */
@@ -21,6 +25,8 @@ export interface Passage {
 export interface FlowRules {
   /** How long a byte is on its way, in milliseconds. */
   delayMs(): number
+  /** How many bytes a second are handed on at most; `Infinity` for no limit. */
+  bytesPerSecond(): number
   /** Whether nothing is handed on for now. */
   stalled(): boolean
   /** Counts bytes that are about to be handed on. */
@@ -36,7 +42,7 @@ type Held =
 /**
  * One direction of a connection: whatever comes out of `source` goes into `sink`, in order and each thing its
  * delay after it came, so that a delay costs no bandwidth. When `sink` is slow, or the flow is stalled, `source` is read no
- * further than {@link HELD_BYTES}.
+ * further than {@link HELD_BYTES}; where its rate is limited, than a tenth of a second's bytes.
  */
 export class DelayedFlow {
   readonly #source: Socket
@@ -44,6 +50,8 @@ export class DelayedFlow {
   readonly #rules: FlowRules
   readonly #held: Held[] = []
   #heldBytes = 0
+  /** When the next bytes may go, at the rate that there is. */
+  #free = 0
   #blocked = false
   #done = false
   #timer: NodeJS.Timeout | undefined
@@ -56,7 +64,7 @@ export class DelayedFlow {
     source.on('data', (bytes: Buffer) => {
       if (this.#done) return // ended, with its source still at it
       this.#heldBytes += bytes.byteLength
-      if (this.#heldBytes >= HELD_BYTES) source.pause()
+      if (this.#heldBytes >= this.#mostHeld) source.pause()
       this.#hold({ what: 'bytes', due: this.#due(), bytes })
     })
     source.on('end', () => {
@@ -77,17 +85,17 @@ export class DelayedFlow {
     while (!this.#done && !this.#blocked && !this.#rules.stalled()) {
       const [head] = this.#held
       if (head === undefined) break
-      const waitMs = head.due - performance.now()
+      const waitMs = Math.max(head.due, this.#free) - performance.now()
       if (waitMs > 0) {
         this.#wakeIn(waitMs)
         break
       }
       this.#held.shift()
-      if (head.what === 'bytes') this.#handOn(head.bytes)
+      if (head.what === 'bytes') this.#handOn(this.#piece(head.bytes, head.due))
       else if (head.what === 'end') this.#sink.end()
       else this.#cutAfter(NOTHING)
     }
-    if (!this.#done && this.#source.isPaused() && this.#heldBytes < HELD_BYTES / 2) this.#source.resume()
+    if (!this.#done && this.#source.isPaused() && this.#heldBytes < this.#mostHeld / 2) this.#source.resume()
   }
 
   /** Drops what is held. */
@@ -95,6 +103,21 @@ export class DelayedFlow {
     this.#done = true
     this.#held.length = 0
     clearTimeout(this.#timer)
+  }
+
+  get #mostHeld(): number {
+    return Math.min(HELD_BYTES, this.#rules.bytesPerSecond() / 10)
+  }
+
+  /** As many of the bytes as go at once; the rest stays held. */
+  #piece(bytes: Buffer, due: number): Buffer {
+    const rate = this.#rules.bytesPerSecond()
+    const piece = bytes.subarray(0, Math.ceil(rate / PIECES_A_SECOND))
+    const rest = bytes.subarray(piece.byteLength)
+    if (rest.byteLength > 0) this.#held.unshift({ what: 'bytes', due, bytes: rest })
+    const from = Math.max(this.#free, performance.now() - MOST_LATE_MS)
+    this.#free = from + (piece.byteLength / rate) * 1000
+    return piece
   }
 
   #handOn(bytes: Buffer): void {

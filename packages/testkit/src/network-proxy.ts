@@ -8,7 +8,7 @@ const LOOPBACK = '127.0.0.1'
 export type ProxyDirection = 'toServer' | 'toClient'
 
 /**
- * A TCP proxy on a loopback port, in front of a server: adds delay, cuts, stalls and refuses connections.
+ * A TCP proxy on a loopback port, in front of a server: adds delay, slows down, cuts, stalls and refuses connections.
  *
  * ```ts
  * await using proxy = await NetworkProxy.start({ port: server.port })
@@ -27,6 +27,8 @@ export class NetworkProxy implements AsyncDisposable {
    * itself, which the proxy answers, has no delay. Default: 0.
    */
   latencyMs = 0
+  /** How much a connection carries in each direction, in bytes a second. Default: no limit. */
+  bytesPerSecond: number = Number.POSITIVE_INFINITY
   readonly #target: { host: string; port: number }
   readonly #server: Server
   readonly #connections = new Set<Connection>()
@@ -120,10 +122,11 @@ export class NetworkProxy implements AsyncDisposable {
     this.#refusing = false
   }
 
-  /** Ends everything that stands in the way: refusals, a stall, cuts to come and latency. */
+  /** Ends everything that stands in the way: refusals, a stall, cuts to come, latency and a limit of bandwidth. */
   heal(): void {
     this.accept()
     this.latencyMs = 0
+    this.bytesPerSecond = Number.POSITIVE_INFINITY
     delete this.#cutsToCome.toServer
     delete this.#cutsToCome.toClient
     this.resume()
@@ -141,6 +144,7 @@ export class NetworkProxy implements AsyncDisposable {
     const server = connect({ ...this.#target, allowHalfOpen: true, noDelay: true })
     const connection = new Connection(client, server, direction => ({
       delayMs: () => this.latencyMs / 2,
+      bytesPerSecond: () => this.bytesPerSecond,
       stalled: () => this.#stalled,
       pass: bytes => this.#pass(bytes, direction),
     }))

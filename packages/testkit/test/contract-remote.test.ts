@@ -6,7 +6,7 @@ import { ToyServer } from './toy-server.ts'
 
 const PASSWORD = 'open/sesame: 42'
 /** Short, so that the tests of a silent server are; long enough for a busy machine. */
-const IDLE_TIMEOUT_MS = 800
+const IDLE_TIMEOUT_MS = 1500
 const PATIENT_MS = 30_000
 
 const server = new ToyServer(PASSWORD)

@@ -3,7 +3,7 @@ import { type AddressInfo, connect, createServer, type Server, type Socket } fro
 import { buffer } from 'node:stream/consumers'
 import { setTimeout as delay } from 'node:timers/promises'
 import { NetworkProxy, patternBytes } from '@varve/testkit'
-import { describe, expect, onTestFinished, test } from 'vitest'
+import { describe, expect, onTestFinished, test, vi } from 'vitest'
 
 /** A server that does `serve` with each connection, a proxy in front of it, and connections through the proxy. */
 async function network(serve: (socket: Socket) => void) {
@@ -113,6 +113,26 @@ describe('a NetworkProxy', () => {
     expect(came).toBe(chunks * 10)
     expect(tookMs).toBeGreaterThanOrEqual(199)
     expect(tookMs).toBeLessThan((chunks * 200) / 2) // a quarter of what one after the other would take
+  })
+
+  test('carries so many bytes a second, in pieces', async () => {
+    const { proxy, sockets } = await network(() => undefined)
+    proxy.bytesPerSecond = 1_000_000
+    const client = through(proxy)
+    await once(client, 'connect')
+    await vi.waitFor(() => expect(sockets.size).toBe(1))
+    const [server] = sockets
+    const bytes = patternBytes(6, 0, 400_000)
+    const began = performance.now()
+    let pieces = 0
+    client.on('data', () => pieces++)
+    const came = buffer(client)
+    server?.end(bytes)
+    expect((await came).equals(bytes)).toBe(true)
+    expect(performance.now() - began).toBeGreaterThan(350)
+    expect(pieces).toBeGreaterThan(5)
+    proxy.heal()
+    expect(proxy.bytesPerSecond).toBe(Number.POSITIVE_INFINITY)
   })
 
   test('keeps the order when the latency changes meanwhile', async () => {

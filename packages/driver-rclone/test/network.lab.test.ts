@@ -1,0 +1,101 @@
+import { randomBytes } from 'node:crypto'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { RcloneDriver } from '@varve/driver-rclone'
+import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
+import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterAll, beforeAll } from 'vitest'
+import { filesIn } from './rclone-target.ts'
+
+const WRONG = 'not the password'
+/** Long enough for the start of a program on a busy machine. */
+const IDLE_TIMEOUT_MS = 3000
+
+let lab: SshdLab
+let folder: string
+/** Passwords as rclone's configuration has them, so that they are not obscured anew for each driver. */
+let obscured: { readonly right: string; readonly wrong: string }
+/** Targets that have been used. Their drivers know the server already, which saves three rclones of a dozen. */
+const free: RemoteTarget[] = []
+const proxies: NetworkProxy[] = []
+
+beforeAll(async () => {
+  lab = await startSshd()
+  folder = await mkdtemp(join(tmpdir(), 'varve-rclone-network-'))
+  obscured = { right: await obscure(lab.password), wrong: await obscure(WRONG) }
+})
+afterAll(async () => {
+  for (const proxy of proxies) await proxy[Symbol.asyncDispose]()
+  await lab[Symbol.asyncDispose]()
+  await rm(folder, { recursive: true })
+})
+
+async function obscure(password: string): Promise<string> {
+  const { stdout } = await execa('rclone', ['obscure', '-'], { input: password, timeout: 30_000 })
+  return stdout.trim()
+}
+
+async function driverOn(
+  name: string,
+  { port = lab.port, pass = obscured.right }: { port?: number; pass?: string } = {},
+): Promise<RcloneDriver> {
+  const configFile = join(folder, `${name}-${port}.conf`)
+  const server = `host = 127.0.0.1\nport = ${port}\nuser = ${lab.username}\npass = ${pass}\n`
+  await writeFile(configFile, `[nas]\ntype = sftp\nshell_type = none\n${server}`)
+  const pathPrefix = join(lab.home, name)
+  return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix, timeoutMs: IDLE_TIMEOUT_MS })
+}
+
+async function throughProxy(): Promise<RemoteTarget> {
+  const name = `storage-${randomBytes(4).toString('hex')}`
+  const proxy = await NetworkProxy.start({ port: lab.port })
+  proxies.push(proxy)
+  const path = join(lab.home, name)
+  await lab.makeFolder(path)
+  const target: RemoteTarget = {
+    driver: await driverOn(name, { port: proxy.port }),
+    proxy,
+    inspect: () => filesIn(path),
+    readRaw: key => readFile(join(path, key)),
+    async dispose() {
+      proxy.cutAll()
+      for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well
+      free.push(target)
+    },
+  }
+  return target
+}
+
+const create = async () => free.pop() ?? (await throughProxy())
+
+describeDriver('RcloneDriver over SFTP', {
+  capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
+  create,
+  // a connection of SSH that ends early is to rclone one that is cut
+  parts: ['cuts', 'silence', 'refusal', 'restart', 'staging'],
+  largeSize: 4_000_011,
+  timeoutMs: 240_000, // each call starts a program
+  remote: {
+    create,
+    restartServer: () => lab.restart(),
+    idleTimeoutMs: IDLE_TIMEOUT_MS,
+    keepsConnections: false,
+    cutSize: 300_007,
+    mostCuts: 2,
+    refused: [
+      {
+        what: 'a wrong password',
+        code: 'STORAGE_ACCESS_DENIED',
+        create: () => driverOn('', { pass: obscured.wrong }),
+      },
+      {
+        what: 'a missing folder',
+        code: 'STORAGE_NOT_FOUND',
+        create: () => driverOn('missing'),
+      },
+    ],
+    secrets: ['lab-password-3f9c27', WRONG],
+  },
+})
