@@ -27,7 +27,7 @@ export class RbdSource implements Source {
       const { user, keyring, secret } = await ceph.createUser('varve')
       const connector = new CephConnector({ conf: ceph.conf, user, keyring })
       const rbd = lab && {
-        monitor: await ceph.monitor(),
+        monitor: ceph.monitor,
         user,
         secretUuid: await lab.defineCephSecret(secret),
       }

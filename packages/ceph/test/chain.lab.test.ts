@@ -14,9 +14,9 @@ import { S3Driver } from '@varve/driver-s3'
 import { type RadosgwLab, startRadosgw } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
+import { randomChange } from '../../core/test/torture/guest.ts'
 import { Random } from '../../core/test/torture/random.ts'
 import { CephConnector } from '../src/index.ts'
-import { randomChange } from './random-change.ts'
 import { RbdSite } from './rbd-site.ts'
 
 const MIB = 1024 ** 2

@@ -23,18 +23,18 @@ export class RbdSite implements AsyncDisposable {
   static async start(): Promise<RbdSite> {
     const ceph = await startCeph({ capacity: 2 * 1024 ** 3 })
     try {
-      await ceph.createRbdPool('vms')
-      return new RbdSite(ceph, await ceph.createUser('varve'))
+      const [user] = await Promise.all([ceph.createUser('varve'), ceph.createRbdPool('vms')])
+      return new RbdSite(ceph, user)
     } catch (error) {
       await ceph[Symbol.asyncDispose]()
       throw error
     }
   }
 
-  /** An image's name that no test has used. */
+  /** An image's name that no test has used, in no process: a lock on it counts on the whole machine. */
   newImage(): string {
     this.#images++
-    return `vms/disk-${this.#images}`
+    return `vms/disk-${process.pid}-${this.#images}`
   }
 
   /** Makes an image of `size` bytes with options of `rbd create`. */

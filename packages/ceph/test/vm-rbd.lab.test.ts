@@ -66,7 +66,7 @@ const commands = () =>
 async function createVm(image: string, withFile: boolean): Promise<LabDomain> {
   const file = join(folder, 'vdb.qcow2')
   if (withFile) await createQcow2(file, 16 * MIB)
-  const rbd = { monitor: await site.ceph.monitor(), user: site.user.user, secretUuid }
+  const rbd = { monitor: site.ceph.monitor, user: site.user.user, secretUuid }
   vm = await lab.createDomain({
     name: 'web-1',
     disks: [

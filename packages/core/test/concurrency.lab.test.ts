@@ -13,8 +13,9 @@ import { LibvirtHost } from '../src/libvirt-host.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 import type { StoredObject } from '../src/storage.ts'
 import { expectContent } from './torture/expect-content.ts'
+import { randomChange } from './torture/guest.ts'
 import type { Task } from './torture/job.ts'
-import { type Content, change } from './torture/proving-ground.ts'
+import type { Content } from './torture/proving-ground.ts'
 import { Random } from './torture/random.ts'
 import { type End, Victims } from './torture/victims.ts'
 
@@ -100,7 +101,7 @@ class Subject {
 
   async write(random: Random): Promise<void> {
     for (const [target, content] of this.#content) {
-      const commands = Array.from({ length: 3 }, () => change(content, random))
+      const commands = Array.from({ length: 3 }, () => randomChange(content, random))
       if (this.domain) await this.domain.io(target, ...commands)
       else await qemuIo(this.image(target), 'qcow2', commands)
     }

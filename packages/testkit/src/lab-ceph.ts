@@ -33,6 +33,7 @@ export class CephLab implements AsyncDisposable {
   /** The folder of its files. */
   readonly folder: string
   readonly #daemons: LabDaemon[] = []
+  #monitor = ''
 
   /** @internal */
   constructor(folder: string) {
@@ -47,11 +48,8 @@ export class CephLab implements AsyncDisposable {
   }
 
   /** The address of the monitor, for clients without the ceph.conf. */
-  async monitor(): Promise<string> {
-    const dump = await this.run('ceph', 'mon', 'dump')
-    const address = /v1:(127\.0\.0\.1:\d+)/.exec(dump)?.[1]
-    if (address === undefined) throw new Error(`The monitor has no address:\n${dump}`)
-    return address
+  get monitor(): string {
+    return this.#monitor
   }
 
   /** Makes a pool for RBD images. */
@@ -65,8 +63,10 @@ export class CephLab implements AsyncDisposable {
     const keyring = join(this.folder, `client.${user}.keyring`)
     const rights = ['mon', 'profile rbd', 'osd', osdRights]
     const text = await this.run('ceph', 'auth', 'get-or-create', `client.${user}`, ...rights)
+    const secret = /key = (\S+)/.exec(text)?.[1]
+    if (secret === undefined) throw new Error(`The user ${user} has no key.`)
     await writeFile(keyring, `${text}\n`, { mode: 0o600 })
-    return { user, keyring, secret: await this.run('ceph', 'auth', 'get-key', `client.${user}`) }
+    return { user, keyring, secret }
   }
 
   /** Has the cluster hang, connections and all, until {@link CephLab.resume}. */
@@ -84,6 +84,7 @@ export class CephLab implements AsyncDisposable {
     const [v2 = 0, v1 = 0] = await freePorts(2)
     const id = randomUUID()
     const address = `[v2:127.0.0.1:${v2},v1:127.0.0.1:${v1}]`
+    this.#monitor = `127.0.0.1:${v1}`
     await writeFile(this.conf, clusterConfig(this.folder, id, address, capacity))
     await this.#createKeyring()
     const map = join(this.folder, 'monmap')

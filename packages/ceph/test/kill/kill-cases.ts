@@ -2,11 +2,12 @@ import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ChainManager, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
+import { DISKS, INSTANCE } from '../../../core/test/torture/guest.ts'
 import type { Task } from '../../../core/test/torture/job.ts'
 import { processesWith } from '../../../core/test/torture/processes.ts'
 import { type End, Victims } from '../../../core/test/torture/victims.ts'
 import { CephConnector } from '../../src/index.ts'
-import { type Content, copied, DISKS, INSTANCE, KillGround } from './kill-ground.ts'
+import { type Content, copied, imageName, KillGround } from './kill-ground.ts'
 
 /** The runs that are killed. */
 export const RUNS = ['backup', 'restore', 'restore in place', 'restore to new images'] as const
@@ -21,7 +22,7 @@ export interface KillCase {
   readonly scope: 'process' | 'group'
 }
 
-const NEW_IMAGES = { vda: 'vms/copy-vda', vdb: 'vms/copy-vdb' }
+const NEW_IMAGES = { vda: `vms/copy-${imageName('vda')}`, vdb: `vms/copy-${imageName('vdb')}` }
 
 /**
  * Kills runs on a domain with RBD images, one case after the other: each goes on with what the one before has left,
@@ -39,10 +40,8 @@ export class KillCases implements AsyncDisposable {
   static async prepare(seed: number): Promise<KillCases> {
     const ground = await KillGround.create(seed)
     const victims = await Victims.prepare(ground.temporary)
-    for (let count = 0; count < 2; count++) {
-      await ground.write()
-      await ground.backup()
-    }
+    await ground.write()
+    await ground.backup()
     return new KillCases(ground, victims)
   }
 
@@ -138,7 +137,7 @@ export class KillCases implements AsyncDisposable {
   async #expectClean(): Promise<void> {
     const ground = this.#ground
     const ids = await this.#ids()
-    expectSame('the images', await ground.images(), ['web-1-vda', 'web-1-vdb'])
+    expectSame('the images', await ground.images(), DISKS.map(imageName))
     for (const disk of DISKS) {
       const stray = (await ground.snapshots(disk)).filter(name => !ids.includes(name.replace('varve-', '')))
       expectSame(`the stray snapshots of ${disk}`, stray, [])

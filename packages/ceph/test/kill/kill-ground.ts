@@ -4,14 +4,18 @@ import { join } from 'node:path'
 import { BackupPipeline, LibvirtHost, RestorePipeline } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
+import {
+  DISKS,
+  type DiskName,
+  domainXml,
+  INSTANCE,
+  randomChange,
+  writeAsGuest,
+} from '../../../core/test/torture/guest.ts'
 import { Random } from '../../../core/test/torture/random.ts'
 import { CephConnector, type CephOptions } from '../../src/index.ts'
-import { randomChange } from '../random-change.ts'
 import { RbdSite } from '../rbd-site.ts'
 
-export const INSTANCE = 'web-1'
-export const DISKS = ['vda', 'vdb'] as const
-export type DiskName = (typeof DISKS)[number]
 export type Content = Readonly<Record<DiskName, Buffer>>
 
 /** Two objects and a part, which is no multiple of a cluster. */
@@ -47,14 +51,15 @@ export class KillGround implements AsyncDisposable {
     }
     const definition = join(ground.folder, 'domain.xml')
     const secret = await lab.defineCephSecret(site.user.secret)
-    await writeFile(definition, domainXml(await site.ceph.monitor(), site.user.user, secret))
+    const disks = diskXml(site.ceph.monitor, site.user.user, secret)
+    await writeFile(definition, domainXml(disks))
     await lab.virsh(['define', definition])
     await ground.start()
     return ground
   }
 
   image(disk: DiskName): string {
-    return `vms/${INSTANCE}-${disk}`
+    return `vms/${imageName(disk)}`
   }
   get temporary(): string {
     return join(this.folder, 'tmp')
@@ -85,16 +90,11 @@ export class KillGround implements AsyncDisposable {
     if ((await this.state()) === 'shut off') await this.#lab.virsh(['start', INSTANCE])
   }
 
-  /** The guest writes, zeroes and trims at random, and flushes: through QEMU's own device, so that it need not boot. */
+  /** The guest writes, zeroes and trims at random, and flushes. */
   async write(): Promise<void> {
-    for (const [index, disk] of DISKS.entries()) {
-      const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
+    for (const disk of DISKS) {
       const commands = Array.from({ length: 3 }, () => randomChange(this.content[disk], this.random))
-      const lines = [...commands, 'flush'].map(
-        command => `qemu-monitor-command ${INSTANCE} --hmp 'qemu-io -d ${device} "${command}"'`,
-      )
-      const said = await this.#lab.virsh([lines.join('; ')])
-      if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io: ${said}`)
+      await writeAsGuest(this.#lab, disk, [...commands, 'flush'])
     }
   }
 
@@ -144,35 +144,27 @@ export class KillGround implements AsyncDisposable {
   }
 }
 
+/** A disk's image in the pool: another one in each process, as a lock on it counts on the whole machine. */
+export function imageName(disk: DiskName): string {
+  return `${INSTANCE}-${process.pid}-${disk}`
+}
+
 export function copied({ vda, vdb }: Content): Content {
   return { vda: Buffer.from(vda), vdb: Buffer.from(vdb) }
 }
 
-/** A domain that boots nothing: its firmware finds no boot sector, and halts. */
-function domainXml(monitor: string, user: string, secret: string): string {
+/** The disks of the domain. */
+function diskXml(monitor: string, user: string, secret: string): string[] {
   const [host, port] = monitor.split(':')
-  const disks = DISKS.map(
+  return DISKS.map(
     disk => `
     <disk type='network' device='disk'>
       <driver name='qemu' type='raw' discard='unmap'/>
-      <source protocol='rbd' name='vms/${INSTANCE}-${disk}'>
+      <source protocol='rbd' name='vms/${imageName(disk)}'>
         <host name='${host}' port='${port}'/>
         <auth username='${user}'><secret type='ceph' uuid='${secret}'/></auth>
       </source>
       <target dev='${disk}' bus='virtio'/>
     </disk>`,
   )
-  return `<domain type='qemu'>
-  <name>${INSTANCE}</name>
-  <memory unit='MiB'>32</memory>
-  <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <on_poweroff>destroy</on_poweroff>
-  <devices>${disks.join('')}
-    <controller type='usb' model='none'/>
-    <memballoon model='none'/>
-    <video><model type='none'/></video>
-  </devices>
-</domain>
-`
 }

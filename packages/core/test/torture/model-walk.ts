@@ -5,7 +5,8 @@ import { VarveError } from '../../src/errors.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
-import { DISKS, INSTANCE, type ProvingGround, type StorageName } from './proving-ground.ts'
+import { DISKS, INSTANCE } from './guest.ts'
+import type { ProvingGround, StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
 
 /** How often each kind of step is taken, of the sum of all. */

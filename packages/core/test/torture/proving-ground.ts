@@ -10,15 +10,12 @@ import type { Host } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import { DISKS, type DiskName, domainXml, INSTANCE, randomChange, writeAsGuest } from './guest.ts'
 import { AgentHost } from './job.ts'
 import type { Random } from './random.ts'
 
 /** No multiple of a cluster: the last one is a part. */
 export const DISK_BYTES: number = 4 * 1024 * 1024 + 3 * 512
-
-export const INSTANCE = 'web-1'
-export const DISKS = ['vda', 'vdb'] as const
-export type DiskName = (typeof DISKS)[number]
 
 /** What disks hold, byte for byte, by disk. */
 export type Content = Readonly<Record<string, Buffer>>
@@ -179,11 +176,11 @@ export class ProvingGround implements AsyncDisposable {
   /** The guest writes, zeroes and trims at random; with the instance off, its disks are written to. */
   async write(random: Random): Promise<void> {
     const running = (await this.state()) === 'running'
-    for (const [index, disk] of DISKS.entries()) {
+    for (const disk of DISKS) {
       const content = this.#content.get(disk)
       if (!content) continue
-      const commands = Array.from({ length: 3 }, () => change(content, random))
-      if (running) await this.#monitor(index, commands)
+      const commands = Array.from({ length: 3 }, () => randomChange(content, random))
+      if (running && this.#lab) await writeAsGuest(this.#lab, disk, commands)
       else await qemuIo(this.image(disk), 'qcow2', commands)
     }
   }
@@ -275,73 +272,23 @@ export class ProvingGround implements AsyncDisposable {
   async #define(): Promise<void> {
     if (!this.#lab) return
     const path = join(this.folder, 'domain.xml')
-    await writeFile(
-      path,
-      domainXml(
-        DISKS.map(disk => [disk, this.image(disk)]),
-        this.#backing,
-      ),
-    )
+    const backing = (disk: DiskName) => (disk === 'vda' ? this.#backing : undefined)
+    const disks = DISKS.map(disk => diskXml(disk, this.image(disk), backing(disk)))
+    await writeFile(path, domainXml(disks))
     await this.#lab.virsh(['define', path])
   }
-
-  async #monitor(index: number, commands: readonly string[]): Promise<void> {
-    const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
-    const lines = commands.map(
-      command => `qemu-monitor-command ${INSTANCE} --hmp 'qemu-io -d ${device} "${command}"'`,
-    )
-    const said = await this.#lab?.virsh([lines.join('; ')])
-    if (/failed|error|invalid|unknown|not found/i.test(said ?? '')) throw new Error(`qemu-io: ${said}`)
-  }
 }
 
-/** One change of a disk: a command for `qemu-io`, done to the bytes as well. */
-export function change(content: Buffer, random: Random): string {
-  const unit = random.oneIn(2) ? 65_536 : 512
-  const units = Math.floor(content.byteLength / unit)
-  const start = random.below(units)
-  const length = Math.min(1 + random.below(unit === 512 ? 300 : 6), units - start) * unit
-  const offset = start * unit
-  const kind = random.below(4)
-  if (kind >= 2) {
-    const byte = 1 + random.below(255)
-    content.fill(byte, offset, offset + length)
-    return `write -P ${byte} ${offset} ${length}`
-  }
-  if (kind === 1 || unit === 512) {
-    content.fill(0, offset, offset + length)
-    return `write -z ${offset} ${length}`
-  }
-  content.fill(0, offset, offset + length) // whole clusters: they read as zero afterwards
-  return `discard ${offset} ${length}`
-}
-
-/** A domain that boots nothing: its firmware finds no boot sector, and halts. */
-function domainXml(disks: readonly (readonly [name: string, path: string])[], backing?: string): string {
+/** A disk of the domain. */
+function diskXml(disk: DiskName, path: string, backing: string | undefined): string {
   const backingStore =
     backing === undefined
       ? ''
       : `<backingStore type='file'><format type='qcow2'/><source file='${backing}'/></backingStore>`
-  return `<domain type='qemu'>
-  <name>${INSTANCE}</name>
-  <memory unit='MiB'>32</memory>
-  <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <on_poweroff>destroy</on_poweroff>
-  <devices>${disks
-    .map(
-      ([name, path], index) => `
+  return `
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2' discard='unmap'/>
-      <source file='${path}'/>${index === 0 ? backingStore : ''}
-      <target dev='${name}' bus='virtio'/>
-    </disk>`,
-    )
-    .join('')}
-    <controller type='usb' model='none'/>
-    <memballoon model='none'/>
-    <video><model type='none'/></video>
-  </devices>
-</domain>
-`
+      <source file='${path}'/>${backingStore}
+      <target dev='${disk}' bus='virtio'/>
+    </disk>`
 }

@@ -3,8 +3,9 @@ import { join } from 'node:path'
 import { blake3Hex } from '../../src/digest.ts'
 import type { JournalStepName } from '../../src/journal.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
+import { INSTANCE } from './guest.ts'
 import type { Task } from './job.ts'
-import { INSTANCE, type ProvingGround } from './proving-ground.ts'
+import type { ProvingGround } from './proving-ground.ts'
 import { Random } from './random.ts'
 
 /** The backups that a template has on its first storage: a full one and two increments. */

@@ -1,0 +1,58 @@
+import type { LibvirtLab } from '@varve/testkit/lab'
+import type { Random } from './random.ts'
+
+export const INSTANCE = 'web-1'
+export const DISKS = ['vda', 'vdb'] as const
+export type DiskName = (typeof DISKS)[number]
+
+/**
+ * A domain that boots nothing: its firmware finds no boot sector, and halts.
+ *
+ * @param disks the `<disk>` elements
+ */
+export function domainXml(disks: readonly string[]): string {
+  return `<domain type='qemu'>
+  <name>${INSTANCE}</name>
+  <memory unit='MiB'>32</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <on_poweroff>destroy</on_poweroff>
+  <devices>${disks.join('')}
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    <video><model type='none'/></video>
+  </devices>
+</domain>
+`
+}
+
+/** Has the running domain's QEMU do commands of `qemu-io` to a disk, through its device: the guest need not boot. */
+export async function writeAsGuest(
+  lab: LibvirtLab,
+  disk: DiskName,
+  commands: readonly string[],
+): Promise<void> {
+  const device = `/machine/peripheral/virtio-disk${DISKS.indexOf(disk)}/virtio-backend`
+  const lines = commands.map(
+    command => `qemu-monitor-command ${INSTANCE} --hmp 'qemu-io -d ${device} "${command}"'`,
+  )
+  const said = await lab.virsh([lines.join('; ')])
+  if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io: ${said}`)
+}
+
+/** One change of a disk: a command for `qemu-io`, done to the bytes as well. */
+export function randomChange(content: Buffer, random: Random): string {
+  const units = content.byteLength / 512
+  const start = random.below(units)
+  const length = Math.min(1 + random.below(random.oneIn(2) ? 16 : 2500), units - start)
+  const [offset, bytes] = [start * 512, length * 512]
+  const kind = random.pick(['write', 'write', 'zero', 'discard'])
+  const byte = kind === 'write' ? 1 + random.below(255) : 0
+  // What is discarded reads as zeros from whole blocks on only.
+  const first = kind === 'discard' ? Math.ceil(offset / 65_536) * 65_536 : offset
+  const end = kind === 'discard' ? Math.floor((offset + bytes) / 65_536) * 65_536 : offset + bytes
+  if (end <= first) return randomChange(content, random)
+  content.fill(byte, first, end)
+  if (kind === 'write') return `write -P ${byte} ${first} ${end - first}`
+  return `${kind === 'zero' ? 'write -z' : 'discard'} ${first} ${end - first}`
+}
