@@ -1,5 +1,4 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   abortError,
@@ -9,7 +8,6 @@ import {
   type RbdExport,
   type RbdImage,
   type RbdSnapshot,
-  type RbdTarget,
   type RunOptions,
   VarveError,
 } from '@varve/core'
@@ -177,24 +175,14 @@ export class CephCluster implements RbdCluster {
     await this.#rbd.run(run, ['snap', 'rollback', '--no-progress'], { image, snapshot, isLong: true })
   }
 
-  async open(image: string): Promise<RbdTarget> {
+  async fileName(image: string, folder: string): Promise<string> {
     const { pool, namespace, image: name } = parseImageName(image)
     const names = namespace === undefined ? [pool, name] : [pool, namespace, name]
     const { key, keyring } = this.#connection
-    if (key === undefined) {
-      const fileName = qemuFileName(names, this.#connection, keyring)
-      return { fileName, [Symbol.asyncDispose]: async () => undefined }
-    }
-    const folder = await mkdtemp(join(tmpdir(), 'varve-keyring-')) // which only its owner can enter
+    if (key === undefined) return qemuFileName(names, this.#connection, keyring)
     const file = join(folder, 'keyring')
-    const close = () => rm(folder, { recursive: true, force: true })
-    try {
-      await writeFile(file, keyringText(this.#connection, key), { mode: 0o600 })
-    } catch (error) {
-      await close()
-      throw error
-    }
-    return { fileName: qemuFileName(names, this.#connection, file), [Symbol.asyncDispose]: close }
+    await writeFile(file, keyringText(this.#connection, key), { mode: 0o600 })
+    return qemuFileName(names, this.#connection, file)
   }
 
   async #info(image: string, run: RunOptions): Promise<ImageInfo> {

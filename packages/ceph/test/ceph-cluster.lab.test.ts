@@ -1,9 +1,10 @@
-import { access, readFile, stat } from 'node:fs/promises'
+import { mkdir, readFile, stat, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { buffer } from 'node:stream/consumers'
-import type { VarveEvent } from '@varve/core'
+import type { RbdExport, VarveEvent } from '@varve/core'
 import { execa } from 'execa'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { CephConnector, type CephOptions } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 import { applyDiff } from './stream-model.ts'
@@ -11,8 +12,14 @@ import { applyDiff } from './stream-model.ts'
 const MIB = 2 ** 20
 
 let site: RbdSite
+/** An image with a snapshot `one`, of which an export waits for its reader. */
+let large: string
+
 beforeAll(async () => {
   site = await RbdSite.start()
+  large = await site.create(32 * MIB)
+  await site.write(large, 'write -P 1 0 32M')
+  await site.cluster.createSnapshot(large, 'one')
 })
 afterAll(() => site[Symbol.asyncDispose]())
 
@@ -43,7 +50,10 @@ test('an image is made, looked at, renamed and removed, also under an odd name',
   await expect(cluster.renameImage(image, 'vms/third')).rejects.toMatchObject({ code: 'DISK_NOT_FOUND' })
   await cluster.createImage(image, { size: MIB })
   const taken = cluster.renameImage(image, 'vms/other')
-  await expect(taken).rejects.toMatchObject({ code: 'TARGET_EXISTS', message: /vms\/other already/ })
+  await expect(taken).rejects.toMatchObject({
+    code: 'TARGET_EXISTS',
+    message: expect.stringContaining('vms/other already'),
+  })
 
   await cluster.removeImage('vms/other')
   await cluster.removeImage('vms/other') // is removed already
@@ -177,9 +187,7 @@ async function exporters(image: string): Promise<string> {
 
 test('an export that is given up, or left, ends its rbd before it is closed', async () => {
   const { cluster } = site
-  const image = await site.create(64 * MIB)
-  await site.write(image, 'write -P 1 0 64M')
-  await cluster.createSnapshot(image, 'one')
+  const image = large
   const given = new AbortController()
   const { stream } = cluster.exportDiff(image, { snapshot: 'one' }, { signal: given.signal })
   const reading = (async () => {
@@ -199,9 +207,7 @@ test('an export that is given up, or left, ends its rbd before it is closed', as
 
 test('an export whose rbd is killed fails', async () => {
   const { cluster } = site
-  const image = await site.create(64 * MIB)
-  await site.write(image, 'write -P 1 0 64M')
-  await cluster.createSnapshot(image, 'one')
+  const image = large
   const { stream } = cluster.exportDiff(image, { snapshot: 'one' })
   const reading = (async () => {
     let killed = false
@@ -210,14 +216,59 @@ test('an export whose rbd is killed fails', async () => {
       killed = true
     }
   })()
-  await expect(reading).rejects.toMatchObject({ code: 'RBD_FAILED', message: /ended by SIGKILL/ })
+  await expect(reading).rejects.toMatchObject({
+    code: 'RBD_FAILED',
+    message: expect.stringContaining('ended by SIGKILL'),
+  })
+})
+
+test('an export is refused where rbd fails at its end, ends early, or gives another one than was asked for', async () => {
+  const { cluster, ceph } = site
+  const image = await site.create(4 * MIB)
+  for (const snapshot of ['one', 'two', 'three']) {
+    await site.write(image, `write -P ${snapshot.length} 0 256k`)
+    await cluster.createSnapshot(image, snapshot)
+  }
+  const failed = { code: 'RBD_FAILED', message: expect.stringContaining('Input/output error') }
+  const invalid = { code: 'RBD_STREAM_INVALID' }
+  const increment = { snapshot: 'three', from: 'two' }
+  const full = { snapshot: 'three' }
+  const says = (words: string) => `$(echo "$@" | sed '${words}')`
+  const cases: [script: string, RbdExport, object][] = [
+    ['rbd "$@"; echo "export-diff error: (5) Input/output error" >&2; exit 5', increment, failed],
+    ['rbd "$@" | head -c 100000; echo "(5) Input/output error" >&2; exit 1', increment, failed],
+    ['rbd "$@" | head -c 100000', increment, invalid],
+    ['rbd "$@"; printf e', increment, invalid],
+    [`rbd ${says('s/=two/=one/')}`, increment, invalid],
+    [`rbd ${says('s/--from-snap=two//')}`, increment, invalid],
+    [`rbd ${says('s/--snap=three/--snap=two/; s/=two/=one/2')}`, increment, invalid],
+    [`rbd "$@" --from-snap=one`, full, invalid],
+  ]
+  const folder = join(ceph.folder, 'in-front')
+  await mkdir(folder)
+  try {
+    vi.stubEnv('PATH', `${folder}:${process.env.PATH}`)
+    for (const [script, asked, error] of cases) {
+      const path = `PATH=\${PATH#*:}`
+      await writeFile(join(folder, 'rbd'), `#!/bin/sh\n${path}\n${script}\n`, { mode: 0o755 })
+      const { stream, diff } = cluster.exportDiff(image, asked)
+      await expect(buffer(stream), script).rejects.toMatchObject(error)
+      expect(diff).toThrow()
+    }
+  } finally {
+    vi.unstubAllEnvs()
+  }
+  await buffer(cluster.exportDiff(image, increment).stream)
 })
 
 test('an image is removed with its snapshots, unless somebody else has an interest in one', async () => {
   const { cluster, ceph } = site
   const image = await site.create(8 * MIB)
   for (const name of ['varve-a', 'varve-b', 'mine']) await cluster.createSnapshot(image, name)
-  await expect(cluster.removeImage(image)).rejects.toMatchObject({ code: 'RBD_FAILED', message: /mine/ })
+  await expect(cluster.removeImage(image)).rejects.toMatchObject({
+    code: 'RBD_FAILED',
+    message: expect.stringContaining('mine'),
+  })
   await cluster.removeSnapshots(image, ['mine'])
   await ceph.run('rbd', 'snap', 'protect', `${image}@varve-b`)
   const held = { code: 'RBD_SNAPSHOT_PROTECTED' }
@@ -225,6 +276,11 @@ test('an image is removed with its snapshots, unless somebody else has an intere
   await expect(cluster.removeSnapshots(image, ['varve-b'])).rejects.toMatchObject(held)
   expect((await cluster.image(image)).snapshots).toHaveLength(2)
   await ceph.run('rbd', 'snap', 'unprotect', `${image}@varve-b`)
+  const clone = site.newImage()
+  await ceph.run('rbd', 'clone', '--rbd-default-clone-format', '2', `${image}@varve-b`, clone)
+  await expect(cluster.removeImage(image)).rejects.toMatchObject({ ...held, context: { clone } })
+  expect((await cluster.image(image)).snapshots).toHaveLength(2)
+  await ceph.run('rbd', 'rm', '--no-progress', clone)
   await cluster.removeImage(image)
   await expect(info(image)).rejects.toThrow()
 })
@@ -257,15 +313,14 @@ test('an image that somebody has open is neither rolled back nor removed', async
 })
 
 /** The connection by the monitor's address and the key alone. */
-async function byKey(): Promise<Required<Pick<CephOptions, 'conf' | 'user' | 'key' | 'monitors'>>> {
+function byKey(): CephOptions {
   const { ceph, user } = site
-  const monitor = /127\.0\.0\.1:\d+(?=\/0\])/.exec(await ceph.run('ceph', 'mon', 'dump'))?.[0] ?? ''
-  return { conf: '/dev/null', user: user.user, key: user.secret, monitors: [monitor] }
+  return { conf: '/dev/null', user: user.user, key: user.secret, monitors: [ceph.monitor] }
 }
 
 test('a user is known by its key alone, which no command shows', async () => {
   const { user } = site
-  const cluster = new CephConnector().cluster(await byKey())
+  const cluster = new CephConnector().cluster(byKey())
   const image = site.newImage()
   const events: VarveEvent[] = []
   const run = { onEvent: (event: VarveEvent) => events.push(event) }
@@ -281,25 +336,26 @@ test('a user is known by its key alone, which no command shows', async () => {
     )
 })
 
-test("QEMU's programs open an image by a name that holds no key, whose file goes with it", async () => {
+test("QEMU's programs open an image by a name that holds no key, which is in a file in the given folder", async () => {
   const { ceph, user } = site
   await ceph.run('rbd', 'namespace', 'create', 'vms/qemu')
-  for (const image of ['vms/q:1=a', 'vms/qemu/q\\2 x']) {
-    for (const options of [await byKey(), { conf: ceph.conf, user: user.user, keyring: user.keyring }]) {
-      const cluster = new CephConnector(options).cluster()
-      await cluster.createImage(image, { size: 3 * MIB })
-      let keyring: string | undefined
-      {
-        await using opened = await cluster.open(image)
-        expect(opened.fileName).not.toContain(user.secret)
-        keyring = /keyring=([^:]*)/.exec(opened.fileName)?.[1]?.replaceAll('\\', '') ?? ''
-        expect((await stat(keyring)).mode & 0o077).toBe(0)
-        expect(await readFile(keyring, 'utf8')).toContain(user.secret)
-        const { stdout } = await execa('qemu-img', ['info', '-f', 'raw', '--output=json', opened.fileName])
-        expect(JSON.parse(stdout)).toMatchObject({ 'virtual-size': 3 * MIB })
-      }
-      if (keyring !== user.keyring) await expect(access(keyring)).rejects.toThrow()
-    }
+  const folder = join(ceph.folder, 'key')
+  await mkdir(folder)
+  const byKeyring = { conf: ceph.conf, user: user.user, keyring: user.keyring }
+  for (const [image, options] of [
+    ['vms/q:1=a', byKeyring],
+    ['vms/qemu/q\\2 x', byKey()],
+  ] as const) {
+    const cluster = new CephConnector(options).cluster()
+    await cluster.createImage(image, { size: 3 * MIB })
+    const fileName = await cluster.fileName(image, folder)
+    expect(fileName).not.toContain(user.secret)
+    const keyring = /keyring=([^:]*)/.exec(fileName)?.[1]?.replaceAll('\\', '') ?? ''
+    expect(keyring).toBe('key' in options ? join(folder, 'keyring') : user.keyring)
+    expect((await stat(keyring)).mode & 0o077).toBe(0)
+    expect(await readFile(keyring, 'utf8')).toContain(user.secret)
+    const { stdout } = await execa('qemu-img', ['info', '-f', 'raw', '--output=json', fileName])
+    expect(JSON.parse(stdout)).toMatchObject({ 'virtual-size': 3 * MIB })
   }
 })
 
@@ -331,9 +387,7 @@ test('a configuration that is not there, or names no monitor, is told of', async
 test('a cluster that hangs, or is not there, ends every command in its time', async () => {
   const { ceph, user } = site
   const { conf } = ceph
-  const image = await site.create(64 * MIB)
-  await site.write(image, 'write -P 1 0 64M')
-  await site.cluster.createSnapshot(image, 'one')
+  const image = large
   const options = { conf, user: user.user, keyring: user.keyring, timeoutMs: 2_000 }
   const cluster = new CephConnector(options).cluster()
   const unreachable = { code: 'CEPH_UNREACHABLE', retryable: true }
@@ -350,7 +404,7 @@ test('a cluster that hangs, or is not there, ends every command in its time', as
   }
   const nowhere = new CephConnector({ conf, monitors: ['127.0.0.1:1'], timeoutMs: 1_000 }).cluster()
   await expect(nowhere.image(image)).rejects.toMatchObject(unreachable)
-  expect(await site.cluster.image(image)).toMatchObject({ size: 64 * MIB })
+  expect(await site.cluster.image(image)).toMatchObject({ size: 32 * MIB })
 })
 
 test('names that rbd would take apart are refused before anything is run', async () => {

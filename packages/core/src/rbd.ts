@@ -144,14 +144,9 @@ export interface RbdCluster {
   /** Brings an image back to a snapshot, size included. @throws RBD_SNAPSHOT_NOT_FOUND, DISK_BUSY */
   rollback(image: string, snapshot: string, run?: RunOptions): Promise<void>
   /**
-   * What QEMU's programs open as the raw image, and what holds the key's file meanwhile: to be disposed of once
-   * they have it open.
+   * A file name of QEMU's rbd driver, which its programs open as the raw image. It names a key's file and never a key.
+   *
+   * @param folder a private folder that the key's file may be put in; QEMU needs it until it has opened the image
    */
-  open(image: string): Promise<RbdTarget>
-}
-
-/** An image that QEMU's programs can open. */
-export interface RbdTarget extends AsyncDisposable {
-  /** A file name of QEMU's rbd driver; it names a key's file and never a key. */
-  readonly fileName: string
+  fileName(image: string, folder: string): Promise<string>
 }

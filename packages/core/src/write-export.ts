@@ -1,4 +1,4 @@
-import { mkdir } from 'node:fs/promises'
+import { mkdir, rm } from 'node:fs/promises'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
 import { NbdTarget } from './nbd-target.ts'
@@ -8,22 +8,41 @@ import type { RestoredDisk } from './restore-pipeline.ts'
 import type { DiskRestore } from './restore-plan.ts'
 import { writeTarget } from './write-target.ts'
 
+/** What {@link writeExport} writes to. */
+interface ExportTarget {
+  /** The name that QEMU opens. What belongs to it may be put in the folder, which is private and goes in the end. */
+  readonly open: (folder: string) => Promise<string>
+  readonly format: 'qcow2' | 'raw'
+  /** Whether it reads as zeros now. Default: false. */
+  readonly isNew?: boolean
+  /** The backup of the chain whose content it has. Default: none. */
+  readonly base?: string
+}
+
 /** Writes to what QEMU opens, through a `qemu-nbd` of its own. */
 export async function writeExport(
   restore: RestoreContext,
   disk: DiskRestore,
-  to: {
-    readonly path: string
-    readonly format: 'qcow2' | 'raw'
-    readonly isNew?: boolean
-    readonly base?: string
-  },
+  to: ExportTarget,
 ): Promise<RestoredDisk> {
-  const { journal, run } = restore
   const folder = newExportFolder()
-  await journal.record({ step: 'export', folder })
+  await restore.journal.record({ step: 'export', folder })
   await mkdir(folder, { mode: 0o700 })
-  const { path, format, isNew = false, base } = to
+  try {
+    return await writeServed(restore, disk, to, folder)
+  } finally {
+    await rm(folder, { recursive: true, force: true })
+  }
+}
+
+async function writeServed(
+  restore: RestoreContext,
+  disk: DiskRestore,
+  { open, format, isNew = false, base }: ExportTarget,
+  folder: string,
+): Promise<RestoredDisk> {
+  const { run } = restore
+  const path = await open(folder)
   await using server = await exportDisk({
     ...run,
     disk: disk.disk.name,

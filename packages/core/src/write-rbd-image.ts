@@ -19,13 +19,10 @@ export async function writeRbdImage(restore: RestoreContext, disk: RbdRestore): 
     await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
     await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
   }
-  await using opened = await cluster.open(temporary ?? image)
-  const isNew = temporary !== undefined
-  // Awaited here: what was opened has the file of the key until QEMU is done.
-  return await writeExport(restore, disk, {
-    path: opened.fileName,
+  return writeExport(restore, disk, {
+    open: folder => cluster.fileName(temporary ?? image, folder),
     format: 'raw',
-    isNew,
+    isNew: temporary !== undefined,
     ...(base && { base }),
   })
 }

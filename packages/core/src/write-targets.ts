@@ -37,5 +37,5 @@ function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promi
 async function writeInPlace(restore: RestoreContext, disk: FileRestore): Promise<RestoredDisk> {
   const { format, target: path } = disk
   await restore.journal.record({ step: 'write-in-place', disk: disk.disk.name, path })
-  return writeExport(restore, disk, { path, format })
+  return writeExport(restore, disk, { open: async () => path, format })
 }
