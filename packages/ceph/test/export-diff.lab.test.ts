@@ -45,7 +45,7 @@ async function checkedSnapshot(
   snapshot: string,
   parents: readonly { readonly name: string; readonly bytes: Buffer }[] = [],
 ): Promise<{ name: string; bytes: Buffer }> {
-  await site.cluster.createSnapshot(image, snapshot)
+  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', `${image}@${snapshot}`)
   const truth = await site.bytes(`${image}@${snapshot}`)
   const full = await exported(image, snapshot)
   expect(applyDiff(full.diff, full.bytes, Buffer.alloc(0)).equals(truth), `full ${snapshot}`).toBe(true)
@@ -209,7 +209,7 @@ test.for<[string, string[]]>([
     let size = 16 * OBJECT
     const image = await site.create(size, ...options)
     const known: { name: string; bytes: Buffer }[] = []
-    for (let step = 0; step < 4; step++) {
+    for (let step = 0; step < 3; step++) {
       const changes = Array.from({ length: 10 }, () => {
         const kind = ['write -P 0', `write -P ${1 + random(255)}`, 'write -z', 'write -z -u', 'discard'][
           random(5)

@@ -78,10 +78,18 @@ export class KillPoints {
     const { spawn } = childProcess
     Reflect.set(childProcess, 'spawn', (command: string, args: string[], options: object) => {
       const child = spawn(command, args, options)
-      const verb = args.find(arg => /^[a-z][a-z-]+$/.test(arg)) ?? ''
-      reach(`start ${command} ${verb}`)
-      child.once('exit', () => reach(`end ${command} ${verb}`))
+      const label = `${command} ${verbOf(args)}`
+      reach(`start ${label}`)
+      child.once('exit', () => reach(`end ${label}`))
       return child
     })
   }
+}
+
+/** What a command does, such as `snap create`: the first words of its arguments that are no options. */
+function verbOf(args: readonly string[]): string {
+  const isWord = (arg: string) => /^[a-z][a-z-]+$/.test(arg)
+  const words = args.slice(args.findIndex(isWord))
+  const end = words.findIndex(arg => !isWord(arg))
+  return words.slice(0, end < 0 ? undefined : end).join(' ')
 }

@@ -1,0 +1,78 @@
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { RbdSite } from '../../ceph/test/rbd-site.ts'
+import { type CliResult, cli } from './test-terminal.ts'
+
+const MIB = 1024 ** 2
+const IMAGE = 'vms/tenant/disk'
+
+let site: RbdSite
+let folder: string
+
+beforeAll(async () => {
+  site = await RbdSite.start()
+  folder = await mkdtemp(join(tmpdir(), 'varve-cli-rbd-'))
+  const { ceph, user } = site
+  const config = {
+    storages: { nas: { type: 'local', path: join(folder, 'nas'), create: true } },
+    stateDir: join(folder, 'state'),
+    ceph: { conf: ceph.conf, user: user.user, key: { env: 'CEPH_KEY' } },
+  }
+  await writeFile(join(folder, 'varve.config.json'), JSON.stringify(config))
+  await ceph.run('rbd', 'namespace', 'create', 'vms/tenant')
+})
+afterAll(async () => {
+  await site[Symbol.asyncDispose]()
+  await rm(folder, { recursive: true })
+})
+
+const run = (args: string): Promise<CliResult> =>
+  cli(args.split(' '), { cwd: folder, env: { CEPH_KEY: site.user.secret } })
+
+/** The document that a command printed. */
+async function json<T>(args: string): Promise<T> {
+  const { code, stdout, stderr } = await run(`${args} --json`)
+  expect(code, stderr).toBe(0)
+  return JSON.parse(stdout)
+}
+
+const backup = () => json<{ id: string; chain: string; kind: string }>(`backup web-1 --disk vda=rbd:${IMAGE}`)
+
+test('an image in a namespace is backed up, restored with Varve and with rbd alone, and tidied up after', async () => {
+  await site.ceph.run('rbd', 'create', '--size', '12M', IMAGE)
+  await site.write(IMAGE, 'write -P 1 0 5M')
+  const full = await backup()
+  await site.ceph.run('rbd', 'resize', '--no-progress', '--size', '16M', IMAGE)
+  await site.write(IMAGE, 'write -P 2 4M 1M', 'discard 0 1M', 'write -P 3 15M 64k')
+  const second = await backup()
+  expect([full.kind, second.kind]).toEqual(['full', 'incremental'])
+  const wanted = await site.bytes(IMAGE)
+  expect(await run(`verify ${second.id} --deep`)).toMatchObject({ code: 0 })
+
+  expect(await run(`restore ${second.id} --to-disk vda=rbd:vms/tenant/copy`)).toMatchObject({ code: 0 })
+  expect((await site.bytes('vms/tenant/copy')).equals(wanted)).toBe(true)
+  expect(await run(`restore ${second.id} --to-disk vda=disk.raw --format raw`)).toMatchObject({ code: 0 })
+  expect((await readFile(join(folder, 'disk.raw'))).equals(wanted)).toBe(true)
+
+  // As docs/ceph.md has it.
+  await site.ceph.run('rbd', 'create', '--size', `${16 * MIB}B`, 'vms/plain')
+  for (const { id } of [full, second]) {
+    const stream = join(folder, 'nas', 'web-1', full.chain, id, 'vda.rbd-diff')
+    await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, 'vms/plain')
+  }
+  expect((await site.bytes('vms/plain')).equals(wanted)).toBe(true)
+
+  expect(await run(`delete ${second.id} --yes`)).toMatchObject({ code: 0 })
+  const lost = 'varve-20250102-030405-006-abcdef'
+  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', `${IMAGE}@${lost}`)
+  const names = (await site.cluster.image(IMAGE)).snapshots.map(({ name }) => name)
+  expect(names).toEqual([`varve-${full.id}`, lost])
+  const orphan = { image: IMAGE, snapshot: lost, run: lost.replace('varve-', '') }
+  expect(await json('recover --orphans')).toMatchObject({ ok: true, orphans: [orphan] })
+  expect((await run('recover --orphans')).stdout).toContain(`  rbd snap rm ${IMAGE}@${lost}`)
+
+  const missing = await run('backup web-1 --disk vda=rbd:vms/tenant/nothing')
+  expect(missing).toMatchObject({ code: 1, stderr: expect.stringContaining('DISK_NOT_FOUND') })
+})
