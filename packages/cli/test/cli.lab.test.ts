@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, rm, stat, truncate, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, readFile, rm, stat, truncate, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { compareImages, createQcow2, qemuIo } from '@varve/testkit/lab'
@@ -97,6 +97,28 @@ test.each([
   expect(result.stderr).toContain(named)
   expect(result.stderr).not.toMatch(/^\s+at /m)
   expect(await readdir(join(folder, 'nas'))).toEqual([])
+})
+
+test('a cluster size that is too small for the disk is a usage error, and nothing is touched', async () => {
+  await createQcow2(join(folder, 'large.qcow2'), 16 * 2 ** 40)
+  const before = await readFile(join(folder, 'large.qcow2'))
+  const result = await run('backup web-1 --disk vda=large.qcow2 --cluster-size 4K')
+  expect(result).toMatchObject({ code: 2, stdout: '' })
+  expect(result.stderr).toContain('a cluster size of 8192 bytes')
+  expect(before.equals(await readFile(join(folder, 'large.qcow2')))).toBe(true)
+  expect(await readdir(join(folder, 'nas'))).toEqual([])
+  expect(await readdir(folder)).not.toContain('state')
+})
+
+test('a raw disk that ends within a sector comes back with zeros at its end, and the backup says so', async () => {
+  const odd = Buffer.alloc(70_001, 0x55)
+  await writeFile(join(folder, 'odd.img'), odd)
+  const result = await run('backup web-1 --disk vda=odd.img,format=raw --json')
+  const { id } = manifestOf(result)
+  expect(result.stderr).toMatch(/odd\.img\) has 70001 bytes.* with 143 zero bytes more/)
+  expect((await run(`restore ${id} --to-disk vda=new.img --format raw`)).code).toBe(0)
+  const restored = await readFile(join(folder, 'new.img'))
+  expect(restored.equals(Buffer.concat([odd, Buffer.alloc(143)]))).toBe(true)
 })
 
 test('a damaged image is found by a deep verification and refused by a restore', async () => {

@@ -1,6 +1,7 @@
 import { type BackupContext, stage } from './backup-context.ts'
 import { newBackupId } from './backup-id.ts'
 import {
+  assertClustersFit,
   bitmapsToRetire,
   chooseDisks,
   DEFAULT_RBD_SNAPSHOTS,
@@ -15,7 +16,7 @@ import { type Frozen, freeze, mark, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
-import type { Host, Instance } from './host.ts'
+import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { RunJournal } from './journal.ts'
 import type { BackupManifest, ManifestDisk } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
@@ -24,9 +25,13 @@ import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
 import { describe, publish, storeDefinition } from './publish-backup.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
+import { statIfThere } from './stat-if-there.ts'
 import type { StorageDriver } from './storage.ts'
 import { backupFolder, instanceFolder } from './storage-layout.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
+
+const DEFAULT_CLUSTER_SIZE = 65_536
+const SECTOR_SIZE = 512
 
 /** What a {@link BackupPipeline} works with. */
 export interface BackupPipelineOptions {
@@ -117,6 +122,8 @@ export class BackupPipeline {
     // The disks are held now: what is read from here on stays true.
     const instance = await host.instance(request.instance, run)
     const disks = chooseDisks(instance, selection)
+    assertClustersFit(disks, request.clusterSize ?? DEFAULT_CLUSTER_SIZE)
+    await warnOfOddSizes(disks, run)
     await assertNoUnsettledRun(stateDir, instance.name, disks)
     const catalog = await readCatalog(storage, `${instanceFolder(instance.name)}/`, run.signal)
     for (const { key, error } of catalog.damaged)
@@ -204,6 +211,20 @@ export class BackupPipeline {
   }
 }
 
+/** QEMU counts a disk in sectors: it adds zeros to a raw file that ends within one. */
+async function warnOfOddSizes(disks: readonly HostDisk[], run: RunOptions): Promise<void> {
+  for (const { name, path, format } of disks.filter(isFileDisk)) {
+    if (format !== 'raw') continue
+    const { size = 0 } = (await statIfThere(path)) ?? {}
+    const rest = size % SECTOR_SIZE
+    if (rest === 0) continue
+    emit(run, {
+      type: 'warning',
+      message: `The raw disk ${name} (${path}) has ${size} bytes, which is no multiple of ${SECTOR_SIZE}: it is backed up, and will be restored, with ${SECTOR_SIZE - rest} zero bytes more. To have the file back as it is, cut the restored one (truncate --size=${size}).`,
+    })
+  }
+}
+
 /** Streams the disks while the guest's overlays have room. */
 async function streamWatched(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
   const { run, request } = backup
@@ -259,7 +280,7 @@ function checkRequest(request: BackupRequest): void {
       )
     }
   }
-  const { clusterSize = 65_536 } = request
+  const { clusterSize = DEFAULT_CLUSTER_SIZE } = request
   if (!Number.isInteger(Math.log2(clusterSize)) || clusterSize < 4096 || clusterSize > 2 * 1024 * 1024) {
     throw new VarveError(
       'INVALID_ARGUMENT',

@@ -1,3 +1,4 @@
+import { maxDiskSize } from '@varve/qcow2'
 import type { Catalog, StoredBackup } from './backups.ts'
 import { VarveError } from './errors.ts'
 import { type FileDisk, type HostDisk, type Instance, isFileDisk, type RbdDisk } from './host.ts'
@@ -63,6 +64,24 @@ export function chooseDisks(instance: Instance, selection: DiskSelection): HostD
       })
     return disk
   })
+}
+
+/**
+ * Refuses a cluster size that is too small for a disk.
+ *
+ * @throws INVALID_ARGUMENT
+ */
+export function assertClustersFit(disks: readonly HostDisk[], clusterSize: number): void {
+  for (const { name, virtualSize } of disks.filter(isFileDisk)) {
+    if (virtualSize <= maxDiskSize(clusterSize)) continue
+    let enough = clusterSize
+    while (virtualSize > maxDiskSize(enough)) enough *= 2
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `The disk ${name} has ${virtualSize} bytes, and an image with clusters of ${clusterSize} bytes holds at most ${maxDiskSize(clusterSize)}. Choose a cluster size of ${enough} bytes or more.`,
+      { context: { disk: name, virtualSize, clusterSize } },
+    )
+  }
 }
 
 function unsupported(instance: Instance, disk: string, reason: string): VarveError {

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest'
 import {
+  assertClustersFit,
   bitmapsToRetire,
   chooseDisks,
   markName,
@@ -335,4 +336,22 @@ test('a disk that cannot be backed up is never left out silently', () => {
   expect(() => chooseDisks(found, 'all')).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
   expect(() => chooseDisks(found, ['vdb'])).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
   expect(chooseDisks(found, ['vda'])).toHaveLength(1)
+})
+
+test('a cluster size that is too small for a disk is refused, with one that is enough', () => {
+  const disk = (virtualSize: number) => [hostDisk('vda', []), hostDisk('vdb', [], { virtualSize })]
+  assertClustersFit(disk(8192 * GiB), 4096)
+  for (const [size, enough] of [
+    [8192 * GiB + 512, 8192],
+    [16_384 * GiB, 8192],
+    [65_536 * GiB, 16_384],
+  ] as const) {
+    const refused = {
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining(`a cluster size of ${enough} bytes`),
+      context: { disk: 'vdb', virtualSize: size, clusterSize: 4096 },
+    }
+    expect(() => assertClustersFit(disk(size), 4096)).toThrow(expect.objectContaining(refused))
+    assertClustersFit(disk(size), enough)
+  }
 })

@@ -53,7 +53,7 @@ export function planImage(extents: ExtentList, options: ImageOptions = {}): Imag
   const perTable = clusterSize / ENTRY_BYTES
   const virtualSize = Math.ceil(extents.size / SECTOR_SIZE) * SECTOR_SIZE
   const l1Entries = Math.ceil(virtualSize / (clusterSize * perTable))
-  if (l1Entries * ENTRY_BYTES > MAX_L1_BYTES) {
+  if (virtualSize > maxDiskSize(clusterSize)) {
     throw new Qcow2Error(
       'QCOW2_ARGUMENT',
       `A disk of ${virtualSize} bytes needs an L1 table over 32 MiB with clusters of ${clusterSize} bytes. Use larger clusters.`,
@@ -98,6 +98,14 @@ export function planImage(extents: ExtentList, options: ImageOptions = {}): Imag
     map,
     tables,
   })
+}
+
+/**
+ * The largest disk, in bytes, that an image with clusters of `clusterSize` bytes can hold: its L1 table is 32 MiB then.
+ * One that is nearly so large and nearly full may still need a larger refcount table than there can be.
+ */
+export function maxDiskSize(clusterSize: number): number {
+  return (MAX_L1_BYTES / ENTRY_BYTES) * (clusterSize / ENTRY_BYTES) * clusterSize
 }
 
 /** The refcount table and blocks for `others` clusters and for themselves. */

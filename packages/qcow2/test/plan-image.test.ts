@@ -1,6 +1,13 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { ComposedImage, ExtentKind, ExtentList, type ImageOptions, planImage } from '../src/index.ts'
+import {
+  ComposedImage,
+  ExtentKind,
+  ExtentList,
+  type ImageOptions,
+  maxDiskSize,
+  planImage,
+} from '../src/index.ts'
 import {
   BACKING,
   compose,
@@ -178,6 +185,7 @@ describe('limits', () => {
     expect(planImage(listOf([8 * TIB, unallocated]), { clusterSize }).virtualSize).toBe(8 * TIB)
     refused(listOf([8 * TIB + 1, unallocated]), { clusterSize }, /L1 table over 32 MiB/)
     expect(planImage(listOf([2048 * TIB, unallocated])).virtualSize).toBe(2048 * TIB)
+    expect([maxDiskSize(4096), maxDiskSize(65_536)]).toEqual([8 * TIB, 2048 * TIB])
     refused(listOf([2048 * TIB + 1, unallocated]), {}, /L1 table over 32 MiB/)
   })
 
