@@ -10,7 +10,7 @@ import { showCommand } from './commands/show.ts'
 import { storageCommand } from './commands/storage.ts'
 import { verifyCommand } from './commands/verify.ts'
 import { errorDocument, errorText } from './error-text.ts'
-import { type ExitCode, exitCodeOf } from './exit-code.ts'
+import { EXIT, type ExitCode, exitCodeOf } from './exit-code.ts'
 import { printable } from './printable.ts'
 import { type GlobalOptions, Session } from './session.ts'
 import type { EndSignal, Terminal } from './terminal.ts'
@@ -30,6 +30,7 @@ const HELP = new Set(['commander.help', 'commander.helpDisplayed', 'commander.ve
 
 /** Runs one command line, and resolves with its exit code when everything is written and cleaned up. */
 export async function runCli(args: readonly string[], terminal: Terminal): Promise<ExitCode> {
+  const json = args.includes('--json') // a command line that is not understood has no session.json
   const given = new AbortController()
   const session = new Session(terminal, given.signal)
   terminal.onSignal(signal => {
@@ -40,18 +41,27 @@ export async function runCli(args: readonly string[], terminal: Terminal): Promi
     )
     given.abort(interrupted(signal))
   })
+  let help = ''
+  const writeOut = (text: string) => {
+    if (json) help += text
+    else terminal.stdout.write(text)
+  }
   try {
-    await createProgram(session).parseAsync(args, { from: 'user' })
+    await createProgram(session, writeOut).parseAsync(args, { from: 'user' })
     return session.exitCode
   } catch (error) {
     session.close()
-    // Help and the version were asked for, or help was shown since there was no command.
-    if (error instanceof CommanderError && HELP.has(error.code)) return exitCodeOf(error)
-    // A command line that was not understood has no session.json yet.
-    if (session.json || args.includes('--json'))
-      await writeText(terminal.stdout, JSON.stringify(errorDocument(error), null, 2))
+    // Help and the version were asked for, or help was shown on standard error since there was no command.
+    const isHelp = error instanceof CommanderError && HELP.has(error.code)
+    const code = exitCodeOf(error)
+    if (json) {
+      const asked = help === `${VERSION}\n` ? { version: VERSION } : { help }
+      const document = isHelp && code === EXIT.done ? asked : errorDocument(error)
+      await writeText(terminal.stdout, JSON.stringify(document, null, 2))
+    }
+    if (isHelp) return code
     await writeText(terminal.stderr, `Error: ${printable(errorText(error, session))}`)
-    return exitCodeOf(error)
+    return code
   } finally {
     session.close()
   }
@@ -62,8 +72,8 @@ function interrupted(signal: EndSignal): VarveError {
   return new VarveError('ABORTED', `Stopped by ${by}.`, { context: { signal } })
 }
 
-function createProgram(session: Session): Command {
-  const { stdout, stderr } = session.terminal
+function createProgram(session: Session, writeOut: (text: string) => void): Command {
+  const { stderr } = session.terminal
   const program = new Command('varve')
   program
     .description('Backs up and restores KVM/QEMU instances: full and incremental images.')
@@ -76,7 +86,7 @@ function createProgram(session: Session): Command {
     .option('-v, --verbose', 'show external commands with their exit codes, and the causes of errors')
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({
-      writeOut: text => void stdout.write(text),
+      writeOut,
       writeErr: text => void stderr.write(text),
       outputError: () => undefined, // told by runCli
     })

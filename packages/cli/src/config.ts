@@ -1,5 +1,5 @@
 import { readFile } from 'node:fs/promises'
-import { isAbsolute, resolve } from 'node:path'
+import { isAbsolute, join, resolve } from 'node:path'
 import { errorMessage, type StorageDriver, VarveError } from '@varve/core'
 import { z } from 'zod'
 import { type CephSettings, cephSettings } from './ceph-settings.ts'
@@ -65,14 +65,15 @@ async function readText(path: string): Promise<string | undefined> {
     return await readFile(path, 'utf8')
   } catch (error) {
     if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined
-    throw new VarveError(
-      'INVALID_CONFIG',
-      `The configuration ${path} cannot be read: ${errorMessage(error)}.`,
-      {
-        context: { path },
-        cause: error,
-      },
-    )
+    const isFolder = error instanceof Error && 'code' in error && error.code === 'EISDIR'
+    const what = isFolder ? 'is a folder' : `cannot be read: ${errorMessage(error)}`
+    const remedy = isFolder
+      ? `Name the file in it, such as ${join(path, 'varve.config.json')}.`
+      : 'Check its path, its owner and its permissions.'
+    throw new VarveError('INVALID_CONFIG', `The configuration ${path} ${what}. ${remedy}`, {
+      context: { path },
+      cause: error,
+    })
   }
 }
 

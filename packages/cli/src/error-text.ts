@@ -33,8 +33,11 @@ export function errorDocument(error: unknown): object {
     const { code, message, context, retryable } = error
     return { error: { code, message, context, retryable } }
   }
-  const message = errorMessage(error)
-  return { error: { code: error instanceof CommanderError ? 'USAGE' : 'UNEXPECTED', message } }
+  if (!(error instanceof CommanderError))
+    return { error: { code: 'UNEXPECTED', message: errorMessage(error) } }
+  const isHelp = error.code === 'commander.help' // shown instead of an error
+  const message = isHelp ? 'A command that varve knows is needed. Add --help to see them.' : error.message
+  return { error: { code: 'USAGE', message } }
 }
 
 function contextLines(context: object): string[] {

@@ -1,5 +1,11 @@
+import { VarveError } from '@varve/core'
 import { InvalidArgumentError, Option } from 'commander'
 import { parseSize } from './size-text.ts'
+
+/** The error of options that do not go together. */
+export function usageError(message: string): VarveError {
+  return new VarveError('INVALID_ARGUMENT', message)
+}
 
 /** `--storage`: which storage of the configuration. */
 export function storageOption(): Option {

@@ -1,9 +1,9 @@
 import { mkdir, mkdtemp, readdir, readFile, rm, stat, truncate, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { compareImages, createQcow2, qemuIo } from '@varve/testkit/lab'
+import { compareImages, createQcow2, mountTmpfs, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterEach, beforeEach, expect, test } from 'vitest'
+import { afterEach, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { type CliOptions, type CliResult, cli } from './test-terminal.ts'
 
 let folder: string
@@ -119,6 +119,19 @@ test('a raw disk that ends within a sector comes back with zeros at its end, and
   expect((await run(`restore ${id} --to-disk vda=new.img --format raw`)).code).toBe(0)
   const restored = await readFile(join(folder, 'new.img'))
   expect(restored.equals(Buffer.concat([odd, Buffer.alloc(143)]))).toBe(true)
+})
+
+test('an image on a read-only file system is named, with what to do', async () => {
+  const disk = await mountTmpfs('size=1m')
+  onTestFinished(() => disk.dispose())
+  const image = join(disk.path, 'disk.qcow2')
+  await createQcow2(image, 1024 * 1024)
+  await execa('mount', ['-o', 'remount,ro', disk.path])
+  const { code, stderr } = await run(`backup web-1 --disk vda=${image}`)
+  expect(code).toBe(1)
+  expect(stderr).toMatch(new RegExp(`The image ${image} does not take the bitmap.* is not mounted read-only`))
+  expect(await readdir(join(folder, 'nas'))).toEqual([])
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
 })
 
 test('a damaged image is found by a deep verification and refused by a restore', async () => {

@@ -100,6 +100,30 @@ test('with --json standard output is one document, whatever the command and its 
   expect(await document('list --config missing.json', 2)).toMatchObject({ error: { code: 'INVALID_CONFIG' } })
 })
 
+test('with --json standard output is one document also where help or the version is shown', async () => {
+  for (const args of ['--json', 'storage --json', '--json help nope', 'storage nope --json']) {
+    const { code, stdout } = await run(args)
+    expect(code, args).toBe(2)
+    expect(JSON.parse(stdout), args).toEqual({
+      error: { code: 'USAGE', message: expect.stringMatching(/command/) },
+    })
+  }
+  for (const args of ['list --help --json', '--json list -h', 'help list --json']) {
+    const { code, stdout } = await run(args)
+    expect(code, args).toBe(0)
+    expect(JSON.parse(stdout), args).toEqual({ help: expect.stringContaining('Usage: varve list') })
+  }
+  expect(JSON.parse((await run('--version --json')).stdout)).toEqual({ version: manifest.version })
+})
+
+test('a configuration that is a folder is told with the file to name', async () => {
+  const result = await run(`list --config ${folder}`)
+  expect(result).toMatchObject({ code: 2, stdout: '' })
+  expect(result.stderr).toContain(
+    `${folder} is a folder. Name the file in it, such as ${folder}/varve.config.json`,
+  )
+})
+
 test('verify tells of damage by exit code and names the object', async () => {
   const [full = ''] = await storeFakeChain(storage, [1, 2])
   await storage.delete(`${full}/vda.qcow2`)
@@ -200,6 +224,9 @@ test.each([
   ['--to-new-instance web-2', '--directory'],
   ['--to-disk vda=a --directory /x', '--directory'],
   ['--to-disk vda=a --with-definition', '--with-definition'],
+  ['--to-disk vda=a --no-start', '--no-start'],
+  ['--to-disk vda=a --shutdown-timeout 5', '--shutdown-timeout'],
+  ['--to-new-instance web-2 --directory /x --shutdown-timeout 5', '--shutdown-timeout'],
   ['--to-disk vda=a --to-disk vda=b', 'twice'],
   ['--to-disk ../vda=a', 'vda=/srv'],
   ['--to-disk vda=', 'vda=/srv'],
@@ -219,6 +246,10 @@ test.each([
   ['--max-chain 1.5', 'whole number'],
   ['--freeze maybe', 'require'],
   ['--disk vda=a --disk vda=b', 'twice'],
+  ['--freeze require', '--freeze does not go with --disk'],
+  ['--overlay-folder /x', '--overlay-folder does not'],
+  ['--overlay-reserve 1G', '--overlay-reserve does not'],
+  ['--libvirt-uri test:///default', '--libvirt-uri does not'],
 ])('varve backup %s is a usage error that says why', async (args, named) => {
   const result = await run(`backup web-1 ${args} --disk vdz=x`)
   expect(result).toMatchObject({ code: 2, stdout: '' })

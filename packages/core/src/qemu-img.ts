@@ -155,7 +155,7 @@ export async function addImageBitmap(
   for (const name of [bitmap, twinOf(bitmap)]) {
     if (present.has(name)) continue
     const options = ['--add', '-g', String(granularity), '-f', 'qcow2']
-    await runCommand('qemu-img', ['bitmap', ...options, path, name], run)
+    await changeBitmap(path, [...options, path, name], run)
   }
 }
 
@@ -167,5 +167,18 @@ export async function removeImageBitmaps(
 ): Promise<void> {
   const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
   for (const name of present.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk))
-    await runCommand('qemu-img', ['bitmap', '--remove', '-f', 'qcow2', path, name], run)
+    await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
+}
+
+async function changeBitmap(path: string, args: readonly string[], run: RunOptions): Promise<void> {
+  try {
+    await runCommand('qemu-img', ['bitmap', ...args], run)
+  } catch (error) {
+    if (!isVarveError(error, 'COMMAND_FAILED')) throw error
+    throw new VarveError(
+      'COMMAND_FAILED',
+      `The image ${path} does not take the bitmap that its backups need: ${error.message}. See that it may be written, that its file system is not mounted read-only and has room, and try again.`,
+      { context: { ...error.context, path }, cause: error },
+    )
+  }
 }

@@ -17,6 +17,7 @@ import {
   sizeOption,
   stateDirOption,
   storageOption,
+  usageError,
 } from '../options.ts'
 import type { Session } from '../session.ts'
 
@@ -97,6 +98,7 @@ Examples:
 
 async function backup(session: Session, instance: string, options: BackupOptions): Promise<void> {
   const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize, overlayReserve } = options
+  if (options.disk) refuseDomainOptions(options)
   await using storage = await session.openStorage(options.storage)
   const request: BackupRequest = {
     instance,
@@ -115,6 +117,21 @@ async function backup(session: Session, instance: string, options: BackupOptions
   const pipeline = new BackupPipeline({ host, storage, stateDir })
   const manifest: BackupManifest = await pipeline.run(request, session.run())
   await session.result(manifest, backupSummary(manifest))
+}
+
+/** Images do not run: what is only for a running domain would have no effect. */
+function refuseDomainOptions({ freeze, overlayFolder, overlayReserve, libvirtUri }: BackupOptions): void {
+  const given = {
+    '--freeze': freeze === 'off' ? undefined : freeze,
+    '--overlay-folder': overlayFolder,
+    '--overlay-reserve': overlayReserve,
+    '--libvirt-uri': libvirtUri,
+  }
+  for (const [name, value] of Object.entries(given))
+    if (value !== undefined)
+      throw usageError(
+        `${name} does not go with --disk: it is for libvirt domains, and an image does not run.`,
+      )
 }
 
 async function backupHost(session: Session, instance: string, options: BackupOptions): Promise<Host> {

@@ -6,7 +6,6 @@ import {
   type RestoreResult,
   type StorageDriver,
   type StoredBackup,
-  VarveError,
 } from '@varve/core'
 import { type Command, Option } from 'commander'
 import { confirm } from '../confirm.ts'
@@ -17,6 +16,7 @@ import {
   parseDiskNames,
   stateDirOption,
   storageOption,
+  usageError,
 } from '../options.ts'
 import type { Session } from '../session.ts'
 import { formatSize } from '../size-text.ts'
@@ -122,20 +122,28 @@ function destination(session: Session, options: RestoreOptions): RestoreDestinat
   const { toDisk, toInstance, toNewInstance, directory, rbdPool, format, overwrite } = options
   const chosen = [toDisk, toInstance, toNewInstance].filter(target => target !== undefined)
   if (chosen.length !== 1)
-    throw usage('Say where to restore to: exactly one of --to-disk, --to-instance and --to-new-instance.')
-  if (overwrite && !toDisk) throw usage('--overwrite goes with --to-disk only.')
+    throw usageError(
+      'Say where to restore to: exactly one of --to-disk, --to-instance and --to-new-instance.',
+    )
+  if (overwrite && !toDisk) throw usageError('--overwrite goes with --to-disk only.')
   if (directory !== undefined && toNewInstance === undefined)
-    throw usage('--directory goes with --to-new-instance only.')
+    throw usageError('--directory goes with --to-new-instance only.')
   if (rbdPool !== undefined && toNewInstance === undefined)
-    throw usage('--rbd-pool goes with --to-new-instance only.')
+    throw usageError('--rbd-pool goes with --to-new-instance only.')
   if (options.withDefinition && toInstance === undefined)
-    throw usage('--with-definition goes with --to-instance only; a new instance always gets its definition.')
+    throw usageError(
+      '--with-definition goes with --to-instance only; a new instance always gets its definition.',
+    )
+  if (!options.start && toDisk) throw usageError('--no-start does not go with --to-disk: nothing is started.')
+  if (options.shutdownTimeout !== undefined && toInstance === undefined)
+    throw usageError('--shutdown-timeout goes with --to-instance only: nothing else is switched off.')
   if (toInstance !== undefined) {
-    if (format) throw usage('--format does not go with --to-instance: its disks keep their format.')
+    if (format) throw usageError('--format does not go with --to-instance: its disks keep their format.')
     return { instance: toInstance }
   }
   if (toNewInstance !== undefined) {
-    if (directory === undefined) throw usage('--to-new-instance needs --directory, the folder for its disks.')
+    if (directory === undefined)
+      throw usageError('--to-new-instance needs --directory, the folder for its disks.')
     return {
       newInstance: toNewInstance,
       directory: session.path(directory),
@@ -147,10 +155,6 @@ function destination(session: Session, options: RestoreOptions): RestoreDestinat
     Object.entries(toDisk ?? {}).map(([name, path]) => [name, session.path(path)]),
   )
   return { disks, ...(format && { format }), ...(overwrite && { overwrite }) }
-}
-
-function usage(message: string): VarveError {
-  return new VarveError('INVALID_ARGUMENT', message)
 }
 
 async function confirmReplacement(
