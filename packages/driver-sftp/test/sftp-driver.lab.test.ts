@@ -272,6 +272,27 @@ describe('over distance', () => {
   })
 })
 
+test('an object is durable before it gets its name, in one step, and the name is durable after it', async () => {
+  const folder = await temporaryFolder()
+  await chmod(folder, 0o711)
+  const log = join(folder, 'log')
+  await writeFile(log, '')
+  await chmod(log, 0o666)
+  const server = `/usr/lib/openssh/sftp-server -l VERBOSE -e 2>>${log}` // the usual one tells only a syslog
+  await using lab = await startSshd({ config: [`ForceCommand ${server}`] })
+  const { driver, path, dispose } = await sftpTarget(lab)
+  await driver.put('object', X())
+  await driver.put('object', X())
+  await dispose()
+  const steps = (await readFile(log, 'utf8')).match(/(?<=^|: )(fsync|posix-rename|rename|remove) .*$/gm)
+  const replaced = [
+    expect.stringMatching(`^fsync "${path}/.varve-part-.*"$`),
+    expect.stringMatching(`^posix-rename old "${path}/.varve-part-.*" new "${path}/object"$`),
+    `fsync "${path}"`,
+  ]
+  expect(steps).toEqual([...replaced, ...replaced])
+})
+
 test('a server without any of the extensions keeps objects as well', async () => {
   const denied = ['posix-rename', 'fsync', 'limits', 'statvfs', 'fstatvfs', 'hardlink', 'lsetstat']
   await using lab = await startSshd({ denied })
