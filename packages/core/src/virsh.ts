@@ -54,7 +54,7 @@ export class Virsh {
   async ask(run: RunOptions, instance: string, ...commands: readonly string[][]): Promise<string[]> {
     const domain = await this.#designation(instance, run)
     const mark = `varve-${randomBytes(8).toString('hex')}`
-    const lines = commands.map(([command = '', ...args]) => [command, domain, ...args].map(quote).join(' '))
+    const lines = commands.map(([command, ...args]) => [command, ...[domain, ...args].map(quote)].join(' '))
     const args = [lines.join(`; echo ${mark}; `)]
     return this.#explained(args, async () => {
       const { stdout, stderr } = await this.#execute(run, args)
