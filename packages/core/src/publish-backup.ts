@@ -5,6 +5,7 @@ import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
 import { type ErrorCode, isVarveError, VarveError } from './errors.ts'
+import { fanOut } from './fan-out.ts'
 import { isFileDisk } from './host.ts'
 import {
   type BackupManifest,
@@ -64,8 +65,8 @@ export async function describe(
 }
 
 /**
- * Looks again at what the backup rests on and consists of: during a long upload another machine may have
- * deleted or pruned it.
+ * Looks at what the backup consists of, as the storage has it, and again at what it rests on: during a long upload another
+ * machine may have deleted or pruned it.
  *
  * @throws PARENT_MISSING, SIZE_MISMATCH
  */
@@ -76,15 +77,16 @@ async function assertPublishable(
   run: RunOptions,
 ): Promise<void> {
   await assertParent(storage, parent, run)
-  for (const { key, size } of objectsOf(backup)) {
-    const stored = await storage.stat(key, signalOf(run))
-    if (stored?.size === size) continue
+  const { signal = new AbortController().signal } = run
+  await fanOut(objectsOf(backup), { concurrency: OBJECTS_AT_ONCE, signal }, async ({ key, size }, signal) => {
+    const stored = await storage.stat(key, { signal })
+    if (stored?.size === size) return
     throw new VarveError(
       'SIZE_MISMATCH',
       `The storage holds ${stored ? `${stored.size} bytes` : 'nothing'} of ${key}, which was uploaded with ${size} bytes. Nothing was published; look for what removes objects there, then back up again.`,
       { context: { key, expected: size, actual: stored?.size }, retryable: true },
     )
-  }
+  })
 }
 
 async function assertParent(
@@ -110,6 +112,9 @@ export interface Retired {
   readonly snapshots: Readonly<Record<string, readonly string[]>>
 }
 
+/** How many objects the storage is asked for at a time. */
+const OBJECTS_AT_ONCE = 4
+
 /** What tells that a manifest which was written makes no backup. */
 const NOT_PUBLISHED: ReadonlySet<ErrorCode> = new Set(['DIGEST_MISMATCH', 'SIZE_MISMATCH', 'PARENT_MISSING'])
 
@@ -133,7 +138,7 @@ export async function publish(
   try {
     // It is small, and all else rests on it: it is read back whatever was asked for.
     const { signal = new AbortController().signal } = run
-    await verifyUploads(storage, [uploadOf(key, bytes)], 'digest', signal)
+    await verifyUploads(storage, [uploadOf(key, bytes)], signal)
     await assertParent(storage, plan.parent, run) // see removeBackup
   } catch (error) {
     if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) await storage.delete(key)
@@ -149,7 +154,7 @@ async function putFile(
   const { signal = new AbortController().signal } = run
   const upload = uploadOf(`${folder}/${key}`, bytes)
   await storage.put(upload.key, bytesBody(bytes), { signal })
-  await verifyUploads(storage, [upload], request.verifyUpload ?? 'size', signal)
+  if (request.verifyUpload === 'digest') await verifyUploads(storage, [upload], signal)
   return { key, size: bytes.byteLength, blake3: blake3Hex(bytes) }
 }
 

@@ -124,7 +124,7 @@ async function uploadDisk(
     uploadOf(`${folder}/${blocks}`, digested.blocks),
     ...(hasMap ? [uploadOf(`${folder}/${map.key}`, mapBytes)] : []),
   ]
-  await verifyUploads(storage, uploads, request.verifyUpload ?? 'size', signal)
+  if (request.verifyUpload === 'digest') await verifyUploads(storage, uploads, signal)
   progress.finish()
 
   return {

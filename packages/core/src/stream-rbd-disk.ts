@@ -53,7 +53,7 @@ export async function streamRbdDisk(
     uploadOf(`${folder}/${blocks}`, blockList),
     uploadOf(`${folder}/${index.key}`, indexBytes),
   ]
-  await verifyUploads(storage, uploads, request.verifyUpload ?? 'size', signal)
+  if (request.verifyUpload === 'digest') await verifyUploads(storage, uploads, signal)
   progress.finish()
 
   return {

@@ -20,19 +20,18 @@ export function uploadOf(key: string, bytes: Uint8Array): Upload {
 }
 
 /**
- * Checks what the storage holds after uploads: by its size, or by reading it back.
+ * Reads back what was uploaded.
  *
  * @throws SIZE_MISMATCH, DIGEST_MISMATCH
  */
 export async function verifyUploads(
   storage: StorageDriver,
   uploads: readonly Upload[],
-  mode: 'size' | 'digest',
   signal: AbortSignal,
 ): Promise<void> {
   for (const upload of uploads) {
     await verifySize(storage, upload, signal)
-    if (mode === 'digest') await verifyDigest(storage, upload, signal)
+    await verifyDigest(storage, upload, signal)
   }
 }
 
