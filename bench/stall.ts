@@ -5,10 +5,13 @@ import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, type LabDomain, startLibvirt } from '@varve/testkit/lab'
 
 const MiB = 2 ** 20
-/** Writes one block durably, then notes the time, over and over: a gap in the times is a stall. */
+/**
+ * Writes one block durably, then notes the time in nanoseconds, over and over: a gap in the times is a stall. The third
+ * line of timer_list is "now at N nsecs"; busybox has no clock that is finer than 10 ms, and each program takes its time.
+ */
 const WRITER =
   'n=0; while [ ! -e /run/stop ]; do dd if=/dev/zero of=/dev/vda bs=4k count=1 seek=$n conv=notrunc,fsync 2>/dev/null; ' +
-  'n=$(( (n + 1) % 8192 )); cut -d" " -f1 /proc/uptime; done > /run/times'
+  'n=$(( (n + 1) % 8192 )); { read -r x; read -r x; read -r x x time x; } < /proc/timer_list; echo $time; done > /run/times'
 
 /** The longest gaps between two durable writes of a guest, in seconds, of each round. */
 export async function measureStalls(
@@ -73,6 +76,9 @@ async function longestGap(vm: LabDomain, during: () => Promise<void>): Promise<n
   )
   await writer.result
   const { stdout } = await vm.run('cat /run/times')
-  const times = stdout.trim().split('\n').map(Number)
+  const times = stdout
+    .trim()
+    .split('\n')
+    .map(line => Number(line) / 1e9)
   return Math.max(...times.slice(1).map((time, i) => time - (times[i] ?? time)))
 }
