@@ -1,3 +1,5 @@
+import { writeFile } from 'node:fs/promises'
+import { join, relative } from 'node:path'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { describeDriver, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
@@ -26,6 +28,11 @@ describe('without TLS', () => {
   describeDriver('FtpDriver', {
     capabilities,
     create: async () => ftpTarget(lab, await optionsOf(lab, 'none')),
+    leaveUnfinished: ({ path }) => leaveUnfinished(lab, path),
+    async neighbour({ path }) {
+      await lab.makeFolder(`${path}2`)
+      return new FtpDriver({ ...(await optionsOf(lab, 'none')), pathPrefix: `${relative(lab.home, path)}2` })
+    },
     createFull: async () => ({
       ...(await ftpTarget(lab, await optionsOf(lab, 'none'), disk.path)),
       capacity: CAPACITY,
@@ -84,6 +91,12 @@ describe('with explicit TLS', () => {
     },
   })
 })
+
+/** What a killed upload leaves in a folder. */
+async function leaveUnfinished(lab: VsftpdLab, path: string): Promise<void> {
+  await lab.makeFolder(join(path, 'killed'))
+  await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
+}
 
 /** A target all connections of which go through a network proxy. */
 async function throughTunnel(lab: VsftpdLab, tls: 'explicit' | 'none'): Promise<RemoteTarget> {

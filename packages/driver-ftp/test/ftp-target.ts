@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
+import { readdir, readFile, rm, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import type { StorageDriver, StoredObject } from '@varve/core'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
@@ -33,14 +33,6 @@ export async function ftpTarget(
     driver,
     inspect: () => filesIn(path),
     readRaw: name => readFile(join(path, name)),
-    async leaveUnfinished() {
-      await lab.makeFolder(join(path, 'killed'))
-      await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
-    },
-    async neighbour() {
-      await lab.makeFolder(`${path}2`)
-      return new FtpDriver({ ...options, pathPrefix: `${seen}2` })
-    },
     async dispose() {
       await driver[Symbol.asyncDispose]()
       await rm(path, { recursive: true, force: true })

@@ -1,12 +1,14 @@
 import { describeDriver } from '@varve/testkit'
 import { mountTmpfs } from '@varve/testkit/lab'
-import { localTarget } from './local-target.ts'
+import { leaveUnfinished, localTarget, neighbour } from './local-target.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 
 describeDriver('LocalDriver, with a disk that fills up,', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create: localTarget,
+  leaveUnfinished,
+  neighbour,
   async createFull() {
     const disk = await mountTmpfs(`size=${CAPACITY}`)
     const target = await localTarget(disk.path)

@@ -1,16 +1,17 @@
-import { readdir, rm } from 'node:fs/promises'
+import { mkdir, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type DriverTarget, describeDriver } from '@varve/testkit'
+import { RcloneDriver } from '@varve/driver-rclone'
+import { describeDriver } from '@varve/testkit'
 import { mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
-import { folderTarget } from './rclone-target.ts'
+import { type FolderTarget, folderTarget } from './rclone-target.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 
 let disk: Tmpfs
 /** Targets that have been used. Their drivers know the folder already, which saves three rclones of a dozen. */
-const free: DriverTarget[] = []
-const made: DriverTarget[] = []
+const free: FolderTarget[] = []
+const made: FolderTarget[] = []
 
 beforeAll(async () => {
   disk = await mountTmpfs(`size=${CAPACITY}`)
@@ -20,7 +21,7 @@ afterAll(async () => {
   await disk.dispose()
 })
 
-async function create(): Promise<DriverTarget> {
+async function create(): Promise<FolderTarget> {
   const used = free.pop()
   if (used) return used
   const target = await folderTarget()
@@ -29,13 +30,21 @@ async function create(): Promise<DriverTarget> {
     for (const name of await readdir(target.path)) await rm(join(target.path, name), { recursive: true })
     free.push(emptied)
   }
-  const emptied: DriverTarget = { ...target, dispose: empty }
+  const emptied: FolderTarget = { ...target, dispose: empty }
   return emptied
 }
 
 describeDriver('RcloneDriver on a folder', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create,
+  async leaveUnfinished({ path }) {
+    await mkdir(join(path, 'killed'))
+    await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
+  },
+  async neighbour({ path, configFile }) {
+    await mkdir(`${path}2`)
+    return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup2' })
+  },
   createFull: async () => ({ ...(await folderTarget(disk.path)), capacity: CAPACITY }),
   largeSize: 8_000_011,
   manyObjects: 16,

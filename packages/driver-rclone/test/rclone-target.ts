@@ -4,33 +4,29 @@ import { join, relative } from 'node:path'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import type { DriverTarget, RawObject } from '@varve/testkit'
 
+/** A driver on a folder, the folder, and the configuration file of its remote `nas`, for the folder above. */
+export interface FolderTarget extends DriverTarget {
+  readonly path: string
+  readonly configFile: string
+}
+
 /** A driver on a folder of this machine, which rclone reaches by a remote of its configuration file. */
 export async function folderTarget(
   folder?: string,
   options: Partial<RcloneDriverOptions> = {},
-): Promise<DriverTarget & { path: string; configFile: string }> {
+): Promise<FolderTarget> {
   const home = await mkdtemp(join(tmpdir(), 'varve-rclone-'))
   const root = folder ?? home
   const path = join(root, 'backup')
   const configFile = join(home, 'rclone.conf')
   await mkdir(path)
   await writeFile(configFile, `[nas]\ntype = alias\nremote = ${root}\n`)
-  const driverOf = (pathPrefix: string) =>
-    new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix, ...options })
   return {
     path,
     configFile,
-    driver: driverOf('backup'),
+    driver: new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup', ...options }),
     inspect: () => filesIn(path),
     readRaw: name => readFile(join(path, name)),
-    async leaveUnfinished() {
-      await mkdir(join(path, 'killed'))
-      await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
-    },
-    async neighbour() {
-      await mkdir(`${path}2`)
-      return driverOf('backup2')
-    },
     async dispose() {
       await rm(path, { recursive: true })
       await rm(home, { recursive: true })

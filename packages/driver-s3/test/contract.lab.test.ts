@@ -33,6 +33,8 @@ describeDriver('S3Driver', {
     maxObjectSize: 5 * MIB * MIB,
   },
   create: () => bucket.target(),
+  leaveUnfinished: target => bucket.leaveUnfinished(target),
+  neighbour: async ({ pathPrefix }) => new S3Driver({ ...bucket.options, pathPrefix: `${pathPrefix}2` }),
   async createFull() {
     const user = await gateway.createUser(`full-${randomBytes(4).toString('hex')}`)
     const quota = ['--quota-scope', 'bucket', '--uid', user.uid]

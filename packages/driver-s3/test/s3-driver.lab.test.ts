@@ -115,14 +115,15 @@ test('the policy in the documentation allows all that the driver does, and each 
     await own.client.send(new PutBucketPolicyCommand({ Bucket: own.name, Policy }))
   }
   const useAll = async () => {
-    const { driver, inspect, leaveUnfinished } = await own.target({ accessKey, secretKey, retries: 0 })
+    const target = await own.target({ accessKey, secretKey, retries: 0 })
+    const { driver, inspect } = target
     const { ok, checks } = await driver.check()
     if (!ok) throw new Error(checks.at(-1)?.message)
     await driver.put('large', new PatternBody({ size: 6 * MIB }))
     const broken: UploadBody = { size: 6 * MIB, replayable: true, open: () => Readable.from(['short']) }
     await expect(driver.put('broken', broken)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
     if ((await inspect()).length > 1) throw new Error('a failed upload was not removed')
-    await leaveUnfinished?.()
+    await own.leaveUnfinished(target)
     const removed = await driver.cleanUp?.({ olderThan: new Date(Date.now() + 60_000) })
     if (removed !== 1) throw new Error(`clean-up removed ${removed}`)
     await driver[Symbol.asyncDispose]()
@@ -198,8 +199,9 @@ test('clean-up removes what is stale under its own prefix, and nothing else', as
 })
 
 test('uploads that somebody else removes meanwhile do not disturb a clean-up', async () => {
-  const { driver, inspect, leaveUnfinished } = await bucket.target()
-  for (let upload = 0; upload < 20; upload++) await leaveUnfinished?.()
+  const target = await bucket.target()
+  const { driver, inspect } = target
+  for (let upload = 0; upload < 20; upload++) await bucket.leaveUnfinished(target)
   const olderThan = new Date(Date.now() + 60_000)
   await Promise.all(Array.from({ length: 4 }, () => driver.cleanUp?.({ olderThan })))
   expect(await inspect()).toEqual([])

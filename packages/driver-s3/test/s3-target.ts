@@ -67,11 +67,12 @@ export class TestBucket {
   }
 
   /** A driver on an empty prefix. */
-  async target(options: Partial<S3DriverOptions> = {}): Promise<DriverTarget> {
+  async target(options: Partial<S3DriverOptions> = {}): Promise<DriverTarget & { pathPrefix: string }> {
     const { client, name: bucket } = this
     const pathPrefix = `some/where-${randomBytes(6).toString('hex')}`
     const driver = new S3Driver({ ...this.options, pathPrefix, ...options })
     return {
+      pathPrefix,
       driver,
       inspect: () => inBucket(client, bucket, `${pathPrefix}/`),
       async readRaw(name) {
@@ -79,14 +80,15 @@ export class TestBucket {
         const { Body } = await client.send(new GetObjectCommand(at))
         return (await Body?.transformToByteArray()) ?? new Uint8Array()
       },
-      async leaveUnfinished() {
-        const at = { Bucket: bucket, Key: `${pathPrefix}/killed/upload` }
-        const { UploadId } = await client.send(new CreateMultipartUploadCommand(at))
-        const part = { ...at, UploadId, PartNumber: 1, Body: Buffer.alloc(1000) }
-        await client.send(new UploadPartCommand(part))
-      },
-      neighbour: async () => new S3Driver({ ...this.options, pathPrefix: `${pathPrefix}2` }),
       dispose: () => driver[Symbol.asyncDispose](),
     }
+  }
+
+  /** Leaves what a killed upload leaves below a prefix. */
+  async leaveUnfinished({ pathPrefix }: { pathPrefix: string }): Promise<void> {
+    const at = { Bucket: this.name, Key: `${pathPrefix}/killed/upload` }
+    const { UploadId } = await this.client.send(new CreateMultipartUploadCommand(at))
+    const part = { ...at, UploadId, PartNumber: 1, Body: Buffer.alloc(1000) }
+    await this.client.send(new UploadPartCommand(part))
   }
 }

@@ -1,3 +1,5 @@
+import { writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
@@ -22,6 +24,14 @@ afterAll(async () => {
 describeDriver('SftpDriver', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: true, parallelParts: false },
   create: () => sftpTarget(lab),
+  async leaveUnfinished({ path }) {
+    await lab.makeFolder(join(path, 'killed'))
+    await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
+  },
+  async neighbour({ path }) {
+    await lab.makeFolder(`${path}2`)
+    return new SftpDriver({ ...(await login(lab)), pathPrefix: `${path}2` })
+  },
   createFull: async () => ({ ...(await sftpTarget(lab, {}, disk.path)), capacity: CAPACITY }),
   largeSize: 24 * 1024 * 1024 + 12345,
   manyObjects: 1000,

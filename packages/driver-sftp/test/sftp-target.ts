@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
+import { readdir, readFile, rm, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import type { DriverTarget, RawObject } from '@varve/testkit'
@@ -13,22 +13,12 @@ export async function sftpTarget(
 ): Promise<DriverTarget & { path: string }> {
   const path = join(home, `storage-${randomBytes(4).toString('hex')}`)
   await lab.makeFolder(path)
-  const driverOn = async (pathPrefix: string) =>
-    new SftpDriver({ ...(await login(lab)), pathPrefix, ...options })
-  const driver = await driverOn(path)
+  const driver = new SftpDriver({ ...(await login(lab)), pathPrefix: path, ...options })
   return {
     path,
     driver,
     inspect: () => filesIn(path),
     readRaw: name => readFile(join(path, name)),
-    async leaveUnfinished() {
-      await lab.makeFolder(join(path, 'killed'))
-      await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
-    },
-    async neighbour() {
-      await lab.makeFolder(`${path}2`)
-      return driverOn(`${path}2`)
-    },
     async dispose() {
       await driver[Symbol.asyncDispose]()
       await rm(path, { recursive: true })

@@ -10,7 +10,8 @@ import { troubledSource } from './troubled-source.ts'
 
 /** What is uploaded goes to the server as it comes, and over no local disk. */
 export function describeStaging(contract: Contract, remote: Remote): void {
-  test.runIf(process.platform === 'linux')('an upload is staged on no local disk', async () => {
+  if (process.platform !== 'linux') return // what is open is looked up in /proc
+  test('an upload is staged on no local disk', async () => {
     const target = await beginRemote(remote)
     const usual = tmpdir()
     const temporary = await mkdtemp(join(usual, 'varve-staging-'))

@@ -23,10 +23,6 @@ export interface DriverTarget {
   inspect(): Promise<RawObject[]>
   /** The bytes that the server holds under a name, without the driver's help. */
   readRaw(name: string): Promise<Uint8Array>
-  /** Leaves behind what a process leaves that is killed in the middle of an upload. Needed where `cleanUp` is there. */
-  leaveUnfinished?(): Promise<void>
-  /** A second driver of the same server, whose prefix is the first one's with something added, such as `backup` and `backup2`. */
-  neighbour?(): Promise<StorageDriver>
   /** Ends the driver and removes the storage. */
   dispose(): Promise<void>
 }
@@ -46,12 +42,22 @@ export type ContractPart =
 export type RemotePart = 'cuts' | 'early ends' | 'silence' | 'refusal' | 'restart' | 'staging'
 
 /** How {@link describeDriver} gets at a driver, and what it can expect of it. */
-export interface ContractOptions {
+export interface ContractOptions<T extends DriverTarget = DriverTarget> {
   /** What the driver must say of itself; also chooses the tests. */
   capabilities: DriverCapabilities
   /** A driver on an empty storage; called for each test. A server is better started once, outside. */
-  create(): Promise<DriverTarget>
-  /** The same on a storage that has room for `capacity` bytes and no more. Without it the tests of a full storage are left out. */
+  create(): Promise<T>
+  /**
+   * Leaves in a target of `create` what a process leaves that is killed in the middle of an upload. Needed where the
+   * driver has `cleanUp`, and only there.
+   */
+  leaveUnfinished?(target: T): Promise<void>
+  /**
+   * A second driver of the same server, whose prefix is that of a target of `create` with something added, such as
+   * `backup` and `backup2`. Without it the test of neighbouring prefixes is left out.
+   */
+  neighbour?(target: T): Promise<StorageDriver>
+  /** As `create`, on a storage that has room for `capacity` bytes and no more. Without it the tests of a full storage are left out. */
   createFull?(): Promise<DriverTarget & { capacity: number }>
   /** The size of a large object in bytes. Default: 48 MiB and some. */
   largeSize?: number
@@ -122,8 +128,8 @@ export interface RemoteOptions {
 }
 
 /** {@link ContractOptions} with their defaults. */
-export type Contract = Required<Omit<ContractOptions, 'createFull' | 'remote' | 'parts'>> &
-  Pick<ContractOptions, 'createFull' | 'remote' | 'parts'>
+export type Contract = ContractOptions &
+  Required<Pick<ContractOptions, 'largeSize' | 'manyObjects' | 'turns' | 'timeoutMs'>>
 
 /** Whether a part is to be tried. */
 export function tries({ parts }: Contract, part: ContractPart): boolean {

@@ -7,7 +7,7 @@ import { describeReading } from './contract-reading.ts'
 import { describeRemote } from './contract-remote.ts'
 import { describeSources } from './contract-sources.ts'
 import { describeStorage } from './contract-storage.ts'
-import { type Contract, type ContractOptions, tries } from './contract-target.ts'
+import { type Contract, type ContractOptions, type DriverTarget, tries } from './contract-target.ts'
 
 /**
  * Declares the tests of the storage driver contract for a driver, in a test file of Vitest. They belong
@@ -20,7 +20,7 @@ import { type Contract, type ContractOptions, tries } from './contract-target.ts
  * })
  * ```
  */
-export function describeDriver(name: string, options: ContractOptions): void {
+export function describeDriver<T extends DriverTarget>(name: string, options: ContractOptions<T>): void {
   const contract: Contract = {
     largeSize: 48 * 1024 * 1024 + 12345,
     manyObjects: 2500,

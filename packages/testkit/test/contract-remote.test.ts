@@ -23,14 +23,10 @@ function createSpace(port: number, timeoutMs = PATIENT_MS) {
   const name = `space-${created++}`
   const space = server.space(name)
   return {
+    name,
     driver: toyDriver(port, name, timeoutMs),
     inspect: async () => space.inspect(),
     readRaw: async (key: string) => space.objects.get(key)?.bytes ?? new Uint8Array(),
-    leaveUnfinished: async () => void space.unfinished.set(TEMPORARY_PREFIX.slice(-1), Date.now()),
-    async neighbour() {
-      server.space(`${name}2`)
-      return toyDriver(port, `${name}2`, timeoutMs)
-    },
     dispose: async () => void server.spaces.delete(name),
   }
 }
@@ -38,6 +34,13 @@ function createSpace(port: number, timeoutMs = PATIENT_MS) {
 describeDriver('The driver of a toy server', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create: async () => createSpace(server.port),
+  async leaveUnfinished({ name }) {
+    server.space(name).unfinished.set(TEMPORARY_PREFIX.slice(-1), Date.now())
+  },
+  async neighbour({ name }) {
+    server.space(`${name}2`)
+    return toyDriver(server.port, `${name}2`, PATIENT_MS)
+  },
   largeSize: 3_000_011,
   manyObjects: 50,
   remote: {
