@@ -287,7 +287,15 @@ test('recover settles what it can; what needs a person is exit code 3 and stays'
     ok: false,
     runs: [{ id: dayId(2), outcome: 'unresolved', error: { code: 'RUN_UNRESOLVED' } }],
   })
-  expect((await run(`recover --state-dir ${join(folder, 'other')}`)).stdout).toContain('Nothing to recover')
+})
+
+test('recover says on standard error that there is no state folder, as where its name is mistyped', async () => {
+  const other = join(folder, 'other')
+  const missing = await run(`recover --state-dir ${other}`)
+  expect(missing).toMatchObject({ code: 0, stdout: expect.stringContaining('Nothing to recover') })
+  expect(missing.stderr).toContain(`${other} is not there`)
+  await mkdir(other)
+  expect((await run(`recover --state-dir ${other}`)).stderr).toBe('')
 })
 
 test('recover does without a storage that cannot be opened', async () => {

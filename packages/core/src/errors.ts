@@ -12,6 +12,7 @@ export type ErrorCode =
   | 'DISK_UNSUPPORTED'
   | 'BACKUP_NOT_ENABLED'
   // state of a host
+  | 'STATE_DIR_FAILED'
   | 'DISK_BUSY'
   | 'MEMORY_SAVED'
   | 'INSTANCE_TRANSIENT'

@@ -33,6 +33,7 @@ export type {
 } from './host.ts'
 export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'
 export { LibvirtHost, type LibvirtHostOptions } from './libvirt-host.ts'
+export { makeFolders } from './make-folders.ts'
 export * from './manifest.ts'
 export type { ChainPolicy, NextKind } from './next-kind.ts'
 export type { DamagedBackup, KeptBackup, PruneOptions, PrunePolicy, PruneReport } from './prune.ts'

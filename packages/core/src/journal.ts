@@ -1,8 +1,10 @@
-import { type FileHandle, mkdir, open, readdir, readFile, rm } from 'node:fs/promises'
+import { type FileHandle, open, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
 import type { DiskOverlay, HostReference } from './host.ts'
+import { makeFolders } from './make-folders.ts'
+import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 
 /** Which storage a run used; enough to tell it among those at hand, with no secret in it. */
 export interface StorageReference {
@@ -144,23 +146,36 @@ export class RunJournal {
     this.#length = length
   }
 
-  /** Begins a journal; the header is on the disk when this resolves. */
+  /**
+   * Begins a journal; the header is on the disk when this resolves.
+   *
+   * @throws STATE_DIR_FAILED; there is no journal then
+   */
   static async begin(stateDir: string, header: JournalHeader): Promise<RunJournal> {
     const folder = runsFolder(stateDir)
-    await mkdir(folder, { recursive: true, mode: 0o700 })
     const path = join(folder, `${header.id}.jsonl`)
-    const length = await writeLine(path, header, 'ax', 0)
-    await syncFolder(folder)
-    return new RunJournal(path, header, [], length)
+    return inStateFolder(path, async () => {
+      await makeFolders(folder)
+      await (await open(path, 'ax', 0o600)).close()
+      try {
+        const length = await writeLine(path, header, 0)
+        await syncFolder(folder)
+        return new RunJournal(path, header, [], length)
+      } catch (error) {
+        await rm(path, { force: true })
+        throw error
+      }
+    })
   }
 
-  /** The journals of runs that have not been settled: of those that go on, and of those that died. */
+  /**
+   * The journals of runs that have not been settled: of those that go on, and of those that died.
+   *
+   * @throws STATE_DIR_FAILED, RUN_UNRESOLVED
+   */
   static async unsettled(stateDir: string): Promise<RunJournal[]> {
     const folder = runsFolder(stateDir)
-    const names = await readdir(folder).catch(error => {
-      if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return []
-      throw error
-    })
+    const names = await namesIn(folder)
     const journals: RunJournal[] = []
     for (const name of names.sort()) {
       if (!name.endsWith('.jsonl') || !isBackupId(name.slice(0, -'.jsonl'.length))) continue
@@ -181,15 +196,23 @@ export class RunJournal {
     return this.#steps.filter((step): step is JournalStepOf<S> & JournalStep => step.step === name)
   }
 
-  /** Records a step; it is on the disk when this resolves, and only then may it be done. */
+  /**
+   * Records a step; it is on the disk when this resolves, and only then may it be done.
+   *
+   * @throws STATE_DIR_FAILED
+   */
   async record(step: JournalStep): Promise<void> {
-    this.#length = await writeLine(this.#path, step, 'a', this.#length)
+    this.#length = await inStateFolder(this.#path, () => writeLine(this.#path, step, this.#length))
     this.#steps.push(step)
   }
 
-  /** The run left nothing to settle: its journal goes. */
+  /**
+   * The run left nothing to settle: its journal goes.
+   *
+   * @throws STATE_DIR_FAILED
+   */
   async settled(): Promise<void> {
-    await rm(this.#path, { force: true })
+    await inStateFolder(this.#path, () => rm(this.#path, { force: true }))
   }
 }
 
@@ -198,9 +221,9 @@ function runsFolder(stateDir: string): string {
 }
 
 /** Writes a line after the first `length` bytes and resolves with the new length, the line durable. */
-async function writeLine(path: string, value: object, flags: 'a' | 'ax', length: number): Promise<number> {
+async function writeLine(path: string, value: object, length: number): Promise<number> {
   const line = Buffer.from(`${JSON.stringify(value)}\n`)
-  const file: FileHandle = await open(path, flags, 0o600)
+  const file: FileHandle = await open(path, 'a', 0o600)
   try {
     await file.truncate(length)
     await file.appendFile(line)
@@ -223,10 +246,7 @@ async function syncFolder(folder: string): Promise<void> {
 async function readJournal(
   path: string,
 ): Promise<{ header: JournalHeader; steps: JournalStep[]; length: number } | undefined> {
-  const text = await readFile(path, 'utf8').catch(error => {
-    if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return '' // settled in between
-    throw error
-  })
+  const text = (await textOf(path)) ?? '' // settled in between
   // A last line without its end was cut short, so its step was never begun.
   const lines = text.split('\n').slice(0, -1)
   try {

@@ -1,8 +1,10 @@
-import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { z } from 'zod'
 import { isBackupId } from './backup-id.ts'
 import type { StorageReference } from './journal.ts'
+import { makeFolders } from './make-folders.ts'
+import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 import { instanceFolder } from './storage-layout.ts'
 
 const storageReference = z.object({ type: z.string(), location: z.string() })
@@ -10,7 +12,8 @@ const storageReference = z.object({ type: z.string(), location: z.string() })
 /**
  * To which storage each backup of an instance went whose mark, a bitmap or a snapshot, may be on its disks. The mark
  * itself does not tell, and a backup that is not on one storage may well be on another. Kept in
- * `<stateDir>/marks/<instance>/<id>.json`; where that is lost, marks stay on the disks and nothing else is lost.
+ * `<stateDir>/marks/<instance>/<id>.json`; where that is lost, marks stay on the disks and nothing else is lost. Every
+ * method may throw STATE_DIR_FAILED.
  */
 export class MarkLedger {
   readonly #folder: string
@@ -21,20 +24,24 @@ export class MarkLedger {
 
   /** To be called before the mark is made. */
   async add(backup: string, { type, location }: StorageReference): Promise<void> {
-    await mkdir(this.#folder, { recursive: true, mode: 0o700 })
-    const temporary = `${this.#path(backup)}.tmp`
-    await writeFile(temporary, JSON.stringify({ type, location }), { mode: 0o600, flush: true })
-    await rename(temporary, this.#path(backup))
+    const path = this.#path(backup)
+    const temporary = `${path}.tmp`
+    await inStateFolder(path, async () => {
+      await makeFolders(this.#folder)
+      try {
+        await writeFile(temporary, JSON.stringify({ type, location }), { mode: 0o600, flush: true })
+        await rename(temporary, path)
+      } catch (error) {
+        await rm(temporary, { force: true })
+        throw error
+      }
+    })
   }
 
   /** The backups that went to a storage. */
   async backupsOn({ type, location }: StorageReference): Promise<string[]> {
-    const names = await readdir(this.#folder).catch(error => {
-      if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return []
-      throw error
-    })
     const found: string[] = []
-    for (const name of names) {
+    for (const name of await namesIn(this.#folder)) {
       const backup = name.slice(0, -'.json'.length)
       if (!name.endsWith('.json') || !isBackupId(backup)) continue
       const storage = await this.#read(backup)
@@ -45,14 +52,12 @@ export class MarkLedger {
 
   /** No disk has the mark any more. */
   async remove(backup: string): Promise<void> {
-    await rm(this.#path(backup), { force: true })
+    const path = this.#path(backup)
+    await inStateFolder(path, () => rm(path, { force: true }))
   }
 
   async #read(backup: string): Promise<StorageReference | undefined> {
-    const text = await readFile(this.#path(backup), 'utf8').catch(error => {
-      if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined // removed since
-      throw error
-    })
+    const text = await textOf(this.#path(backup)) // undefined: removed since
     try {
       return text === undefined ? undefined : storageReference.parse(JSON.parse(text))
     } catch {

@@ -1,6 +1,6 @@
-import { lstat, mkdir, stat, statfs } from 'node:fs/promises'
+import { lstat, stat, statfs } from 'node:fs/promises'
 import { dirname, isAbsolute, normalize } from 'node:path'
-import { isKey, VarveError } from '@varve/core'
+import { isKey, makeFolders, VarveError } from '@varve/core'
 import { Folder } from './folder.ts'
 import { isMissing, localError } from './local-error.ts'
 
@@ -55,7 +55,7 @@ export class StorageRoot {
   async open(): Promise<Folder> {
     let root: Folder
     try {
-      if (this.#create) await makeFolders(this.path)
+      if (this.#create) await makeDurably(this.path)
       root = await Folder.open(this.path)
     } catch (error) {
       if (!isMissing(error)) throw localError(error, 'Opening', this.path)
@@ -102,10 +102,8 @@ export class StorageRoot {
 }
 
 /** Makes a folder and its parents where they are missing, durably. */
-async function makeFolders(path: string): Promise<void> {
-  const first = await mkdir(path, { recursive: true, mode: 0o700 })
-  if (first === undefined) return
-  for (let folder = path; folder.length >= first.length; folder = dirname(folder)) {
+async function makeDurably(path: string): Promise<void> {
+  for (const folder of await makeFolders(path)) {
     await using parent = await Folder.open(dirname(folder))
     await parent.sync()
   }

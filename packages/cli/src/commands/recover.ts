@@ -1,3 +1,4 @@
+import { stat } from 'node:fs/promises'
 import {
   errorMessage,
   findOrphans,
@@ -57,6 +58,11 @@ async function recoverRuns(session: Session, options: RecoverOptions): Promise<v
       )
     }
     const report = await recover({ stateDir, storages, rbd: await session.rbd() }, session.run())
+    if (report.runs.length === 0 && (await isMissing(stateDir))) {
+      session.notice(
+        `The state folder ${stateDir} is not there, so no run is known. If they had another one, name it with --state-dir.`,
+      )
+    }
     if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
     if (!options.orphans) return await session.result(recoverDocument(report), recoverText(report))
     if (storages.length < config.storages.size) {
@@ -72,6 +78,13 @@ async function recoverRuns(session: Session, options: RecoverOptions): Promise<v
   } finally {
     for (const storage of storages) await storage[Symbol.asyncDispose]()
   }
+}
+
+async function isMissing(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => false,
+    () => true, // what else is wrong with it, recover has told
+  )
 }
 
 /** Whether someone has to look at what became of a run. */
