@@ -5,9 +5,10 @@ import { Dispatcher } from './dispatcher.ts'
 import { NbdError } from './errors.ts'
 import { type ExtentMap, ExtentMapBuilder } from './extent-map.ts'
 import type { NbdBlockSize, NbdExport } from './handshake.ts'
+import { MapBudget } from './map-budget.ts'
 import { Operation, type OperationFields } from './operation.ts'
 import { COMMAND, COMMAND_FLAG, DEFAULT_MAX_PAYLOAD, MAX_STRING, TRANSMISSION } from './protocol.ts'
-import type { StatusExtents } from './status-reply.ts'
+import { emptyStatus, type StatusExtents } from './status-reply.ts'
 
 /** Options of {@link NbdClient.connect}. */
 export interface NbdConnectOptions {
@@ -191,20 +192,26 @@ export class NbdClient implements AsyncDisposable {
     return clipped
   }
 
-  /** The extents of the whole export, of every agreed context. Nothing may be written to it meanwhile. */
+  /**
+   * The extents of the whole export, of every agreed context. Nothing may be written to it meanwhile. Each context takes
+   * at most 192 MiB of memory, and twice that for the moment in which it becomes whole: one of more than 16,777,215
+   * extents is `NBD_PROTOCOL`, and so is a server that tells next to nothing in each of its replies.
+   */
   async mapExtents(options: NbdRequestOptions = {}): Promise<ReadonlyMap<string, ExtentMap>> {
     const builders = new Map(this.metaContexts.map(name => [name, new ExtentMapBuilder(this.size)]))
+    const budget = new MapBudget()
     let offset = builders.size === 0 ? this.size : 0
     while (offset < this.size) {
       const length = Math.min(MAX_STATUS_REQUEST, this.size - offset)
       const status = await this.#blockStatus(offset, length, options)
-      let reached = this.size
-      for (const [name, builder] of builders) {
-        const extents = status.get(name)
-        if (extents) appendAll(builder, offset, extents)
-        reached = Math.min(reached, builder.end)
+      try {
+        const count = appendAll(builders, offset, status)
+        offset = Math.min(...[...builders.values()].map(({ end }) => end))
+        budget.spend(count, offset)
+      } catch (error) {
+        if (error instanceof NbdError) this.#dispatcher.fail(error)
+        throw error
       }
-      offset = reached
     }
     return new Map([...builders].map(([name, builder]) => [name, builder.build()]))
   }
@@ -300,13 +307,24 @@ export class NbdClient implements AsyncDisposable {
   }
 }
 
-function appendAll(builder: ExtentMapBuilder, offset: number, { pairs, count }: StatusExtents): void {
-  let start = offset
-  for (let at = 0; at < 2 * count; at += 2) {
-    const length = pairs[at] ?? 0
-    builder.append(start, length, pairs[at + 1] ?? 0)
-    start += length
+/** Adds what a reply tells of each context, and returns how many extents that was. */
+function appendAll(
+  builders: ReadonlyMap<string, ExtentMapBuilder>,
+  offset: number,
+  status: ReadonlyMap<string, StatusExtents>,
+): number {
+  let told = 0
+  for (const [name, builder] of builders) {
+    const { pairs, count } = status.get(name) ?? emptyStatus()
+    let start = offset
+    for (let at = 0; at < 2 * count; at += 2) {
+      const length = pairs[at] ?? 0
+      builder.append(start, length, pairs[at + 1] ?? 0)
+      start += length
+    }
+    told += count
   }
+  return told
 }
 
 function clip({ pairs, count }: StatusExtents, length: number): NbdExtent[] {

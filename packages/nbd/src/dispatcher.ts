@@ -87,7 +87,7 @@ export class Dispatcher implements ConnectionOwner {
     this.#closing.abort()
     const idle = this.#connections.filter(connection => connection.isIdle)
     const hangUps = idle.map(connection => connection.disconnect())
-    this.#fail(new NbdError('NBD_DISCONNECTED', 'The NBD client was closed.'), idle)
+    this.fail(new NbdError('NBD_DISCONNECTED', 'The NBD client was closed.'), idle)
     await Promise.all([...hangUps, this.#opening])
   }
 
@@ -115,7 +115,7 @@ export class Dispatcher implements ConnectionOwner {
     // A server may leave an additional connection waiting for as long as it likes: the first one matters more.
     if (this.#connections.length === 0) this.#additional.abort()
     for (const request of outstanding) this.#recover(request, error)
-    if (error.code === 'NBD_PROTOCOL') this.#fail(error)
+    if (error.code === 'NBD_PROTOCOL') this.fail(error)
     this.#schedulePump()
   }
 
@@ -183,7 +183,7 @@ export class Dispatcher implements ConnectionOwner {
     const isLost = this.#connections.length === 0
     if (!isLost && this.#connections.length >= this.#maxConnections) return
     this.#opening = (isLost ? this.#reopen() : this.#openAnother())
-      .catch(error => this.#fail(toNbdError(error, 'NBD_CONNECT', 'Could not open a connection')))
+      .catch(error => this.fail(toNbdError(error, 'NBD_CONNECT', 'Could not open a connection')))
       .finally(() => {
         this.#opening = undefined
         this.#schedulePump()
@@ -255,7 +255,8 @@ export class Dispatcher implements ConnectionOwner {
   }
 
   /** Nothing works from now on. */
-  #fail(error: NbdError, except: readonly Connection[] = []): void {
+  /** Ends all connections for good: what is outstanding, and what comes later, fails with `error`. */
+  fail(error: NbdError, except: readonly Connection[] = []): void {
     if (this.#failure) return
     this.#failure = error
     this.#closing.abort()

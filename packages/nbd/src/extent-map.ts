@@ -1,3 +1,8 @@
+import { protocolError } from './errors.ts'
+
+/** The most extents of a map: with the end of the last 192 MiB of memory, or 1 TiB that changes at every 64 KiB. */
+export const MAX_EXTENTS = 16_777_215
+
 /**
  * What one metadata context tells of a whole export: extents in ascending order that cover it without gaps,
  * neighbours of equal flags joined. Twelve bytes of memory an extent.
@@ -40,14 +45,19 @@ export class ExtentMap {
 /** Builds an {@link ExtentMap} from extents as they come. */
 export class ExtentMapBuilder {
   readonly #size: number
+  readonly #most: number
   #starts = new Float64Array(64)
   #flags = new Uint32Array(64)
   #count = 0
   #end = 0
 
-  /** @param size - Of the export, in bytes. */
-  constructor(size: number) {
+  /**
+   * @param size - Of the export, in bytes.
+   * @param most - How many extents there may be.
+   */
+  constructor(size: number, most: number = MAX_EXTENTS) {
     this.#size = size
+    this.#most = most
   }
 
   /** Up to where the extents reach so far, in bytes. */
@@ -55,7 +65,10 @@ export class ExtentMapBuilder {
     return this.#end
   }
 
-  /** Adds an extent that leaves no gap; what lies before {@link ExtentMapBuilder.end} or behind the export is left out. */
+  /**
+   * Adds an extent that leaves no gap; what lies before {@link ExtentMapBuilder.end} or behind the export is left out.
+   * Throws `NBD_PROTOCOL` when there are too many.
+   */
   append(start: number, length: number, flags: number): void {
     const end = Math.min(start + length, this.#size)
     if (end <= this.#end) return
@@ -71,6 +84,8 @@ export class ExtentMapBuilder {
   }
 
   #begin(flags: number): void {
+    if (this.#count === this.#most)
+      throw protocolError(`it tells of more than ${this.#most} extents`, { reached: this.#end })
     // One place is kept for the end of the last extent.
     if (this.#count + 1 === this.#starts.length) {
       const starts = new Float64Array(this.#starts.length * 2)

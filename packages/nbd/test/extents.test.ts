@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import { ExtentMapBuilder } from '../src/extent-map.ts'
+import { ExtentMapBuilder, MAX_EXTENTS } from '../src/extent-map.ts'
 import { type ExtentMap, NbdClient } from '../src/index.ts'
 import { FakeServer } from './fake-server.ts'
 
@@ -95,6 +95,14 @@ describe('mapping extents', () => {
       2 ** 20,
       1,
     ])
+  })
+
+  it('is NBD_PROTOCOL from a number of extents on, and takes no more than 192 MiB', () => {
+    const builder = new ExtentMapBuilder(Number.MAX_SAFE_INTEGER, 1000)
+    for (let told = 0; told < 1000; told++) builder.append(told, 1, told % 2)
+    builder.append(1000, 1, 1) // joined with the last
+    expect(() => builder.append(1001, 1, 0)).toThrow(expect.objectContaining({ code: 'NBD_PROTOCOL' }))
+    expect(12 * (MAX_EXTENTS + 1)).toBe(192 * 2 ** 20)
   })
 
   it('knows nothing of extents that are not there', () => {

@@ -181,6 +181,16 @@ describe('a reply to a block status request', () => {
   })
 })
 
+it('a map in which each reply tells of one byte is NBD_PROTOCOL, and the end of the client', async () => {
+  const huge: FakeExport = { size: Number.MAX_SAFE_INTEGER, contexts: { 'base:allocation': 3, 'x:y': 4 } }
+  const client = await answered(huge, (r, to) => {
+    to.status(r, 3, [1, 0])
+    to.status(r, 4, [r.length, 0], true)
+  })
+  await expect(client.mapExtents()).rejects.toMatchObject({ name: 'NbdError', code: 'NBD_PROTOCOL' })
+  await expect(client.read(0, Buffer.alloc(512))).rejects.toMatchObject({ code: 'NBD_PROTOCOL' })
+}, 60_000)
+
 describe('a reply to a write', () => {
   it.each<[string, Answer]>([
     ['with data', (r, to) => to.data(r, r.offset, oneByte, true)],
