@@ -12,7 +12,7 @@ afterAll(() => cases[Symbol.asyncDispose]())
 // kill/kill-all.ts.
 const SAMPLE: readonly KillCase[] = [
   // First: the image still has the snapshot of every backup, and is rolled back.
-  { run: 'restore in place', point: 'end rbd snap rollback', nth: 1, scope: 'group' },
+  { run: 'restore in place', point: 'end rbd snap rollback', nth: 0, scope: 'group' },
   { run: 'backup', point: 'end virsh suspend', nth: 0, scope: 'group' },
   { run: 'backup', point: 'end rbd snap create', nth: 0, scope: 'process' },
   { run: 'backup', point: 'after resumed', nth: 0, scope: 'process' },
