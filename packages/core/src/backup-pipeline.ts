@@ -4,6 +4,7 @@ import {
   assertClustersFit,
   bitmapsToRetire,
   chooseDisks,
+  DEFAULT_CLUSTER_SIZE,
   DEFAULT_RBD_SNAPSHOTS,
   type DiskSelection,
   fallbackMessage,
@@ -30,7 +31,6 @@ import type { StorageDriver } from './storage.ts'
 import { backupFolder, instanceFolder } from './storage-layout.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 
-const DEFAULT_CLUSTER_SIZE = 65_536
 const SECTOR_SIZE = 512
 
 /** What a {@link BackupPipeline} works with. */

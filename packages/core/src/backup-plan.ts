@@ -66,6 +66,9 @@ export function chooseDisks(instance: Instance, selection: DiskSelection): HostD
   })
 }
 
+/** Bytes of a cluster of an image, unless a request says otherwise. */
+export const DEFAULT_CLUSTER_SIZE = 65_536
+
 /**
  * Refuses a cluster size that is too small for a disk.
  *

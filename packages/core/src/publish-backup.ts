@@ -3,7 +3,6 @@ import type { Frozen } from './backup-stages.ts'
 import type { StoredBackup } from './backups.ts'
 import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
-import { blake3Hex } from './digest.ts'
 import { type ErrorCode, isVarveError, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
 import { isFileDisk } from './host.ts'
@@ -14,6 +13,7 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
+import { putFile } from './put-file.ts'
 import { isBeingDeleted } from './remove-backup.ts'
 import type { RunOptions } from './run-options.ts'
 import { bytesBody, type StorageDriver } from './storage.ts'
@@ -144,18 +144,6 @@ export async function publish(
     if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) await storage.delete(key)
     throw error
   }
-}
-
-async function putFile(
-  { storage, folder, request, run }: BackupContext,
-  key: string,
-  bytes: Uint8Array,
-): Promise<ManifestFile> {
-  const { signal = new AbortController().signal } = run
-  const upload = uploadOf(`${folder}/${key}`, bytes)
-  await storage.put(upload.key, bytesBody(bytes), { signal })
-  if (request.verifyUpload === 'digest') await verifyUploads(storage, [upload], signal)
-  return { key, size: bytes.byteLength, blake3: blake3Hex(bytes) }
 }
 
 async function qemuVersion(run: RunOptions): Promise<string> {

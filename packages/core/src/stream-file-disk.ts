@@ -1,9 +1,8 @@
 import { NbdClient } from '@varve/nbd'
 import { ComposedImage, planImage } from '@varve/qcow2'
 import { type BackupContext, stage } from './backup-context.ts'
-import { BITMAP_GRANULARITY, type DiskPlan, markName } from './backup-plan.ts'
-import { dataMap, encodeDataMap, lostData } from './data-map.ts'
-import { blake3Hex } from './digest.ts'
+import { BITMAP_GRANULARITY, DEFAULT_CLUSTER_SIZE, type DiskPlan, markName } from './backup-plan.ts'
+import { type DataMap, dataMap, encodeDataMap, lostData } from './data-map.ts'
 import { VarveError } from './errors.ts'
 import type { FileDisk } from './host.ts'
 import { imageExtents } from './image-extents.ts'
@@ -12,6 +11,7 @@ import { ImageUpload } from './image-upload.ts'
 import type { ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
 import { FILE_MAX_BYTES } from './manifest-schema.ts'
 import { Progress } from './progress.ts'
+import { putFile } from './put-file.ts'
 import { exportDisk } from './qemu-nbd.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { readDataMap } from './read-data-map.ts'
@@ -77,7 +77,7 @@ async function uploadDisk(
       context: { disk: disk.name },
     })
   }
-  const clusterSize = request.clusterSize ?? 65_536
+  const clusterSize = request.clusterSize ?? DEFAULT_CLUSTER_SIZE
   const since = plan.kind === 'incremental' &&
     dirty && {
       dirty,
@@ -111,20 +111,12 @@ async function uploadDisk(
   await storage.put(`${folder}/${image}`, upload, { signal, onProgress: bytes => progress.update(bytes) })
   const digested = await upload.digest()
   await storage.put(`${folder}/${blocks}`, bytesBody(digested.blocks), { signal })
-  const mapBytes = encodeDataMap(dataMap(allocation, client.size))
-  const map: ManifestFile = {
-    key: `${disk.name}.map`,
-    size: mapBytes.byteLength,
-    blake3: blake3Hex(mapBytes),
-  }
-  const hasMap = disk.holdsBitmaps && map.size <= FILE_MAX_BYTES // no increment without a bitmap
-  if (hasMap) await storage.put(`${folder}/${map.key}`, bytesBody(mapBytes), { signal })
   const uploads = [
     { key: `${folder}/${image}`, size: upload.size, digest: digested.digest },
     uploadOf(`${folder}/${blocks}`, digested.blocks),
-    ...(hasMap ? [uploadOf(`${folder}/${map.key}`, mapBytes)] : []),
   ]
   if (request.verifyUpload === 'digest') await verifyUploads(storage, uploads, signal)
+  const map = disk.holdsBitmaps && (await storeDataMap(backup, disk.name, dataMap(allocation, client.size)))
   progress.finish()
 
   return {
@@ -138,9 +130,19 @@ async function uploadDisk(
     clusterSize,
     digest: digested.digest,
     ...(plan.kind === 'incremental' && { backing: plan.backing }),
-    ...(hasMap && { map }),
+    ...(map && { map }),
     ...(disk.holdsBitmaps && { bitmap: { name: markName(id), granularity: BITMAP_GRANULARITY } }),
     ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
     source: { path: disk.path, format: disk.format },
   }
+}
+
+/** Without one, as it were too large to be read, the next increment says of all that reads as zero that it does. */
+async function storeDataMap(
+  backup: BackupContext,
+  disk: string,
+  map: DataMap,
+): Promise<ManifestFile | undefined> {
+  const bytes = encodeDataMap(map)
+  return bytes.byteLength > FILE_MAX_BYTES ? undefined : putFile(backup, `${disk}.map`, bytes)
 }

@@ -1,11 +1,12 @@
 import { Readable } from 'node:stream'
 import { type BackupContext, stage } from './backup-context.ts'
 import type { DiskPlan } from './backup-plan.ts'
-import { BlockDigester, blake3Hex } from './digest.ts'
+import { BlockDigester } from './digest.ts'
 import { VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
-import type { ManifestFile, RbdManifestDisk } from './manifest.ts'
+import type { RbdManifestDisk } from './manifest.ts'
 import { Progress } from './progress.ts'
+import { putFile } from './put-file.ts'
 import type { RateLimit } from './rate-limit.ts'
 import type { RbdDiffStream, RbdSnapshot } from './rbd.ts'
 import { encodeDiffIndex } from './rbd-diff-index.ts'
@@ -15,12 +16,13 @@ import { uploadOf, verifyUploads } from './verify-upload.ts'
 
 /** Uploads what `rbd export-diff` writes of an image's snapshot, and where the records are in it. */
 export async function streamRbdDisk(
-  { storage, folder, run, request }: BackupContext & { run: RunOptions & { signal: AbortSignal } },
+  backup: BackupContext & { run: RunOptions & { signal: AbortSignal } },
   disk: RbdDisk,
   plan: DiskPlan,
   snapshots: ReadonlyMap<string, RbdSnapshot>,
   limit: RateLimit | undefined,
 ): Promise<RbdManifestDisk> {
+  const { storage, folder, run, request } = backup
   const { signal } = run
   const snapshot = snapshots.get(disk.name)
   if (!snapshot)
@@ -40,20 +42,9 @@ export async function streamRbdDisk(
   const diff = source.diff()
   const { size, digest, blocks: blockList } = digester.finish()
   await storage.put(`${folder}/${blocks}`, bytesBody(blockList), { signal })
-  const indexBytes = encodeDiffIndex(diff)
-  const index: ManifestFile = {
-    key: `${disk.name}.index`,
-    size: indexBytes.byteLength,
-    blake3: blake3Hex(indexBytes),
-  }
-  await storage.put(`${folder}/${index.key}`, bytesBody(indexBytes), { signal })
-
-  const uploads = [
-    { key: `${folder}/${image}`, size, digest },
-    uploadOf(`${folder}/${blocks}`, blockList),
-    uploadOf(`${folder}/${index.key}`, indexBytes),
-  ]
+  const uploads = [{ key: `${folder}/${image}`, size, digest }, uploadOf(`${folder}/${blocks}`, blockList)]
   if (request.verifyUpload === 'digest') await verifyUploads(storage, uploads, signal)
+  const index = await putFile(backup, `${disk.name}.index`, encodeDiffIndex(diff))
   progress.finish()
 
   return {

@@ -89,7 +89,9 @@ export class KillPoints {
 /** What a command does, such as `snap create`: the first words of its arguments that are no options. */
 function verbOf(args: readonly string[]): string {
   const isWord = (arg: string) => /^[a-z][a-z-]+$/.test(arg)
-  const words = args.slice(args.findIndex(isWord))
+  const all = args.flatMap(arg => arg.split(' ')) // several commands may be in one argument
+  const first = all.findIndex(isWord)
+  const words = first < 0 ? [] : all.slice(first)
   const end = words.findIndex(arg => !isWord(arg))
   return words.slice(0, end < 0 ? undefined : end).join(' ')
 }
