@@ -1,7 +1,7 @@
 import { maxDiskSize } from '@varve/qcow2'
 import type { Catalog, StoredBackup } from './backups.ts'
 import { VarveError } from './errors.ts'
-import { type FileDisk, type HostDisk, type Instance, isFileDisk, type RbdDisk } from './host.ts'
+import { type FileDisk, type HostDisk, type InstanceDisks, isFileDisk, type RbdDisk } from './host.ts'
 import type { FallbackReason, ManifestDisk } from './manifest.ts'
 import { damagedBackups, unfitParent } from './parent-check.ts'
 import { backupOfKey } from './storage-layout.ts'
@@ -35,7 +35,10 @@ export type DiskSelection = 'all' | 'primary' | readonly string[]
  *
  * @throws DISK_NOT_FOUND, DISK_UNSUPPORTED
  */
-export function chooseDisks(instance: Instance, selection: DiskSelection): HostDisk[] {
+export function chooseDisks<D extends { readonly name: string }>(
+  instance: InstanceDisks<D>,
+  selection: DiskSelection,
+): D[] {
   const names = instance.disks.map(({ name }) => name)
   const has = `It has ${names.join(', ') || 'none that can be backed up'}.`
   const context = { instance: instance.name, disks: names }
@@ -87,7 +90,7 @@ export function assertClustersFit(disks: readonly HostDisk[], clusterSize: numbe
   }
 }
 
-function unsupported(instance: Instance, disk: string, reason: string): VarveError {
+function unsupported(instance: { readonly name: string }, disk: string, reason: string): VarveError {
   return new VarveError(
     'DISK_UNSUPPORTED',
     `The disk ${disk} of ${instance.name} cannot be backed up: ${reason}. Name the disks to back up without it.`,

@@ -59,19 +59,23 @@ export function isFileDisk(disk: HostDisk): disk is FileDisk {
   return disk.format !== 'rbd'
 }
 
-/** An instance, as it is now. */
-export interface Instance {
+/** Where the disks of an instance are. */
+export interface InstanceDisks<D = { readonly name: string; readonly path: string }> {
   readonly name: string
+  /** The disks that can be backed up, the primary one first. */
+  readonly disks: readonly D[]
+  /** The disks that cannot, by name, and why. */
+  readonly unsupported: ReadonlyMap<string, string>
+}
+
+/** An instance, as it is now. */
+export interface Instance extends InstanceDisks<HostDisk> {
   readonly uuid?: string
   readonly running: boolean
   /** Whether it runs, but somebody has stopped its processors. */
   readonly paused?: boolean
   /** Whether it is gone once it stops, since its definition is stored nowhere. */
   readonly transient?: boolean
-  /** The disks that can be backed up, the primary one first. */
-  readonly disks: readonly HostDisk[]
-  /** The disks that cannot, by name, and why. */
-  readonly unsupported: ReadonlyMap<string, string>
   /** libvirt's XML of the instance, as it is defined. */
   readonly definition?: string
   /** Path of the UEFI variables. */
@@ -100,6 +104,12 @@ export type HostReference =
  */
 export interface Host {
   readonly reference: HostReference
+  /**
+   * Where the disks are, to take their locks: no disk is looked into.
+   *
+   * @throws INSTANCE_NOT_FOUND
+   */
+  disks(name: string, run?: RunOptions): Promise<InstanceDisks>
   /** @throws INSTANCE_NOT_FOUND */
   instance(name: string, run?: RunOptions): Promise<Instance>
   /** Adds a persistent, recording bitmap and its twin to every disk: for a running instance in one transaction. */

@@ -1,12 +1,13 @@
 import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
-import type { FileDisk, Host, HostDisk, HostReference, Instance } from './host.ts'
+import type { FileDisk, Host, HostDisk, HostReference, Instance, InstanceDisks } from './host.ts'
 import {
   addImageBitmap,
   offlineDisk,
   readImageInfo,
   readOfflineDisk,
   removeImageBitmaps,
+  resolveDisk,
 } from './qemu-img.ts'
 import { type RbdCluster, type RbdConnector, rbdImageOf } from './rbd.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
@@ -53,16 +54,18 @@ export class ImageHost implements Host {
     this.reference = { kind: 'image', instance, disks }
   }
 
-  async instance(name: string, run: RunOptions = {}): Promise<Instance> {
-    if (name !== this.#instance) {
-      throw new VarveError(
-        'INSTANCE_NOT_FOUND',
-        `These images are the instance ${this.#instance}, not ${name}.`,
-        {
-          context: { instance: name },
-        },
-      )
+  async disks(name: string): Promise<InstanceDisks> {
+    this.#assertOwn(name)
+    const disks: { name: string; path: string }[] = []
+    for (const [name, disk] of Object.entries(this.#disks)) {
+      const path = pathOf(disk)
+      disks.push({ name, path: rbdImageOf(path) === undefined ? await resolveDisk(name, path) : path })
     }
+    return { name, disks, unsupported: new Map() }
+  }
+
+  async instance(name: string, run: RunOptions = {}): Promise<Instance> {
+    this.#assertOwn(name)
     const disks: HostDisk[] = []
     for (const [name, disk] of Object.entries(this.#disks)) {
       const image = rbdImageOf(pathOf(disk))
@@ -147,6 +150,15 @@ export class ImageHost implements Host {
 
   define(): Promise<void> {
     return Promise.reject(notRunning())
+  }
+
+  #assertOwn(name: string): void {
+    if (name === this.#instance) return
+    throw new VarveError(
+      'INSTANCE_NOT_FOUND',
+      `These images are the instance ${this.#instance}, not ${name}.`,
+      { context: { instance: name } },
+    )
   }
 }
 

@@ -29,6 +29,7 @@ export type {
   HostDisk,
   HostReference,
   Instance,
+  InstanceDisks,
   RbdDisk,
 } from './host.ts'
 export { type ImageDisk, ImageHost, type ImageHostOptions } from './image-host.ts'

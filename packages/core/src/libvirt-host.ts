@@ -3,13 +3,22 @@ import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { namesOnDisk, twinOf } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
-import { type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
+import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { DiskOverlay, FileDisk, Host, HostDisk, HostReference, Instance, RbdDisk } from './host.ts'
+import type {
+  DiskOverlay,
+  FileDisk,
+  Host,
+  HostDisk,
+  HostReference,
+  Instance,
+  InstanceDisks,
+  RbdDisk,
+} from './host.ts'
 import { isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
 import { addImageBitmap, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import type { Qmp } from './qmp.ts'
-import type { RbdCluster, RbdConnector } from './rbd.ts'
+import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
@@ -53,6 +62,16 @@ export class LibvirtHost implements Host {
     this.reference = { kind: 'libvirt', uri }
   }
 
+  async disks(name: string, run: RunOptions = {}): Promise<InstanceDisks> {
+    const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
+    const { places, unsupported } = await this.#locate(domain, run)
+    return {
+      name: domain.name,
+      disks: places.map(({ disk, path }) => ({ name: disk.name, path })),
+      unsupported,
+    }
+  }
+
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
     const questions = [['dominfo'], ['dumpxml'], ['dumpxml', '--inactive']]
     const [info = '', xml = '', definition = ''] = await this.#virsh.ask(run, name, ...questions)
@@ -60,16 +79,10 @@ export class LibvirtHost implements Host {
     const running = isRunning(state)
     const domain = readDomainXml(xml)
     const qmp = running ? await this.#domains.qmp(name, run) : undefined
+    const { places, unsupported } = await this.#locate(domain, run)
     const disks: HostDisk[] = []
-    const unsupported = new Map<string, string>()
-    for (const disk of domain.disks) {
-      if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
-      const path = await this.#domains.diskPath(disk, run)
-      const reason = unsupportedReason(disk, path, this.#rbd)
-      if (disk.rbd && reason === undefined) disks.push(await this.#rbdDisk(disk.name, disk.rbd, run))
-      else if (path === undefined || reason !== undefined)
-        unsupported.set(disk.name, reason ?? 'it has no source')
-      else disks.push(await readDisk(disk, path, qmp, run))
+    for (const { disk, path } of places) {
+      disks.push(await (disk.rbd ? this.#rbdDisk(disk.name, disk.rbd, run) : readDisk(disk, path, qmp, run)))
     }
     return {
       name: domain.name,
@@ -243,6 +256,24 @@ export class LibvirtHost implements Host {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
       throw error
     }
+  }
+
+  /** The disks that can be backed up, each with its path, and why the others cannot. */
+  async #locate(
+    { disks }: DomainDescription,
+    run: RunOptions,
+  ): Promise<{ places: { disk: DomainDisk; path: string }[]; unsupported: Map<string, string> }> {
+    const places: { disk: DomainDisk; path: string }[] = []
+    const unsupported = new Map<string, string>()
+    for (const disk of disks) {
+      if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
+      const found = await this.#domains.diskPath(disk, run)
+      const path = disk.rbd ? `${RBD_PREFIX}${disk.rbd.image}` : found
+      const reason = unsupportedReason(disk, found, this.#rbd)
+      if (path === undefined || reason !== undefined) unsupported.set(disk.name, reason ?? 'it has no source')
+      else places.push({ disk, path })
+    }
+    return { places, unsupported }
   }
 
   async #rbdDisk(name: string, source: RbdSource, run: RunOptions): Promise<RbdDisk> {

@@ -134,7 +134,8 @@ export async function offlineDisk(
   }
 }
 
-async function resolveDisk(name: string, path: string): Promise<string> {
+/** The path of a disk's file with symbolic links resolved. @throws DISK_NOT_FOUND */
+export async function resolveDisk(name: string, path: string): Promise<string> {
   return realpath(path).catch(error => {
     throw new VarveError('DISK_NOT_FOUND', `The disk ${name} has no file at ${path}. Check the path.`, {
       context: { disk: name, path },

@@ -1,11 +1,12 @@
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rename, rm, symlink } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createRaw, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import type { InstanceDisks } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { PausingStorage } from './vm-site.ts'
 
@@ -59,4 +60,27 @@ test('a raw disk that others only read is backed up, and nobody can open it for 
   await pipeline.run({ instance: 'web-1' })
   expect(refusal).toMatchObject({ stderr: expect.stringContaining('lock') })
   await qemuIo(disk, 'raw', ['write 0 1M'])
+})
+
+test('a disk that moves to another file while its lock is taken is not read without one', async () => {
+  const link = join(folder, 'link')
+  await symlink(disk, link)
+  const other = join(folder, 'other')
+  await createRaw(other, 4 * 1024 * 1024)
+  class Moving extends ImageHost {
+    override async disks(name: string): Promise<InstanceDisks> {
+      const found = await super.disks(name)
+      await symlink(other, join(folder, 'new'))
+      await rename(join(folder, 'new'), link)
+      return found
+    }
+  }
+  const host = new Moving({ instance: 'web-1', disks: { vda: { path: link, format: 'raw' } } })
+  const moving = new BackupPipeline({ host, storage, stateDir: join(folder, 'state') })
+  await expect(moving.run({ instance: 'web-1' })).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { disk: 'vda', path: other },
+    retryable: true,
+  })
+  expect(await readdir(join(folder, 'storage'))).toEqual([])
 })
