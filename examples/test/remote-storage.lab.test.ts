@@ -23,7 +23,7 @@ const MIB = 1024 * 1024
 const INSTANCE = 'web-1'
 /** The SHA-256 of vda, as the guest reads it from its disk. */
 const SUM = 'sync && echo 3 > /proc/sys/vm/drop_caches && sha256sum /dev/vda'
-const SIZES = { vda: 32 * MIB, vdb: 4 * MIB }
+const SIZES = { vda: 16 * MIB, vdb: 4 * MIB }
 
 let lab: LibvirtLab
 let folder: string
@@ -43,7 +43,7 @@ beforeAll(async () => {
   )
   vm = await lab.createDomain({ name: INSTANCE, disks })
   await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=24 conv=fsync')
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=15 conv=fsync')
   writer = vm.startWriter({ device: '/dev/vdb', blocks: SIZES.vdb / writerBlockSize })
 })
 afterAll(async () => {
@@ -95,7 +95,7 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
     const sum = await inGuest(
       'dd if=/dev/urandom of=/dev/vda bs=4k seek=2561 count=3 conv=fsync', // inside of what was zeroed
       'dd if=/dev/urandom of=/dev/vda bs=4k seek=1025 count=3 conv=fsync', // and of what was trimmed
-      'blkdiscard -o 20971520 -l 1048576 /dev/vda',
+      'blkdiscard -o 14680064 -l 1048576 /dev/vda',
       SUM,
     )
     const { length: flushed } = await writer.writes()

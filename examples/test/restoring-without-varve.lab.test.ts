@@ -23,6 +23,7 @@ beforeEach(async () => {
   await createQcow2(disk, 32 * MiB)
   const vm = await lab.createDomain({
     name: 'web-1',
+    guest: false,
     disks: [{ target: 'vda', path: disk, format: 'qcow2' }],
   })
   const host = new LibvirtHost({ uri: lab.uri })

@@ -62,13 +62,17 @@ const pipelines = () => ({ host, storage, stateDir: join(folder, 'state') })
 const commands = () =>
   events.flatMap(event => (event.type === 'command' ? [[event.command, ...event.args].join(' ')] : []))
 
-/** A guest whose vda is an RBD image and whose vdb, where it has one, a qcow2 file. */
-async function createVm(image: string, withFile: boolean): Promise<LabDomain> {
+/** An instance whose vda is an RBD image and whose vdb, where it has one, a qcow2 file. */
+async function createVm(
+  image: string,
+  { withFile, guest }: { withFile: boolean; guest: boolean },
+): Promise<LabDomain> {
   const file = join(folder, 'vdb.qcow2')
   if (withFile) await createQcow2(file, 16 * MIB)
   const rbd = { monitor: site.ceph.monitor, user: site.user.user, secretUuid }
   vm = await lab.createDomain({
     name: 'web-1',
+    guest,
     disks: [
       { target: 'vda', path: image, format: 'raw', discard: 'unmap', rbd },
       ...(withFile ? [{ target: 'vdb', path: file, format: 'qcow2', discard: 'unmap' } as const] : []),
@@ -94,13 +98,13 @@ async function restoredSum({ id }: BackupManifest, disk: string): Promise<string
 }
 
 test('a running guest on RBD and on a file is backed up while it writes, and restored over itself', async () => {
-  const image = await site.create(32 * MIB)
-  const guest = await createVm(image, true)
+  const image = await site.create(16 * MIB)
+  const guest = await createVm(image, { withFile: true, guest: true })
   await guest.boot()
   await guest.run(
-    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=12 conv=fsync || exit 1; done',
+    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=8 conv=fsync || exit 1; done',
   )
-  const writer = guest.startWriter({ device: '/dev/vda', blocks: (32 * MIB) / writerBlockSize })
+  const writer = guest.startWriter({ device: '/dev/vda', blocks: (16 * MIB) / writerBlockSize })
   await writer.waitForWrites(3)
   const full = await backup()
   await writer.stop()
@@ -115,7 +119,7 @@ test('a running guest on RBD and on a file is backed up while it writes, and res
   ])
 
   await guest.run(
-    'dd if=/dev/zero of=/dev/vda bs=1M seek=2 count=2 conv=fsync && blkdiscard -o 6291456 -l 4194304 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=400 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
+    'dd if=/dev/zero of=/dev/vda bs=1M seek=2 count=2 conv=fsync && blkdiscard -o 6291456 -l 4194304 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=200 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
   )
   const [vda, vdb] = [await sum('/dev/vda'), await sum('/dev/vdb')]
   const second = await backup()
@@ -126,7 +130,7 @@ test('a running guest on RBD and on a file is backed up while it writes, and res
   expect(await restoredSum(second, 'vda')).toBe(vda)
   expect(await restoredSum(second, 'vdb')).toBe(vdb)
 
-  await guest.run('dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync; blkdiscard /dev/vdb')
+  await guest.run('dd if=/dev/urandom of=/dev/vda bs=1M count=14 conv=fsync; blkdiscard /dev/vdb')
   await new RestorePipeline(pipelines()).run(
     { backup: second.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 30_000 },
     { onEvent },
@@ -146,7 +150,7 @@ test('a running guest on RBD and on a file is backed up while it writes, and res
 
 test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {
   const image = await site.create(16 * MIB)
-  const guest = await createVm(image, false)
+  const guest = await createVm(image, { withFile: false, guest: false })
   await site.write(image, 'write -P 1 0 4M')
   const stopped = await backup()
   expect(stopped).toMatchObject({ consistency: 'offline', running: false })
@@ -162,7 +166,7 @@ test('a stopped guest is backed up, and a running one is switched off hard for i
 
 test('a new instance gets new images in the cluster of the old one, and libvirt starts it on them', async () => {
   const image = await site.create(16 * MIB)
-  const guest = await createVm(image, true)
+  const guest = await createVm(image, { withFile: true, guest: false })
   await site.write(image, 'write -P 1 0 4M', 'write -P 2 10M 64k')
   const { id } = await backup()
   const to = { newInstance: 'web-2', directory: folder, rbdPool: 'vms' }

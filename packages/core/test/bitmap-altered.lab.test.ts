@@ -19,14 +19,14 @@ const contentOf = async (manifest: BackupManifest) => sha256Content(await site.r
 
 test('a bitmap that somebody changed in a running instance is not built on', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await site.startIdle()
+  await vm.start()
   const qmp = async (command: string, args: object) => {
     const json = JSON.stringify({ execute: command, arguments: args })
     const reply = JSON.parse(await site.lab.virsh(['qemu-monitor-command', vm.name, json]))
     expect(reply.error).toBeUndefined()
     return reply.return
   }
-  const guestWrites = (pattern: number, where: string) => site.guest([`write -P ${pattern} ${where}`])
+  const guestWrites = (pattern: number, where: string) => vm.io('vda', `write -P ${pattern} ${where}`)
   const changes: Record<string, (marked: Marked) => Promise<unknown>> = {
     cleared: marked => qmp('block-dirty-bitmap-clear', marked),
     'made anew': async marked => {
@@ -133,7 +133,7 @@ test('the bits of a bitmap in an image are as many as QEMU counts', async () => 
   )
   await execa('qemu-img', ['bitmap', '--clear', '-f', 'qcow2', path, 'none'])
   const counted = await countBitmapBits(path)
-  await site.startIdle()
+  await vm.start()
   const query = JSON.stringify({ execute: 'query-named-block-nodes', arguments: { flat: true } })
   const reply = JSON.parse(await site.lab.virsh(['qemu-monitor-command', vm.name, query]))
   const nodes: {

@@ -66,13 +66,13 @@ class Subject {
     return subject
   }
 
-  /** Runs it as a domain; nothing boots. */
+  /** Runs it as a domain. */
   async start(): Promise<void> {
     const disks = TARGETS.map(target => ({
       ...{ target, path: this.image(target), format: 'qcow2' as const, discard: 'unmap' as const },
     }))
-    this.domain = await lab.createDomain({ name: this.instance, disks })
-    await lab.virsh(['start', this.instance, '--paused'])
+    this.domain = await lab.createDomain({ name: this.instance, guest: false, disks })
+    await this.domain.start()
   }
 
   async end(): Promise<void> {

@@ -39,13 +39,16 @@ async function consistentPrefix(writer: GuestWriter, path: string): Promise<numb
 }
 
 test('a guest that writes, zeroes and trims during full and incremental backups restores exactly', async () => {
-  const vm = await createVm([
-    { target: 'vda', size: 96 * MiB },
-    { target: 'vdb', size: 24 * MiB },
-  ])
+  const vm = await createVm(
+    [
+      { target: 'vda', size: 32 * MiB },
+      { target: 'vdb', size: 8 * MiB },
+    ],
+    { guest: true },
+  )
   await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=64 conv=fsync')
-  const writer = vm.startWriter({ device: '/dev/vdb', blocks: (24 * MiB) / writerBlockSize })
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=24 conv=fsync')
+  const writer = vm.startWriter({ device: '/dev/vdb', blocks: (8 * MiB) / writerBlockSize })
   await writer.waitForWrites(5)
 
   const sum1 = await sum('/dev/vda')
@@ -56,15 +59,15 @@ test('a guest that writes, zeroes and trims during full and incremental backups 
 
   // The prefix that the guest had flushed before the backup is in it.
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=64k count=40 seek=100 conv=fsync')
-  await vm.run('dd if=/dev/zero of=/dev/vda bs=1M count=4 seek=20 conv=fsync')
-  await vm.run('blkdiscard -o 41943040 -l 8388608 /dev/vda')
+  await vm.run('dd if=/dev/zero of=/dev/vda bs=1M count=4 seek=10 conv=fsync')
+  await vm.run('blkdiscard -o 16777216 -l 8388608 /dev/vda')
   const sum2 = await sum('/dev/vda')
   await writer.waitForWrites(5)
   const first = await backup({ type: 'incremental' })
   expect(first).toMatchObject({ kind: 'incremental', parent: full.id, chain: full.id })
   await expectCleanHost([`varve-${first.id}`])
 
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=5121 conv=fsync') // inside what was zeroed
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=2561 conv=fsync') // inside what was zeroed
   const sum3 = await sum('/dev/vda')
   await writer.waitForWrites(5)
   const second = await backup()
@@ -85,16 +88,16 @@ test('a guest that writes, zeroes and trims during full and incremental backups 
   // Increments hold what was written, zeros too (the disk holds them as data), and not what was discarded.
   const stored = (manifest: BackupManifest) =>
     manifest.disks.find(disk => disk.name === 'vda')?.storedSize ?? 0
-  expect(stored(full)).toBeGreaterThan(64 * MiB)
+  expect(stored(full)).toBeGreaterThan(24 * MiB)
   expect(stored(first)).toBeGreaterThan(6.5 * MiB)
   expect(stored(first)).toBeLessThan(7.5 * MiB)
   expect(stored(second)).toBeLessThan(MiB)
 })
 
 test('each backup of a disk under constant writes holds what the guest had flushed up to one moment', async () => {
-  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
   await vm.boot()
-  const writer = vm.startWriter({ device: '/dev/vda', blocks: (32 * MiB) / writerBlockSize })
+  const writer = vm.startWriter({ device: '/dev/vda', blocks: (16 * MiB) / writerBlockSize })
   let before = 0
   for (const kind of ['full', 'incremental', 'incremental']) {
     before = (await writer.waitForWrites(4)).length
@@ -111,14 +114,14 @@ test('each backup of a disk under constant writes holds what the guest had flush
 })
 
 test('a restore over the instance brings it back as it was, and the chain goes on without a full backup', async () => {
-  const vm = await createVm([{ target: 'vda', size: 64 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
   await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync')
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
   const full = await backup()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=2 conv=fsync')
   const wanted = await sum('/dev/vda')
   const first = await backup()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync')
+  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=12 conv=fsync')
   await backup()
 
   const result = await restore({ backup: first.id, to: { instance: vm.name }, powerOffTimeoutMs: 30_000 })
@@ -139,29 +142,27 @@ test('a restore over the instance brings it back as it was, and the chain goes o
 })
 
 test('a restore in place brings the instance back too, and the chain goes on', async () => {
-  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
-  const wanted = await sum('/dev/vda')
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', 'write -P 1 0 8M')
   const full = await backup()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=20 seek=4 conv=fsync')
-  await restore({ backup: full.id, to: { instance: vm.name }, inPlace: true })
-  await vm.waitForBoot()
-  expect(await sum('/dev/vda')).toBe(wanted)
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=64k count=2 seek=300 conv=fsync')
-  const after = await sum('/dev/vda')
+  await vm.io('vda', 'write -P 2 4M 10M')
+  await restore({ backup: full.id, to: { instance: vm.name }, inPlace: true, powerOffTimeoutMs: 0 })
+  expect(await vm.state()).toBe('running')
+  await vm.io('vda', 'read -P 1 0 8M', 'read -P 0 8M 8M', 'write -P 3 12M 128k')
+  const after = await content('vda')
   const next = await backup()
   expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
   expect(await restoredSums(next)).toEqual({ vda: after })
 })
 
 test('a stopped instance is backed up offline in the same chain', async () => {
-  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', 'write -P 1 0 8M')
   const full = await backup()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=3 conv=fsync')
-  await vm.shutdown()
+  await vm.io('vda', 'write -P 2 3M 2M')
+  await vm.destroy()
   const offline = await backup()
   expect(offline).toMatchObject({
     kind: 'incremental',
@@ -170,9 +171,9 @@ test('a stopped instance is backed up offline in the same chain', async () => {
     running: false,
   })
   expect(await restoredSums(offline)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=30 conv=fsync')
-  const wanted = await sum('/dev/vda')
+  await vm.start()
+  await vm.io('vda', 'write -P 3 14M 1M')
+  const wanted = await content('vda')
   const again = await backup()
   expect(again).toMatchObject({ kind: 'incremental', parent: offline.id, running: true })
   expect(await restoredSums(again)).toEqual({ vda: wanted })
@@ -213,7 +214,7 @@ test('a missing bitmap makes a full backup and says so in the words that operato
 })
 
 test('the guest agent freezes the file systems around the snapshot and thaws them', async () => {
-  const vm = await createVm([{ target: 'vda', size: 64 * MiB }], { agent: true })
+  const vm = await createVm([{ target: 'vda', size: 64 * MiB }], { guest: true, agent: true })
   await vm.boot()
   await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
   const manifest = await backup({ freeze: 'require' })

@@ -54,7 +54,7 @@ function blockJob(instance: string): () => string[] {
 
 test('QEMU may be killed in any stage: what was flushed stays, and no increment lacks any of it', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await site.startIdle()
+  await vm.start()
   let last = await backup()
   // While the overlay is active QEMU has stored the bitmaps of its base; else those that it has open are lost with it.
   const stages = {
@@ -68,7 +68,7 @@ test('QEMU may be killed in any stage: what was flushed stays, and no increment 
   let pattern = 0x20
   for (const [stage, kind] of Object.entries(stages)) {
     pattern += 2
-    await site.guest([`write -P ${pattern} 1M 2M`])
+    await vm.io('vda', `write -P ${pattern} 1M 2M`)
     const pid = await vm.qemuPid()
     let published: BackupManifest | undefined
     const onEvent = onStage(stage, () => process.kill(pid, 'SIGKILL'))
@@ -82,8 +82,8 @@ test('QEMU may be killed in any stage: what was flushed stays, and no increment 
     const newest = (await new ChainManager({ storage: site.storage }).list()).backups.at(-1)?.manifest
     if (published) expect(newest, stage).toEqual(published)
     if (newest && newest.id !== last.id) await expectHolds(newest, [`read -P ${pattern} 1M 2M`])
-    await site.startIdle()
-    await site.guest([`write -P ${pattern + 1} 2M 2M`])
+    await vm.start()
+    await vm.io('vda', `write -P ${pattern + 1} 2M 2M`)
     last = await backup()
     expect(last, stage).toMatchObject({ kind })
     if (kind === 'full') expect(last.disks[0]?.fallback, stage).toBe('bitmap-inconsistent')
@@ -94,12 +94,12 @@ test('QEMU may be killed in any stage: what was flushed stays, and no increment 
 
 test('a libvirtd that is restarted in the middle, and one that is away at the end, cost no write', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await site.startIdle()
-  await site.guest([FIRST])
+  await vm.start()
+  await vm.io('vda', FIRST)
   before('vda.qcow2', async () => {
     await site.lab.stopLibvirtd()
     await site.lab.startLibvirtd()
-    await site.guest([MEANWHILE])
+    await vm.io('vda', MEANWHILE)
   })
   const full = await backup()
   await site.expectCleanHost([`varve-${full.id}`])
@@ -112,7 +112,7 @@ test('a libvirtd that is restarted in the middle, and one that is away at the en
     context: { published: expect.any(String), disk: 'vda' },
   })
   await site.lab.startLibvirtd()
-  await site.guest(['write -P 0x33 8M 1M'])
+  await vm.io('vda', 'write -P 0x33 8M 1M')
   await expect(backup()).rejects.toMatchObject({ code: 'OVERLAY_LEFT_OVER' })
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   const next = await backup()
@@ -126,21 +126,21 @@ test.each(['reset, as by a reboot from inside', 'switched off and on again'])(
   'an instance that is %s in the middle goes on on its overlay, which is merged',
   async what => {
     const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-    await site.startIdle()
-    await site.guest([FIRST])
+    await vm.start()
+    await vm.io('vda', FIRST)
     before('vda.qcow2', async () => {
-      await site.guest(['write -P 0x22 2M 2M'])
+      await vm.io('vda', 'write -P 0x22 2M 2M')
       if (what.startsWith('reset')) await site.lab.virsh(['reset', vm.name])
       else {
         await vm.destroy()
-        await site.startIdle()
+        await vm.start()
       }
-      await site.guest(['write -P 0x22 4M 2M'])
+      await vm.io('vda', 'write -P 0x22 4M 2M')
     })
     const full = await backup()
     await site.expectCleanHost([`varve-${full.id}`])
     await expectHolds(full, HELD)
-    await site.guest(['write -P 0x33 8M 1M'])
+    await vm.io('vda', 'write -P 0x33 8M 1M')
     const next = await backup()
     expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
     await expectHolds(next, [...NOW, 'read -P 0x33 8M 1M'])
@@ -151,8 +151,8 @@ test.each(['reset, as by a reboot from inside', 'switched off and on again'])(
 
 test('a block commit that failed is tried again, and after that by recover, also when the instance is off by then', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await site.startIdle()
-  await site.guest([FIRST])
+  await vm.start()
+  await vm.io('vda', FIRST)
   const abort = blockJob(vm.name)
   const warnings: string[] = []
   const full = await backup(
@@ -172,7 +172,7 @@ test('a block commit that failed is tried again, and after that by recover, also
   blockJob(vm.name)
   const { context } = await backup().catch(error => error)
   expect(context).toMatchObject({ published: expect.any(String), disk: 'vda' })
-  await site.guest([MEANWHILE])
+  await vm.io('vda', MEANWHILE)
   await vm.destroy()
   await expect(backup()).rejects.toMatchObject({ code: 'OVERLAY_LEFT_OVER' })
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
@@ -183,14 +183,14 @@ test('a block commit that failed is tried again, and after that by recover, also
 
 test('disks that are added, resized or replaced between backups, or resized in the middle, are backed up as they are', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await site.startIdle()
-  await site.guest([FIRST])
+  await vm.start()
+  await vm.io('vda', FIRST)
   await backup()
 
   await createQcow2(image('vdb'), 8 * MiB)
   const add = ['attach-disk', vm.name, image('vdb'), 'vdb', '--driver', 'qemu', '--subdriver', 'qcow2']
   await site.lab.virsh([...add, '--live', '--config'])
-  await site.guest(['write -P 0x44 0 1M'], 'vdb')
+  await vm.io('vdb', 'write -P 0x44 0 1M')
   const added = await backup()
   expect(added.disks).toMatchObject([
     { name: 'vda', kind: 'incremental' },
@@ -200,7 +200,7 @@ test('disks that are added, resized or replaced between backups, or resized in t
 
   before('vda.qcow2', async () => {
     await site.lab.virsh(['blockresize', vm.name, 'vda', '24M'])
-    await site.guest([MEANWHILE, 'write -P 0x55 20M 1M'])
+    await vm.io('vda', MEANWHILE, 'write -P 0x55 20M 1M')
   })
   await backup()
   const grown = await backup()

@@ -8,7 +8,7 @@ import { type RecoverReport, recover } from '../src/recover.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, sum, restoredSums, expectCleanHost } = site
+const { createVm, image, backup, content, sum, restoredSums, expectCleanHost } = site
 
 const recoverNow = (): Promise<RecoverReport> =>
   recover({ stateDir: site.stateDir, storages: [site.storage] })
@@ -33,11 +33,13 @@ test('an overlay that cannot be committed is kept, holds the next backup up, and
     { target: 'vda', size: 16 * MiB },
     { target: 'vdb', size: 16 * MiB },
   ])
-  await vm.boot()
-  const write = (at: number) =>
-    vm.run(`for d in vda vdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=2 seek=${at} conv=fsync; done`)
+  await vm.start()
+  const write = async (at: number) => {
+    for (const disk of ['vda', 'vdb']) await vm.io(disk, `write -P ${0x40 + at} ${at}M 2M`)
+  }
   await write(0)
-  const wanted = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  const contents = async () => ({ vda: await content('vda'), vdb: await content('vdb') })
+  const wanted = await contents()
   before('manifest.json', async () => {
     await write(3)
     // Somebody else's block job: libvirt refuses a commit beside it.
@@ -70,7 +72,7 @@ test('an overlay that cannot be committed is kept, holds the next backup up, and
   await expectCleanHost([`varve-${id}`])
 
   expect(await restoredSums(published?.manifest ?? expect.fail())).toEqual(wanted)
-  const now = { vda: await sum('/dev/vda'), vdb: await sum('/dev/vdb') }
+  const now = await contents()
   expect(now).not.toEqual(wanted)
   const next = await backup()
   expect(next).toMatchObject({ kind: 'incremental', parent: id })
@@ -152,7 +154,7 @@ test('a qemu-nbd that is killed in the middle of an upload is named, and nothing
 })
 
 test('a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
   await vm.boot()
   await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
   const wanted = await sum('/dev/vda')

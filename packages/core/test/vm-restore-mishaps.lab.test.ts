@@ -15,7 +15,7 @@ import { RestorePipeline } from '../src/restore-pipeline.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, restore, sum, expectCleanHost } = site
+const { createVm, image, backup, restore, expectCleanHost } = site
 
 const recoverNow = (): Promise<RecoverReport> =>
   recover({ stateDir: site.stateDir, storages: [site.storage] })
@@ -201,7 +201,7 @@ test('a copy whose definition was cut short is defined by recover, be it defined
 })
 
 test('a restore that is given up while the guest shuts down has it run again', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
   await vm.boot()
   const before = await vm.qemuPid()
   const manifest = await backup()
@@ -214,12 +214,11 @@ test('a restore that is given up while the guest shuts down has it run again', a
   ).rejects.toMatchObject({ code: 'ABORTED' })
   expect(await vm.state()).toBe('running')
   expect(await vm.qemuPid()).not.toBe(before)
-  await vm.waitForBoot()
   await expectCleanHost([`varve-${manifest.id}`])
 })
 
 test('a guest that shuts down slowly for a restore whose process died runs again after recover', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
   await vm.boot()
   const slow = '#!/bin/sh\nwhile [ ! -e /run/go ]; do usleep 50000; done\nexec poweroff -f'
   await vm.run(`rm /sbin/shutdown; echo '${slow}' > /sbin/shutdown; chmod +x /sbin/shutdown`)
@@ -250,19 +249,19 @@ test('a guest that shuts down slowly for a restore whose process died runs again
 
 test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync')
-  const wanted = await sum('/dev/vda')
+  await vm.start()
+  const holds = (...reads: string[]) => vm.io('vda', ...reads) // fails where it reads something else
+  await vm.io('vda', 'write -P 0x11 0 4M')
+  const wanted = ['read -P 0x11 0 4M', 'read -P 0 4M 12M']
   const manifest = await backup()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=8 conv=fsync')
+  await vm.io('vda', 'write -P 0x22 8M 4M')
   const overlay = join(site.folder, 'theirs')
   const snapshot = (file: string) => [
     ...['snapshot-create-as', vm.name, '--disk-only', '--no-metadata'],
     ...['--diskspec', `vda,snapshot=external,file=${file}`],
   ]
   await site.lab.virsh(snapshot(overlay))
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
-  const now = await sum('/dev/vda')
+  await vm.io('vda', 'write -P 0x33 14M 1M')
   const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE } as const
   const definition = () => site.lab.virsh(['dumpxml', '--inactive', '--security-info', vm.name])
   expect(await definition()).toContain('<backingStore type')
@@ -280,7 +279,7 @@ test("a backing file that the definition names for itself does not show through 
     code: 'ABORTED',
   })
   expect(await definition()).toBe(before)
-  expect(await sum('/dev/vda')).toBe(now)
+  await holds('read -P 0x11 0 4M', 'read -P 0 4M 4M', 'read -P 0x22 8M 4M', 'read -P 0x33 14M 1M')
 
   // The process dies right when the definition is to be changed.
   class Silent extends LibvirtHost {
@@ -299,34 +298,29 @@ test("a backing file that the definition names for itself does not show through 
   expect(await definition()).not.toContain('<backingStore type')
   expect(await definition()).toContain("passwd='console7'")
   expect(JSON.stringify(events)).not.toContain('console7')
-  await vm.waitForBoot()
-  expect(await sum('/dev/vda')).toBe(wanted)
+  await holds(...wanted)
   expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: overlay }])
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
+  await vm.io('vda', 'write -P 0x44 14M 1M')
 
   await site.lab.virsh(snapshot(join(site.folder, 'again')))
   await restore({ ...request, inPlace: true })
-  await vm.waitForBoot()
-  expect(await sum('/dev/vda')).toBe(wanted)
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=14 conv=fsync')
+  await holds(...wanted)
+  await vm.io('vda', 'write -P 0x44 14M 1M')
 
   await restore({ ...request, definition: 'restore' })
   expect(await vm.xml()).not.toContain(image('vda'))
   expect(await vm.xml()).not.toContain(overlay)
-  await vm.waitForBoot()
-  expect(await sum('/dev/vda')).toBe(wanted)
+  await holds(...wanted)
 
   // In the end the disk is on another file: somebody makes a snapshot while the new disk is written.
   const made = join(site.folder, 'meanwhile')
   const meanwhile = onStage('write', () => {
     execaSync('virsh', ['--connect', site.lab.uri, ...snapshot(made)])
   })
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=1 seek=9 conv=fsync')
-  const last = await sum('/dev/vda')
+  await vm.io('vda', 'write -P 0x55 9M 1M')
   await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_BUSY' })
-  await vm.waitForBoot()
   expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: made }])
-  expect(await sum('/dev/vda')).toBe(last)
+  await holds('read -P 0x11 0 4M', 'read -P 0 4M 5M', 'read -P 0x55 9M 1M', 'read -P 0 10M 6M')
 })
 
 test('an instance on a template keeps being restored after its backups', async () => {

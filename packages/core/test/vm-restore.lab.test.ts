@@ -6,7 +6,7 @@ import { readDomainXml } from '../src/domain-xml.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, restore, sum, restoredSums } = site
+const { createVm, image, backup, restore, content, sum, restoredSums } = site
 
 /** Changes one byte of a file. */
 async function changeByte(path: string, offset: number): Promise<void> {
@@ -22,7 +22,7 @@ async function changeByte(path: string, offset: number): Promise<void> {
 const macOf = (xml: string) => /<mac address='([^']+)'/.exec(xml)?.[1]
 
 test('a UEFI instance becomes a new one beside it, and gets its definition and UEFI variables back', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true, uefi: true })
   const nvram = vm.nvram ?? expect.fail('no UEFI')
   const card = join(site.folder, 'card.xml')
   await writeFile(card, "<interface type='user'><mac address='52:54:00:a1:b2:c3'/></interface>")
@@ -77,14 +77,13 @@ test('a UEFI instance becomes a new one beside it, and gets its definition and U
   const { uuid } = readDomainXml(await vm.xml())
   await restore({ backup: manifest.id, to: { instance: vm.name }, definition: 'restore' })
   expect(await sha256File(nvram)).toBe(variables)
+  expect(await sha256Content(image('vda'), 'qcow2')).toBe(wanted)
   expect(await vm.xml()).toContain('>262144</memory>')
   expect(readDomainXml(await vm.xml()).uuid).toBe(uuid)
-  await vm.boot()
-  expect(await sum('/dev/vda')).toBe(wanted)
 })
 
 test('a definition goes to its own instance only, made anew or as a copy with UEFI variables of its own', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true, memoryMiB: 256 })
   const { nvram = '' } = vm
   const manifest = await backup() // it never ran, so it has no variables yet
   expect(manifest).not.toHaveProperty('nvram')
@@ -122,28 +121,27 @@ test('one disk of two is backed up and restored, and the other is left alone', a
     { target: 'vda', size: 16 * MiB },
     { target: 'vdb', size: 16 * MiB },
   ])
-  await vm.boot()
-  const write = (disk: string, at: number) =>
-    vm.run(`dd if=/dev/urandom of=/dev/${disk} bs=1M count=2 seek=${at} conv=fsync`)
+  await vm.start()
+  const write = (disk: string, at: number) => vm.io(disk, `write -P ${0x40 + at} ${at}M 2M`)
   await write('vda', 0)
-  await write('vdb', 0)
+  await write('vdb', 1)
   const both = await backup()
-  const wanted = await sum('/dev/vda')
+  const wanted = await content('vda')
 
   await write('vda', 4)
   const primary = await backup({ disks: 'primary' })
   expect(primary).toMatchObject({ parent: both.id, disks: [{ name: 'vda', kind: 'incremental' }] })
   expect((await readdir(site.stored(primary, '.'))).filter(name => name.startsWith('vdb'))).toEqual([])
-  expect(await restoredSums(primary)).toEqual({ vda: await sum('/dev/vda') })
+  expect(await restoredSums(primary)).toEqual({ vda: await content('vda') })
 
   await write('vdb', 6)
   const second = await backup({ disks: ['vdb'] })
   // It has what was written since the last backup of this disk, with the backup of the other one in between.
   expect(second).toMatchObject({ parent: both.id, disks: [{ name: 'vdb', kind: 'incremental' }] })
-  const vdb = await sum('/dev/vdb')
+  const vdb = await content('vdb')
   expect(await restoredSums(second)).toEqual({ vdb })
 
-  await vm.shutdown()
+  await vm.destroy()
   const untouched = await sha256File(image('vdb'))
   await restore({ backup: both.id, to: { instance: vm.name }, disks: ['vda'] })
   expect(await sha256File(image('vdb'))).toBe(untouched)

@@ -53,12 +53,8 @@ export interface VmSite {
   readonly host: LibvirtHost
   /** Of every run of the test. */
   readonly events: readonly VarveEvent[]
-  /** Defines the instance of the test; it is removed with it. */
+  /** Defines the instance of the test; it is removed with it. By default no guest boots in it. */
   createVm(disks: readonly SiteDisk[], options?: Partial<LabDomainOptions>): Promise<LabDomain>
-  /** Starts the instance with its processors stopped: nothing boots, and writes are done by {@link VmSite.guest}. */
-  startIdle(): Promise<void>
-  /** Has QEMU carry out commands of `qemu-io` on a device of the running instance, as for its guest. */
-  guest(commands: readonly string[], disk?: string): Promise<void>
   /** Where a disk of the instance is. */
   image(disk: string): string
   /** Where an object of a backup is stored. */
@@ -146,23 +142,10 @@ export function useVmSite(): VmSite {
           format,
           discard: 'unmap',
         })),
+        guest: false,
         ...options,
       })
       return vm
-    },
-
-    async startIdle() {
-      await lab.virsh(['start', theVm().name, '--paused'])
-    },
-
-    async guest(commands, disk = 'vda') {
-      const index = disk.charCodeAt(2) - 'a'.charCodeAt(0)
-      const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
-      const lines = [...commands, 'flush'].map(
-        command => `qemu-monitor-command ${theVm().name} --hmp 'qemu-io -d ${device} "${command}"'`,
-      )
-      const said = await lab.virsh([lines.join('; ')])
-      if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io: ${said}`)
     },
 
     image: disk => join(folder, disk),

@@ -101,7 +101,7 @@ exec poweroff -f
 `
 
 /**
- * Writes marked blocks to a device one after another until \`/run/NAME.stop\` is there:
+ * Writes marked blocks to a device, some in a second, until \`/run/NAME.stop\` is there:
  * \`writer NAME DEVICE FIRST_BLOCK BLOCKS\`. A write is logged when the device has flushed it.
  */
 export const guestWriter = `#!/bin/sh
@@ -113,5 +113,6 @@ while [ ! -e "/run/$1.stop" ]; do
     dd of="$2" bs=65536 count=1 seek=$block iflag=fullblock conv=notrunc,fsync 2>/run/$1.error ||
     { cat "/run/$1.error" >&2; exit 1; }
   echo "$number $block" >> "/run/$1.log"
+  usleep 50000 # leaves the host's processor to others
 done
 `

@@ -14,16 +14,12 @@ export interface DomainFiles {
 }
 
 /** The libvirt definition of a lab domain: software emulation, direct kernel boot, no more devices than needed. */
-export function labDomainXml(options: LabDomainOptions, files: DomainFiles): string {
-  const { firmware, guest } = files
-  const commandLine = [
-    // Spares boot time: self-tests of ciphers, patches against attacks, timer checks, console output.
-    'console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable cryptomgr.notests',
-    ...(options.agent ? [agentFlag] : []),
-  ].join(' ')
+export function labDomainXml(options: LabDomainOptions, uuid: string, files: DomainFiles): string {
+  const { firmware } = files
   return `<domain type='qemu'>
   <name>${escapeXml(options.name)}</name>
-  <memory unit='MiB'>${options.memoryMiB ?? 256}</memory>
+  <uuid>${uuid}</uuid>
+  <memory unit='MiB'>${options.memoryMiB ?? (options.guest === false ? 32 : 256)}</memory>
   <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>${
@@ -32,32 +28,50 @@ export function labDomainXml(options: LabDomainOptions, files: DomainFiles): str
     <loader readonly='yes' type='pflash'>${escapeXml(firmware.code)}</loader>
     <nvram template='${escapeXml(firmware.template)}'>${escapeXml(firmware.nvram)}</nvram>`
         : ''
-    }
-    <kernel>${escapeXml(guest.kernel)}</kernel>
-    <initrd>${escapeXml(guest.initrd)}</initrd>
-    <cmdline>${escapeXml(commandLine)}</cmdline>
+    }${options.guest === false ? '' : kernelXml(options, files)}
   </os>
   <features><acpi/></features>
+  <cpu mode='custom' match='exact' check='none'>
+    <model>qemu64</model>
+    <feature policy='require' name='rdrand'/><!-- without it the first random bytes take a second -->
+  </cpu>
   <on_poweroff>destroy</on_poweroff>
   <on_crash>destroy</on_crash>
   <devices>${options.disks.map(diskXml).join('')}
-    <controller type='usb' model='none'/>
-    <controller type='virtio-serial'/>
-    <serial type='file'><source path='${escapeXml(files.consoleLog)}'/></serial>
-    <channel type='unix'>
-      <source mode='bind' path='${escapeXml(files.commandSocket)}'/>
-      <target type='virtio' name='${commandPortName}'/>
-    </channel>${
-      options.agent
-        ? `
-    <channel type='unix'><target type='virtio' name='${agentPortName}'/></channel>`
-        : ''
-    }
+    <controller type='usb' model='none'/>${options.guest === false ? '' : portsXml(options, files)}
     <memballoon model='none'/>
     <video><model type='none'/></video>
   </devices>
 </domain>
 `
+}
+
+function kernelXml({ agent }: LabDomainOptions, { guest }: DomainFiles): string {
+  const commandLine = [
+    // Spares boot time: self-tests of ciphers, patches against attacks, timer checks, console output.
+    'console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable cryptomgr.notests',
+    ...(agent ? [agentFlag] : []),
+  ].join(' ')
+  return `
+    <kernel>${escapeXml(guest.kernel)}</kernel>
+    <initrd>${escapeXml(guest.initrd)}</initrd>
+    <cmdline>${escapeXml(commandLine)}</cmdline>`
+}
+
+/** The guest's console, the port for its commands, and its agent's. */
+function portsXml({ agent }: LabDomainOptions, { commandSocket, consoleLog }: DomainFiles): string {
+  return `
+    <controller type='virtio-serial'/>
+    <serial type='file'><source path='${escapeXml(consoleLog)}'/></serial>
+    <channel type='unix'>
+      <source mode='bind' path='${escapeXml(commandSocket)}'/>
+      <target type='virtio' name='${commandPortName}'/>
+    </channel>${
+      agent
+        ? `
+    <channel type='unix'><target type='virtio' name='${agentPortName}'/></channel>`
+        : ''
+    }`
 }
 
 function diskXml(disk: LabDisk): string {

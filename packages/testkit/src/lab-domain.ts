@@ -1,4 +1,4 @@
-import { randomBytes } from 'node:crypto'
+import { randomBytes, randomUUID } from 'node:crypto'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import path from 'node:path'
 import { GuestChannel, GuestCommandError, type GuestResult } from './guest-channel.ts'
@@ -28,8 +28,13 @@ export interface LabDisk {
 /** What {@link LibvirtLab.createDomain} is to define. */
 export interface LabDomainOptions {
   readonly name: string
-  /** Default: 256. */
+  /** Default: 256, or 32 without a guest. */
   readonly memoryMiB?: number
+  /**
+   * Whether a guest boots. Without one the firmware finds nothing to boot, and halts: enough where QEMU alone
+   * reads and writes, by {@link LabDomain.io}, and much lighter. Default: true.
+   */
+  readonly guest?: boolean
   readonly disks: readonly LabDisk[]
   /** Run the guest agent, for `domfsfreeze` and the like. Default: false. */
   readonly agent?: boolean
@@ -69,16 +74,16 @@ export class LabDomain {
   readonly name: string
   /** UEFI only: the file with the domain's firmware variables. It exists from the first start on. */
   readonly nvram: string | undefined
-  readonly #agent: boolean
-  readonly #disks: readonly string[]
+  readonly #options: Omit<LabDomainOptions, 'name'>
+  readonly #uuid: string
   readonly #lab: DomainLab
   readonly #files: DomainFiles
   readonly #channel: GuestChannel
 
-  constructor(lab: DomainLab, options: LabDomainOptions, files: DomainFiles) {
+  constructor(lab: DomainLab, options: LabDomainOptions, uuid: string, files: DomainFiles) {
     this.name = options.name
-    this.#agent = options.agent ?? false
-    this.#disks = options.disks.map(({ target }) => target)
+    this.#options = options
+    this.#uuid = uuid
     this.nvram = files.firmware?.nvram
     this.#lab = lab
     this.#files = files
@@ -94,7 +99,7 @@ export class LabDomain {
   async waitForBoot(timeoutMs = 100_000): Promise<void> {
     try {
       await this.run('true', { timeoutMs })
-      if (this.#agent) await this.#agentAnswers(timeoutMs)
+      if (this.#options.agent) await this.#agentAnswers(timeoutMs)
     } catch (cause) {
       const console = await readFile(this.#files.consoleLog, 'utf8').catch(() => '')
       throw new Error(`The guest of ${this.name} did not boot. Its console says:\n${console}`, { cause })
@@ -107,22 +112,9 @@ export class LabDomain {
     await this.waitForBoot(timeoutMs)
   }
 
-  /**
-   * Has QEMU itself run `qemu-io` commands on a disk, through the guest's device and to wherever that writes at the
-   * moment: the domain has to run, and no guest has to be up. Flushed at the end.
-   */
+  /** As {@link deviceIo} for one of the disks, flushed at the end. */
   async io(target: string, ...commands: readonly string[]): Promise<void> {
-    const device = `/machine/peripheral/virtio-disk${this.#disks.indexOf(target)}/virtio-backend`
-    for (const command of [...commands, 'flush']) {
-      const said = await this.#lab.virsh([
-        'qemu-monitor-command',
-        this.name,
-        '--hmp',
-        `qemu-io -d ${device} "${command}"`,
-      ])
-      if (/failed|error|invalid|unknown|not found/i.test(said))
-        throw new Error(`qemu-io on ${target}: ${said}`)
-    }
+    await deviceIo(this.#lab, this.name, target, [...commands, 'flush'])
   }
 
   /** Presses the power button and waits until the domain is off. The guest flushes and unmounts its disks. */
@@ -144,7 +136,7 @@ export class LabDomain {
 
   /** The id of the domain's QEMU process, as seen from outside of the lab's process namespace. */
   async qemuPid(): Promise<number> {
-    const pid = await findProcess(`\0guest=${this.name},`, this.#lab.guest.kernel)
+    const pid = await findProcess(`\0guest=${this.name},`, this.#uuid)
     if (pid === undefined) throw new Error(`${this.name} has no QEMU process.`)
     return pid
   }
@@ -180,6 +172,7 @@ export class LabDomain {
    * code other than 0.
    */
   async run(command: string, options: GuestRunOptions = {}): Promise<GuestResult> {
+    if (this.#options.guest === false) throw new Error(`${this.name} has no guest that could run ${command}.`)
     const result = await this.#channel.run(command, options.timeoutMs ?? 60_000).result
     if (result.exitCode !== 0 && options.reject !== false) throw new GuestCommandError(command, result)
     return result
@@ -237,10 +230,30 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
     ...(options.uefi && { firmware: { ...(await ovmfFirmware()), nvram: path.join(folder, 'nvram') } }),
   }
   const definition = path.join(folder, 'domain.xml')
-  await writeFile(definition, labDomainXml(options, files))
+  const uuid = randomUUID()
+  await writeFile(definition, labDomainXml(options, uuid, files))
   await lab.virsh(['define', definition])
   if (options.autostart) await lab.virsh(['autostart', options.name])
-  return new LabDomain(lab, options, files)
+  return new LabDomain(lab, options, uuid, files)
+}
+
+/**
+ * Has the QEMU of a running domain carry out `qemu-io` commands on a disk such as `vda`: through the device, to
+ * wherever that writes at the moment, as for a guest. No guest has to be up.
+ */
+export async function deviceIo(
+  lab: Pick<DomainLab, 'virsh'>,
+  domain: string,
+  target: string,
+  commands: readonly string[],
+): Promise<void> {
+  const index = target.charCodeAt(2) - 'a'.charCodeAt(0) // libvirt numbers its aliases by this letter
+  const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
+  const lines = commands.map(
+    command => `qemu-monitor-command ${domain} --hmp 'qemu-io -d ${device} "${command}"'`,
+  )
+  const said = await lab.virsh([lines.join('; ')])
+  if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io on ${target}: ${said}`)
 }
 
 /**
@@ -255,5 +268,6 @@ export async function openLabDomain(lab: DomainLab, name: string): Promise<LabDo
     throw new Error(`libvirt chose no socket for the command port of ${name}:\n${xml}`)
   const consoleLog = /<serial type='file'>\s*<source path='([^']+)'/.exec(xml)?.[1] ?? ''
   const files = { guest: lab.guest, commandSocket: path.join(lab.root, 'lib', socket), consoleLog }
-  return new LabDomain(lab, { name, disks: [] }, files)
+  const uuid = /<uuid>([^<]+)</.exec(xml)?.[1] ?? ''
+  return new LabDomain(lab, { name, disks: [] }, uuid, files)
 }

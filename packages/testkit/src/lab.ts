@@ -28,6 +28,7 @@ export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize 
 export { CephLab, type CephOptions, type CephUser, startCeph } from './lab-ceph.ts'
 export { freePorts } from './lab-daemon.ts'
 export {
+  deviceIo,
   type GuestProcess,
   type GuestRunOptions,
   type LabDisk,

@@ -192,17 +192,7 @@ describe('a booted guest', () => {
     expect((await vm.run('sha256sum /dev/vda /dev/vdb')).stdout).toBe(inside)
   })
 
-  test('rejects a running command at once when it is destroyed', async () => {
-    const running = vm.run('sleep 1000')
-    const rejected = expect(running).rejects.toThrow('The guest went away')
-    await vm.run('true')
-    await vm.destroy()
-    await rejected
-    await expect(vm.run('true')).rejects.toThrow('cannot be reached')
-  })
-
   test('shuts off when it is asked by the agent', async () => {
-    await vm.boot()
     await lab.virsh(['shutdown', 'guest-1', '--mode', 'agent'])
     await vm.waitForState('shut off')
   })
@@ -212,6 +202,19 @@ describe('a booted guest', () => {
     await lab.powerCycle()
     expect(await vm.state()).toBe('running')
     await vm.waitForBoot()
+  })
+
+  test('rejects a running command at once when it is destroyed', async () => {
+    const running = vm.run('sleep 1000')
+    const rejected = expect(running).rejects.toThrow('The guest went away')
+    await vm.run('true')
+    await vm.destroy()
+    await rejected
+    await expect(vm.run('true')).rejects.toThrow('cannot be reached')
+  })
+
+  test('is off when its QEMU was killed, and gone when it is undefined', async () => {
+    await vm.start()
     await vm.killQemu()
     expect(await vm.state()).toBe('shut off')
     await vm.undefine()
@@ -239,18 +242,24 @@ test('two labs have domains of one name and do not disturb each other', async ()
     const domains = await Promise.all(
       labs.map(async (lab, index) => {
         const disk = path.join(lab.root, 'disk.raw')
-        await writeFile(disk, Buffer.alloc(MiB, `lab ${index}\n`))
-        return lab.createDomain({ name: 'twin', disks: [{ target: 'vda', path: disk, format: 'raw' }] })
+        await writeFile(disk, Buffer.alloc(MiB, index + 1))
+        return lab.createDomain({
+          name: 'twin',
+          guest: false,
+          disks: [{ target: 'vda', path: disk, format: 'raw' }],
+        })
       }),
     )
     for (const { root } of labs) expect(existsSync(path.join(root, 'etc/qemu/twin.xml'))).toBe(true)
     expect(existsSync('/etc/libvirt/qemu/twin.xml')).toBe(false)
-    await Promise.all(domains.map(vm => vm.boot()))
+    await Promise.all(domains.map(vm => vm.start()))
     const [first, second] = domains
     const [firstLab, secondLab] = labs
-    expect((await first?.run('head -n 1 /dev/vda'))?.stdout).toBe('lab 0')
+    await first?.io('vda', 'read -P 1 0 1M')
     await firstLab?.stop()
-    expect((await second?.run('head -n 1 /dev/vda'))?.stdout).toBe('lab 1')
+    await second?.io('vda', 'read -P 2 0 1M')
+    await expect(second?.io('vda', 'read -P 1 0 1M')).rejects.toThrow('Pattern verification failed')
+    await expect(second?.run('true')).rejects.toThrow('has no guest')
     expect(await processesOf(firstLab?.root ?? '')).toEqual([])
     expect(existsSync(firstLab?.root ?? '')).toBe(false)
     expect(await second?.state()).toBe('running')

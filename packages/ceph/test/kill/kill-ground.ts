@@ -3,15 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { BackupPipeline, LibvirtHost, RestorePipeline } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
-import { type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
-import {
-  DISKS,
-  type DiskName,
-  domainXml,
-  INSTANCE,
-  randomChange,
-  writeAsGuest,
-} from '../../../core/test/torture/guest.ts'
+import { deviceIo, type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
+import { DISKS, type DiskName, domainXml, INSTANCE, randomChange } from '../../../core/test/torture/guest.ts'
 import { Random } from '../../../core/test/torture/random.ts'
 import { CephConnector, type CephOptions } from '../../src/index.ts'
 import { RbdSite } from '../rbd-site.ts'
@@ -94,7 +87,7 @@ export class KillGround implements AsyncDisposable {
   async write(): Promise<void> {
     for (const disk of DISKS) {
       const commands = Array.from({ length: 3 }, () => randomChange(this.content[disk], this.random))
-      await writeAsGuest(this.#lab, disk, [...commands, 'flush'])
+      await deviceIo(this.#lab, INSTANCE, disk, [...commands, 'flush'])
     }
   }
 

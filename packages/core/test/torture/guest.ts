@@ -1,4 +1,3 @@
-import type { LibvirtLab } from '@varve/testkit/lab'
 import type { Random } from './random.ts'
 
 export const INSTANCE = 'web-1'
@@ -24,20 +23,6 @@ export function domainXml(disks: readonly string[]): string {
   </devices>
 </domain>
 `
-}
-
-/** Has the running domain's QEMU do commands of `qemu-io` to a disk, through its device: the guest need not boot. */
-export async function writeAsGuest(
-  lab: LibvirtLab,
-  disk: DiskName,
-  commands: readonly string[],
-): Promise<void> {
-  const device = `/machine/peripheral/virtio-disk${DISKS.indexOf(disk)}/virtio-backend`
-  const lines = commands.map(
-    command => `qemu-monitor-command ${INSTANCE} --hmp 'qemu-io -d ${device} "${command}"'`,
-  )
-  const said = await lab.virsh([lines.join('; ')])
-  if (/failed|error|invalid|unknown|not found/i.test(said)) throw new Error(`qemu-io: ${said}`)
 }
 
 /** One change of a disk: a command for `qemu-io`, done to the bytes as well. */

@@ -3,14 +3,14 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/pr
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
-import { createQcow2, type LibvirtLab, qemuIo } from '@varve/testkit/lab'
+import { createQcow2, deviceIo, type LibvirtLab, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { BackupPipeline, type BackupRequest } from '../../src/backup-pipeline.ts'
 import type { Host } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
-import { DISKS, type DiskName, domainXml, INSTANCE, randomChange, writeAsGuest } from './guest.ts'
+import { DISKS, type DiskName, domainXml, INSTANCE, randomChange } from './guest.ts'
 import { AgentHost } from './job.ts'
 import type { Random } from './random.ts'
 
@@ -180,7 +180,7 @@ export class ProvingGround implements AsyncDisposable {
       const content = this.#content.get(disk)
       if (!content) continue
       const commands = Array.from({ length: 3 }, () => randomChange(content, random))
-      if (running && this.#lab) await writeAsGuest(this.#lab, disk, commands)
+      if (running && this.#lab) await deviceIo(this.#lab, INSTANCE, disk, commands)
       else await qemuIo(this.image(disk), 'qcow2', commands)
     }
   }
