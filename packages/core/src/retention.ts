@@ -73,9 +73,10 @@ export function planRetention(items: readonly RetentionItem[], policy: Retention
     if (parent !== undefined && reasons.has(id)) keep(parent, 'ancestor')
 
   return {
-    keep: newestFirst
-      .toReversed()
-      .flatMap(({ id }) => (reasons.has(id) ? [{ id, reasons: [...(reasons.get(id) ?? [])] }] : [])),
+    keep: newestFirst.toReversed().flatMap(({ id }) => {
+      const why = reasons.get(id)
+      return why ? [{ id, reasons: [...why] }] : []
+    }),
     remove: newestFirst.flatMap(({ id }) => (reasons.has(id) ? [] : [id])),
   }
 }
@@ -142,5 +143,5 @@ function calendar(timeZone: string): (id: string) => string {
 function mondayOf(day: string): string {
   const date = new Date(`${day}T00:00:00Z`)
   date.setUTCDate(date.getUTCDate() - ((date.getUTCDay() + 6) % 7))
-  return date.toISOString().slice(0, 10)
+  return date.toISOString()
 }

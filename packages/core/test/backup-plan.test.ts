@@ -1,18 +1,22 @@
 import { expect, test } from 'vitest'
 import {
   assertClustersFit,
+  backupOfMark,
   bitmapsToRetire,
   chooseDisks,
+  fallbackMessage,
+  goneBackups,
   markName,
   type PlanInput,
   planBackup,
+  snapshotObstacle,
   snapshotsToRetire,
 } from '../src/backup-plan.ts'
 import type { Catalog, StoredBackup } from '../src/backups.ts'
 import { objectsOf } from '../src/chain.ts'
 import { VarveError } from '../src/errors.ts'
 import type { DiskBitmap, FileDisk, HostDisk, Instance, RbdDisk } from '../src/host.ts'
-import type { BackupManifest, ManifestDisk, Qcow2ManifestDisk } from '../src/manifest.ts'
+import type { BackupManifest, FallbackReason, ManifestDisk, Qcow2ManifestDisk } from '../src/manifest.ts'
 import { nextKind } from '../src/next-kind.ts'
 import type { RbdCluster, RbdImage } from '../src/rbd.ts'
 
@@ -107,6 +111,12 @@ function plan(disks: HostDisk[], backups: StoredBackup[] | Catalog, change: Part
 
 const chain = [backup(1, 1), backup(2, 1, 1)]
 
+test('a mark is named after its backup, and no other name is a mark', () => {
+  expect(markName(id(1))).toBe('varve-20260101-000001-000-000001')
+  expect(backupOfMark('varve-20260101-000001-000-000001')).toBe(id(1))
+  expect(backupOfMark(id(1))).toBeUndefined()
+})
+
 test('a disk that carries the bitmap of the newest backup gets an increment on it', () => {
   expect(plan([hostDisk('vda', [bitmap(2)])], chain)).toEqual({ parent: id(2), disks: [markName(id(2))] })
 })
@@ -142,6 +152,32 @@ test('each disk falls back by itself', () => {
   expect(plan([hostDisk('vda', []), hostDisk('vdb', [bitmap(1)]), hostDisk('vdc', [])], both)).toEqual({
     parent: id(1),
     disks: ['bitmap-missing', markName(id(1)), 'disk-new'],
+  })
+})
+
+test('each disk rests on the image of its own, of the size that it had', () => {
+  const disks = [manifestDisk(1, 'vda'), { ...manifestDisk(1, 'vdb'), virtualSize: GiB / 2 }]
+  const stored = backup(1, 1)
+  const both = { ...stored, manifest: { ...stored.manifest, disks } }
+  const [vda, vdb] = [hostDisk('vda', [bitmap(1)]), hostDisk('vdb', [bitmap(1)])]
+  const since = markName(id(1))
+  expect(
+    planBackup({ type: 'auto', disks: [vda, vdb], catalog: catalogOf([both]), maxIncrementalChain: 14 }),
+  ).toEqual({
+    parent: both,
+    disks: [
+      { disk: vda, kind: 'incremental', since, parentSize: GiB, backing: `../${id(1)}/vda.qcow2` },
+      { disk: vdb, kind: 'incremental', since, parentSize: GiB / 2, backing: `../${id(1)}/vdb.qcow2` },
+    ],
+  })
+})
+
+test('one disk that carries the bitmap of an older backup is enough for a chain to go on from it', () => {
+  const names = ['vda', 'vdb']
+  const both = [backup(1, 1, undefined, names), backup(2, 1, 1, names)]
+  expect(plan([hostDisk('vda', []), hostDisk('vdb', [bitmap(1)])], both)).toEqual({
+    parent: id(1),
+    disks: ['bitmap-missing', markName(id(1))],
   })
 })
 
@@ -214,6 +250,15 @@ test('an image that was restored says itself which snapshot holds the backup', (
   expect(plan([rbdDisk([[1, 78]], { id: 'new', metadata })], rbdChain).disks).toEqual(['disk-replaced'])
 })
 
+test('a snapshot of a restored image with the number that the original had is not the one of the backup', () => {
+  const metadata = new Map([[`varve.restored.${id(2)}`, '77']])
+  expect(plan([rbdDisk([[2, 20]], { id: 'new', metadata })], rbdChain).disks).toEqual(['snapshot-replaced'])
+})
+
+test('an RBD image has no snapshot of a backup of a file', () => {
+  expect(snapshotObstacle(rbdDisk([[1, 10]]), manifestDisk(1, 'vda'), id(1))).toBe('disk-replaced')
+})
+
 test.each([
   ['snapshot-missing', rbdDisk([])],
   ['snapshot-replaced', rbdDisk([[2, 21]])],
@@ -245,9 +290,23 @@ test('the newest snapshots stay, as many as asked for, the new one among them', 
   expect(retired(7)).toEqual({ vda: [] })
 })
 
+test('the oldest snapshots go first, in whatever order the image lists them', () => {
+  const disk = rbdDisk([
+    [3, 30],
+    [1, 10],
+    [2, 20],
+  ])
+  const backups = [...rbdChain, ofRbd(backup(3, 1, 2), 3)]
+  expect(snapshotsToRetire([disk], backups, id(3), 2)).toEqual({ vda: [markName(id(1))] })
+  expect(snapshotsToRetire([disk], backups, id(4), 2)).toEqual({ vda: [1, 2].map(n => markName(id(n))) })
+})
+
 test('an increment with no backup at all is an error', () => {
   expect(() => plan([hostDisk('vda', [])], [], { type: 'incremental' })).toThrow(
-    expect.objectContaining({ code: 'PARENT_MISSING' }),
+    expect.objectContaining({
+      code: 'PARENT_MISSING',
+      message: expect.stringMatching(/no backup of this instance .* full backup first/),
+    }),
   )
 })
 
@@ -278,6 +337,27 @@ const damaged = (n: number, of: number) => ({
   key: `web-1/${id(of)}/${id(n)}/manifest.json`,
   error: new VarveError('MANIFEST_INVALID', 'x'),
 })
+
+test('an increment where all that is there is damaged becomes a full backup', () => {
+  const catalog = { ...catalogOf([]), damaged: [damaged(1, 1)] }
+  expect(plan([hostDisk('vda', [])], catalog, { type: 'incremental' }).disks).toEqual(['parent-broken'])
+})
+
+test('a mark that went to a backup whose manifest is damaged is not missing', () => {
+  const fileCatalog = { ...catalogOf(chain), damaged: [damaged(3, 1)] }
+  expect(plan([hostDisk('vda', [bitmap(3)])], fileCatalog).disks).toEqual(['parent-broken'])
+  const rbdCatalog = { ...catalogOf(rbdChain), damaged: [damaged(3, 1)] }
+  expect(plan([rbdDisk([[3, 30]])], rbdCatalog).disks).toEqual(['parent-broken'])
+})
+
+test('a damaged backup whose mark a disk carries changes nothing else', () => {
+  const catalog = { ...catalogOf(chain), damaged: [damaged(3, 1)] }
+  expect(plan([hostDisk('vda', [bitmap(2), bitmap(3)])], catalog).parent).toBe(id(2))
+  expect(plan([hostDisk('vda', [bitmap(2, { enabled: false }), bitmap(3)])], catalog).disks).toEqual([
+    'bitmap-disabled',
+  ])
+})
+
 const rawDisk = () => {
   const stored = backup(1, 1)
   const [disk] = stored.manifest.disks
@@ -311,7 +391,63 @@ test('only bitmaps of backups on this storage are retired, and never the new one
   const disks = [
     hostDisk('vda', [bitmap(1), bitmap(2), bitmap(3), bitmap(9), { ...bitmap(1), name: 'other' }]),
   ]
-  expect(bitmapsToRetire(disks, chain, id(3))).toEqual({ vda: [markName(id(1)), markName(id(2))] })
+  const retired = { vda: [markName(id(1)), markName(id(2))] }
+  expect(bitmapsToRetire(disks, chain, id(3))).toEqual(retired)
+  expect(bitmapsToRetire(disks, [...chain, backup(3, 1, 2)], id(3))).toEqual(retired)
+})
+
+test('an RBD image has no bitmaps to retire, and a file no snapshots', () => {
+  const disks = [rbdDisk([[1, 10]]), hostDisk('vdb', [bitmap(1)])]
+  expect(bitmapsToRetire(disks, chain, id(3))).toEqual({ vdb: [markName(id(1))] })
+  expect(snapshotsToRetire(disks, rbdChain, id(3), 1)).toEqual({ vda: [markName(id(1))] })
+})
+
+test('the marks of backups that are gone are retired too', () => {
+  const catalog = catalogOf(chain)
+  const gone = goneBackups([1, 2, 3, 4].map(id), catalog)
+  expect(gone).toEqual(new Set([id(3), id(4)]))
+  const disks = [
+    hostDisk('vdb', [bitmap(3), bitmap(5), { ...bitmap(3), name: 'other' }]),
+    rbdDisk([
+      [2, 20],
+      [3, 30],
+    ]),
+  ]
+  expect(bitmapsToRetire(disks, chain, id(5), gone)).toEqual({ vdb: [markName(id(3))] })
+  expect(snapshotsToRetire(disks, rbdChain, id(5), 2, gone)).toEqual({ vda: [markName(id(3))] })
+})
+
+test('a backup is not gone while the storage has anything of it, and none is from a storage without backups', () => {
+  const left = { key: `web-1/${id(1)}/${id(3)}/vda.qcow2`, size: 1 }
+  const elsewhere = { key: 'web-1/notes.txt', size: 1 }
+  const catalog = catalogOf(chain)
+  const objects = new Map([...catalog.objects, [left.key, left], [elsewhere.key, elsewhere]])
+  expect(goneBackups([3, 4].map(id), { ...catalog, objects })).toEqual(new Set([id(4)]))
+  expect(goneBackups([1, 2].map(id), catalogOf([]))).toEqual(new Set())
+})
+
+const reasons: Record<FallbackReason, true> = {
+  'no-parent': true,
+  'chain-limit': true,
+  'parent-broken': true,
+  'disk-new': true,
+  'disk-replaced': true,
+  'disk-shrunk': true,
+  'format-raw': true,
+  'format-qcow2-v2': true,
+  'bitmap-missing': true,
+  'bitmap-inconsistent': true,
+  'bitmap-disabled': true,
+  'bitmap-altered': true,
+  'bitmap-granularity': true,
+  'snapshot-missing': true,
+  'snapshot-replaced': true,
+}
+
+test('each fallback has a sentence of its own, which names the disk', () => {
+  const told = (Object.keys(reasons) as FallbackReason[]).map(reason => fallbackMessage('vda', reason))
+  for (const sentence of told) expect(sentence).toMatch(/^[A-Z].+ full backup \(disk vda\)\.$/)
+  expect(new Set(told).size).toBe(told.length)
 })
 
 function instance(disks: HostDisk[], unsupported: [string, string][] = []): Instance {
@@ -325,25 +461,57 @@ test('disks are chosen all, primary or by name', () => {
   expect(names('all')).toEqual(['vda', 'vdb'])
   expect(names('primary')).toEqual(['vda'])
   expect(names(['vdb', 'vdb'])).toEqual(['vdb'])
+  const context = { instance: 'web-1', disks: ['vda', 'vdb'] }
   expect(() => names(['vdx'])).toThrow(
-    expect.objectContaining({ code: 'DISK_NOT_FOUND', message: expect.stringContaining('It has vda, vdb') }),
+    expect.objectContaining({
+      code: 'DISK_NOT_FOUND',
+      message: 'web-1 has no disk vdx. It has vda, vdb.',
+      context: { ...context, disk: 'vdx' },
+    }),
   )
-  expect(() => names([])).toThrow(expect.objectContaining({ code: 'INVALID_ARGUMENT' }))
+  expect(() => names([])).toThrow(
+    expect.objectContaining({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('Name one'),
+      context,
+    }),
+  )
 })
 
 test('a disk that cannot be backed up is never left out silently', () => {
   const found = instance([hostDisk('vda', [])], [['vdb', 'its type is network']])
-  expect(() => chooseDisks(found, 'all')).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
-  expect(() => chooseDisks(found, ['vdb'])).toThrow(expect.objectContaining({ code: 'DISK_UNSUPPORTED' }))
+  const refused = expect.objectContaining({
+    code: 'DISK_UNSUPPORTED',
+    message: expect.stringMatching(/^The disk vdb of web-1 .*: its type is network\. Name the disks/),
+    context: { instance: 'web-1', disk: 'vdb' },
+  })
+  expect(() => chooseDisks(found, 'all')).toThrow(refused)
+  expect(() => chooseDisks(found, ['vdb'])).toThrow(refused)
   expect(chooseDisks(found, ['vda'])).toHaveLength(1)
+  const only = instance([], [['vdb', 'its type is network']])
+  for (const selection of ['all', 'primary', ['vda']] as const)
+    expect(() => chooseDisks(only, selection)).toThrow(refused)
+})
+
+test('an instance without a disk has none to back up', () => {
+  for (const selection of ['all', 'primary', ['vda']] as const)
+    expect(() => chooseDisks(instance([]), selection)).toThrow(
+      expect.objectContaining({
+        code: 'DISK_NOT_FOUND',
+        message: 'web-1 has no disk to back up.',
+        context: { instance: 'web-1', disks: [] },
+      }),
+    )
 })
 
 test('a cluster size that is too small for a disk is refused, with one that is enough', () => {
   const disk = (virtualSize: number) => [hostDisk('vda', []), hostDisk('vdb', [], { virtualSize })]
   assertClustersFit(disk(8192 * GiB), 4096)
+  assertClustersFit([rbdDisk([], { size: 8192 * GiB + 512 })], 4096) // stored as a stream, which has no clusters
   for (const [size, enough] of [
     [8192 * GiB + 512, 8192],
     [16_384 * GiB, 8192],
+    [32_768 * GiB, 8192],
     [65_536 * GiB, 16_384],
   ] as const) {
     const refused = {

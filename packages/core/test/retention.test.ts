@@ -16,8 +16,6 @@ function kept(items: readonly RetentionItem[], policy: RetentionPolicy): Record<
   return Object.fromEntries(planRetention(items, policy).keep.map(({ id, reasons }) => [id, [...reasons]]))
 }
 
-const invalid = expect.objectContaining({ code: 'INVALID_ARGUMENT' })
-
 describe('retention', () => {
   it('keeps the newest backups', () => {
     const items = fulls('2026-11-03', '2026-11-01', '2026-11-02')
@@ -57,6 +55,21 @@ describe('retention', () => {
       [id('2025-12-31')]: ['yearly'],
       [id('2026-01-31')]: ['monthly'],
       [id('2026-02-01')]: ['monthly', 'yearly'],
+    })
+  })
+
+  it('names every rule that keeps a backup', () => {
+    const rules = { keepLast: 1, keepDaily: 1, keepWeekly: 1, keepMonthly: 1, keepYearly: 1 }
+    expect(kept(fulls('2026-11-01'), rules)).toEqual({
+      [id('2026-11-01')]: ['last', 'daily', 'weekly', 'monthly', 'yearly'],
+    })
+  })
+
+  it('knows the weeks and years of ids with any four digits', () => {
+    const items = fulls('0999-12-30', '0999-12-31', '1000-01-01')
+    expect(kept(items, { keepWeekly: 9, keepYearly: 9 })).toEqual({
+      [id('0999-12-31')]: ['yearly'],
+      [id('1000-01-01')]: ['weekly', 'yearly'],
     })
   })
 
@@ -110,20 +123,34 @@ describe('retention', () => {
     expect(planRetention(items, { keepLast: 1 }).remove).toEqual([id('2026-11-02'), id('2026-11-01')])
   })
 
-  it.each<RetentionPolicy>([
-    {},
-    { keepLast: 0 },
-    { keepLast: 0, keepDaily: 0, keepWeekly: 0, keepMonthly: 0, keepYearly: 0 },
-    { timeZone: 'UTC' },
-    { keepLast: -1 },
-    { keepLast: 1.5 },
-    { keepLast: Number.NaN },
-    { keepLast: Infinity },
-    { keepLast: 1, keepDaily: -1 },
-    { keepLast: 1, timeZone: 'Mars/Olympus' },
-    { keepLast: 1, timeZone: '' },
-  ])('refuses the policy %j', policy => {
-    expect(() => planRetention([], policy)).toThrow(invalid)
+  it.each<[RetentionPolicy, string, object]>([
+    [{}, 'keeps nothing', {}],
+    [{ keepLast: 0 }, 'keeps nothing', {}],
+    [{ keepLast: 0, keepDaily: 0, keepWeekly: 0, keepMonthly: 0, keepYearly: 0 }, 'keeps nothing', {}],
+    [{ timeZone: 'UTC' }, 'keeps nothing', {}],
+    [{ keepLast: -1 }, 'last backups to keep is -1', { rule: 'last' }],
+    [{ keepLast: 1.5 }, 'last backups to keep is 1.5', { rule: 'last' }],
+    [{ keepLast: Number.NaN }, 'last backups to keep is NaN', { rule: 'last' }],
+    [{ keepLast: Infinity }, 'last backups to keep is Infinity', { rule: 'last' }],
+    [{ keepLast: 1, keepDaily: -1 }, 'daily backups to keep is -1', { rule: 'daily' }],
+    [
+      { keepLast: 1, timeZone: 'Mars/Olympus' },
+      'Not a time zone: "Mars/Olympus"',
+      { timeZone: 'Mars/Olympus' },
+    ],
+    [{ keepLast: 1, timeZone: '' }, 'Not a time zone: ""', { timeZone: '' }],
+  ])('refuses the policy %j and says why', (policy, why, context) => {
+    const message = expect.stringContaining(why)
+    expect(() => planRetention([], policy)).toThrow(
+      expect.objectContaining({ code: 'INVALID_ARGUMENT', message, context }),
+    )
+  })
+
+  it('passes on what is wrong with a time zone', () => {
+    const cause = expect.any(RangeError)
+    expect(() => planRetention([], { keepLast: 1, timeZone: 'Mars/Olympus' })).toThrow(
+      expect.objectContaining({ cause }),
+    )
   })
 })
 
