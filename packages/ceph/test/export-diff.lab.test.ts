@@ -78,7 +78,7 @@ test('a full stream has no record of what was never written, and zeros where all
     [8 * MIB, MIB + 4 * KIB],
   ])
   expect(diff.dataSize).toBe(5 * MIB + 4 * KIB)
-  const empty = await site.create(1024 ** 4)
+  const empty = await site.create(16 * 1024 * MIB)
   await site.cluster.createSnapshot(empty, 'one')
   expect((await exported(empty, 'one')).bytes.length).toBeLessThan(100)
 })

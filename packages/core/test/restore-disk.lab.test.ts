@@ -78,7 +78,7 @@ describe('a restore to a new file', () => {
         expect(info).not.toHaveProperty('backing-filename')
         await Promise.all([rm(qcow2), rm(raw)])
       }),
-      { numRuns: 40 },
+      { numRuns: 20 },
     )
   })
 

@@ -49,7 +49,7 @@ test('qemu-img finds every layer of a random chain clean and reads from it what 
     fc.asyncProperty(fc.array(layerPlans(21, 16 * MIB), { minLength: 1, maxLength: 10 }), plans =>
       inFolder(folder => checkChain(plans, folder)),
     ),
-    { numRuns: 25 },
+    { numRuns: 12 },
   )
 })
 
