@@ -1,7 +1,6 @@
-import { DIGEST_LENGTH, rootDigest } from './digest.ts'
+import { DIGEST_LENGTH } from './digest.ts'
 import type { DownloadRetry } from './download.ts'
-import { VarveError } from './errors.ts'
-import { loadObject } from './load-object.ts'
+import { loadRecorded } from './load-object.ts'
 import type { ObjectDigest } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 import { assertStoredSize } from './stored-size.ts'
@@ -26,19 +25,5 @@ export async function loadBlockList(options: BlockListOptions): Promise<Uint8Arr
   const { storage, key, size, digest, signal } = options
   const length = Math.ceil(size / digest.blockSize) * DIGEST_LENGTH
   await assertStoredSize(storage, key, length, signal)
-  const list = await loadObject({
-    storage,
-    key,
-    range: { start: 0, end: length },
-    signal,
-    retry: options.retry,
-  })
-  if (rootDigest(list) !== digest.root) {
-    throw new VarveError(
-      'DIGEST_MISMATCH',
-      `${key} is not what was stored: its digest is not the one in the manifest. Restore another backup.`,
-      { context: { key } },
-    )
-  }
-  return list
+  return loadRecorded({ storage, key, size: length, blake3: digest.root, signal, retry: options.retry })
 }

@@ -1,8 +1,8 @@
 import { openImage } from '@varve/qcow2'
-import { BlockDigester, blake3Hex, DIGEST_LENGTH } from './digest.ts'
+import { BlockDigester, DIGEST_LENGTH } from './digest.ts'
 import { download } from './download.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
-import { loadObject } from './load-object.ts'
+import { loadObject, loadRecorded, otherBytes } from './load-object.ts'
 import type { ManifestDisk, ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -34,10 +34,8 @@ export async function checkDisk(reader: ObjectReader, disk: ManifestDisk): Promi
   let list: Buffer | undefined
   const listDamages = await collectDamages(async () => {
     if (skip.has(listKey)) return []
-    const range = { start: 0, end: Math.ceil(disk.storedSize / blockSize) * DIGEST_LENGTH }
-    const bytes = await loadObject({ storage, key: listKey, range, signal, onBytes })
-    if (blake3Hex(bytes) !== root) return [otherBytes(listKey)]
-    list = bytes
+    const size = Math.ceil(disk.storedSize / blockSize) * DIGEST_LENGTH
+    list = await loadRecorded({ storage, key: listKey, size, blake3: root, signal, onBytes })
     return []
   })
   const imageDamages = await collectDamages(async () => {
@@ -59,8 +57,8 @@ export async function checkFile(reader: ObjectReader, file: ManifestFile): Promi
   const key = `${folder}/${file.key}`
   return collectDamages(async () => {
     if (skip.has(key)) return []
-    const bytes = await loadObject({ storage, key, range: { start: 0, end: file.size }, signal, onBytes })
-    return blake3Hex(bytes) === file.blake3 ? [] : [otherBytes(key)]
+    await loadRecorded({ storage, ...file, key, signal, onBytes })
+    return []
   })
 }
 
@@ -146,11 +144,6 @@ function otherBlocks(key: string, blocks: Uint8Array, list: Uint8Array, blockSiz
     `${key} is not what was stored: ${damaged.length} of ${list.byteLength / DIGEST_LENGTH} blocks have another digest, the first at offset ${offset}. Put it back from a copy of the storage, or use another backup.`,
     { context: { key, offset, damagedBlocks: damaged.length } },
   )
-}
-
-function otherBytes(key: string): VarveError {
-  const message = `${key} is not what was stored: its digest is another one. Put it back from a copy of the storage, or use another backup.`
-  return new VarveError('DIGEST_MISMATCH', message, { context: { key } })
 }
 
 function invalidImage(key: string, what: string, cause?: unknown): VarveError {

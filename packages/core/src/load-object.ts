@@ -1,4 +1,6 @@
+import { blake3Hex } from './digest.ts'
 import { type DownloadRetry, download } from './download.ts'
+import { VarveError } from './errors.ts'
 import type { ByteRange, StorageDriver } from './storage.ts'
 
 /** What {@link loadObject} reads. */
@@ -27,4 +29,31 @@ export async function loadObject(options: LoadOptions): Promise<Buffer> {
     restart: () => range.start + received,
   })
   return Buffer.concat(chunks, received)
+}
+
+/** What {@link loadRecorded} reads. */
+export interface RecordedOptions extends Omit<LoadOptions, 'range'> {
+  /** The recorded size in bytes. */
+  readonly size: number
+  /** The recorded digest. */
+  readonly blake3: string
+  /** What an operator can do about other bytes. Default: what helps with any object. */
+  readonly remedy?: string
+}
+
+/** Reads an object that a manifest records into memory. @throws DIGEST_MISMATCH for other bytes */
+export async function loadRecorded(options: RecordedOptions): Promise<Buffer> {
+  const { size, blake3, remedy, ...rest } = options
+  const bytes = await loadObject({ ...rest, range: { start: 0, end: size } })
+  if (blake3Hex(bytes) === blake3) return bytes
+  throw otherBytes(options.key, remedy)
+}
+
+/** The error of an object that has another digest than the one recorded. */
+export function otherBytes(
+  key: string,
+  remedy = 'Put it back from a copy of the storage, or use another backup.',
+): VarveError {
+  const message = `${key} is not what was stored: its digest is another one. ${remedy}`
+  return new VarveError('DIGEST_MISMATCH', message, { context: { key } })
 }

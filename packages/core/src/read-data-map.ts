@@ -1,8 +1,7 @@
 import type { BackupContext } from './backup-context.ts'
 import { type DataMap, decodeDataMap } from './data-map.ts'
-import { blake3Hex } from './digest.ts'
 import { type ErrorCode, isVarveError, VarveError } from './errors.ts'
-import { loadObject } from './load-object.ts'
+import { loadRecorded } from './load-object.ts'
 import { emit } from './run-options.ts'
 import { assertStoredSize } from './stored-size.ts'
 
@@ -30,11 +29,7 @@ export async function readDataMap(
   const key = `${plan.parent.folder}/${map.key}`
   try {
     await assertStoredSize(storage, key, map.size, signal)
-    const bytes = await loadObject({ storage, key, range: { start: 0, end: map.size }, signal })
-    if (blake3Hex(bytes) !== map.blake3) {
-      throw new VarveError('DIGEST_MISMATCH', `${key} is not what was stored.`, { context: { key } })
-    }
-    const decoded = decodeDataMap(bytes)
+    const decoded = decodeDataMap(await loadRecorded({ storage, ...map, key, signal }))
     if (decoded.size === size) return decoded
     throw new VarveError('IMAGE_INVALID', `${key} is of a disk of ${decoded.size} bytes, not ${size}.`, {
       context: { key },

@@ -1,10 +1,9 @@
 import type { ImageLayer } from '@varve/qcow2'
 import { markName } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
-import { blake3Hex } from './digest.ts'
 import type { DownloadRetry } from './download.ts'
 import { errorMessage, VarveError } from './errors.ts'
-import { loadObject } from './load-object.ts'
+import { loadRecorded } from './load-object.ts'
 import type { RbdManifestDisk } from './manifest.ts'
 import { decodeDiffIndex } from './rbd-diff-index.ts'
 import type { StorageDriver } from './storage.ts'
@@ -30,14 +29,7 @@ export async function readDiffLayer(options: DiffLayerOptions): Promise<ImageLay
   const parent = disk.kind === 'incremental' ? backup.manifest.parent : undefined
   const key = `${backup.folder}/${index.key}`
   await assertStoredSize(storage, key, index.size, signal)
-  const bytes = await loadObject({ storage, key, range: { start: 0, end: index.size }, signal, retry })
-  if (blake3Hex(bytes) !== index.blake3) {
-    throw new VarveError(
-      'DIGEST_MISMATCH',
-      `${key} is not what was stored: its digest is not the one in the manifest. Restore another backup.`,
-      { context: { key } },
-    )
-  }
+  const bytes = await loadRecorded({ storage, ...index, key, signal, retry })
   try {
     const diff = decodeDiffIndex(bytes)
     const said: [string, unknown, unknown][] = [

@@ -2,12 +2,11 @@ import { randomUUID } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
 import { backupOfMark, markName } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
-import { blake3Hex } from './digest.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, VarveError } from './errors.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ImageRename, Rename } from './journal.ts'
-import { loadObject } from './load-object.ts'
+import { loadRecorded } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
 import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
@@ -192,11 +191,6 @@ async function fetchFile(
 ): Promise<Buffer> {
   const key = `${folder}/${file.key}`
   const { signal = new AbortController().signal } = run
-  const bytes = await loadObject({ storage, key, range: { start: 0, end: file.size }, signal })
-  if (blake3Hex(bytes) === file.blake3) return bytes
-  throw new VarveError(
-    'DIGEST_MISMATCH',
-    `${key} is not what was stored with the backup. Restore the disks alone, or another backup.`,
-    { context: { key } },
-  )
+  const remedy = 'Restore the disks alone, or another backup.'
+  return loadRecorded({ storage, ...file, key, signal, remedy })
 }
