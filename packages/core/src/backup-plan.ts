@@ -40,7 +40,6 @@ export function chooseDisks<D extends { readonly name: string }>(
   selection: DiskSelection,
 ): D[] {
   const names = instance.disks.map(({ name }) => name)
-  const has = `It has ${names.join(', ') || 'none that can be backed up'}.`
   const context = { instance: instance.name, disks: names }
   if (selection === 'all') {
     for (const [disk, reason] of instance.unsupported) throw unsupported(instance, disk, reason)
@@ -62,9 +61,13 @@ export function chooseDisks<D extends { readonly name: string }>(
     if (reason !== undefined) throw unsupported(instance, name, reason)
     const disk = instance.disks.find(disk => disk.name === name)
     if (!disk)
-      throw new VarveError('DISK_NOT_FOUND', `${instance.name} has no disk ${name}. ${has}`, {
-        context: { ...context, disk: name },
-      })
+      throw new VarveError(
+        'DISK_NOT_FOUND',
+        `${instance.name} has no disk ${name}. It has ${names.join(', ')}.`,
+        {
+          context: { ...context, disk: name },
+        },
+      )
     return disk
   })
 }

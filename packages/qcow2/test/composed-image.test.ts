@@ -152,7 +152,12 @@ test('a signal reaches the guest, and one that has fired asks it for nothing', a
 
 test('bytes outside the file are refused', async () => {
   const image = new ComposedImage(LAYOUT, new ControlledGuest(DISK))
-  const refusal = expect.objectContaining({ code: 'QCOW2_ARGUMENT' })
+  const refusal = (start: number, end: number) =>
+    expect.objectContaining({
+      code: 'QCOW2_ARGUMENT',
+      message: `Bytes ${start} to ${end} are not within the image's ${image.size}.`,
+      context: { start, end },
+    })
   await image.read(image.size, Buffer.alloc(0))
   for (const [start, length] of [
     [-1, 1],
@@ -161,7 +166,7 @@ test('bytes outside the file are refused', async () => {
     [0.5, 1],
     [image.size + 1, 0],
   ] as const)
-    await expect(image.read(start, Buffer.alloc(length))).rejects.toEqual(refusal)
+    await expect(image.read(start, Buffer.alloc(length))).rejects.toEqual(refusal(start, start + length))
   for (const [start, end] of [
     [-1, 1],
     [2, 1],
@@ -169,7 +174,7 @@ test('bytes outside the file are refused', async () => {
     [0.5, 1],
     [0, 1.5],
   ] as const)
-    expect(() => image.stream({ start, end })).toThrow(refusal)
+    expect(() => image.stream({ start, end })).toThrow(refusal(start, end))
 })
 
 test('a full image of nothing but zeros has no data to read', async () => {

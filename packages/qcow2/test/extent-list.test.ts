@@ -61,7 +61,13 @@ test.each([-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53])(
   '%d is not the length of a run',
   length => {
     const list = new ExtentList()
-    expect(() => list.append(length, data)).toThrow(expect.objectContaining({ code: 'QCOW2_ARGUMENT' }))
+    expect(() => list.append(length, data)).toThrow(
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `Not the length of an extent: ${length}.`,
+        context: { length },
+      }),
+    )
     expect([list.count, list.size]).toEqual([0, 0])
   },
 )
@@ -80,5 +86,11 @@ test.each([-1, 2, 0.5])('there is no run %d in a list of two', index => {
   list.append(1, data)
   list.append(1, zero)
   for (const read of [() => list.start(index), () => list.length(index), () => list.kind(index)])
-    expect(read).toThrow(expect.objectContaining({ code: 'QCOW2_ARGUMENT', context: { index } }))
+    expect(read).toThrow(
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `There is no extent ${index} in a list of 2.`,
+        context: { index },
+      }),
+    )
 })

@@ -7,7 +7,6 @@ import { checkRefcounts, walk } from './spec-walk.ts'
 const { unallocated, zero, data } = ExtentKind
 const KIB = 1024
 const MIB = 1024 * KIB
-const _TIB = 1024 * 1024 * MIB
 
 test('data lies in ascending guest order right after the metadata, and the layout says where', async () => {
   await fc.assert(
@@ -121,7 +120,11 @@ test('it ends where the data begins', () => {
     [0.5, 1],
   ] as const)
     expect(() => layout.readMetadata(start, Buffer.alloc(length))).toThrow(
-      expect.objectContaining({ code: 'QCOW2_ARGUMENT' }),
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `Bytes ${start} to ${start + length} are not within the ${layout.dataStart} bytes of metadata.`,
+        context: { start, end: start + length },
+      }),
     )
 })
 

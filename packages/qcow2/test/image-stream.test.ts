@@ -121,9 +121,14 @@ test('with readAhead 1 there is one read at a time', async () => {
 
 test.each([0, -1, 1.5, Number.NaN])('%d is neither a chunk size nor a read-ahead', value => {
   const { image, stream } = dataStream()
-  const refusal = expect.objectContaining({ code: 'QCOW2_ARGUMENT' })
-  expect(() => image.stream({ chunkSize: value })).toThrow(refusal)
-  expect(() => image.stream({ readAhead: value })).toThrow(refusal)
+  for (const option of ['chunkSize', 'readAhead'])
+    expect(() => image.stream({ [option]: value })).toThrow(
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `${option} is a whole number from 1, not ${value}.`,
+        context: { [option]: value },
+      }),
+    )
   stream.destroy()
 })
 

@@ -187,12 +187,14 @@ test('a chain ends with its full image, and has no other', async () => {
   const { images } = await chainOf([plan(1, [data, 1]), plan(2, [data, 1]), plan(3, [data, 1])])
   const [newest, middle, full] = images
   if (!newest || !middle || !full) throw new Error('the chain has three layers')
-  const refusal = (message: RegExp) =>
-    expect.objectContaining({ code: 'QCOW2_ARGUMENT', message: expect.stringMatching(message) })
-  expect(() => mergeLayers([])).toThrow(refusal(/at least one/))
-  expect(() => mergeLayers([newest, middle])).toThrow(refusal(/full one is missing/))
-  expect(() => mergeLayers([newest, full, middle])).toThrow(refusal(/^Layer 1 has no backing file/))
-  expect(() => mergeLayers([full, full])).toThrow(refusal(/^Layer 0 has no backing file/))
+  const refusal = (message: RegExp, context: object) =>
+    expect.objectContaining({ code: 'QCOW2_ARGUMENT', message: expect.stringMatching(message), context })
+  expect(() => mergeLayers([])).toThrow(refusal(/at least one/, {}))
+  expect(() => mergeLayers([newest, middle])).toThrow(refusal(/full one is missing/, { layers: 2 }))
+  expect(() => mergeLayers([newest, full, middle])).toThrow(
+    refusal(/^Layer 1 has no backing file/, { layers: 3 }),
+  )
+  expect(() => mergeLayers([full, full])).toThrow(refusal(/^Layer 0 has no backing file/, { layers: 2 }))
 })
 
 test.each([-1, 3, 0.5])('there is no run %d in a chain of three', async index => {
@@ -204,5 +206,11 @@ test.each([-1, 3, 0.5])('there is no run %d in a chain of three', async index =>
     () => merged.layer(index),
     () => merged.fileOffset(index),
   ])
-    expect(read).toThrow(expect.objectContaining({ code: 'QCOW2_ARGUMENT' }))
+    expect(read).toThrow(
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `There is no extent ${index} in a chain of 3.`,
+        context: { index },
+      }),
+    )
 })

@@ -83,7 +83,13 @@ test.each([-1, 8, 0.5])('there is no run %d in an image of eight', async index =
     () => extents.kind(index),
     () => extents.fileOffset(index),
   ])
-    expect(read).toThrow(expect.objectContaining({ code: 'QCOW2_ARGUMENT' }))
+    expect(read).toThrow(
+      expect.objectContaining({
+        code: 'QCOW2_ARGUMENT',
+        message: `There is no extent ${index} in an image of 8.`,
+        context: { index },
+      }),
+    )
 })
 
 test('an image of no disk is read', async () => {
@@ -228,10 +234,14 @@ const INVALID: Record<string, (file: Buffer) => void> = {
   'data in the last L2 table': entry(L2, COPIED | BigInt(L2 + CLUSTER)),
 }
 
+/** A whole sentence: no part of it is empty. */
+const sentence = expect.stringMatching(/^(?!.* {2})[A-Z].*[^ ]\.$/)
+
 test.each(Object.entries(UNSUPPORTED))('%s is not supported', async (_name, change) => {
   await expect(openBytes(changed(change))).rejects.toMatchObject({
     name: 'Qcow2Error',
     code: 'QCOW2_UNSUPPORTED',
+    message: sentence,
   })
 })
 
@@ -239,6 +249,7 @@ test.each(Object.entries(INVALID))('%s is invalid', async (_name, change) => {
   await expect(openBytes(changed(change))).rejects.toMatchObject({
     name: 'Qcow2Error',
     code: 'QCOW2_INVALID',
+    message: sentence,
   })
 })
 
@@ -296,6 +307,8 @@ test('a file that is cut short anywhere is invalid', async () => {
 test.each([-1, 0.5, Number.NaN, 2 ** 53])('%d is not the size of a file', async size => {
   await expect(openImage({ size, read: async () => undefined })).rejects.toMatchObject({
     code: 'QCOW2_ARGUMENT',
+    message: `Not the size of a file: ${size}.`,
+    context: { size },
   })
 })
 

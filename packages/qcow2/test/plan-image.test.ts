@@ -25,9 +25,9 @@ const KIB = 1024
 const MIB = 1024 * KIB
 const TIB = 1024 * 1024 * MIB
 
-function refused(extents: ExtentList, options: ImageOptions, message: RegExp): void {
+function refused(extents: ExtentList, options: ImageOptions, message: RegExp, context: object): void {
   expect(() => planImage(extents, options)).toThrow(
-    expect.objectContaining({ code: 'QCOW2_ARGUMENT', message: expect.stringMatching(message) }),
+    expect.objectContaining({ code: 'QCOW2_ARGUMENT', message: expect.stringMatching(message), context }),
   )
 }
 
@@ -177,16 +177,23 @@ describe('limits', () => {
 
   test.each([0, 1, 512, 2048, 4095, 4097, 65535, 3 * 65536, 4 * MIB, -4096, Number.NaN])(
     'clusters of %d bytes are refused',
-    clusterSize => refused(new ExtentList(), { clusterSize }, /^Not a cluster size/),
+    clusterSize =>
+      refused(new ExtentList(), { clusterSize }, /^Not a cluster size: .* power of two from 4096/, {
+        clusterSize,
+      }),
   )
 
   test('the L1 table ends at 32 MiB', () => {
     const clusterSize = 4096
     expect(planImage(listOf([8 * TIB, unallocated]), { clusterSize }).virtualSize).toBe(8 * TIB)
-    refused(listOf([8 * TIB + 1, unallocated]), { clusterSize }, /L1 table over 32 MiB/)
+    const oneMore = { virtualSize: 8 * TIB + 512, clusterSize }
+    refused(listOf([8 * TIB + 1, unallocated]), { clusterSize }, /L1 table over 32 MiB/, oneMore)
     expect(planImage(listOf([2048 * TIB, unallocated])).virtualSize).toBe(2048 * TIB)
     expect([maxDiskSize(4096), maxDiskSize(65_536)]).toEqual([8 * TIB, 2048 * TIB])
-    refused(listOf([2048 * TIB + 1, unallocated]), {}, /L1 table over 32 MiB/)
+    refused(listOf([2048 * TIB + 1, unallocated]), {}, /L1 table over 32 MiB/, {
+      virtualSize: 2048 * TIB + 512,
+      clusterSize: 65_536,
+    })
   })
 
   test('the refcount table ends at 8 MiB', () => {
@@ -197,20 +204,24 @@ describe('limits', () => {
       listOf([count * 4096, data], [8 * TIB - count * 4096, unallocated])
     const layout = planImage(full(clusters), { clusterSize: 4096 })
     expect(layout.fileSize / 4096).toBeGreaterThan(2 ** 31 - 2)
-    refused(full(clusters + 1), { clusterSize: 4096 }, /refcount table over 8 MiB/)
+    refused(full(clusters + 1), { clusterSize: 4096 }, /refcount table over 8 MiB/, {
+      virtualSize: 8 * TIB,
+      clusterSize: 4096,
+    })
   })
 
   test('a disk or an image over 2^53 bytes is refused', () => {
     const clusterSize = 2 * MIB
     const most = 2 ** 53 - clusterSize
     expect(planImage(listOf([most, unallocated]), { clusterSize }).virtualSize).toBe(most)
-    refused(listOf([2 ** 53 - 1, unallocated]), { clusterSize }, /over 2\^53/)
-    refused(listOf([most, data]), { clusterSize }, /over 2\^53/)
+    refused(listOf([2 ** 53 - 1, unallocated]), { clusterSize }, /over 2\^53/, { virtualSize: 2 ** 53 })
+    refused(listOf([most, data]), { clusterSize }, /over 2\^53/, { virtualSize: most })
   })
 
   test('a run that begins inside a cluster is refused, whatever its kind', () => {
-    refused(listOf([65536, data], [100, zero], [65436, data]), {}, /Extent 2 begins at 65636/)
-    refused(listOf([512, data], [65024, unallocated]), {}, /Extent 1 begins at 512/)
+    const inside = (start: number) => ({ start, clusterSize: 65_536 })
+    refused(listOf([65536, data], [100, zero], [65436, data]), {}, /Extent 2 begins at 65636/, inside(65_636))
+    refused(listOf([512, data], [65024, unallocated]), {}, /Extent 1 begins at 512/, inside(512))
     expect(planImage(listOf([65536, data], [100, zero])).virtualSize).toBe(66048)
   })
 
@@ -218,22 +229,27 @@ describe('limits', () => {
     const name = (text: string): ImageOptions => ({ backing: { name: text, format: 'qcow2' } })
     expect(() => planImage(new ExtentList(), name('a'.repeat(1023)))).not.toThrow()
     expect(() => planImage(new ExtentList(), name(`${'é'.repeat(511)}a`))).not.toThrow()
-    for (const text of ['', 'a'.repeat(1024), 'é'.repeat(512), 'a\0b'])
-      refused(new ExtentList(), name(text), /^Not a backing file name/)
+    for (const text of ['', 'a'.repeat(1024), 'é'.repeat(512), 'a\0b']) {
+      const length = Buffer.byteLength(text)
+      const shown = JSON.stringify(text.slice(0, 100)).replaceAll('\\', '\\\\')
+      refused(new ExtentList(), name(text), RegExp(`^Not a backing file name: ${shown}\\. It has`), {
+        length,
+      })
+    }
   })
 
-  test.each(['nbd://host/x', 'json:{}', 'disk:1.qcow2'])(
+  test.each(['nbd://host/x', 'json:{}', 'disk:1.qcow2', ':', `${'a'.repeat(200)}:`])(
     'QEMU would take %s for an address: refused',
     name => {
-      refused(new ExtentList(), { backing: { name, format: 'raw' } }, /for an address/)
-      expect(() =>
-        planImage(new ExtentList(), { backing: { name: `./${name}`, format: 'raw' } }),
-      ).not.toThrow()
+      const message = RegExp(`name "${name.slice(0, 100)}" for an address. Begin it with "./"`)
+      refused(new ExtentList(), { backing: { name, format: 'raw' } }, message, { length: name.length })
+      for (const path of [`./${name}`, `a/${name}`])
+        expect(() => planImage(new ExtentList(), { backing: { name: path, format: 'raw' } })).not.toThrow()
     },
   )
 
   test('a backing format is qcow2 or raw', () => {
     const backing = { name: 'a', format: 'vmdk' as 'raw' }
-    refused(new ExtentList(), { backing }, /^Not a backing format: vmdk/)
+    refused(new ExtentList(), { backing }, /^Not a backing format: vmdk/, {})
   })
 })
