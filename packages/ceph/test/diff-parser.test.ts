@@ -1,4 +1,5 @@
 import { ExtentKind, isVarveError, type RbdDiff } from '@varve/core'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { DiffParser } from '../src/diff-parser.ts'
@@ -60,7 +61,7 @@ test('a stream that goes on after its end mark is refused', () => {
   )
 })
 
-test('a mangled stream is refused, or understood within its bounds', () => {
+test('a mangled stream is refused, or understood within its bounds', { timeout: FUZZ_TIMEOUT_MS }, () => {
   fc.assert(
     fc.property(
       diffs,
@@ -82,7 +83,7 @@ test('a mangled stream is refused, or understood within its bounds', () => {
         }
       },
     ),
-    { numRuns: 1000 },
+    fuzz(1000),
   )
 })
 

@@ -58,7 +58,7 @@ export async function listBackups(storage: StorageDriver, options: FindOptions =
  *
  * @throws INVALID_ARGUMENT for what is no id
  * @throws BACKUP_NOT_FOUND
- * @throws MANIFEST_INVALID, MANIFEST_VERSION where its manifest cannot be used
+ * @throws MANIFEST_INVALID, MANIFEST_VERSION where its manifest cannot be used, or two folders have one of this id
  */
 export async function findBackup(
   storage: StorageDriver,
@@ -67,17 +67,21 @@ export async function findBackup(
 ): Promise<StoredBackup> {
   assertBackupId(id)
   const { signal = never } = options
+  const backups: StoredBackup[] = []
   let damage: VarveError | undefined
   for (const object of (await listObjects(storage, prefixOf(options), signal)).values()) {
     if (parseManifestKey(object.key)?.backup !== id) continue
     const found = await readBackup(storage, object, signal)
-    if (found && !('error' in found)) return found
-    damage ??= found?.error // a copy of the backup in another folder does not hide the real one
+    if (found && !('error' in found)) backups.push(found)
+    else damage ??= found?.error // a copy of the backup in another folder does not hide the real one
   }
-  throw damage ?? backupNotFound(storage, id)
+  const [backup, second] = backups
+  if (backup && second) throw sameId(id, [backup.folder, second.folder])
+  if (!backup) throw damage ?? backupNotFound(storage, id)
+  return backup
 }
 
-/** Everything under a prefix of a storage. */
+/** Everything under a prefix of a storage. Backups of one id are damaged, all of them: at most one is Varve's. */
 export async function readCatalog(
   storage: StorageDriver,
   prefix: string,
@@ -88,12 +92,24 @@ export async function readCatalog(
   const read = await fanOut(manifests, { concurrency: MANIFESTS_AT_ONCE, signal }, (object, signal) =>
     readBackup(storage, object, signal),
   )
-  const backups: StoredBackup[] = []
+  const whole: StoredBackup[] = []
   const damaged: DamagedManifest[] = []
   for (const entry of read) {
     if (entry === undefined) continue
     if ('error' in entry) damaged.push(entry)
-    else backups.push(entry)
+    else whole.push(entry)
+  }
+  const backups: StoredBackup[] = []
+  for (const [id, ofId] of Map.groupBy(whole, ({ manifest }) => manifest.id)) {
+    if (ofId.length === 1) backups.push(...ofId)
+    else
+      for (const { folder } of ofId) {
+        const error = sameId(
+          id,
+          ofId.map(backup => backup.folder),
+        )
+        damaged.push({ key: `${folder}/${MANIFEST_FILE}`, error })
+      }
   }
   backups.sort((a, b) => compareText(a.manifest.id, b.manifest.id))
   damaged.sort((a, b) => compareText(a.key, b.key))
@@ -112,6 +128,7 @@ export interface LocatedBackup {
  *
  * @throws INVALID_ARGUMENT for what is no id
  * @throws BACKUP_NOT_FOUND
+ * @throws MANIFEST_INVALID where two folders have one of this id
  */
 export async function locateBackup(
   storage: StorageDriver,
@@ -121,14 +138,17 @@ export async function locateBackup(
   assertBackupId(id)
   const objects = await listObjects(storage, '', signal)
   const places = [...objects.keys()].map(backupOfKey).filter(place => place?.backup === id)
+  let located: LocatedBackup | undefined
   let other: LocatedBackup | undefined
   for (const folder of new Set(places.flatMap(place => place?.folder ?? []))) {
     const chain = await readCatalog(storage, folder.slice(0, -id.length), signal)
-    if (chain.backups.some(backup => backup.folder === folder)) return { folder, chain }
-    other ??= { folder, chain }
+    if (!chain.backups.some(backup => backup.folder === folder)) other ??= { folder, chain }
+    else if (located) throw sameId(id, [located.folder, folder])
+    else located = { folder, chain }
   }
-  if (!other) throw backupNotFound(storage, id)
-  return other
+  const found = located ?? other
+  if (!found) throw backupNotFound(storage, id)
+  return found
 }
 
 /** Whether the located folder holds a manifest, be it a damaged one. */
@@ -161,6 +181,12 @@ async function readBackup(
     }
     throw error
   }
+}
+
+/** Ids are random: two backups of one were made by somebody else, who may want one to be taken for the other. */
+function sameId(id: string, folders: readonly string[]): VarveError {
+  const message = `There are ${folders.length} backups of the id ${id}, in ${folders.join(' and ')}. At most one of them is Varve's: look at them, and move the others away from the storage.`
+  return new VarveError('MANIFEST_INVALID', message, { context: { backup: id, folders } })
 }
 
 function assertBackupId(id: string): void {

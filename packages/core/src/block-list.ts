@@ -1,9 +1,34 @@
 import { DIGEST_LENGTH } from './digest.ts'
 import type { DownloadRetry } from './download.ts'
+import { VarveError } from './errors.ts'
 import { loadRecorded } from './load-object.ts'
 import type { ObjectDigest } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
 import { assertStoredSize } from './stored-size.ts'
+
+/** The largest list of block digests, in bytes: that of an image of 128 TiB in blocks of 4 MiB. */
+export const BLOCK_LIST_MAX_BYTES: number = 1024 * 1024 * 1024
+
+/** How long the list of an object's block digests is, in bytes. */
+export function blockListBytes(size: number, { blockSize }: Pick<ObjectDigest, 'blockSize'>): number {
+  return Math.ceil(size / blockSize) * DIGEST_LENGTH
+}
+
+/**
+ * Refuses lists of so many bytes together where they do not fit in the memory that is left. Their sizes come from a
+ * storage, where a file of holes costs nothing.
+ *
+ * @throws INVALID_ARGUMENT
+ */
+export function assertListsFit(needed: number): void {
+  const available = process.availableMemory()
+  if (needed <= available / 2) return
+  throw new VarveError(
+    'INVALID_ARGUMENT',
+    `The lists of block digests of this backup take ${needed} bytes of memory, and ${available} are available, of which half may be used. Use a machine with more memory, or a backup with a shorter chain.`,
+    { context: { needed, available } },
+  )
+}
 
 /** What {@link loadBlockList} reads. */
 export interface BlockListOptions {
@@ -23,7 +48,7 @@ export interface BlockListOptions {
  */
 export async function loadBlockList(options: BlockListOptions): Promise<Uint8Array> {
   const { storage, key, size, digest, signal } = options
-  const length = Math.ceil(size / digest.blockSize) * DIGEST_LENGTH
+  const length = blockListBytes(size, digest)
   await assertStoredSize(storage, key, length, signal)
   return loadRecorded({ storage, key, size: length, blake3: digest.root, signal, retry: options.retry })
 }

@@ -95,7 +95,7 @@ export class ChainManager {
    * manifests are valid and form a chain, and every object is there with its recorded size. With `deep` also:
    * every byte has its recorded digest, and each image is what its manifest says, down to its backing file.
    *
-   * @throws BACKUP_NOT_FOUND; damage is reported, not thrown
+   * @throws BACKUP_NOT_FOUND, and MANIFEST_INVALID where two folders have one of this id; damage is reported, not thrown
    */
   async verify(backupId: string, options: VerifyOptions = {}): Promise<VerifyReport> {
     const { deep = false, signal = never, onProgress } = options

@@ -1,5 +1,5 @@
 import type { BackupListing, StoredBackup } from './backups.ts'
-import { DIGEST_LENGTH } from './digest.ts'
+import { blockListBytes } from './block-list.ts'
 import { VarveError } from './errors.ts'
 import type { BackupManifest, ManifestFile } from './manifest.ts'
 import type { StoredObject } from './storage.ts'
@@ -32,17 +32,35 @@ export function indexChains({ backups, damaged }: BackupListing): ChainIndex {
  */
 export function walkChain(folder: string, index: ChainIndex): ChainWalk {
   const links: StoredBackup[] = []
-  for (let at = folder; ; ) {
-    const child = links[0]
-    const backup = index.backups.get(at)
-    if (!backup) return { links, problem: missingLink(folder, at, index.damaged.get(at)) }
-    const problem = child && unfitParent(child, backup)
-    if (problem) return { links, problem }
-    links.unshift(backup)
-    const { parent } = backup.manifest
-    if (parent === undefined) return { links }
-    at = siblingFolder(backup.folder, parent)
+  const damage = index.damaged.get(folder)
+  if (damage) return { links, problem: damage }
+  const newest = index.backups.get(folder)
+  if (!newest) return { links, problem: chainBroken(folder, missingLink(folder, undefined)) }
+  links.push(newest)
+  for (let at = newest; at.manifest.parent !== undefined; ) {
+    const link = linkBelow(at, at.manifest.parent, index)
+    if ('what' in link) return { links: links.toReversed(), problem: chainBroken(folder, link) }
+    links.push(link)
+    at = link
   }
+  return { links: links.toReversed() }
+}
+
+/** The backups that do not lead to a full one, by folder: what {@link walkChain} says of each, in one pass over all. */
+export function brokenChains(index: ChainIndex): Map<string, VarveError> {
+  const gaps = new Map<string, Gap>()
+  const errors = new Map<string, VarveError>()
+  // Parents come before their children in this order.
+  for (const folder of [...index.backups.keys()].sort()) {
+    const backup = index.backups.get(folder)
+    if (backup?.manifest.parent === undefined) continue
+    const link = linkBelow(backup, backup.manifest.parent, index)
+    const gap = 'what' in link ? link : gaps.get(link.folder)
+    if (!gap) continue
+    gaps.set(folder, gap)
+    errors.set(folder, chainBroken(folder, gap))
+  }
+  return errors
 }
 
 /**
@@ -72,7 +90,7 @@ export interface BackupObject {
 export function objectsOf({ manifest, folder }: StoredBackup): BackupObject[] {
   const disks = manifest.disks.flatMap(({ image, storedSize, blocks, digest }) => [
     { key: `${folder}/${image}`, size: storedSize },
-    { key: `${folder}/${blocks}`, size: Math.ceil(storedSize / digest.blockSize) * DIGEST_LENGTH },
+    { key: `${folder}/${blocks}`, size: blockListBytes(storedSize, digest) },
   ])
   const files = filesOf(manifest).map(file => ({ key: `${folder}/${file.key}`, size: file.size }))
   return [...disks, ...files]
@@ -124,27 +142,45 @@ function folderOf(key: string): string {
   return key.slice(0, key.lastIndexOf('/'))
 }
 
-function missingLink(folder: string, at: string, damage: VarveError | undefined): VarveError {
-  if (damage && at === folder) return damage
+/** Where a chain ends before it comes to a full backup, and why. */
+interface Gap {
+  /** The folder of the link that is not fit. */
+  readonly at: string
+  readonly what: string
+  readonly cause?: VarveError | undefined
+}
+
+function linkBelow(
+  child: StoredBackup,
+  parent: string,
+  { backups, damaged }: ChainIndex,
+): StoredBackup | Gap {
+  const at = siblingFolder(child.folder, parent)
+  const backup = backups.get(at)
+  return backup ? (unfitParent(child, backup) ?? backup) : missingLink(at, damaged.get(at))
+}
+
+function missingLink(at: string, damage: VarveError | undefined): Gap {
   const what = damage
     ? `the manifest of ${idOf(at)} cannot be used: ${damage.message}`
     : `${idOf(at)} is not on the storage, where it would be ${at}. Put it back from a copy, or use a backup that does not rest on it.`
-  return chainBroken(idOf(folder), idOf(at), what, damage)
+  return { at, what, cause: damage }
 }
 
 /** Each increment's backing file is the image of the same disk in the parent. */
-function unfitParent(child: StoredBackup, parent: StoredBackup): VarveError | undefined {
+function unfitParent(child: StoredBackup, parent: StoredBackup): Gap | undefined {
   for (const disk of child.manifest.disks) {
     if (disk.kind === 'full') continue
     const base = parent.manifest.disks.find(({ name }) => name === disk.name)
     if (base && disk.backing === `../${parent.manifest.id}/${base.image}`) continue
     const what = `${parent.manifest.id} has no image ${disk.backing} that the disk ${disk.name} of ${child.manifest.id} rests on. Use a backup that does not rest on it.`
-    return chainBroken(child.manifest.id, parent.manifest.id, what)
+    return { at: parent.folder, what }
   }
   return undefined
 }
 
-function chainBroken(backup: string, link: string, what: string, cause?: unknown): VarveError {
+function chainBroken(folder: string, { at, what, cause }: Gap): VarveError {
+  const [backup, link] = [idOf(folder), idOf(at)]
   const message = `The chain of backup ${backup} is broken: ${what}`
   return new VarveError('CHAIN_BROKEN', message, { context: { backup, link }, cause })
 }

@@ -1,4 +1,5 @@
 import { openImage } from '@varve/qcow2'
+import { assertListsFit, blockListBytes } from './block-list.ts'
 import { BlockDigester, DIGEST_LENGTH } from './digest.ts'
 import { download } from './download.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -34,7 +35,8 @@ export async function checkDisk(reader: ObjectReader, disk: ManifestDisk): Promi
   let list: Buffer | undefined
   const listDamages = await collectDamages(async () => {
     if (skip.has(listKey)) return []
-    const size = Math.ceil(disk.storedSize / blockSize) * DIGEST_LENGTH
+    const size = blockListBytes(disk.storedSize, disk.digest)
+    assertListsFit(size)
     list = await loadRecorded({ storage, key: listKey, size, blake3: root, signal, onBytes })
     return []
   })

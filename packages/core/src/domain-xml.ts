@@ -78,6 +78,11 @@ export interface DomainChanges {
   dropBacking?: readonly string[]
   /** Drops the other writable disks, which belong to the original. */
   onlyTheseDisks?: boolean
+  /**
+   * The XML of the instance as it is: each of the other disks has the source that it has there. One that is not there
+   * goes, or as a drive loses its medium.
+   */
+  otherDisksOf?: string
   /** A new path of the UEFI variables. */
   nvram?: string
 }
@@ -91,13 +96,14 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
     dropIdentity(root)
   }
   if (changes.uuid !== undefined) setUuid(document, root, changes.uuid)
+  const present = changes.otherDisksOf === undefined ? undefined : disksByName(changes.otherDisksOf)
   for (const element of diskElements(root)) {
     const { name } = readDisk(element)
     if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
     const change = changes.disks?.[name]
     if (change) setSource(document, element, change)
-    else if (changes.onlyTheseDisks && ['disk', 'lun'].includes(element.getAttribute('device') ?? 'disk'))
-      remove(element)
+    else if (changes.onlyTheseDisks) removeIfWritable(element)
+    else if (present) takeSource(document, element, present.get(name))
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
   return serializeXml(document)
@@ -136,6 +142,31 @@ function setSource(document: Document, element: Element, to: { path: string; for
   source.setAttribute(block ? 'dev' : 'file', to.path)
   element.insertBefore(source, child(element, 'target') ?? null)
   child(element, 'driver')?.setAttribute('type', to.format)
+}
+
+function disksByName(xml: string): Map<string, Element> {
+  return new Map(diskElements(parseDomain(xml).root).map(element => [readDisk(element).name, element]))
+}
+
+/** What of a `<disk>` says where its content is. */
+const SOURCE_PARTS = ['driver', 'source', 'auth', 'encryption', 'backingStore', 'mirror']
+
+function takeSource(document: Document, element: Element, present: Element | undefined): void {
+  if (!present && removeIfWritable(element)) return
+  for (const name of SOURCE_PARTS) {
+    if (!present && name === 'driver') continue
+    for (const found of children(element, name)) remove(found)
+    for (const found of children(present, name)) element.appendChild(document.importNode(found, true))
+  }
+  const type = present?.getAttribute('type')
+  if (type) element.setAttribute('type', type)
+}
+
+/** Whether it was: a drive with a medium is not. */
+function removeIfWritable(element: Element): boolean {
+  const isWritable = ['disk', 'lun'].includes(element.getAttribute('device') ?? 'disk')
+  if (isWritable) remove(element)
+  return isWritable
 }
 
 function diskElements(root: Element): Element[] {

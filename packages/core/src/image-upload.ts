@@ -1,14 +1,13 @@
 import { Readable } from 'node:stream'
 import { Blake3Hasher } from '@napi-rs/blake-hash'
 import type { ComposedImage } from '@varve/qcow2'
-import { blockDigest, DIGEST_BLOCK_SIZE, rootDigest } from './digest.ts'
+import { BLOCK_LIST_MAX_BYTES, blockListBytes } from './block-list.ts'
+import { blockDigest, DIGEST_BLOCK_SIZE, DIGEST_LENGTH, rootDigest } from './digest.ts'
 import { diskError } from './disk-error.ts'
 import { VarveError } from './errors.ts'
 import type { ObjectDigest } from './manifest.ts'
 import type { RateLimit } from './rate-limit.ts'
 import type { ByteRange, UploadBody } from './storage.ts'
-
-const DIGEST_LENGTH = 32
 
 /**
  * A composed image as the body of an upload. Every block that passes is digested; one that passes again, on
@@ -31,7 +30,9 @@ export class ImageUpload implements UploadBody {
     this.#limit = options.limit
     this.#signal = options.signal
     this.size = image.size
-    const count = Math.ceil(image.size / DIGEST_BLOCK_SIZE)
+    const bytes = blockListBytes(image.size, { blockSize: DIGEST_BLOCK_SIZE })
+    if (bytes > BLOCK_LIST_MAX_BYTES) throw tooLarge(this.#disk, image.size)
+    const count = bytes / DIGEST_LENGTH
     this.#blocks = new Uint8Array(count * DIGEST_LENGTH)
     this.#digested = new Uint8Array(count)
   }
@@ -109,4 +110,9 @@ export class ImageUpload implements UploadBody {
     this.#blocks.set(digest, at)
     this.#digested[block] = 1
   }
+}
+
+function tooLarge(disk: string, size: number): VarveError {
+  const message = `The image of ${disk} has ${size} bytes; a backup's images have at most 128 TiB. Leave the disk out and back it up by other means.`
+  return new VarveError('DISK_UNSUPPORTED', message, { context: { disk, size } })
 }

@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
 import type { DiskOverlay, HostReference } from './host.ts'
+import { parseHeader, parseStep } from './journal-schema.ts'
 import { makeFolders } from './make-folders.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 
@@ -250,10 +251,13 @@ async function readJournal(
   // A last line without its end was cut short, so its step was never begun.
   const lines = text.split('\n').slice(0, -1)
   try {
-    const [header, ...steps] = lines.map(line => JSON.parse(line))
+    const [header, ...steps]: unknown[] = lines.map(line => JSON.parse(line))
     if (header === undefined) return undefined // died before its first step
-    if (header.version !== 1) throw new Error(`version ${header.version}`)
-    return { header, steps, length: Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1)) }
+    return {
+      header: parseHeader(header),
+      steps: steps.map(parseStep),
+      length: Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1)),
+    }
   } catch (error) {
     throw new VarveError(
       'RUN_UNRESOLVED',

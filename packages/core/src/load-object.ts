@@ -18,17 +18,18 @@ export interface LoadOptions {
 /** Reads a range of an object into memory. Its caller has bounded the range. */
 export async function loadObject(options: LoadOptions): Promise<Buffer> {
   const { range, onBytes } = options
-  const chunks: Uint8Array[] = [] // memory for what comes, not for what a storage says that it has
+  // Not filled, so that it takes memory for what comes and not for what a storage says that it has.
+  const bytes = Buffer.allocUnsafeSlow(range.end - range.start)
   let received = 0
   await download(options, {
     async write(chunk) {
-      chunks.push(Uint8Array.prototype.slice.call(chunk)) // its memory is used again
+      bytes.set(chunk, received)
       received += chunk.byteLength
       onBytes?.(chunk.byteLength)
     },
     restart: () => range.start + received,
   })
-  return Buffer.concat(chunks, received)
+  return bytes
 }
 
 /** What {@link loadRecorded} reads. */

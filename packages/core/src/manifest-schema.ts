@@ -1,5 +1,6 @@
 import { z } from 'zod'
 import { BACKUP_ID_FORM, isBackupId } from './backup-id.ts'
+import { BLOCK_LIST_MAX_BYTES, blockListBytes } from './block-list.ts'
 import type {
   BackupManifest,
   Consistency,
@@ -12,6 +13,7 @@ import type {
 } from './manifest.ts'
 import { isRbdImage } from './rbd.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
+import { DEFINITION_MAX_BYTES } from './xml-elements.ts'
 
 /** A check of every field of `T`, the optional ones too: `satisfies` keeps schema and interface from drifting apart. */
 type FieldsOf<T> = { [K in keyof Required<T>]: z.ZodType<T[K]> }
@@ -65,6 +67,9 @@ const digest = z.object({
 /** The largest of the small files, in bytes: they are held in memory. The largest UEFI variables are of 64 MiB. */
 export const FILE_MAX_BYTES: number = 256 * 1024 * 1024
 
+/** The largest map of a disk's data, in bytes: of eight times as much memory. The next increment does without one. */
+export const MAP_MAX_BYTES: number = 32 * 1024 * 1024
+
 const file = z.object({
   key: fileName,
   size: byteCount.max(FILE_MAX_BYTES),
@@ -87,7 +92,7 @@ const qcow2Disk = z.object({
   ...diskFields,
   format: z.literal('qcow2'),
   clusterSize: powerOfTwo(4096, 2 * 1024 * 1024),
-  map: file.exactOptional(),
+  map: file.extend({ size: byteCount.max(MAP_MAX_BYTES) }).exactOptional(),
   bitmap: z.object({ name: z.string(), granularity: powerOfTwo(512, 2 ** 31) }).exactOptional(),
   source: z.object({ path: z.string().min(1).max(4096), format: z.enum(['qcow2', 'raw']) }),
 } satisfies FieldsOf<Qcow2ManifestDisk>)
@@ -120,7 +125,7 @@ const manifest = z.object({
   consistency: z.enum(consistencies),
   running: z.boolean(),
   disks: z.array(disk).min(1),
-  definition: file.exactOptional(),
+  definition: file.extend({ size: byteCount.max(DEFINITION_MAX_BYTES) }).exactOptional(),
   nvram: file.exactOptional(),
   tools: z.record(z.string().min(1).max(64), z.string().max(1000)),
 } satisfies FieldsOf<BackupManifest>)
@@ -192,6 +197,8 @@ function* diskContradictions(
   { id, kind, parent }: BackupManifest,
   path: (string | number)[],
 ): Generator<Contradiction> {
+  if (blockListBytes(disk.storedSize, disk.digest) > BLOCK_LIST_MAX_BYTES)
+    yield { path: [...path, 'digest', 'blockSize'], message: 'the list of block digests is over 1 GiB' }
   if (disk.kind === 'full') {
     if (disk.backing !== undefined) yield { path: [...path, 'backing'], message: 'a full disk has none' }
   } else {

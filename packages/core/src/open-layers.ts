@@ -1,4 +1,5 @@
 import { type ImageLayer, openImage, type Qcow2Image } from '@varve/qcow2'
+import { assertListsFit, blockListBytes } from './block-list.ts'
 import { BlockPool } from './block-pool.ts'
 import type { DiskLayer } from './disk-chain.ts'
 import type { DownloadRetry } from './download.ts'
@@ -36,6 +37,9 @@ export interface OpenedLayers {
  */
 export async function openLayers(options: OpenLayersOptions): Promise<OpenedLayers> {
   const pool = blockPool(options)
+  assertListsFit(
+    options.layers.reduce((sum, { disk }) => sum + blockListBytes(disk.storedSize, disk.digest), 0),
+  )
   const objects = await openObjects(options, pool)
   const images: ImageLayer[] = []
   for (const [index, object] of objects.entries()) {
@@ -47,7 +51,7 @@ export async function openLayers(options: OpenLayersOptions): Promise<OpenedLaye
 }
 
 function blockPool({ layers, memory }: OpenLayersOptions): BlockPool {
-  const blockSize = Math.max(...layers.map(({ disk }) => disk.digest.blockSize))
+  const blockSize = layers.reduce((largest, { disk }) => Math.max(largest, disk.digest.blockSize), 0)
   const needed = blockSize * BlockPool.leastBlocks
   if (needed > memory) {
     throw new VarveError(

@@ -1,5 +1,5 @@
 import { type Catalog, readCatalog, type StoredBackup } from './backups.ts'
-import { chainOf, indexChains, missingObjects, walkChain } from './chain.ts'
+import { brokenChains, chainOf, indexChains, missingObjects } from './chain.ts'
 import type { VarveError } from './errors.ts'
 import {
   assertGarbageAge,
@@ -119,14 +119,13 @@ async function carryOut(
 /** Backups whose manifest, chain or objects are not as they should be. */
 function findDamage(catalog: Catalog): DamagedBackup[] {
   const index = indexChains(catalog)
+  const broken = brokenChains(index)
   return [
     ...[...index.damaged].map(([folder, error]) => ({ folder, error })),
     ...catalog.backups.flatMap(backup => {
-      const [error] = [
-        walkChain(backup.folder, index).problem,
-        ...missingObjects(backup, catalog.objects),
-      ].filter(error => error !== undefined)
-      return error ? [{ folder: backup.folder, error }] : []
+      const { folder } = backup
+      const error = broken.get(folder) ?? missingObjects(backup, catalog.objects)[0]
+      return error ? [{ folder, error }] : []
     }),
   ]
 }

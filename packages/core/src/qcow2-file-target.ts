@@ -1,4 +1,5 @@
 import { ExtentKind, ExtentList, type ImageLayout, type LayeredExtents, planImage } from '@varve/qcow2'
+import { errorMessage, VarveError } from './errors.ts'
 import type { RestoreTarget } from './restore-target.ts'
 import { type FileTargetOptions, TargetFile } from './target-file.ts'
 
@@ -26,7 +27,7 @@ export class Qcow2FileTarget implements RestoreTarget {
   /** Creates the file for the disk that `merged` describes. For its errors see {@link TargetFile.create}. */
   static async create(options: Qcow2TargetOptions, merged: LayeredExtents): Promise<Qcow2FileTarget> {
     const { clusterSize = 65536 } = options
-    const layout = planImage(flattened(merged, clusterSize), { clusterSize })
+    const layout = planned(merged, clusterSize)
     return new Qcow2FileTarget(await TargetFile.create(options, layout.fileSize, layout.fileSize), layout)
   }
 
@@ -54,6 +55,19 @@ export class Qcow2FileTarget implements RestoreTarget {
 
   async abort(): Promise<void> {
     await this.#file.abort()
+  }
+}
+
+/** The sizes come from a storage, which may say anything. */
+function planned(merged: LayeredExtents, clusterSize: number): ImageLayout {
+  try {
+    return planImage(flattened(merged, clusterSize), { clusterSize })
+  } catch (error) {
+    const message = `The disk of ${merged.size} bytes cannot be a qcow2 image: ${errorMessage(error)} Restore it as raw, or in place.`
+    throw new VarveError('TARGET_FAILED', message, {
+      context: { size: merged.size, clusterSize },
+      cause: error,
+    })
   }
 }
 

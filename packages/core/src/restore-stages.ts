@@ -135,7 +135,9 @@ export async function define({
   // A new instance never shares the original's variables: without stored ones libvirt makes them from the template.
   const storedNvram = readDomainXml(stored).nvram
   const isUefi = nvram !== undefined || storedNvram !== undefined
-  const nvramTarget = isUefi ? (newInstance?.nvram ?? instance?.nvram ?? storedNvram) : undefined
+  const nvramTarget = isUefi
+    ? (newInstance?.nvram ?? instance?.nvram ?? ownNvram(name, storedNvram))
+    : undefined
   const renamed = newInstance && newInstance.name !== backup.manifest.instance.name
   // An instance that was made anew under its old name has another UUID, which libvirt does not let go. A copy has
   // one from here, so that it can be defined again after a definition that was cut short.
@@ -143,6 +145,7 @@ export async function define({
   const xml = rewriteDomainXml(stored, {
     disks,
     onlyTheseDisks: newInstance !== undefined,
+    ...(instance?.definition !== undefined && { otherDisksOf: instance.definition }),
     ...(renamed && { copyAs: newInstance.name }),
     ...(uuid !== undefined && { uuid }),
     ...(nvramTarget !== undefined && { nvram: nvramTarget }),
@@ -157,6 +160,19 @@ export async function define({
   })
   await takeOwnership(temporary, nvramTarget)
   return { temporary, target: nvramTarget, isNew: newInstance !== undefined }
+}
+
+/**
+ * The file of UEFI variables that a stored definition names, for an instance that has none by now. What comes from a
+ * storage must not say where to write, so that is where libvirt puts them by itself, or nowhere.
+ */
+function ownNvram(instance: string, stored: string | undefined): string | undefined {
+  if (stored === undefined || stored === `/var/lib/libvirt/qemu/nvram/${instance}_VARS.fd`) return stored
+  throw new VarveError(
+    'INVALID_ARGUMENT',
+    `The definition in the backup has its UEFI variables in ${stored}, and ${instance} has none by now: Varve does not write where a backup says. Give the instance a file for them (virsh edit ${instance}, <nvram> in <os>), or restore its disks alone. Nothing was changed.`,
+    { context: { instance, path: stored } },
+  )
 }
 
 /** From here on the restore is carried through. Refused, as long as it can be undone, where a disk is in use again or

@@ -9,7 +9,7 @@ import { imageExtents } from './image-extents.ts'
 import { ImageReader } from './image-reader.ts'
 import { ImageUpload } from './image-upload.ts'
 import type { ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
-import { FILE_MAX_BYTES } from './manifest-schema.ts'
+import { MAP_MAX_BYTES } from './manifest-schema.ts'
 import { Progress } from './progress.ts'
 import { putFile } from './put-file.ts'
 import { exportDisk } from './qemu-nbd.ts'
@@ -144,5 +144,5 @@ async function storeDataMap(
   map: DataMap,
 ): Promise<ManifestFile | undefined> {
   const bytes = encodeDataMap(map)
-  return bytes.byteLength > FILE_MAX_BYTES ? undefined : putFile(backup, `${disk}.map`, bytes)
+  return bytes.byteLength > MAP_MAX_BYTES ? undefined : putFile(backup, `${disk}.map`, bytes)
 }

@@ -8,9 +8,25 @@ export interface DomainDocument {
   readonly root: Element
 }
 
-/** @throws INVALID_ARGUMENT for what is no domain's XML */
+/** The longest definition that is read, in bytes. libvirt's have some kilobytes. */
+export const DEFINITION_MAX_BYTES: number = 1024 * 1024
+
+/** The most elements in one: the time that some operations of the parser take grows with their square. */
+const MAX_ELEMENTS = 10_000
+
+/**
+ * Reads a definition, which may come from a storage. Nothing that it names is fetched and no entity of its own is
+ * replaced: libvirt writes none, and so it may have none.
+ *
+ * @throws INVALID_ARGUMENT for what is no domain's XML, or is too large to be that of one
+ */
 export function parseDomain(xml: string): DomainDocument {
+  if (Buffer.byteLength(xml) > DEFINITION_MAX_BYTES)
+    throw notReadable(`It has over ${DEFINITION_MAX_BYTES} bytes.`)
+  const elements = xml.match(/<[^/!?]/g)?.length ?? 0
+  if (elements > MAX_ELEMENTS) throw notReadable(`It has ${elements} elements, more than ${MAX_ELEMENTS}.`)
   const document = parse(xml)
+  if (document.doctype) throw notReadable('It has a document type declaration.')
   const root = document.documentElement
   if (root?.tagName !== 'domain') throw new VarveError('INVALID_ARGUMENT', 'This is no libvirt domain XML.')
   return { document, root }
@@ -29,8 +45,13 @@ function parse(xml: string): Document {
       },
     }).parseFromString(xml, 'text/xml')
   } catch (error) {
-    throw new VarveError('INVALID_ARGUMENT', 'The domain XML cannot be parsed.', { cause: error })
+    throw notReadable('It is no XML.', error)
   }
+}
+
+function notReadable(what: string, cause?: unknown): VarveError {
+  const message = `The domain XML cannot be read: ${what} If it is a backup's, restore the disks alone.`
+  return new VarveError('INVALID_ARGUMENT', message, { cause })
 }
 
 /** The elements of a name right below an element. */

@@ -155,6 +155,24 @@ describe('finding a backup', () => {
     await expect(findBackup(storage, dayId(1))).rejects.toEqual(code('MANIFEST_VERSION'))
   })
 
+  it('takes neither of two of the same id, in whatever instance or chain the other one is', async () => {
+    await storeFakeChain(storage, [1, 2])
+    await storeFake(storage, { id: dayId(1), instance: 'forged' })
+    await storeFake(storage, { id: dayId(2), parent: dayId(0), chain: dayId(0) })
+    for (const id of [dayId(1), dayId(2)]) {
+      await expect(findBackup(storage, id)).rejects.toMatchObject({
+        code: 'MANIFEST_INVALID',
+        message: expect.stringContaining('2 backups of the id'),
+      })
+    }
+    const { backups, damaged } = await listBackups(storage)
+    expect(backups).toEqual([])
+    expect(damaged.map(({ error }) => error.code)).toEqual(Array(4).fill('MANIFEST_INVALID'))
+    // What is asked for by its instance is not hidden by what another one has.
+    expect((await findBackup(storage, dayId(1), { instance: 'web-1' })).folder).toContain('web-1/')
+    expect(await ids({ instance: 'web-1' })).toEqual([dayId(1)])
+  })
+
   it('is not misled by a copy in another folder', async () => {
     const [folder = ''] = await storeFakeChain(storage, [1])
     const bytes = storage.objects.get(`${folder}/manifest.json`) ?? expect.fail()

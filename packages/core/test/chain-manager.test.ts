@@ -1,5 +1,8 @@
 import fc from 'fast-check'
 import { beforeEach, describe, expect, it } from 'vitest'
+import { newBackupId } from '../src/backup-id.ts'
+import type { StoredBackup } from '../src/backups.ts'
+import { brokenChains, dependentsOf, indexChains, walkChain } from '../src/chain.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { isVarveError } from '../src/errors.ts'
 import { dayId, storeFake, storeFakeChain } from './fake-backup.ts'
@@ -102,6 +105,15 @@ describe('resolving a backup', () => {
     expect((await chains.resolve(dayId(1))).map(backup => backup.folder)).toEqual([folder])
   })
 
+  it('is refused where another folder has one of the same id, and so are its verification and its deletion', async () => {
+    await storeFakeChain(storage, [1])
+    await storeFake(storage, { id: dayId(1), instance: 'forged' })
+    const before = storage.keys
+    for (const call of [chains.resolve(dayId(1)), chains.verify(dayId(1)), chains.delete(dayId(1))])
+      await expect(call).rejects.toEqual(code('MANIFEST_INVALID', { backup: dayId(1) }))
+    expect(storage.keys).toEqual(before)
+  })
+
   it('of any forest with any damage gives the path to the full backup or says what is wrong', {
     timeout: 60_000,
   }, async () => {
@@ -117,10 +129,41 @@ describe('resolving a backup', () => {
           })
           expect(outcome).toEqual(modelResolve(id, nodes))
         }
+        const index = indexChains(await chains.list())
+        const broken = brokenChains(index)
+        for (const folder of index.backups.keys())
+          expect(broken.get(folder)).toEqual(walkChain(folder, index).problem)
       }),
       { numRuns: 40 },
     )
   })
+})
+
+it('looks through a chain of 10,000 links in a moment, whole or broken', { timeout: 20_000 }, async () => {
+  const { manifest } = await storeFake(storage, { id: dayId(2), parent: dayId(1), chain: dayId(1) })
+  const { parent: _, ...full } = (await storeFake(storage, { id: dayId(1) })).manifest
+  const chain = `web-1/${dayId(1)}/`
+  const idOf = (index: number) =>
+    newBackupId(undefined, new Date(Date.UTC(2026, 0, 1) + index)).replace(/.{6}$/, 'abcdef')
+  const links: StoredBackup[] = []
+  for (let index = 0; index < 10_000; index++) {
+    const [id, parent] = [idOf(index), idOf(index - 1)]
+    const disks = manifest.disks.map(disk => ({ ...disk, backing: `../${parent}/${disk.image}` }))
+    links.push({
+      folder: chain + id,
+      manifest: index === 0 ? { ...full, id } : { ...manifest, id, parent, disks },
+    })
+  }
+  const newest = chain + idOf(9_999)
+  const whole = indexChains({ backups: links, damaged: [] })
+  expect(brokenChains(whole).size).toBe(0)
+  expect(walkChain(newest, whole).links.map(({ folder }) => folder)).toEqual(
+    links.map(({ folder }) => folder),
+  )
+  expect(dependentsOf(chain + idOf(0), whole)).toHaveLength(9_999)
+  const broken = indexChains({ backups: links.slice(1), damaged: [] })
+  expect(brokenChains(broken).size).toBe(9_999)
+  expect(walkChain(newest, broken)).toMatchObject({ problem: { code: 'CHAIN_BROKEN' } })
 })
 
 /** A backup of a random forest. `circular`: its parent is younger than itself. */

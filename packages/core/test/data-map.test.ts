@@ -1,3 +1,4 @@
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { type DataMap, decodeDataMap, encodeDataMap } from '../src/data-map.ts'
@@ -39,7 +40,9 @@ test('a map that was written down is read as it was', () => {
   )
 })
 
-test('bytes that are no map are refused, and nothing else comes of them', () => {
+test('bytes that are no map are refused, and nothing else comes of them', {
+  timeout: FUZZ_TIMEOUT_MS,
+}, () => {
   const damaged = fc
     .tuple(ranges, fc.nat(), fc.uint8Array({ maxLength: 12 }), fc.nat(30))
     .map(([ranges, at, bytes, cut]) => {
@@ -61,7 +64,7 @@ test('bytes that are no map are refused, and nothing else comes of them', () => 
         if (!isVarveError(error, 'IMAGE_INVALID')) throw error
       }
     }),
-    { numRuns: 1000 },
+    fuzz(1000),
   )
 })
 

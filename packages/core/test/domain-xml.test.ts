@@ -1,5 +1,8 @@
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
+import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { readDomainXml, rewriteDomainXml } from '../src/domain-xml.ts'
+import { isVarveError } from '../src/errors.ts'
 
 const XML = `<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>web-1</name>
@@ -135,6 +138,102 @@ test('a disk is put back on its base and all else stays', () => {
   expect([name, uuid, disks.length]).toEqual(['web-1', 'b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e', 6])
   expect(disks[0]?.source).toBe('/img/base.qcow2')
   expect(back).toContain('52:54:00:00:00:01')
+})
+
+test('a disk that is not restored stays where the instance has it, and what it does not have is left out', () => {
+  const present = `<domain><name>web-1</name><devices>
+    <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg/now'/><target dev='vdb'/></disk>
+    <disk type='file' device='disk'><driver type='qcow2'/><source file='/img/d.snap'/><backingStore type='file'><format type='qcow2'/><source file='/img/d.qcow2'/></backingStore><target dev='vdd'/></disk>
+    <disk type='file' device='disk'><source file='/img/other'/><target dev='vdz'/></disk>
+  </devices></domain>`
+  const back = rewriteDomainXml(XML, {
+    disks: { vda: { path: '/img/vda.new', format: 'qcow2' } },
+    otherDisksOf: present,
+  })
+  expect(
+    readDomainXml(back).disks.map(({ name, type, format, source, backed }) => [
+      name,
+      type,
+      format,
+      source,
+      backed,
+    ]),
+  ).toEqual([
+    ['vda', 'file', 'qcow2', '/img/vda.new', false],
+    ['vdb', 'block', 'raw', '/dev/vg/now', false],
+    ['vdd', 'file', 'qcow2', '/img/d.snap', true],
+    ['sda', 'file', 'raw', undefined, false],
+  ])
+  for (const gone of ['/dev/vg/data', 'rbd', 'v1', '/iso/x.iso', '/c.qcow2']) expect(back).not.toContain(gone)
+})
+
+const entities = (declared: string, used = '') =>
+  `<!DOCTYPE domain ${declared}><domain><name>x${used}</name></domain>`
+
+test.each([
+  ['an external entity', entities('[<!ENTITY x SYSTEM "file:///etc/passwd">]', '&x;')],
+  ['an external entity that is not used', entities('[<!ENTITY x SYSTEM "file:///etc/passwd">]')],
+  ['an external document type', entities('SYSTEM "http://127.0.0.1/x.dtd"')],
+  ['entities in entities', entities('[<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]', '&b;')],
+  ['too many elements', `<domain>${'<disk/>'.repeat(10_000)}</domain>`],
+  ['too many elements in each other', `<domain>${'<a>'.repeat(10_000)}${'</a>'.repeat(10_000)}</domain>`],
+  ['too many bytes', `<domain><name>${'x'.repeat(1024 * 1024)}</name></domain>`],
+])('a definition with %s is refused', (_, xml) => {
+  const refused = expect.objectContaining({ code: 'INVALID_ARGUMENT' })
+  expect(() => readDomainXml(xml)).toThrow(refused)
+  expect(() => rewriteDomainXml(xml, { copyAs: 'copy' })).toThrow(refused)
+})
+
+test('a definition of all that is allowed is read and written in seconds', { timeout: 20_000 }, () => {
+  for (const many of ['<disk/>'.repeat(9_990), `${'<a>'.repeat(9_990)}${'</a>'.repeat(9_990)}`]) {
+    const xml = `<domain><name>x</name><devices>${many}</devices></domain>`
+    expect(rewriteDomainXml(xml, { onlyTheseDisks: true, copyAs: 'y' })).toContain('<name>y</name>')
+  }
+})
+
+test('a mangled definition is refused or read, and nothing else comes of it', {
+  timeout: FUZZ_TIMEOUT_MS,
+}, () => {
+  const piece = fc.constantFrom(
+    '<',
+    '>',
+    '&',
+    '"',
+    "'",
+    '/',
+    '<disk',
+    '</disk>',
+    '<!--',
+    '<![CDATA[',
+    ']]>',
+    '&#0;',
+    '\u0000',
+    '<?x',
+    'xmlns:',
+    '<source file="/x"/>',
+    '\ud800',
+  )
+  const change = fc.record({ at: fc.nat(XML.length), drop: fc.nat(60), insert: fc.oneof(piece, fc.string()) })
+  fc.assert(
+    fc.property(fc.array(change, { minLength: 1, maxLength: 5 }), changes => {
+      let xml = XML
+      for (const { at, drop, insert } of changes) xml = xml.slice(0, at) + insert + xml.slice(at + drop)
+      try {
+        const disks = { vda: { path: '/new/vda', format: 'qcow2' } } as const
+        const written = rewriteDomainXml(xml, {
+          copyAs: 'copy',
+          disks,
+          onlyTheseDisks: true,
+          nvram: '/new/nvram',
+        })
+        for (const { device, source } of readDomainXml(written).disks)
+          if (device === 'disk') expect(source).toBe('/new/vda')
+      } catch (error) {
+        if (!isVarveError(error, 'INVALID_ARGUMENT')) throw error
+      }
+    }),
+    fuzz(300),
+  )
 })
 
 test.each(['', '<domain', '<pool/>', '<domain><name>x</domain>'])(

@@ -49,6 +49,16 @@ const formats = {
     Qcow2FileTarget.create(options, merged),
 }
 
+test('a disk that no qcow2 image with its clusters can hold is refused, and no file is made', async () => {
+  const huge = { size: 2 ** 52, count: 1, start: () => 0, length: () => 2 ** 52, layer: () => -1 }
+  const create = Qcow2FileTarget.create({ path }, huge as unknown as LayeredExtents)
+  await expect(create).rejects.toMatchObject({
+    code: 'TARGET_FAILED',
+    message: expect.stringContaining('as raw'),
+  })
+  expect(await readdir(folder)).toEqual([])
+})
+
 test('a raw file holds the disk, with holes where it reads as zeros, and is for its owner alone', async () => {
   await restore(formats.raw({ path }))
   expect((await readFile(path)).equals(stored.reference)).toBe(true)

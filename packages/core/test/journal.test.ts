@@ -1,9 +1,11 @@
 import { appendFile, mkdtemp, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
+import fc from 'fast-check'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
-import { type JournalHeader, RunJournal } from '../src/journal.ts'
+import { JOURNAL_STEPS, type JournalHeader, RunJournal } from '../src/journal.ts'
 import { recover } from '../src/recover.ts'
 import { assertNoUnsettledRun } from '../src/unsettled.ts'
 
@@ -94,6 +96,50 @@ test('a journal that cannot be read is an error and not an empty list', async ()
   await RunJournal.begin(stateDir, head)
   await appendFile(join(stateDir, 'runs', `${head.id}.jsonl`), 'not json\n')
   await expect(RunJournal.unsettled(stateDir)).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+})
+
+test('a mangled journal is refused, or every step of it is one', { timeout: FUZZ_TIMEOUT_MS }, async () => {
+  const journal = await RunJournal.begin(stateDir, header())
+  await journal.record({ step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] })
+  await journal.record({ step: 'power-off', instance: 'web-1', wasRunning: true, start: true, timeoutMs: 1 })
+  await journal.record({ step: 'finish', renames: [{ temporary: '/img/a.new', target: '/img/a' }] })
+  const path = join(stateDir, 'runs', `${journal.header.id}.jsonl`)
+  const lines = (await readFile(path, 'utf8')).trimEnd().split('\n')
+  const line = fc.oneof(fc.constantFrom(...lines), fc.json(), fc.string())
+  const other = fc.constantFrom('', '{}', '[]', 'null', '7', '"x"', 'true')
+  const change = fc.record({ at: fc.nat(), from: fc.nat(), with: other })
+  const mangled = fc
+    .tuple(fc.array(line, { maxLength: 3 }), fc.array(change, { maxLength: 2 }))
+    .map(([more, changes]) => {
+      const all = [...lines, ...more]
+      for (const { at, from, with: value } of changes) {
+        const values = all[at % all.length]?.match(/"[^"]*"|\[[^[\]]*\]|\{[^{}]*\}|true|\d+/g) ?? ['']
+        all[at % all.length] = all[at % all.length]?.replace(values[from % values.length] ?? '', value) ?? ''
+      }
+      return `${all.join('\n')}\n`
+    })
+  await fc.assert(
+    fc.asyncProperty(mangled, async text => {
+      await writeFile(path, text)
+      const found = await RunJournal.unsettled(stateDir).catch(error => {
+        expect(error).toMatchObject({ name: 'VarveError', code: 'RUN_UNRESOLVED' })
+        return []
+      })
+      for (const { header, steps } of found) {
+        expect(
+          header.disks.every(({ name, path }) => typeof name === 'string' && typeof path === 'string'),
+        ).toBe(true)
+        for (const step of steps) expect(JOURNAL_STEPS).toContain(step.step)
+        for (const step of steps)
+          if (step.step === 'finish')
+            for (const { target } of step.renames) expect(target).toBeTypeOf('string')
+      }
+      await assertNoUnsettledRun(stateDir, 'web-1', [{ name: 'vdz', path: '/img/z' }]).catch(error =>
+        expect(error).toMatchObject({ code: 'RUN_UNRESOLVED' }),
+      )
+    }),
+    fuzz(200),
+  )
 })
 
 test('files that are no journals are left alone', async () => {

@@ -34,7 +34,7 @@ const disk = fc.record(
     incremental: fc.boolean(),
     fields: fc.record({
       virtualSize: byteCount,
-      storedSize: byteCount,
+      storedSize: fc.oneof(fc.nat(), fc.integer({ min: 0, max: 2 ** 41 })), // of a list that is not too long
       clusterSize,
       digest: fc.record({
         root: hex(64),

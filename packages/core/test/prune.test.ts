@@ -216,6 +216,17 @@ describe('pruning where something is damaged', () => {
     expect(report.damaged[0]?.error.code).toBe('MANIFEST_INVALID')
   })
 
+  it('leaves both chains alone where a forged backup has the id of another one', async () => {
+    await storeFakeChain(storage, [1, 2, 3])
+    await storeFake(storage, { id: dayId(3), parent: dayId(0), chain: dayId(0) })
+    await storeFakeChain(storage, [5])
+    const before = storage.keys
+    const report = await chains.prune({ keepLast: 1 })
+    expect(told(report).removed).toEqual([])
+    expect(new Set(report.damaged.map(({ error }) => error.code))).toEqual(new Set(['MANIFEST_INVALID']))
+    expect(storage.keys).toEqual(before)
+  })
+
   it('keeps as many undamaged backups as the policy says', async () => {
     for (const day of [1, 2, 3]) await storeFakeChain(storage, [day])
     const [newest] = await storeFakeChain(storage, [4])

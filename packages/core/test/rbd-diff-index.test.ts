@@ -1,4 +1,5 @@
 import { ExtentKind, ImageExtents } from '@varve/qcow2'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { isVarveError } from '../src/errors.ts'
@@ -56,7 +57,9 @@ test('an index tells what its stream does', () => {
   )
 })
 
-test('a mangled index is refused, or stays within its stream and its image', () => {
+test('a mangled index is refused, or stays within its stream and its image', {
+  timeout: FUZZ_TIMEOUT_MS,
+}, () => {
   const change = fc.record({ at: fc.nat(), value: fc.nat(255) })
   fc.assert(
     fc.property(diffs, fc.array(change, { maxLength: 4 }), fc.nat(20), (before, changes, cut) => {
@@ -84,7 +87,7 @@ test('a mangled index is refused, or stays within its stream and its image', () 
       }
       expect(covered).toBe(size)
     }),
-    { numRuns: 2000 },
+    fuzz(2000),
   )
 })
 

@@ -340,6 +340,19 @@ describe('a restore that is given up', () => {
   })
 })
 
+test('lists of digests that would not fit in the memory that is left are refused before one is read', async () => {
+  const backups = await stored()
+  const available = vi.spyOn(process, 'availableMemory').mockReturnValue(100)
+  try {
+    const { error, target } = await restore(backups)
+    expect(error).toMatchObject({ code: 'INVALID_ARGUMENT', context: { available: expect.any(Number) } })
+    expect(target).toBeUndefined()
+    expect(backups.storage.downloads).toEqual([])
+  } finally {
+    available.mockRestore()
+  }
+})
+
 test("a restore that may use less memory than eight of the backup's blocks is refused", async () => {
   const { error, target } = await restore(await stored(), { memory: 8 * BLOCK - 1 })
   expect(error).toMatchObject({ code: 'INVALID_ARGUMENT', context: { needed: 8 * BLOCK } })

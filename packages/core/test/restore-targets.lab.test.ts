@@ -122,7 +122,7 @@ test('a definition whose download breaks off is asked for again', async () => {
     override async get(...args: Parameters<LocalDriver['get']>): ReturnType<LocalDriver['get']> {
       if (!args[0].endsWith('domain.xml')) return super.get(...args)
       tries.push(args[0])
-      return tries.length > 1 ? super.get(...args) : Readable.from(['<dom'])
+      return tries.length > 1 ? super.get(...args) : Readable.from([Buffer.from('<dom')])
     }
   }
   const host = new Host({ instance: 'web-2', disks: {} })

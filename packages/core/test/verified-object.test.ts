@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { BlockPool, type BlockSlot } from '../src/block-pool.ts'
@@ -101,6 +102,29 @@ test('a list of digests of another object is refused', async () => {
   const { storage, open } = stored(9_500)
   storage.objects.set('blocks', randomBytes(10 * 32))
   await expect(open()).rejects.toMatchObject({ code: 'DIGEST_MISMATCH', context: { key: 'blocks' } })
+})
+
+test('a mangled list of digests is refused, whatever its length', {
+  timeout: FUZZ_TIMEOUT_MS,
+}, async () => {
+  const { storage, open } = stored(9_500)
+  const list = storage.objects.get('blocks') ?? expect.fail()
+  await fc.assert(
+    fc.asyncProperty(fc.nat(), fc.nat(255), fc.nat(640), async (at, value, length) => {
+      const mangled = Buffer.alloc(length)
+      list.copy(mangled)
+      mangled[at % Math.max(1, length)] = value
+      storage.objects.set('blocks', mangled)
+      const outcome = await open().then(
+        () => 'opened',
+        error => error.code,
+      )
+      expect(outcome).toBe(
+        length !== list.length ? 'SIZE_MISMATCH' : mangled.equals(list) ? 'opened' : 'DIGEST_MISMATCH',
+      )
+    }),
+    fuzz(200),
+  )
 })
 
 test('bytes outside the object are refused', async () => {

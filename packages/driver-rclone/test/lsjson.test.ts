@@ -1,4 +1,5 @@
 import { Readable } from 'node:stream'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { parseLine, parseStat, readLines } from '../src/lsjson.ts'
@@ -59,6 +60,40 @@ test.each(['{"Path":"a","Si', '<html>', '7', '{"Size":3}', '{"Path":"a","Size":"
     }
   },
 )
+
+test('a mangled listing is refused, or gives files', { timeout: FUZZ_TIMEOUT_MS }, async () => {
+  const good =
+    '[\n{"Path":"a/b","Name":"b","Size":3,"ModTime":"2026-01-01T00:00:00Z","IsDir":false},\n{"Path":"c","Size":0}\n]\n'
+  const change = fc.record({
+    at: fc.nat(good.length),
+    drop: fc.nat(20),
+    insert: fc.oneof(fc.string(), fc.json()),
+  })
+  await fc.assert(
+    fc.asyncProperty(
+      fc.array(change, { maxLength: 3 }),
+      fc.integer({ min: 1, max: 50 }),
+      async (changes, size) => {
+        let text = good
+        for (const { at, drop, insert } of changes) text = text.slice(0, at) + insert + text.slice(at + drop)
+        const bytes = Buffer.from(text)
+        const pieces = Array.from({ length: Math.ceil(bytes.length / size) }, (_, i) =>
+          bytes.subarray(i * size, (i + 1) * size),
+        )
+        try {
+          for await (const line of readLines(Readable.from(pieces))) {
+            const file = parseLine(line)
+            if (file) expect(file).toMatchObject({ path: expect.any(String), size: expect.any(Number) })
+            if (file) expect(file.size).toBeGreaterThanOrEqual(0)
+          }
+        } catch (error) {
+          expect(error).toMatchObject({ name: 'VarveError', code: 'STORAGE_FAILED' })
+        }
+      },
+    ),
+    fuzz(500),
+  )
+})
 
 test('a line without an end is given up', async () => {
   const endless = Readable.from(Array.from({ length: 40 }, () => Buffer.alloc(65_536, 'x')))

@@ -1,4 +1,5 @@
 import type { Socket } from 'node:net'
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { type ExtentMap, NbdClient, NbdError } from '../src/index.ts'
@@ -136,24 +137,32 @@ describe('a conversation with damaged bytes', () => {
   })
 
   // Bytes that are added or missing shift the data of a read, which nothing in the protocol can tell.
-  it('ends with the right bytes or a typed error when what the client can check is changed or cut off', async () => {
-    const seen = new Set<string>()
-    await fc.assert(
-      fc.asyncProperty(fc.oneof({ weight: 4, arbitrary: flip }, cut), async done => {
-        const outcome = await converse(done, false, 100)
-        seen.add(outcome === 'right' ? outcome : outcome.code)
-      }),
-      { numRuns: 300 },
-    )
-    expect([...seen]).toEqual(expect.arrayContaining(['right', 'NBD_PROTOCOL']))
-  }, 120_000)
+  it(
+    'ends with the right bytes or a typed error when what the client can check is changed or cut off',
+    async () => {
+      const seen = new Set<string>()
+      await fc.assert(
+        fc.asyncProperty(fc.oneof({ weight: 4, arbitrary: flip }, cut), async done => {
+          const outcome = await converse(done, false, 100)
+          seen.add(outcome === 'right' ? outcome : outcome.code)
+        }),
+        fuzz(300),
+      )
+      expect([...seen]).toEqual(expect.arrayContaining(['right', 'NBD_PROTOCOL']))
+    },
+    FUZZ_TIMEOUT_MS,
+  )
 
-  it('ends, whatever is damaged', async () => {
-    await fc.assert(
-      fc.asyncProperty(fc.oneof(flip, cut, shift), async done => {
-        await converse(done, true, 100)
-      }),
-      { numRuns: 150 },
-    )
-  }, 120_000)
+  it(
+    'ends, whatever is damaged',
+    async () => {
+      await fc.assert(
+        fc.asyncProperty(fc.oneof(flip, cut, shift), async done => {
+          await converse(done, true, 100)
+        }),
+        fuzz(150),
+      )
+    },
+    FUZZ_TIMEOUT_MS,
+  )
 })

@@ -15,6 +15,7 @@ export {
   type StorageCall,
   type StorageOperation,
 } from './faulty-driver.ts'
+export { FUZZ_TIMEOUT_MS, fuzz } from './fuzz.ts'
 export { NetworkProxy, type ProxyDirection } from './network-proxy.ts'
 export { fillPattern, patternBytes } from './pattern.ts'
 export { PatternBody, type PatternBodyOptions } from './pattern-body.ts'
