@@ -1,7 +1,7 @@
 import { blake3Hex } from './digest.ts'
 import { type DownloadRetry, download } from './download.ts'
 import { VarveError } from './errors.ts'
-import type { ByteRange, StorageDriver } from './storage.ts'
+import { assertRange, type ByteRange, type StorageDriver } from './storage.ts'
 
 /** What {@link loadObject} reads. */
 export interface LoadOptions {
@@ -15,9 +15,14 @@ export interface LoadOptions {
   readonly onBytes?: (length: number) => void
 }
 
-/** Reads a range of an object into memory. Its caller has bounded the range. */
+/**
+ * Reads a range of an object into memory. Its caller has bounded the range.
+ *
+ * @throws INVALID_ARGUMENT for what is no range, as where a server tells a size that is none
+ */
 export async function loadObject(options: LoadOptions): Promise<Buffer> {
   const { range, onBytes } = options
+  assertRange(range)
   // Not filled, so that it takes memory for what comes and not for what a storage says that it has.
   const bytes = Buffer.allocUnsafeSlow(range.end - range.start)
   let received = 0

@@ -105,6 +105,17 @@ describe('listing backups', () => {
     expect(most).toBe(8)
   })
 
+  it.each([-5, Number.NaN, 0.5])(
+    'fails with a typed error where the storage says that a manifest has %d bytes',
+    async size => {
+      await storeFakeChain(storage, [1])
+      storage.list = async function* () {
+        for (const key of storage.keys) yield { key, size }
+      }
+      await expect(listBackups(storage)).rejects.toEqual(code('INVALID_ARGUMENT'))
+    },
+  )
+
   it('fails where the storage fails, and asks it for nothing more', async () => {
     await storeFakeChain(
       storage,

@@ -37,7 +37,10 @@ export async function listFolder(connection: FtpConnection, path: string): Promi
 
 function parsed({ client, settings }: FtpConnection, text: string, path: string): FileInfo[] {
   try {
-    return client.parseList(text)
+    const entries = client.parseList(text)
+    const odd = entries.find(({ isFile, size }) => isFile && !(Number.isSafeInteger(size) && size >= 0))
+    if (odd) throw new Error(`the file ${odd.name} has ${odd.size} bytes`)
+    return entries
   } catch (error) {
     throw new VarveError(
       'STORAGE_FAILED',

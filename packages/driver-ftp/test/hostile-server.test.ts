@@ -1,8 +1,9 @@
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { inspect } from 'node:util'
-import { bytesBody, isVarveError } from '@varve/core'
-import { PatternBody, patternBytes } from '@varve/testkit'
+import { bytesBody, isKey, isVarveError } from '@varve/core'
+import { FUZZ_TIMEOUT_MS, fuzz, PatternBody, patternBytes } from '@varve/testkit'
+import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { FakeServer } from './fake-server.ts'
 import { listed } from './ftp-target.ts'
@@ -249,3 +250,39 @@ function slowBody(size: number) {
       ),
   }
 }
+
+test('a mangled listing is refused, or gives objects', { timeout: FUZZ_TIMEOUT_MS }, async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  let lines: string[] = []
+  let found = 0
+  server.twists.MDTM = () => '213 20240229123456'
+  const folder = 'drwxr-xr-x   1 some one  4096 Feb 29  2024 .'
+  server.twists.STAT = () => ['213-Status:', folder, ...lines, '213 End.'].join('\r\n')
+  const odd = fc.string({ unit: fc.constantFrom(...'ab -;/=%\\\t.<>0') })
+  const part = (...words: string[]) => fc.oneof({ weight: 8, arbitrary: fc.constantFrom(...words) }, odd)
+  const line = fc
+    .tuple(
+      part('-rw-r--r--', 'drwxr-xr-x', 'lrwxrwxrwx', '----------'),
+      part('   1 some one  '),
+      part('1', '0', '-5', '1.5', '9'.repeat(400), '9007199254740993', 'NaN'),
+      part(' Feb 29  2024 ', ' Feb 29 12:34 ', ' Xyz 99 99:99 '),
+      part('a', 'b -> c', '..', '.', '../x', '/etc/passwd', 'a\\b', ''),
+    )
+    .map(parts => parts.join(''))
+  await fc.assert(
+    fc.asyncProperty(fc.array(line, { maxLength: 4 }), async mangled => {
+      lines = mangled
+      const objects = await listed(driver).catch(error => {
+        expect(error).toMatchObject({ name: 'VarveError' })
+        return []
+      })
+      found += objects.length
+      for (const { key, size } of objects) {
+        expect(isKey(key)).toBe(true)
+        expect(Number.isSafeInteger(size) && size >= 0, `${size}`).toBe(true)
+      }
+    }),
+    fuzz(100),
+  )
+  expect(found).toBeGreaterThan(10) // else this would show nothing
+})

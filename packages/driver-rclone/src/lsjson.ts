@@ -60,7 +60,8 @@ function parseJson(text: string): unknown {
 function toFile(entry: unknown): RemoteFile | undefined {
   if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry), COMMAND)
   const { Path, Size, ModTime } = entry as Record<string, unknown>
-  if (typeof Path !== 'string' || typeof Size !== 'number') throw unreadable(JSON.stringify(entry), COMMAND)
+  if (typeof Path !== 'string' || typeof Size !== 'number' || !Number.isSafeInteger(Size))
+    throw unreadable(JSON.stringify(entry), COMMAND)
   if (Size < 0) return undefined // a document that exists only by its export, and is none of ours
   const modifiedAt = typeof ModTime === 'string' ? new Date(ModTime) : undefined
   const known = modifiedAt !== undefined && !Number.isNaN(modifiedAt.getTime())
