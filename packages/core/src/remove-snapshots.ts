@@ -18,12 +18,15 @@ export async function removeSnapshotsOf(
   for (const { name: disk, source } of disks) {
     if (source.format !== 'rbd') continue
     const image = source.path
-    try {
+    const remove = async (): Promise<void> => {
       // An increment that is being exported since this snapshot must not lose it on the way.
       await using _lock = await DiskLock.acquire([`${RBD_PREFIX}${image}`])
       // Without a definition it was backed up by its name alone.
       const cluster = await host.rbd(definition && { instance: instance.name, disk }, run)
       await cluster.removeSnapshots(image, [markName(id)], run)
+    }
+    try {
+      await remove()
     } catch (error) {
       if (run.signal?.aborted) throw error
       const message = `The backup ${id} is deleted, but its snapshot ${markName(id)} of the RBD image ${image} stays until the next backup to the same storage: ${errorMessage(error)}`

@@ -103,10 +103,12 @@ export class StorageRoot {
 
 /** Makes a folder and its parents where they are missing, durably. */
 async function makeDurably(path: string): Promise<void> {
-  for (const folder of await makeFolders(path)) {
-    await using parent = await Folder.open(dirname(folder))
-    await parent.sync()
-  }
+  for (const folder of await makeFolders(path)) await syncFolder(dirname(folder))
+}
+
+async function syncFolder(path: string): Promise<void> {
+  await using folder = await Folder.open(path)
+  await folder.sync()
 }
 
 function invalid(field: string, value: string, rule: string): VarveError {

@@ -33,8 +33,7 @@ export async function* walkFiles(folder: Folder, options: WalkFilesOptions): Asy
   for await (const entry of await opendir(folder.path, { bufferSize: BATCH })) {
     const path = `${base}${entry.name}`
     if (entry.isDirectory() && enters(path)) {
-      await using inner = await unlessMissing(folder.enter(entry.name))
-      if (inner) yield* walkFiles(inner, { ...options, base: `${path}/` })
+      yield* filesBelow(folder, entry.name, { ...options, base: `${path}/` })
     } else if (entry.isFile() && takes(path)) {
       batch.push(entry.name)
       if (batch.length === BATCH) {
@@ -44,6 +43,15 @@ export async function* walkFiles(folder: Folder, options: WalkFilesOptions): Asy
     }
   }
   yield* await filesOf(folder, base, batch)
+}
+
+async function* filesBelow(
+  folder: Folder,
+  name: string,
+  options: WalkFilesOptions,
+): AsyncGenerator<FoundFile> {
+  await using inner = await unlessMissing(folder.enter(name))
+  if (inner) yield* walkFiles(inner, options)
 }
 
 async function filesOf(folder: Folder, base: string, names: readonly string[]): Promise<FoundFile[]> {

@@ -147,8 +147,12 @@ export class RcloneHelper {
         process.watch.progress()
         const file = parseLine(line)
         if (!file) continue
-        using _ = process.watch.hold() // while who reads the listing does something else
-        yield file
+        const held = process.watch.hold() // while who reads the listing does something else
+        try {
+          yield file
+        } finally {
+          held[Symbol.dispose]()
+        }
         if (options.signal?.aborted) throw abortError(options.signal)
       }
     } finally {

@@ -70,8 +70,7 @@ export class SftpSession {
   async use<T>(work: (root: StorageRoot) => Promise<T>, signal?: AbortSignal): Promise<T> {
     for (let failures = 0; ; ) {
       try {
-        using lease = await this.lease(signal)
-        return await work(lease.root)
+        return await this.#useOnce(work, signal)
       } catch (error) {
         await this.pause(error, ++failures, signal)
       }
@@ -98,6 +97,11 @@ export class SftpSession {
     // one that could not be made needs no end, and whoever wanted it has the error
     const made = await root?.catch(() => undefined)
     await made?.connection.end()
+  }
+
+  async #useOnce<T>(work: (root: StorageRoot) => Promise<T>, signal?: AbortSignal): Promise<T> {
+    using lease = await this.lease(signal)
+    return await work(lease.root)
   }
 
   #end(): void {

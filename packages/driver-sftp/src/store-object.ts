@@ -21,15 +21,18 @@ export async function storeObject(
   const name = folders.pop() ?? ''
   const file = new PendingFile(folders)
   const source = new WatchedBody(body)
+  const attempt = async (): Promise<StoredObject> => {
+    using lease = await session.lease(signal)
+    if (!file.isWhole) await file.write(lease.root, key, source, options)
+    const { size, mtime } = await file.publish(lease.root, name, signal)
+    return { key, size, modifiedAt: new Date(mtime * 1000) }
+  }
   let failures = 0
   try {
     for (;;) {
       const { kept } = file
       try {
-        using lease = await session.lease(signal)
-        if (!file.isWhole) await file.write(lease.root, key, source, options)
-        const { size, mtime } = await file.publish(lease.root, name, signal)
-        return { key, size, modifiedAt: new Date(mtime * 1000) }
+        return await attempt()
       } catch (error) {
         if (!isLost(error) || !(file.isWhole || source.canGoOn)) throw error
         if (file.kept > kept) failures = 0
