@@ -6,11 +6,12 @@ import {
   CreateMultipartUploadCommand,
   UploadPartCommand,
 } from '@aws-sdk/client-s3'
-import { abortError, type ByteRange, isVarveError, type UploadBody, VarveError } from '@varve/core'
+import { abortError, type ByteRange, isVarveError, type UploadBody } from '@varve/core'
 import { type Bucket, UPLOAD_TAG } from './bucket.ts'
 import { abortBy, GRACE_MS, soonAfter } from './grace.ts'
 import { objectOptions, type Upload } from './put-object.ts'
 import { backOff, isTransient, statusOf, withRetries } from './retrying.ts'
+import { withNote } from './s3-error.ts'
 import { type FoundUpload, foundUploads, isGone } from './stale-uploads.ts'
 import { UploadStream } from './upload-stream.ts'
 
@@ -155,14 +156,7 @@ export class MultipartUpload {
       return error
     } catch {
       const note = `The unfinished upload of ${key} could not be removed and takes space; cleanUp removes it.`
-      if (!isVarveError(error) || (error.code !== 'ABORTED' && !error.code.startsWith('STORAGE_')))
-        return error
-      const { code, context, retryable, cause } = error
-      return new VarveError(code, `${error.message.replace(/\.?$/, '.')} ${note}`, {
-        context,
-        retryable,
-        cause,
-      })
+      return isVarveError(error) ? withNote(error, note) : error
     } finally {
       uploadsOf(bucket).delete(this.#id)
     }

@@ -1,9 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { PutObjectCommand, type PutObjectCommandInput } from '@aws-sdk/client-s3'
-import { abortError, type UploadBody } from '@varve/core'
+import { abortError, type UploadBody, type VarveError } from '@varve/core'
 import { type Bucket, UPLOAD_TAG } from './bucket.ts'
-import { abortBy, soonAfter } from './grace.ts'
-import { isTransient, withRetries } from './retrying.ts'
+import { abortBy, GRACE_MS, soonAfter } from './grace.ts'
+import { isTransient, statusOf, withRetries } from './retrying.ts'
+import { withNote } from './s3-error.ts'
 import { UploadStream } from './upload-stream.ts'
 
 /** What an upload is made with. */
@@ -59,7 +60,8 @@ export async function putObject(upload: Upload, body: UploadBody, size: number):
       if (sent < size) onProgress?.(size)
     } catch (error) {
       if (stream.failure) throw stream.failure.error
-      mayBeStored ||= stream.complete
+      const refused = statusOf(error) !== undefined && !isTransient(error)
+      mayBeStored ||= stream.complete && !refused
       throw error
     } finally {
       stream.destroy()
@@ -68,11 +70,18 @@ export async function putObject(upload: Upload, body: UploadBody, size: number):
   try {
     await withRetries(attempt, { retries: bucket.settings.retries, signal })
   } catch (error) {
-    // The answer may have been lost. What counts is what the storage holds now.
-    if (mayBeStored && (isTransient(error) || signal?.aborted)) {
-      const head = await bucket.head(key, { retries: 0 }).catch(() => undefined)
-      if (head?.upload === tag) return
-    }
-    throw signal?.aborted ? abortError(signal) : bucket.error(error, action)
+    const failure = signal?.aborted ? abortError(signal) : bucket.error(error, action)
+    // An answer may have been lost, also that of an attempt before the last. What counts is what the storage holds now.
+    if (!mayBeStored || !(await isStored(upload, tag, failure))) throw failure
+  }
+}
+
+/** Whether the object is that of an upload. Where the storage does not say soon, `failure` is thrown, and says so. */
+async function isStored({ bucket, key }: Upload, tag: string, failure: VarveError): Promise<boolean> {
+  try {
+    const head = await bucket.head(key, { signal: AbortSignal.timeout(GRACE_MS) })
+    return head?.upload === tag
+  } catch {
+    throw withNote(failure, `Whether the storage has ${key} all the same is not known; write it again.`)
   }
 }

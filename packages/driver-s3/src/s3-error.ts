@@ -85,6 +85,13 @@ export function s3Error(error: unknown, { doing, permission }: S3Action, locatio
   )
 }
 
+/** An error of the storage, or an abort, with a word on what it leaves behind; one of the source stays as it is. */
+export function withNote(error: VarveError, note: string): VarveError {
+  const { code, message, context, retryable, cause } = error
+  if (code !== 'ABORTED' && !code.startsWith('STORAGE_')) return error
+  return new VarveError(code, `${message.replace(/\.?$/, '.')} ${note}`, { context, retryable, cause })
+}
+
 /** Why a server cannot be reached, and what to do; undefined for an error that has nothing to do with that. */
 function unreachable(error: unknown): string | undefined {
   const code = systemCode(error) ?? ''

@@ -1,6 +1,7 @@
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { crc32 } from 'node:zlib'
+import type { UploadBody } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { PatternBody, patternBytes } from '@varve/testkit'
 import { expect, onTestFinished, test } from 'vitest'
@@ -101,6 +102,45 @@ test('a small object whose answer is lost each time is a success when the storag
   const { fake, driver } = await begin({ retries: 1 }, { put: [lost, lost] })
   await driver.put('a', new PatternBody({ size: 10, seed: 7 }))
   expect(fake.calls).toEqual(['put', 'put', 'head'])
+})
+
+test.each<[string, Partial<Record<Call, Fault[]>>]>([
+  ['an answer that is lost', {}],
+  ['an answer and a lookup that are lost', { head: [slowDown] }],
+])('%s is no failure because the source cannot be read again', async (_, faults) => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { fake, driver } = await begin({}, { put: [lost], ...faults })
+  const bytes = patternBytes(12, 0, 10)
+  let opened = 0
+  const body: UploadBody = {
+    size: 10,
+    replayable: true,
+    open: () => Readable.from(opened++ === 0 ? [bytes] : []),
+  }
+  await driver.put('a', body)
+  expect(opened).toBe(2)
+  expect(fake.objects.get('a')?.bytes.equals(bytes)).toBe(true)
+})
+
+test('an upload whose answers are lost says so where the storage cannot tell what it has', async () => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { driver } = await begin({ retries: 0 }, { put: [lost], head: [slowDown] })
+  const upload = driver.put('a', new PatternBody({ size: 10 }))
+  await expect(upload).rejects.toMatchObject({
+    code: 'STORAGE_UNREACHABLE',
+    message: expect.stringContaining('a all the same is not known'),
+    retryable: true,
+  })
+})
+
+test('an upload whose answer is lost is a failure where the storage has the object of another', async () => {
+  const cut: Fault = { when: 'before', answer: 'cut' }
+  const { fake, driver } = await begin({ retries: 1 }, { put: [cut, cut] })
+  const former = { bytes: patternBytes(13, 0, 10), tag: 'another upload' }
+  fake.objects.set('a', former)
+  const upload = driver.put('a', new PatternBody({ size: 10 }))
+  await expect(upload).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+  expect(fake.objects.get('a')).toBe(former)
 })
 
 test.each(['InvalidAccessKeyId', 'SignatureDoesNotMatch', 'ExpiredToken', 'AccessDenied'])(
