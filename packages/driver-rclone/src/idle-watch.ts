@@ -23,12 +23,14 @@ export interface IdleWatchOptions {
 export class IdleWatch implements Disposable {
   readonly #options: IdleWatchOptions
   readonly #timer: NodeJS.Timeout
+  #idleMs: number
   #last = performance.now()
   #moved = 0
   #holders = 0
 
   constructor(options: IdleWatchOptions) {
     this.#options = options
+    this.#idleMs = options.idleMs
     this.#timer = setInterval(() => this.#look(), Math.max(10, options.idleMs / LOOKS))
   }
 
@@ -48,13 +50,18 @@ export class IdleWatch implements Disposable {
     }
   }
 
+  /** Gives the process this much more time to make no progress in, in milliseconds. */
+  extend(ms: number): void {
+    this.#idleMs += ms
+  }
+
   #look(): void {
     readMoved(this.#options.pid).then(moved => {
       if (moved - this.#moved >= LEAST_BYTES) {
         this.#moved = moved
         this.progress()
       }
-      if (this.#holders > 0 || performance.now() - this.#last < this.#options.idleMs) return
+      if (this.#holders > 0 || performance.now() - this.#last < this.#idleMs) return
       clearInterval(this.#timer)
       this.#options.onIdle()
     })

@@ -76,12 +76,13 @@ export class RcloneHelper {
   }
 
   /**
-   * Uploads what a source gives to a path. Resolves when rclone has ended well; when the source fails, or the signal
-   * fires, rclone is killed, and has ended before this rejects. What is left at the path then is for the caller to
-   * remove.
+   * Uploads what a source gives to a path. Resolves when rclone has ended well and the source has ended without another
+   * byte; when the source or `onTaken` fails, or the signal fires, rclone is killed, and has ended before this rejects.
+   * What is left at the path then is for the caller to remove.
    *
    * @param open opens the source, which must end with an error when the signal that it is given fires
-   * @throws UPLOAD_FAILED, TIMEOUT, ABORTED, and what the storage failed with; what the source throws is thrown as it is
+   * @throws UPLOAD_FAILED, TIMEOUT, ABORTED, and what the storage failed with; what the source or `onTaken` throws is thrown as
+   *   it is
    */
   async rcat(
     path: string,
@@ -94,16 +95,27 @@ export class RcloneHelper {
     // no time limit within rclone: it would hold a slow source against the server
     const process = await this.#rclone.start(['rcat', ...known, '--timeout', '0', target], options, true)
     process.stdout.resume()
-    try {
-      await feed(process, open(process.ending), onTaken)
-    } catch (error) {
-      if (!process.ending.aborted) {
-        process.stop(new VarveError('ABORTED', `The source failed: ${errorMessage(error)}`, { cause: error }))
-        await process.exited
-        throw error
+    let failure: { error: unknown } | undefined
+    const fail = (error: unknown) => {
+      failure = { error }
+      const message = `The upload failed here: ${errorMessage(error)}`
+      process.stop(new VarveError('ABORTED', message, { cause: error }))
+    }
+    const taken = (chunk: Uint8Array) => {
+      try {
+        onTaken?.(chunk)
+      } catch (error) {
+        if (!process.failed.aborted) fail(error)
       }
     }
+    try {
+      // also given up when rclone has ended and only the source has not
+      await feed(process, open(signal ? AbortSignal.any([process.failed, signal]) : process.failed), taken)
+    } catch (error) {
+      if (!process.failed.aborted) fail(error)
+    }
     const exit = await process.exited
+    if (failure) throw failure.error
     if (process.stopped) throw process.stopped
     if (signal?.aborted) throw abortError(signal)
     if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target, code: 'UPLOAD_FAILED' }, signal)

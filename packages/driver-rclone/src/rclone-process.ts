@@ -51,9 +51,9 @@ export class RcloneProcess {
   readonly exited: Promise<RcloneExit>
   /** Sees that it makes progress. */
   readonly watch: IdleWatch
-  /** Fires when it has ended, or is about to, for whatever reason. */
-  readonly ending: AbortSignal
-  readonly #ending = new AbortController()
+  /** Fires when it has failed, or is stopped. It does not when it ends well. */
+  readonly failed: AbortSignal
+  readonly #failed = new AbortController()
   readonly #kill: (signal: NodeJS.Signals) => void
   #stopped: VarveError | undefined
 
@@ -83,7 +83,7 @@ export class RcloneProcess {
     this.stdin = child.stdin
     this.stdin?.on('error', () => undefined) // it has ended: its exit tells why
     this.stdout = child.stdout
-    this.ending = this.#ending.signal
+    this.failed = this.#failed.signal
     this.#kill = name => child.kill(name)
     this.watch = new IdleWatch({
       pid: child.pid ?? 0,
@@ -102,7 +102,7 @@ export class RcloneProcess {
     this.exited = child.then(result => {
       signal?.removeEventListener('abort', giveUp)
       this.watch[Symbol.dispose]()
-      this.#ending.abort()
+      if (result.exitCode !== 0) this.#failed.abort()
       const exit = {
         args,
         exitCode: result.exitCode,
@@ -131,7 +131,7 @@ export class RcloneProcess {
   stop(why: VarveError): void {
     if (this.#stopped) return
     this.#stopped = why
-    this.#ending.abort(why)
+    this.#failed.abort(why)
     this.#kill('SIGTERM')
     this.stdout.destroy()
   }

@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody, type CommandEvent, type StorageDriver } from '@varve/core'
+import { bytesBody, type CommandEvent, readUpload, type StorageDriver } from '@varve/core'
 import { RcloneDriver, RcloneHelper } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
 import { describe, expect, onTestFinished, test, vi } from 'vitest'
@@ -20,13 +20,18 @@ async function begin(options: Parameters<typeof folderTarget>[1] = {}) {
 }
 
 /** A program in rclone's place: what `script` says, and otherwise rclone itself. */
-async function beginWithScript(script: string, options: Parameters<typeof folderTarget>[1] = {}) {
+async function scriptFile(script: string): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-script-'))
   onTestFinished(() => rm(folder, { recursive: true }))
   const command = join(folder, 'rclone')
   await writeFile(command, `#!/bin/sh\n${script}\nexec rclone "$@"\n`)
   await chmod(command, 0o755)
-  return begin({ command, ...options })
+  return command
+}
+
+/** A driver on a folder of its own whose rclone is a {@link scriptFile}. */
+async function beginWithScript(script: string, options: Parameters<typeof folderTarget>[1] = {}) {
+  return begin({ command: await scriptFile(script), ...options })
 }
 
 /** The processes of this one's children that run rclone. */
@@ -172,11 +177,84 @@ describe('an upload', () => {
     expect(await filesIn(path)).toEqual([{ name: 'other', size: 1 }])
   })
 
-  test('to an rclone that takes nothing ends with TIMEOUT; a source that gives nothing is waited for', async () => {
-    const stuck = await beginWithScript('case "$1" in rcat) exec sleep 1000;; esac', { timeoutMs: 2000 })
-    const body = new PatternBody({ size: 8_000_000 })
-    await expect(stuck.driver.put('a', body)).rejects.toMatchObject({ code: 'TIMEOUT', retryable: true })
+  describe('whose rclone ends well before its source', () => {
+    const BYTES = 1000
+    /** A source that goes on when rclone has ended. */
+    async function uploadLate(then: 'fails' | 'ends' | 'gives more', size: number | undefined) {
+      const rcloneEnded = Promise.withResolvers<void>()
+      const onCommand = () =>
+        then === 'fails' ? rcloneEnded.reject(new Error('boom')) : rcloneEnded.resolve()
+      const command = await scriptFile(`head -c ${BYTES} > /dev/null; exit`)
+      const helper = new RcloneHelper({ remoteName: 'nas', command, onCommand })
+      const end = BYTES + (then === 'gives more' ? 1 : 0)
+      const source = troubledSource(
+        { kind: 'wait', resumed: rcloneEnded.promise, size: end },
+        { bytes: BYTES },
+      )
+      const body = { ...(size && { size }), replayable: false, open: () => source }
+      const taken: Uint8Array[] = []
+      await helper.rcat('a', signal => readUpload(body, { key: 'a', signal }), {
+        ...(size && { size }),
+        onTaken: chunk => taken.push(chunk),
+      })
+      return Buffer.concat(taken)
+    }
 
+    test.each([
+      ['fails', BYTES],
+      ['fails', undefined],
+      ['gives more', BYTES],
+      ['gives more', undefined],
+    ] as const)('fails if that %s (size: %s)', async (then, size) => {
+      await expect(uploadLate(then, size)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+    })
+
+    test('is one if that ends', async () => {
+      expect(await uploadLate('ends', BYTES)).toEqual(patternBytes(0, 0, BYTES))
+    })
+
+    test('can be given up while that waits', async () => {
+      const ended = Promise.withResolvers<void>()
+      const { driver, path } = await beginWithScript(
+        `case "$1" in rcat) head -c ${BYTES} | rclone "$@"; exit;; esac`,
+        { onCommand: ({ args }) => args[0] === 'rcat' && ended.resolve() },
+      )
+      const controller = new AbortController()
+      const source = troubledSource({ kind: 'wait', resumed: never, size: 2 * BYTES }, { bytes: BYTES })
+      const given = expect(driver.put('a/b', source, { signal: controller.signal })).rejects.toMatchObject({
+        code: 'ABORTED',
+      })
+      await ended.promise
+      controller.abort()
+      await given
+      expect(source.destroyed).toBe(true)
+      expect(await filesIn(path)).toEqual([])
+    })
+  })
+
+  test('whose onProgress throws fails with what that threw, and leaves nothing', async () => {
+    const { driver, path } = await begin()
+    const error = new Error('boom')
+    const source = troubledSource({ kind: 'wait', resumed: never, size: 200_000 }, { bytes: 100_000 })
+    const onProgress = () => {
+      throw error
+    }
+    await expect(driver.put('a/b', source, { onProgress })).rejects.toBe(error)
+    expect(source.destroyed).toBe(true)
+    expect(await filesIn(path)).toEqual([])
+    expect(await rcloneProcesses()).toEqual([])
+  })
+
+  test.each([
+    ['takes nothing', 'exec sleep 1000'],
+    ['takes all and then does nothing', 'cat > /dev/null; exec sleep 1000'],
+  ])('to an rclone that %s ends with TIMEOUT', async (_, script) => {
+    const helper = new RcloneHelper({ remoteName: 'nas', command: await scriptFile(script), timeoutMs: 500 })
+    const open = () => new PatternBody({ size: 8_000_000 }).open()
+    await expect(helper.rcat('a', open)).rejects.toMatchObject({ code: 'TIMEOUT', retryable: true })
+  })
+
+  test('waits for a source that gives nothing', async () => {
     const { driver } = await begin({ timeoutMs: 2000 })
     const { promise: later, resolve } = Promise.withResolvers<void>()
     const slow = troubledSource(
