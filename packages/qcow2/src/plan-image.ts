@@ -110,15 +110,12 @@ export function maxDiskSize(clusterSize: number): number {
 
 /** The refcount table and blocks for `others` clusters and for themselves. */
 function sizeRefcounts(others: number, clusterSize: number): { tableClusters: number; blocks: number } {
-  let tableClusters = 0
-  let blocks = 0
-  for (;;) {
+  for (let blocks = 0; ; ) {
+    const tableClusters = Math.ceil((blocks * ENTRY_BYTES) / clusterSize)
     const total = others + tableClusters + blocks
-    const neededBlocks = Math.ceil(total / (clusterSize / REFCOUNT_BYTES))
-    const neededTable = Math.ceil((neededBlocks * ENTRY_BYTES) / clusterSize)
-    if (neededBlocks === blocks && neededTable === tableClusters) return { tableClusters, blocks }
-    blocks = neededBlocks
-    tableClusters = neededTable
+    const needed = Math.ceil(total / (clusterSize / REFCOUNT_BYTES))
+    if (needed === blocks) return { tableClusters, blocks }
+    blocks = needed
   }
 }
 

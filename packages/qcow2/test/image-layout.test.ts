@@ -95,17 +95,83 @@ test('any range of it is a slice of the whole', () => {
   )
 })
 
-test('pieces of any few bytes make up the whole', () => {
-  const layout = planImage(listOf([4096 * 700, data], [4096 * 3, unallocated], [4096, zero], [9, data]), {
-    clusterSize: 4096,
-    backing: BACKING,
+describe('pieces of any few bytes make up the whole', () => {
+  function inPieces(list: ExtentList, sizes: readonly number[]): void {
+    const layout = planImage(list, { clusterSize: 4096, backing: BACKING })
+    const whole = Buffer.alloc(layout.dataStart)
+    layout.readMetadata(0, whole)
+    for (const size of sizes) {
+      const pieces = Buffer.alloc(layout.dataStart, 0xee)
+      for (let at = 0; at < pieces.length; at += size) layout.readMetadata(at, pieces.subarray(at, at + size))
+      expect(pieces.equals(whole), `pieces of ${size}`).toBe(true)
+    }
+  }
+
+  test('of tables of one cluster', () => {
+    const list = listOf([4096 * 700, data], [4096 * 3, unallocated], [4096, zero], [9, data])
+    inPieces(list, [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097, 5003, 7000, 10_001])
   })
-  const whole = Buffer.alloc(layout.dataStart)
-  layout.readMetadata(0, whole)
-  for (const size of [1, 2, 3, 5, 7, 8, 9, 15, 17, 4095, 4097, 5003, 7000, 10_001]) {
-    const pieces = Buffer.alloc(layout.dataStart, 0xee)
-    for (let at = 0; at < pieces.length; at += size) layout.readMetadata(at, pieces.subarray(at, at + size))
-    expect(pieces.equals(whole), `pieces of ${size}`).toBe(true)
+
+  test('of several refcount blocks', () => inPieces(listOf([4096 * 6200, data]), [8, 13, 5003]))
+
+  test('of L2 tables with gaps in the L1 table between', () => {
+    const list = new ExtentList()
+    for (let i = 0; i < 4; i++) {
+      list.append(4096 * 500, data)
+      list.append(64 * MIB - 4096 * 500, unallocated)
+    }
+    inPieces(list, [8, 24, 5003, 7000])
+  })
+})
+
+test.each<{ name: string; runs: [ExtentKind, number][]; tables: number }>([
+  {
+    name: 'goes on into the next',
+    runs: [
+      [data, 1],
+      [unallocated, 1],
+      [data, 600],
+    ],
+    tables: 2,
+  },
+  {
+    name: 'goes on over several',
+    runs: [
+      [zero, 1],
+      [data, 5],
+      [unallocated, 500],
+      [data, 1100],
+      [zero, 2],
+    ],
+    tables: 4,
+  },
+  {
+    name: 'ends with it',
+    runs: [
+      [data, 3],
+      [zero, 509],
+      [unallocated, 512],
+      [data, 1],
+    ],
+    tables: 2,
+  },
+])('a run in the L2 table of another that $name takes no table twice', async ({ runs, tables }) => {
+  const plan: LayerPlan = { clusterSize: 4096, size: 7 * MIB, runs, seed: 1 }
+  const disk = nextDisk(undefined, plan)
+  const { file, layout } = await compose(plan, disk, BACKING)
+  expect(checkRefcounts(file)).toEqual([])
+  expect(walk(file).disk.equals(disk)).toBe(true)
+  expect(layout.dataStart / 4096).toBe(4 + tables) // after the header, the refcount table and block, and the L1 table
+})
+
+test('offsets over 4 GiB and over 1 TiB are whole', () => {
+  for (const clusters of [2 ** 17, 2 ** 25]) {
+    const layout = planImage(listOf([clusters * 65536, data]))
+    const last = Buffer.alloc(8)
+    layout.readMetadata(layout.dataStart - 65536 + ((clusters - 1) % 8192) * 8, last)
+    const offset = BigInt(layout.dataStart) + BigInt(clusters - 1) * 65536n
+    expect(last.readBigUInt64BE()).toBe((1n << 63n) | offset)
+    expect(layout.fileOffset((clusters - 1) * 65536)).toBe(Number(offset))
   }
 })
 
