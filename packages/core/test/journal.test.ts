@@ -5,7 +5,7 @@ import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
-import { JOURNAL_STEPS, type JournalHeader, RunJournal } from '../src/journal.ts'
+import { JOURNAL_STEPS, type JournalHeader, type JournalStep, RunJournal } from '../src/journal.ts'
 import { recover } from '../src/recover.ts'
 import { assertNoUnsettledRun } from '../src/unsettled.ts'
 
@@ -40,6 +40,53 @@ test('another process reads every step that was recorded, in order', async () =>
     { step: 'export', folder: '/tmp/x' },
   ])
   expect(found?.of('export')).toEqual([{ step: 'export', folder: '/tmp/x' }])
+})
+
+test('every kind of step is read with all that it tells', async () => {
+  const of = { instance: 'web-1', disk: 'vda' }
+  const steps: JournalStep[] = [
+    { step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] },
+    { step: 'filesystem-freeze' },
+    { step: 'filesystem-thawed' },
+    { step: 'suspend' },
+    { step: 'snapshot', overlays: [{ disk: 'vda', base: '/a', baseFormat: 'raw', overlay: '/a.x' }] },
+    { step: 'rbd-snapshot', snapshot: 'varve-x', disks: [{ disk: 'vda', image: 'pool/vda' }] },
+    { step: 'resumed' },
+    { step: 'export', folder: '/tmp/x' },
+    { step: 'upload', folder: 'web-1/x/x' },
+    { step: 'publish', manifest: 'm', retire: { vda: ['b'] }, retireSnapshots: { vdb: ['s'] } },
+    { step: 'define', instance: 'web-1', xml: '<domain/>' },
+    { step: 'drop-backing', instance: 'web-1', disks: ['vda'] },
+    { step: 'power-off', instance: 'web-1', wasRunning: true, start: false, timeoutMs: 5 },
+    { step: 'powered-off' },
+    { step: 'target-create', temporary: '/a.new' },
+    { step: 'image-create', image: 'pool/a.new', of },
+    { step: 'image-create', image: 'pool/b.new' },
+    { step: 'write-in-place', disk: 'vda', path: '/dev/a' },
+    { step: 'written-in-place' },
+    {
+      step: 'finish',
+      renames: [
+        { temporary: '/a.new', target: '/a', isNew: true },
+        { temporary: '/b.new', target: '/b' },
+      ],
+      images: [{ image: 'pool/a.new', target: 'pool/a', isNew: false, of }],
+    },
+    { step: 'defined' },
+    { step: 'undo' },
+  ]
+  expect(new Set(steps.map(({ step }) => step))).toEqual(new Set(JOURNAL_STEPS))
+  for (const host of [
+    { kind: 'libvirt', uri: 'qemu:///system' },
+    { kind: 'image', instance: 'web-1', disks: { vda: '/a', vdb: { path: '/b', format: 'raw' } } },
+  ] as const) {
+    const journal = await RunJournal.begin(stateDir, { ...header(), host })
+    for (const step of steps) await journal.record(step)
+    const [found] = await RunJournal.unsettled(stateDir)
+    expect(found?.header).toEqual(journal.header)
+    expect(found?.steps).toEqual(steps)
+    await journal.settled()
+  }
 })
 
 test('a step whose record was cut short at any byte was never begun', async () => {
