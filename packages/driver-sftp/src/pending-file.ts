@@ -16,7 +16,7 @@ const LITTLE_ROOM = 1024 * 1024
 
 /** A file under a temporary name in its final folder, over several connections if need be. Its owner publishes or discards it. */
 export class PendingFile {
-  /** How many bytes of the body need not be sent again. */
+  /** How many bytes of the body need not be sent again. Always 0 where its size is unknown: it cannot be opened in the middle. */
   kept = 0
   readonly #folders: readonly string[]
   readonly #temporary = TEMPORARY_PREFIX + randomBytes(8).toString('hex')
@@ -42,17 +42,18 @@ export class PendingFile {
   async write(root: StorageRoot, key: string, body: UploadBody, options: PutOptions): Promise<void> {
     const { connection } = root
     const { signal, onProgress } = options
+    const isNew = !this.#created
     const handle = await this.#open(root, signal)
     let stats: Stats
     try {
-      await this.#rewind(connection, handle)
+      if (!isNew) await this.#rewind(connection, handle)
       const size = await writeWindow(connection, handle, body, {
         key,
         start: this.kept,
         signal,
         onWritten: position => onProgress?.(position),
         onKept: position => {
-          this.kept = position
+          if (body.size !== undefined) this.kept = position
         },
       })
       await sync(connection, handle)
@@ -133,7 +134,6 @@ export class PendingFile {
 
   /** Takes away what is behind {@link PendingFile.kept}, which goes back to 0 where the server has lost something. */
   async #rewind(connection: SftpConnection, handle: Buffer): Promise<void> {
-    if (this.kept === 0) return
     const stats = await connection.call<Stats>((sftp, done) => sftp.fstat(handle, done))
     if (stats.size < this.kept) this.kept = 0
     const size = this.kept

@@ -94,8 +94,8 @@ export async function writeWindow(
 
   signal?.addEventListener('abort', giveUp, { once: true })
   try {
-    if (start === 0 || start < (body.size ?? 0)) {
-      const range = start > 0 && body.size !== undefined ? { start, end: body.size } : undefined
+    if (start === 0 || start !== body.size) {
+      const range = start > 0 ? { start, end: sizeOf(body) } : undefined
       for await (const chunk of readUpload(body, { key, signal: broken.signal, ...(range && { range }) })) {
         const bytes = Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength)
         for (let offset = 0; offset < bytes.byteLength && !failure; ) {
@@ -122,6 +122,11 @@ export async function writeWindow(
   }
   if (failure) throw failure.error
   return position
+}
+
+function sizeOf({ size }: UploadBody): number {
+  if (size === undefined) throw new TypeError('A body of unknown size is written from its beginning.')
+  return size
 }
 
 /** Asks the server now and then to make durable what is written, where it can (`fsync@openssh.com`). */

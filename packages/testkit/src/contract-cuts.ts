@@ -1,10 +1,10 @@
-import { bytesBody } from '@varve/core'
+import { bytesBody, type UploadBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { bytesOf, type Contract, expectStored } from './contract-target.ts'
 import { cutBytes, cutCalls, cutDownloads, cutUploads, forEachAnswer } from './network-cuts.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
-import { beginRemote, type Remote } from './remote-target.ts'
+import { beginRemote, expectWholeOrNothing, outcomeOf, type Remote } from './remote-target.ts'
 
 /** Connections that are cut: what is stored is whole or not there, and no answer is a wrong one. */
 export function describeCuts(contract: Contract, remote: Remote): void {
@@ -31,6 +31,16 @@ export function describeCuts(contract: Contract, remote: Remote): void {
     test('a body that opens once is stored whole, or fails and leaves nothing, when its upload is cut', async () => {
       const places = { even: 2, beforeEnd: [1, 0] }
       await cutUploads(remote, { how, toServer: places, toClient: places }, { replayable: false })
+    })
+
+    test('a body of unknown size that can be opened again is stored whole, or fails and leaves nothing', async () => {
+      const target = await beginRemote(remote)
+      const source = new PatternBody({ size: contract.largeSize, seed: 24 })
+      const body: UploadBody = { replayable: true, open: () => source.open() }
+      target.proxy.cutAfter(0.8 * source.size, 'toServer')
+      const outcome = await outcomeOf(target.driver.put('a/large', body))
+      expect(target.proxy.cuts).toBe(1)
+      await expectWholeOrNothing(target, 'a/large', { bytes: bytesOf(source), outcome, remote })
     })
 
     if (contract.capabilities.resume) {
