@@ -9,6 +9,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  errorMessage,
   type GetOptions,
   isKey,
   isVarveError,
@@ -23,7 +24,7 @@ import {
   VarveError,
 } from '@varve/core'
 import type { RemoteFile } from './lsjson.ts'
-import { RcloneHelper } from './rclone-helper.ts'
+import { type MoveOptions, RcloneHelper } from './rclone-helper.ts'
 import { checkedPathPrefix, type RcloneDriverOptions } from './rclone-options.ts'
 
 /** How often a call is made that fails by what may go away. */
@@ -147,6 +148,10 @@ export class RcloneDriver implements StorageDriver {
     const temporary = siblingOf(this.#pathOf(key), TEMPORARY_PREFIX + randomBytes(8).toString('hex'))
     await this.#makeFolderOf(temporary, call)
     let size = 0
+    let former: RemoteFile | undefined
+    const onRemoving = (file: RemoteFile) => {
+      former ??= file
+    }
     try {
       await this.#rclone.rcat(temporary, signal => readUpload(body, { key, signal }), {
         ...call,
@@ -159,9 +164,11 @@ export class RcloneDriver implements StorageDriver {
       })
       const file = await this.#rclone.stat(temporary, call)
       if (file?.size !== size) throw this.#damaged(key, size, file?.size)
-      await this.#publish(temporary, key, size, call)
+      await this.#publish(temporary, key, size, { ...call, onRemoving })
       return toObject(key, file)
     } catch (error) {
+      // of the former object and the new one, one has to stay
+      if (former && !(await this.#isUnchanged(key, former))) throw this.#kept(temporary, key, error)
       throw await this.#discarded(temporary, error)
     }
   }
@@ -176,10 +183,11 @@ export class RcloneDriver implements StorageDriver {
   }
 
   /** Carries the move through as far as it can: one that broke off may have removed the former object already. */
-  async #publish(temporary: string, key: string, size: number, call: CallOptions): Promise<void> {
+  async #publish(temporary: string, key: string, size: number, options: MoveOptions): Promise<void> {
+    const call = callOptions(options)
     const move = async () => {
       try {
-        await this.#rclone.moveTo(temporary, this.#pathOf(key), size, call)
+        await this.#rclone.moveTo(temporary, this.#pathOf(key), size, options)
       } catch (error) {
         // a move whose answer was lost has been made all the same
         if (call.signal?.aborted || (await this.#rclone.stat(temporary, call))) throw error
@@ -187,6 +195,26 @@ export class RcloneDriver implements StorageDriver {
       }
     }
     await retrying(move, call)
+  }
+
+  /** False also where the storage does not answer. */
+  async #isUnchanged(key: string, former: RemoteFile): Promise<boolean> {
+    const call = { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) }
+    const file = await this.#rclone.stat(this.#pathOf(key), call).catch(() => undefined)
+    return file?.size === former.size && file.modifiedAt?.getTime() === former.modifiedAt?.getTime()
+  }
+
+  /** The error of a move that may have removed the former object, and that has left the new one where it was. */
+  #kept(temporary: string, key: string, failure: unknown): VarveError {
+    const from = this.#rclone.target(temporary)
+    const to = this.#rclone.target(this.#pathOf(key))
+    const code = isVarveError(failure) ? failure.code : 'UPLOAD_FAILED'
+    const context = { ...(isVarveError(failure) && failure.context), kept: from }
+    return new VarveError(
+      code,
+      `${errorMessage(failure)} The former ${key} may be gone. The new one was uploaded whole and is kept as ${from}: move it to ${to} with \`rclone moveto\` before a clean-up removes it, or upload it again.`,
+      { context, cause: failure },
+    )
   }
 
   /** Removes what there is of an upload and returns the error to throw, which tells if something stays. */

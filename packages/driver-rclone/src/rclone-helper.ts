@@ -32,6 +32,12 @@ export interface ListOptions extends CallOptions {
   onMissing?: () => void
 }
 
+/** Options of {@link RcloneHelper.moveTo}. */
+export interface MoveOptions extends CallOptions {
+  /** Called before what is at the other path is removed, where rclone cannot move over it. */
+  onRemoving?: (former: RemoteFile) => void
+}
+
 /**
  * rclone, for one remote: manages how the remote is known to rclone and runs its commands. Data goes by pipes, never
  * over a local disk, and secrets by the environment, never by the command line.
@@ -215,21 +221,26 @@ export class RcloneHelper {
    *
    * @param size the file's, in bytes: a server that moves by copying gets time for it
    */
-  async moveTo(from: string, to: string, size: number, options: CallOptions = {}): Promise<void> {
+  async moveTo(from: string, to: string, size: number, options: MoveOptions = {}): Promise<void> {
+    const { onRemoving, ...call } = options
     const idleMs = this.#rclone.timeoutMs + (size / SLOWEST_COPY) * 1000
-    const { duplicateNames } = await this.features(options)
-    // Else rclone removes what is there before it moves, and takes two files of one size and time for the same.
-    const over = duplicateNames ? '--ignore-times' : '--no-check-dest'
+    const { duplicateNames } = await this.features(call)
     const target = this.target(to)
-    const move = (how: string, call: CallOptions) =>
-      this.#rclone.run(['moveto', how, this.target(from), target], { ...call, idleMs })
-    let { exit } = await move(over, options)
+    const move = async (how: string, call: CallOptions) => {
+      const args = ['moveto', how, this.target(from), target]
+      const { exit } = await this.#rclone.run(args, { ...call, idleMs })
+      return exit.exitCode === 0 ? undefined : this.#rclone.explain(exit, { target }, options.signal)
+    }
+    // Else rclone removes what is there before it moves, and takes two files of one size and time for the same.
+    const refusal = duplicateNames ? undefined : await move('--no-check-dest', call)
+    if (refusal?.retryable) throw refusal
+    if (!refusal && !duplicateNames) return
+    const former = await this.stat(to, call)
+    if (former) onRemoving?.(former)
     // Some servers rename over nothing, nor does rclone's sftp (1.60) anywhere. Then rclone removes what is there and
     // renames, which is not to be given up in between.
-    if (exit.exitCode !== 0 && over !== '--ignore-times' && !rcloneError(exit, { target }).retryable) {
-      ;({ exit } = await move('--ignore-times', {}))
-    }
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
+    const failure = former || !refusal ? await move('--ignore-times', former ? {} : call) : refusal
+    if (failure) throw failure
   }
 
   /** Removes a file, and looks whether it is gone. False where there was none, or a folder. */

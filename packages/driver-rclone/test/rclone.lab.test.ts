@@ -162,6 +162,50 @@ describe('an upload', () => {
     expect(await filesIn(path)).toHaveLength(1)
   })
 
+  test('whose move removes the former object and then fails for good is kept, and told where', async () => {
+    // arguments: moveto, how, from, to, --config, the file
+    const { driver, path } = await beginWithScript(`
+      there() { rclone --config "$6" lsf "$4" > /dev/null 2>&1; }
+      case "$1 $2" in
+        "moveto --no-check-dest") if there "$@"; then echo "Move Rename failed: Failure" >&2; exit 1; fi;;
+        "moveto --ignore-times")
+          rclone --config "$6" deletefile "$4"; echo "Rename failed: permission denied" >&2; exit 1;;
+      esac`)
+    await writeFile(join(path, 'b'), 'former')
+    const error = await driver.put('b', Readable.from([Buffer.from('new')])).then(
+      () => undefined,
+      (error: unknown) => error,
+    )
+    const [left, ...others] = await filesIn(path)
+    expect(others).toEqual([])
+    expect(await readFile(join(path, left?.name ?? ''), 'utf8')).toBe('new')
+    expect(error).toMatchObject({
+      code: 'STORAGE_ACCESS_DENIED',
+      message: expect.stringContaining(`kept as nas:backup/${left?.name}`),
+      retryable: false,
+    })
+  })
+
+  test('whose move fails and leaves the former object leaves nothing else', async () => {
+    const { driver, path } = await beginWithScript(
+      'case "$1" in moveto) echo "Rename failed: permission denied" >&2; exit 1;; esac',
+    )
+    await writeFile(join(path, 'b'), 'former')
+    const put = driver.put('b', bytesBody(Buffer.from('new')))
+    await expect(put).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    expect(await filesIn(path)).toEqual([{ name: 'b', size: 6 }])
+  })
+
+  test('that cannot be moved to where nothing is leaves nothing', async () => {
+    const { driver, path, commands } = await beginWithScript(
+      'case "$1" in moveto) echo "Rename failed: permission denied" >&2; exit 1;; esac',
+    )
+    const put = driver.put('a/b', bytesBody(Buffer.from('new')))
+    await expect(put).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    expect(await filesIn(path)).toEqual([])
+    expect(commands.filter(({ args }) => args[1] === '--ignore-times')).toEqual([])
+  })
+
   test('is not given up with another one that is', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-given-up-'))
     onTestFinished(() => rm(folder, { recursive: true }))
