@@ -2,6 +2,7 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   abortError,
+  isBackupId,
   isVarveError,
   type RbdCluster,
   type RbdDiffStream,
@@ -38,8 +39,6 @@ const FEATURES = ['layering', 'exclusive-lock', 'object-map', 'fast-diff', 'deep
 
 /** Varve's own metadata of an image. */
 const METADATA = 'varve.'
-/** Varve's own snapshots of an image. */
-const SNAPSHOTS = 'varve-'
 
 /** A cluster, by the `rbd` program. */
 export class CephCluster implements RbdCluster {
@@ -52,26 +51,34 @@ export class CephCluster implements RbdCluster {
   }
 
   async image(image: string, run: RunOptions = {}): Promise<RbdImage> {
-    const [{ id, size, flags }, snapshots, metadata] = await Promise.all([
+    const [{ id, size, flags, group, mirrored }, snapshots, metadata] = await Promise.all([
       this.#info(image, run),
-      this.#snapshots(image, run),
+      this.snapshots(image, run),
       this.#metadata(image, run),
     ])
     return {
       id,
       size,
-      snapshots: snapshots.map(({ name, id }) => ({ name, id })),
+      snapshots,
       metadata: new Map([...metadata].filter(([key]) => key.startsWith(METADATA))),
       objectMapInvalid: flags.includes('object map invalid'),
+      ...(group !== undefined && { group }),
+      ...(mirrored && { mirrored }),
     }
   }
 
+  async snapshots(image: string, run: RunOptions = {}): Promise<RbdSnapshot[]> {
+    return (await this.#snapshots(image, run)).map(({ name, id }) => ({ name, id }))
+  }
+
   async createSnapshot(image: string, snapshot: string, run: RunOptions = {}): Promise<RbdSnapshot> {
-    await this.#rbd.run(run, ['snap', 'create', '--no-progress'], { image, snapshot }).catch(error => {
+    // Without the signal: QEMU may carry out later what an rbd that was ended asked it for.
+    const { signal: _, ...whole } = run
+    await this.#rbd.run(whole, ['snap', 'create', '--no-progress'], { image, snapshot }).catch(error => {
       if (!isVarveError(error, 'TARGET_EXISTS')) throw error
     })
-    const made = (await this.#snapshots(image, run)).find(({ name }) => name === snapshot)
-    if (made) return { name: made.name, id: made.id }
+    const made = (await this.snapshots(image, run)).find(({ name }) => name === snapshot)
+    if (made) return made
     throw new VarveError(
       'RBD_SNAPSHOT_NOT_FOUND',
       `The snapshot ${snapshot} of ${image} was made and is not there. Does something else remove snapshots of this image?`,
@@ -109,7 +116,7 @@ export class CephCluster implements RbdCluster {
   }
 
   async clones(image: string, run: RunOptions = {}): Promise<string[]> {
-    return parseClones(await this.#rbd.json(run, ['children'], { image }))
+    return parseClones(await this.#rbd.json(run, ['children', '--all'], { image })) // those in the trash too
   }
 
   async isOpen(image: string, run: RunOptions = {}): Promise<boolean> {
@@ -204,7 +211,7 @@ export class CephCluster implements RbdCluster {
     run: RunOptions,
   ): Promise<void> {
     const context = { image, snapshots: snapshots.map(({ name }) => name) }
-    const foreign = snapshots.find(({ name }) => !name.startsWith(SNAPSHOTS))
+    const foreign = snapshots.find(({ name }) => !isOwn(name))
     if (foreign) {
       throw new VarveError(
         'RBD_FAILED',
@@ -237,6 +244,11 @@ export class CephCluster implements RbdCluster {
       )
     }
   }
+}
+
+/** Whether a snapshot is one of Varve's: `varve-<backup id>`. */
+function isOwn(snapshot: string): boolean {
+  return snapshot.startsWith('varve-') && isBackupId(snapshot.slice('varve-'.length))
 }
 
 function layoutArguments({ features, objectSize, striping, dataPool }: ImageLayout): string[] {

@@ -12,6 +12,8 @@ const infoShape = z.object({
   stripe_count: size.optional(),
   data_pool: z.string().optional(),
   flags: z.array(z.string()).default([]),
+  group: z.string().optional(),
+  mirroring: z.unknown().optional(),
 })
 
 const snapshotShape = z.array(z.object({ id: size, name: z.string(), protected: z.enum(['true', 'false']) }))
@@ -35,6 +37,10 @@ export interface ImageInfo {
   readonly layout: ImageLayout
   /** Such as `object map invalid`. */
   readonly flags: readonly string[]
+  /** The group that it is in. */
+  readonly group?: string
+  /** Whether it is mirrored to another cluster, or from it. */
+  readonly mirrored: boolean
 }
 
 /** How the objects of an image are made. */
@@ -63,6 +69,8 @@ export function parseInfo(json: string): ImageInfo {
     id: info.id,
     size: info.size,
     flags: info.flags,
+    mirrored: info.mirroring !== undefined,
+    ...(info.group !== undefined && { group: info.group }),
     layout: {
       features: info.features,
       objectSize: info.object_size,

@@ -102,6 +102,13 @@ const MEANINGS: readonly Meaning[] = [
     says: ({ target }) => `There is an RBD image ${target} already. Choose another name, or remove it`,
   },
   {
+    exitCodes: [EDQUOT],
+    words: /snap/i,
+    code: 'TARGET_FULL',
+    says: ({ image }) =>
+      `${image} may have no more snapshots, or its pool no more data. Raise the limit (\`rbd snap limit set\`) or remove snapshots; \`ceph osd pool get-quota\` shows that of the pool`,
+  },
+  {
     exitCodes: [ENOSPC, EDQUOT],
     code: 'TARGET_FULL',
     says: ({ image }) =>

@@ -261,23 +261,26 @@ test('an export is refused where rbd fails at its end, ends early, or gives anot
   await buffer(cluster.exportDiff(image, increment).stream)
 })
 
+/** Snapshots of Varve's. */
+const [ONE, TWO] = ['varve-20261127-101112-000-aaaaaa', 'varve-20261127-101112-000-bbbbbb'] as const
+
 test('an image is removed with its snapshots, unless somebody else has an interest in one', async () => {
   const { cluster, ceph } = site
   const image = await site.create(8 * MIB)
-  for (const name of ['varve-a', 'varve-b', 'mine']) await cluster.createSnapshot(image, name)
+  for (const name of [ONE, TWO, 'varve-mine']) await cluster.createSnapshot(image, name)
   await expect(cluster.removeImage(image)).rejects.toMatchObject({
     code: 'RBD_FAILED',
-    message: expect.stringContaining('mine'),
+    message: expect.stringContaining('varve-mine'),
   })
-  await cluster.removeSnapshots(image, ['mine'])
-  await ceph.run('rbd', 'snap', 'protect', `${image}@varve-b`)
+  await cluster.removeSnapshots(image, ['varve-mine'])
+  await ceph.run('rbd', 'snap', 'protect', `${image}@${TWO}`)
   const held = { code: 'RBD_SNAPSHOT_PROTECTED' }
   await expect(cluster.removeImage(image)).rejects.toMatchObject(held)
-  await expect(cluster.removeSnapshots(image, ['varve-b'])).rejects.toMatchObject(held)
+  await expect(cluster.removeSnapshots(image, [TWO])).rejects.toMatchObject(held)
   expect((await cluster.image(image)).snapshots).toHaveLength(2)
-  await ceph.run('rbd', 'snap', 'unprotect', `${image}@varve-b`)
+  await ceph.run('rbd', 'snap', 'unprotect', `${image}@${TWO}`)
   const clone = site.newImage()
-  await ceph.run('rbd', 'clone', '--rbd-default-clone-format', '2', `${image}@varve-b`, clone)
+  await ceph.run('rbd', 'clone', '--rbd-default-clone-format', '2', `${image}@${TWO}`, clone)
   await expect(cluster.removeImage(image)).rejects.toMatchObject({ ...held, context: { clone } })
   expect((await cluster.image(image)).snapshots).toHaveLength(2)
   await ceph.run('rbd', 'rm', '--no-progress', clone)
@@ -288,7 +291,7 @@ test('an image is removed with its snapshots, unless somebody else has an intere
 test('an image that somebody has open is neither rolled back nor removed', async () => {
   const { cluster, ceph } = site
   const image = await site.create(8 * MIB)
-  await cluster.createSnapshot(image, 'varve-one')
+  await cluster.createSnapshot(image, ONE)
   expect(await cluster.isOpen(image)).toBe(false)
   // it takes the exclusive lock by its write, and keeps it until its input ends
   const holder = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${ceph.conf}`], { stdin: 'pipe' })
@@ -300,10 +303,10 @@ test('an image that somebody has open is neither rolled back nor removed', async
       // the prompts
     }
     expect(await cluster.isOpen(image)).toBe(true)
-    await expect(cluster.rollback(image, 'varve-one')).rejects.toMatchObject({ code: 'DISK_BUSY' })
+    await expect(cluster.rollback(image, ONE)).rejects.toMatchObject({ code: 'DISK_BUSY' })
     await expect(cluster.removeImage(image)).rejects.toMatchObject({ code: 'DISK_BUSY' })
     expect((await cluster.image(image)).snapshots).toHaveLength(1)
-    await cluster.createSnapshot(image, 'varve-two')
+    await cluster.createSnapshot(image, TWO)
   } finally {
     holder.stdin.end()
     await holder

@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -344,14 +345,79 @@ test('snapshots and images that no run and no backup knows are found, and left a
   await make('snap', 'create', '--no-progress', `${image}@varve-mine`)
   await make('create', '--size', '1M', `${image}.varve-restore-${old}`)
   await make('create', '--size', '1M', `${image}.varve-replaced-${now}`)
-  await make('create', '--size', '1M', `${image}0.varve-restore-${old}`) // of an image that nobody has backed up
+  await make('create', '--size', '1M', `${image}0.varve-restore-${old}`) // for an image that was still to be
   const options = { host: hostOf(disks), storages: [storage], stateDir: stateDir() }
   expect(await findOrphans(options)).toEqual([
     { image, snapshot: `varve-${old}`, run: old },
     { image: `${image}.varve-restore-${old}`, run: old },
+    { image: `${image}0.varve-restore-${old}`, run: old },
   ])
   expect(await snapshots(image)).toHaveLength(5)
   expect(await snapshots(image)).toContain(`varve-${stored.id}`)
+})
+
+test('a snapshot that somebody removes while it is read fails the backup, and nothing is published', async () => {
+  const image = await site.create(32 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  for (const whose of ['the parent', 'its own']) {
+    await site.write(image, 'write -P 1 0 32M')
+    const full = await backup(disks, { type: 'full' })
+    await site.write(image, 'write -P 2 0 16M', 'discard 17M 3M', 'discard 21M 3M', 'discard 25M 3M')
+    const reading = Promise.withResolvers<void>()
+    const onEvent = (event: VarveEvent) =>
+      event.type === 'progress' && event.bytesDone > 0 && reading.resolve()
+    const pipeline = new BackupPipeline({ host: hostOf(disks), storage, stateDir: stateDir() })
+    const running = pipeline.run({ instance: 'web-1', bandwidth: 6 * MIB }, { onEvent })
+    const failed = expect(running, whose).rejects.toMatchObject({
+      code: 'RBD_SNAPSHOT_NOT_FOUND',
+      retryable: true,
+    })
+    await reading.promise
+    const own = (await snapshots(image)).find(name => name > `varve-${full.id}`)
+    await site.cluster.removeSnapshots(image, [whose === 'the parent' ? `varve-${full.id}` : `${own}`])
+    await failed
+    const { backups } = await new ChainManager({ storage }).list()
+    expect(backups.at(-1)?.manifest.id).toBe(full.id)
+  }
+  expectSame(await restoredBytes(await backup(disks)), await site.bytes(image))
+})
+
+test('an image that a virtual machine elsewhere has open is backed up as after a power cut, and several are not', async () => {
+  const [image, other] = [await site.create(8 * MIB), await site.create(8 * MIB)]
+  await site.write(image, 'write -P 1 0 1M')
+  const elsewhere = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${site.ceph.conf}`], {
+    stdin: 'pipe',
+    buffer: false,
+  })
+  try {
+    await once(elsewhere.stdout, 'data') // its prompt
+    expect(await backup({ vda: `rbd:${image}` })).toMatchObject({ running: false, consistency: 'crash' })
+    expect(events).toContainEqual({ type: 'warning', message: expect.stringContaining('crash-consistent') })
+    await expect(backup({ vda: `rbd:${image}`, vdb: `rbd:${other}` })).rejects.toMatchObject({
+      code: 'DISK_BUSY',
+      context: { images: [image] },
+      retryable: true,
+    })
+    expect(await snapshots(other)).toEqual([])
+  } finally {
+    elsewhere.stdin.end()
+    await elsewhere
+  }
+  expect(await backup({ vda: `rbd:${image}`, vdb: `rbd:${other}` })).toMatchObject({ consistency: 'offline' })
+})
+
+test('an image in a group is not replaced by one that is in none', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const { id } = await backup(disks)
+  await site.ceph.run('rbd', 'group', 'create', 'vms/together')
+  await site.ceph.run('rbd', 'group', 'image', 'add', 'vms/together', image)
+  const over: RestoreRequest = { backup: id, to: { disks, overwrite: true } }
+  await expect(restore(over)).rejects.toMatchObject({
+    code: 'DISK_UNSUPPORTED',
+    message: expect.stringMatching(/in the group .*together.*in place/),
+  })
+  await restore({ ...over, to: { disks }, inPlace: true })
 })
 
 test('an image with clones is not replaced, and its backups go on', async () => {

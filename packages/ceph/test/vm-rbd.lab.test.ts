@@ -1,4 +1,5 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -136,6 +137,9 @@ test('a running guest on RBD and on a file is backed up while it writes, and res
     { onEvent },
   )
   await guest.waitForBoot()
+  // The guest does not wait until all of the old image is removed.
+  const last = commands().filter(command => / start web-1$|^rbd rm /.test(command))
+  expect(last.map(command => command.split(' ')[0])).toEqual(['virsh', 'rbd'])
   expect([await sum('/dev/vda'), await sum('/dev/vdb')]).toEqual([vda, vdb])
   await guest.run('dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=9 conv=fsync')
   const next = await backup()
@@ -146,6 +150,53 @@ test('a running guest on RBD and on a file is backed up while it writes, and res
   expect((await ceph.run('rbd', 'ls', 'vms')).split('\n').filter(name => name.includes('varve'))).toEqual([])
   expect(await recover({ ...pipelines(), storages: [storage] })).toEqual({ runs: [], ok: true })
   expect(JSON.stringify(events)).not.toContain(site.user.secret)
+})
+
+test('a guest goes on after a backup that was given up while libvirt suspended it', async () => {
+  const image = await site.create(16 * MIB)
+  const guest = await createVm(image, { withFile: true, guest: false })
+  await guest.start()
+  // A suspend that takes its time, as when the cluster lets writes wait, and that libvirt goes on with whatever becomes
+  // of the one who asked for it.
+  const [bin, begun] = [join(folder, 'bin'), join(folder, 'begun')]
+  await mkdir(bin)
+  await writeFile(
+    join(bin, 'virsh'),
+    `#!/bin/bash
+PATH=\${PATH#*:}
+case " $* " in
+  *' suspend '*)
+    touch ${begun}
+    setsid bash -c 'sleep 1; exec virsh "$@"' virsh "$@" > /dev/null 2>&1 < /dev/null &
+    wait;;
+  *) exec virsh "$@";;
+esac
+`,
+    { mode: 0o755 },
+  )
+  const { PATH } = process.env
+  process.env.PATH = `${bin}:${PATH}`
+  try {
+    const controller = new AbortController()
+    const running = new BackupPipeline(pipelines()).run(
+      { instance: 'web-1' },
+      { onEvent, signal: controller.signal },
+    )
+    const given = expect(running).rejects.toMatchObject({ code: 'ABORTED' })
+    await expect.poll(() => existsSync(begun), { timeout: 30_000 }).toBe(true)
+    controller.abort()
+    await given
+  } finally {
+    process.env.PATH = PATH
+  }
+  expect(commands().some(command => command.endsWith('resume web-1'))).toBe(true)
+  expect(await guest.state()).toBe('running')
+
+  // Somebody else's pause is left to them.
+  await lab.virsh(['suspend', 'web-1'])
+  expect(await host.suspend('web-1')).toBe(false)
+  await backup()
+  expect(await guest.state()).toBe('paused')
 })
 
 test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {

@@ -1,4 +1,5 @@
 import { maxDiskSize } from '@varve/qcow2'
+import { isBackupId } from './backup-id.ts'
 import type { Catalog, StoredBackup } from './backups.ts'
 import { VarveError } from './errors.ts'
 import { type FileDisk, type HostDisk, type InstanceDisks, isFileDisk, type RbdDisk } from './host.ts'
@@ -24,7 +25,8 @@ export function markName(backupId: string): string {
 
 /** The backup that a bitmap or a snapshot of Varve's belongs to. */
 export function backupOfMark(mark: string): string | undefined {
-  return mark.startsWith('varve-') ? mark.slice('varve-'.length) : undefined
+  const id = mark.startsWith('varve-') ? mark.slice('varve-'.length) : ''
+  return isBackupId(id) ? id : undefined
 }
 
 /** Which disks: every one, the first one, or those named. */

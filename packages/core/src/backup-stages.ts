@@ -66,8 +66,30 @@ async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]):
       message: `${instance.name} is off with its memory saved (virsh managedsave), which is not in the backup: the backup is crash-consistent.`,
     })
   }
+  const open = await openImages(images, run)
+  if (open.length > 0) warnOfOpenImages(backup, open)
   const snapshots = await snapshotImages(backup, images)
-  return { at: new Date(), consistency: saved ? 'crash' : 'offline', overlays: [], snapshots }
+  const consistency = saved || open.length > 0 ? 'crash' : 'offline'
+  return { at: new Date(), consistency, overlays: [], snapshots }
+}
+
+/** The images that a client has open although their instance does not run here, by name. */
+async function openImages(images: readonly RbdDisk[], run: RunOptions): Promise<string[]> {
+  const looks = images.map(async ({ image, cluster }) => ((await cluster.isOpen(image, run)) ? [image] : []))
+  return (await Promise.all(looks)).flat()
+}
+
+/** @throws DISK_BUSY where there are other disks, which nothing freezes at the same moment */
+function warnOfOpenImages({ instance, plan, run }: BackupContext, open: readonly string[]): void {
+  const where = `${open.join(' and ')} of ${instance.name} ${open.length > 1 ? 'are' : 'is'} open in another program, or in a virtual machine of another host ("rbd status" shows where)`
+  if (plan.disks.length > 1) {
+    throw new VarveError(
+      'DISK_BUSY',
+      `${where}. Several disks are frozen at one moment only where their instance runs under this libvirt: back it up there, or each disk on its own, or when nothing has them open. A client that died counts for 30 s more.`,
+      { context: { instance: instance.name, images: open }, retryable: true },
+    )
+  }
+  emit(run, { type: 'warning', message: `${where}: the backup is crash-consistent.` })
 }
 
 async function freezeRunning(
@@ -120,11 +142,12 @@ async function atOneMoment<T>(
   if (images.length === 0 || images.length + overlays.length < 2 || frozen || instance.paused) return work()
   const events = onEvent ? { onEvent } : {}
   await journal.record({ step: 'suspend' })
+  let ours = true
   try {
-    await host.suspend(instance.name, { ...run, ...events })
+    ours = await host.suspend(instance.name, { ...run, ...events })
     return await work()
   } finally {
-    await host.resume(instance.name, events) // without the signal: also after an abort
+    if (ours) await host.resume(instance.name, events) // without the signal: also after an abort
     await journal.record({ step: 'resumed' })
   }
 }
@@ -138,15 +161,19 @@ async function snapshotImages(
   const snapshot = markName(id)
   const disks = images.map(({ name, image }) => ({ disk: name, image }))
   await journal.record({ step: 'rbd-snapshot', snapshot, disks })
-  const taken = new Map<string, RbdSnapshot>()
-  for (const { name, image, cluster, state } of images) {
-    if (state.objectMapInvalid) {
-      const message = `Ceph has found the object map of ${image} to be wrong and goes without it: the backup is right, but slower than need be. Rebuild it: rbd object-map rebuild ${image}`
-      emit(run, { type: 'warning', message })
-    }
-    taken.set(name, await cluster.createSnapshot(image, snapshot, run))
+  const taken = await Promise.allSettled(
+    images.map(async ({ name, image, cluster }) => {
+      return [name, await cluster.createSnapshot(image, snapshot, run)] as const
+    }),
+  )
+  const failed = taken.find(outcome => outcome.status === 'rejected')
+  if (failed) throw failed.reason
+  for (const { image, state } of images) {
+    if (!state.objectMapInvalid) continue
+    const message = `Ceph has found the object map of ${image} to be wrong and goes without it: the backup is right, but slower than need be. Rebuild it: rbd object-map rebuild ${image}`
+    emit(run, { type: 'warning', message })
   }
-  return taken
+  return new Map(taken.flatMap(outcome => (outcome.status === 'fulfilled' ? [outcome.value] : [])))
 }
 
 async function freezeFilesystems(backup: BackupContext): Promise<boolean> {

@@ -1,5 +1,6 @@
 import type { Document, Element } from '@xmldom/xmldom'
 import { dropIdentity } from './domain-identity.ts'
+import { VarveError } from './errors.ts'
 import { rbdImageOf } from './rbd.ts'
 import { child, children, parseDomain, remove, serializeXml, text } from './xml-elements.ts'
 
@@ -74,6 +75,8 @@ export interface DomainChanges {
    * chain is dropped.
    */
   disks?: Readonly<Record<string, { readonly path: string; readonly format: 'qcow2' | 'raw' }>>
+  /** The definition of the instance as it is now: where its RBD images are, should the other one have none there. */
+  now?: string | undefined
   /** Disks, by target, whose backing chain is dropped while their own file stays. */
   dropBacking?: readonly string[]
   /** Drops the other writable disks, which belong to the original. */
@@ -97,12 +100,15 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
   }
   if (changes.uuid !== undefined) setUuid(document, root, changes.uuid)
   const present = changes.otherDisksOf === undefined ? undefined : disksByName(changes.otherDisksOf)
+  const now = changes.now === undefined ? [] : diskElements(parseDomain(changes.now).root)
   for (const element of diskElements(root)) {
     const { name } = readDisk(element)
     if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
     const change = changes.disks?.[name]
-    if (change) setSource(document, element, change)
-    else if (changes.onlyTheseDisks) removeIfWritable(element)
+    if (change) {
+      const present = now.find(disk => readDisk(disk).name === name)
+      setSource(document, element, change, present)
+    } else if (changes.onlyTheseDisks) removeIfWritable(element)
     else if (present) takeSource(document, element, present.get(name))
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
@@ -125,11 +131,24 @@ function setNvram(document: Document, root: Element, path: string): void {
   if (!nvram.parentNode) os?.appendChild(nvram)
 }
 
-function setSource(document: Document, element: Element, to: { path: string; format: string }): void {
+function setSource(
+  document: Document,
+  element: Element,
+  to: { path: string; format: string },
+  now: Element | undefined,
+): void {
   for (const name of ['backingStore', 'mirror']) remove(child(element, name))
   const image = rbdImageOf(to.path)
   if (image !== undefined) {
-    // The cluster and its secret stay: Varve restores to the cluster that the disk was on.
+    if (now) moveToCluster(document, element, now)
+    const { rbd, name } = readDisk(element)
+    if (!rbd) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `The definition in the backup does not say in which cluster the disk ${name} is, which is an RBD image now. Restore the disks alone.`,
+        { context: { disk: name, image } },
+      )
+    }
     const source = child(element, 'source')
     remove(child(source, 'snapshot'))
     source?.setAttribute('name', image)
@@ -167,6 +186,18 @@ function removeIfWritable(element: Element): boolean {
   const isWritable = ['disk', 'lun'].includes(element.getAttribute('device') ?? 'disk')
   if (isWritable) remove(element)
   return isWritable
+}
+
+/** Varve restores to the cluster that the disk is on now: it, and the user and secret for it, are taken from there. */
+function moveToCluster(document: Document, element: Element, now: Element): void {
+  if (!readDisk(now).rbd) return
+  for (const name of ['source', 'auth']) {
+    remove(child(element, name))
+    const place = child(now, name)
+    if (place) element.insertBefore(document.importNode(place, true), child(element, 'target') ?? null)
+  }
+  element.setAttribute('type', 'network')
+  child(element, 'driver')?.setAttribute('type', 'raw')
 }
 
 function diskElements(root: Element): Element[] {

@@ -27,6 +27,7 @@ export type ErrorCode =
   | 'SNAPSHOT_FAILED'
   | 'BLOCK_COMMIT_FAILED'
   | 'FREEZE_FAILED'
+  | 'RESUME_FAILED'
   | 'POWER_OFF_FAILED'
   // Ceph
   | 'CEPH_UNREACHABLE'

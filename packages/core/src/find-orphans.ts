@@ -58,14 +58,19 @@ export async function findOrphans(
     !unsettled.has(id) &&
     Date.now() - backupTime(id).getTime() > DEFAULT_GARBAGE_AGE_MS
   const orphans: RbdOrphan[] = []
+  const pools = new Set<string>()
   for (const [image, manifest] of sources(catalogs)) {
     const cluster = await host.rbd(clusterOf(manifest, image), run)
     for (const snapshot of await snapshotsOf(cluster, image, run)) {
       const id = backupOfMark(snapshot) ?? ''
       if (isOrphan(id)) orphans.push({ image, snapshot, run: id })
     }
+    const pool = image.slice(0, image.lastIndexOf('/'))
+    if (pools.has(pool)) continue
+    pools.add(pool)
+    // also those that were to become an image which no backup knows yet
     for (const beside of await cluster.imagesBeside(image, run)) {
-      const id = beside.startsWith(`${image}.`) ? (IMAGE_OF_RUN.exec(beside)?.[1] ?? '') : ''
+      const id = IMAGE_OF_RUN.exec(beside)?.[1] ?? ''
       if (isOrphan(id)) orphans.push({ image: beside, run: id })
     }
   }

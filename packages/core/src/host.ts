@@ -136,9 +136,16 @@ export interface Host {
   freezeFilesystems(instance: string, run?: RunOptions): Promise<void>
   /** Thaws them; no error when they are not frozen. */
   thawFilesystems(instance: string, run?: RunOptions): Promise<void>
-  /** Stops the processors of a running guest, once its writes in flight are done. */
-  suspend(instance: string, run?: RunOptions): Promise<void>
-  /** Lets a suspended guest go on; no error when it runs, or not any more. */
+  /**
+   * Stops the processors of a running guest, once its writes in flight are done; they are waited for also after an abort.
+   * False where somebody has stopped them already.
+   */
+  suspend(instance: string, run?: RunOptions): Promise<boolean>
+  /**
+   * Lets a suspended guest go on, also where a `suspend` is under way still; no error when it runs, or not any more.
+   *
+   * @throws RESUME_FAILED
+   */
   resume(instance: string, run?: RunOptions): Promise<void>
   /**
    * The cluster of a disk that is an RBD image, or was one in a run that is cleaned up after; without a disk, the one

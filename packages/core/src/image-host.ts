@@ -115,7 +115,7 @@ export class ImageHost implements Host {
     // nothing runs, so nothing is frozen
   }
 
-  suspend(): Promise<void> {
+  suspend(): Promise<boolean> {
     return Promise.reject(notRunning())
   }
 

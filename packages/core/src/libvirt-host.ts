@@ -27,6 +27,8 @@ import { Virsh } from './virsh.ts'
 
 /** How long libvirt may take for a snapshot, in milliseconds: the guest's writes in flight are waited for. */
 const SNAPSHOT_TIMEOUT_MS = 10 * 60_000
+/** How long a suspend may take, in milliseconds: as long as the storage of the guest's disks lets its writes wait. */
+const SUSPEND_TIMEOUT_MS = 10 * 60_000
 /** How long the guest agent may take to flush and freeze, in milliseconds. */
 const FREEZE_TIMEOUT_MS = 60_000
 /** An overlay of Varve's, and the backup that it was made for. */
@@ -228,16 +230,34 @@ export class LibvirtHost implements Host {
     }
   }
 
-  async suspend(instance: string, run: RunOptions = {}): Promise<void> {
-    await this.#virsh.onDomain(run, instance, 'suspend')
+  async suspend(instance: string, run: RunOptions = {}): Promise<boolean> {
+    if ((await this.#domains.state(instance, run)) === 'paused') return false
+    // Without the signal: libvirt would go on with it, and nobody could resume the guest before it is done.
+    const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SUSPEND_TIMEOUT_MS }
+    await this.#virsh.onDomain(whole, instance, 'suspend')
+    return true
   }
 
   async resume(instance: string, run: RunOptions = {}): Promise<void> {
-    const state = await this.#domains.state(instance, run).catch(error => {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
-      throw error
-    })
-    if (state === 'paused') await this.#virsh.onDomain(run, instance, 'resume')
+    // Whatever the state is: a suspend that is under way would come after the look at it.
+    const deadline = performance.now() + SUSPEND_TIMEOUT_MS
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'resume')
+        return
+      } catch (error) {
+        const stderr = isVarveError(error) ? String(error.context.stderr) : ''
+        if (isVarveError(error, 'INSTANCE_NOT_FOUND') || /domain is not running/i.test(stderr)) return
+        if (performance.now() > deadline) {
+          throw new VarveError(
+            'RESUME_FAILED',
+            `${instance} could not be resumed: ${errorMessage(error)}. Run "virsh resume ${instance}" at once: its guest stands still until then.`,
+            { context: { instance }, cause: error, retryable: true },
+          )
+        }
+        await sleep(Math.min(attempt, 10) * 500)
+      }
+    }
   }
 
   async rbd(disk?: { instance: string; disk: string }, run: RunOptions = {}): Promise<RbdCluster> {

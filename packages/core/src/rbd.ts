@@ -66,6 +66,10 @@ export interface RbdImage {
   readonly metadata: ReadonlyMap<string, string>
   /** Whether Ceph has found its object map, or that of a snapshot, to be wrong and so goes without it. */
   readonly objectMapInvalid: boolean
+  /** The group of images that it is in. */
+  readonly group?: string
+  /** Whether it is mirrored to or from another cluster. */
+  readonly mirrored?: boolean
 }
 
 /** What is exported: the content of a snapshot, or what changed from another one to it. */
@@ -115,6 +119,8 @@ export interface RbdDiffStream {
 export interface RbdCluster {
   /** @throws DISK_NOT_FOUND */
   image(image: string, run?: RunOptions): Promise<RbdImage>
+  /** The snapshots that users made, the oldest first. @throws DISK_NOT_FOUND */
+  snapshots(image: string, run?: RunOptions): Promise<RbdSnapshot[]>
   /** Takes a snapshot, or finds the one of that name. Also while a client has the image open. */
   createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<RbdSnapshot>
   /**

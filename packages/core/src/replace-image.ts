@@ -5,8 +5,8 @@ import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
 /**
- * Gives a complete image the name of the one that it replaces, which goes. Two renames: for a moment there is no image
- * of that name. May be cut short and called again.
+ * Gives a complete image the name of the one that it replaces. Two renames: for a moment there is no image of that
+ * name. May be cut short and called again.
  */
 export async function replaceImage(
   cluster: RbdCluster,
@@ -14,19 +14,32 @@ export async function replaceImage(
   runId: string,
   run: RunOptions,
 ): Promise<void> {
-  const old = `${target}.varve-replaced-${runId}`
   if (await isThere(cluster, image, run)) {
     if (await isThere(cluster, target, run)) {
       if (isNew) throw notReplaced(image, target)
       await assertImageOff(cluster, target, run)
-      await cluster.renameImage(target, old, run)
+      await cluster.renameImage(target, replacedName(target, runId), run)
     }
     await cluster.renameImage(image, target, run)
   }
+}
+
+/** Removes the image that {@link replaceImage} has put aside; one that cannot be removed is a warning. */
+export async function removeReplaced(
+  cluster: RbdCluster,
+  { target }: ImageRename,
+  runId: string,
+  run: RunOptions,
+): Promise<void> {
+  const old = replacedName(target, runId)
   await cluster.removeImage(old, run).catch(error => {
     const message = `The image that was replaced stays as ${old}: ${errorMessage(error)} Remove it by hand (rbd snap purge, rbd rm).`
     emit(run, { type: 'warning', message })
   })
+}
+
+function replacedName(target: string, runId: string): string {
+  return `${target}.varve-replaced-${runId}`
 }
 
 /** Somebody else has made an image of the name that was free when the restore began. */

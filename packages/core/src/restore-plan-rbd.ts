@@ -43,6 +43,15 @@ export async function planRbdDisk(
 ): Promise<RbdRestore> {
   const { image, path: target, cluster } = existing
   if (inPlace) return { disk, format: 'rbd', target, image, cluster, existing }
+  const { group, mirrored } = existing.state
+  if (group !== undefined || mirrored) {
+    const tie = mirrored ? 'is mirrored' : `is in the group ${group}`
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The RBD image ${image} ${tie}, and a new one in its place would not be. Restore in place (inPlace, --in-place).`,
+      { context: { disk: disk.name, image, ...(group !== undefined && { group }) } },
+    )
+  }
   const foreign = existing.state.snapshots.find(({ name }) => backupOfMark(name) === undefined)
   if (foreign) {
     throw new VarveError(

@@ -144,6 +144,7 @@ export async function define({
   const uuid = instance?.uuid ?? (renamed ? randomUUID() : undefined)
   const xml = rewriteDomainXml(stored, {
     disks,
+    now: instance?.definition,
     onlyTheseDisks: newInstance !== undefined,
     ...(instance?.definition !== undefined && { otherDisksOf: instance.definition }),
     ...(renamed && { copyAs: newInstance.name }),

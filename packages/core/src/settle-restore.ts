@@ -6,7 +6,7 @@ import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import type { RbdCluster } from './rbd.ts'
-import { replaceImage, stillInUse } from './replace-image.ts'
+import { removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -60,6 +60,9 @@ export async function settleRestore(
       await host.start(power.instance, run)
     }
   } finally {
+    // After the start: a large image takes its time.
+    for (const step of (!refusal && finish?.images) || [])
+      await removeReplaced(await host.rbd(step.of, run), step, journal.header.id, run)
     await journal.settled() // an instance that does not start is no reason to hold its disks
   }
   const incomplete = writing.map(({ disk }) => disk)

@@ -39,6 +39,7 @@ export async function streamRbdDisk(
   await storage.put(`${folder}/${image}`, Readable.from(body, { objectMode: false, highWaterMark: 1 }), {
     signal,
   })
+  await assertSnapshotsStood(disk, [snapshot, ...parentSnapshot(disk, plan)], run)
   const diff = source.diff()
   const { size, digest, blocks: blockList } = digester.finish()
   await storage.put(`${folder}/${blocks}`, bytesBody(blockList), { signal })
@@ -62,6 +63,31 @@ export async function streamRbdDisk(
     ...(plan.kind === 'full' && plan.fallback && { fallback: plan.fallback }),
     source: { path: disk.image, format: 'rbd', imageId: disk.state.id },
   }
+}
+
+function parentSnapshot(disk: RbdDisk, plan: DiskPlan): RbdSnapshot[] {
+  return plan.kind === 'incremental' ? disk.state.snapshots.filter(({ name }) => name === plan.since) : []
+}
+
+/**
+ * A snapshot that is removed while `rbd export-diff` reads takes what it held along: rbd ends well all the same, with
+ * ranges left out or of a later time. A number is never used again, so one that is there at the end was there throughout.
+ *
+ * @throws RBD_SNAPSHOT_NOT_FOUND
+ */
+async function assertSnapshotsStood(
+  { name: disk, image, cluster }: RbdDisk,
+  needed: readonly RbdSnapshot[],
+  run: RunOptions,
+): Promise<void> {
+  const present = new Map((await cluster.snapshots(image, run)).map(({ name, id }) => [name, id]))
+  const gone = needed.find(({ name, id }) => present.get(name) !== id)
+  if (!gone) return
+  throw new VarveError(
+    'RBD_SNAPSHOT_NOT_FOUND',
+    `The snapshot ${gone.name} of ${image} was removed while it was read, so what was read is not to be trusted. Nothing was published: back up again, and see what removes snapshots of this image.`,
+    { context: { disk, image, snapshot: gone.name }, retryable: true },
+  )
 }
 
 /** The chunks of a stream on their way to the storage. Where the stream is not whole they fail too, and so does the upload. */

@@ -132,6 +132,65 @@ test('a definition takes the UUID and the UEFI variables of the instance that it
   expect(readDomainXml(rewriteDomainXml(chosenByLibvirt, { nvram: '/x.fd' })).nvram).toBe('/x.fd')
 })
 
+const rbdDisk = (source: string, more = '') =>
+  `<domain><name>x</name><devices><disk type='network'><driver type='raw'/>${source}<target dev='vda'/>${more}</disk></devices></domain>`
+
+test.each<[string, string, object]>([
+  [
+    'several monitors, IPv6 among them, and one without a port',
+    "<source protocol='rbd' name='p/i'><host name='10.0.0.1' port='6789'/><host name='fd00::1' port='3300'/><host name='mon3'/></source>",
+    { image: 'p/i', monitors: ['10.0.0.1:6789', '[fd00::1]:3300', 'mon3'] },
+  ],
+  [
+    'a configuration file, and an image in a namespace',
+    "<source protocol='rbd' name='p/ns/i'><config file='/etc/ceph/other.conf'/></source>",
+    { image: 'p/ns/i', monitors: [], conf: '/etc/ceph/other.conf' },
+  ],
+  [
+    'a secret by its usage, in the source',
+    "<source protocol='rbd' name='p/i'><auth username='u'><secret type='ceph' usage='of u'/></auth></source>",
+    { image: 'p/i', monitors: [], auth: { user: 'u', usage: 'of u' } },
+  ],
+  [
+    'a secret by its uuid, beside the source',
+    "<source protocol='rbd' name='p/i'/><auth username='u'><secret type='ceph' uuid='1234'/></auth>",
+    { image: 'p/i', monitors: [], auth: { user: 'u', uuid: '1234' } },
+  ],
+  [
+    'a snapshot',
+    "<source protocol='rbd' name='p/i'><snapshot name='s'/></source>",
+    { image: 'p/i', monitors: [], snapshot: 's' },
+  ],
+])('an RBD image is read with %s', (_, source, rbd) => {
+  expect(readDomainXml(rbdDisk(source)).disks[0]?.rbd).toEqual(rbd)
+})
+
+test('a disk that has become an RBD image, or that of another cluster, is defined where it is now', () => {
+  const now = rbdDisk(
+    "<source protocol='rbd' name='vms/old'><host name='new-mon' port='6789'/></source><auth username='new'><secret type='ceph' uuid='2'/></auth>",
+  )
+  const disks = { vda: { path: 'rbd:vms/web-1', format: 'raw' } } as const
+  const expected = { image: 'vms/web-1', monitors: ['new-mon:6789'], auth: { user: 'new', uuid: '2' } }
+  const elsewhere = rbdDisk(
+    "<source protocol='rbd' name='p/i'><host name='old-mon'/><auth username='old'><secret type='ceph' uuid='1'/></auth></source>",
+  )
+  for (const stored of [XML, elsewhere]) {
+    const [vda] = readDomainXml(rewriteDomainXml(stored, { disks, now })).disks
+    expect(vda).toMatchObject({ type: 'network', format: 'raw', backed: false, rbd: expected })
+    expect(vda?.source).toBeUndefined()
+  }
+  const refused = expect.objectContaining({
+    code: 'INVALID_ARGUMENT',
+    context: { disk: 'vda', image: 'vms/web-1' },
+  })
+  for (const [stored, there] of [
+    [XML, undefined],
+    [XML, XML],
+  ] as const)
+    expect(() => rewriteDomainXml(stored, { disks, now: there })).toThrow(refused)
+  expect(readDomainXml(rewriteDomainXml(elsewhere, { disks })).disks[0]?.rbd?.monitors).toEqual(['old-mon'])
+})
+
 test('a disk is put back on its base and all else stays', () => {
   const back = rewriteDomainXml(XML, { disks: { vda: { path: '/img/base.qcow2', format: 'qcow2' } } })
   const { name, uuid, disks } = readDomainXml(back)
