@@ -54,28 +54,25 @@ const GIVEN_NAME = /^[A-Za-z][A-Za-z0-9_]*$/
 export function assertHelperOptions(options: RcloneHelperOptions): void {
   const { remoteName, remotes = {}, configFile, env = {}, command, timeoutMs } = options
   if (!CONFIGURED_NAME.test(remoteName) || remoteName.endsWith(' ')) {
-    throw invalid(
-      'remoteName',
-      remoteName,
-      'It is a name as `rclone listremotes` shows it, without the colon',
-    )
+    throw invalid('remoteName', 'It is a name as `rclone listremotes` shows it, without the colon')
   }
   for (const [name, remote] of Object.entries(remotes)) {
     if (!GIVEN_NAME.test(name)) {
-      throw invalid('remotes', name, 'A name has letters, digits and "_" only, and begins with a letter')
+      throw invalid('remotes', 'A name in it has letters, digits and "_" only, and begins with a letter')
     }
-    if (!remote.type) throw invalid('remotes', name, 'It has no "type", such as "s3" or "sftp"')
+    if (!remote.type) throw invalid(`remotes.${name}`, 'It has no "type", such as "s3" or "sftp"')
   }
   if (configFile !== undefined && (!isAbsolute(configFile) || configFile.includes('\0'))) {
-    throw invalid('configFile', configFile, 'It must be an absolute path')
+    throw invalid('configFile', 'It must be an absolute path')
   }
-  const variable = Object.keys(env).find(name => !/^[A-Za-z_][A-Za-z0-9_]*$/.test(name))
-  if (variable !== undefined) throw invalid('env', variable, 'It must be the name of an environment variable')
+  if (Object.keys(env).some(name => !/^[A-Za-z_][A-Za-z0-9_]*$/.test(name))) {
+    throw invalid('env', 'A name in it has letters, digits and "_" only, and does not begin with a digit')
+  }
   if (command === '' || command?.includes('\0')) {
-    throw invalid('command', command, 'It must be the name or the path of the rclone program')
+    throw invalid('command', 'It must be the name or the path of the rclone program')
   }
   if (timeoutMs !== undefined && !(Number.isFinite(timeoutMs) && timeoutMs > 0)) {
-    throw invalid('timeoutMs', String(timeoutMs), 'It must be a number of milliseconds above 0')
+    throw invalid('timeoutMs', 'It must be a number of milliseconds above 0')
   }
 }
 
@@ -86,19 +83,14 @@ export function checkedPathPrefix(pathPrefix: string): string {
   // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is refused
   const odd = /[\u0000-\u001f\u007f]/.test(path) || !path.isWellFormed()
   if (odd || (names.length > 1 && names.includes('')) || names.includes('.') || names.includes('..')) {
-    throw invalid(
-      'pathPrefix',
-      pathPrefix,
-      'It must be a plain path such as bucket/backups, with no "..", "." or "//"',
-    )
+    throw invalid('pathPrefix', 'It must be a plain path such as bucket/backups, with no "..", "." or "//"')
   }
   return path
 }
 
-function invalid(field: string, value: string, rule: string): VarveError {
-  return new VarveError(
-    'INVALID_CONFIG',
-    `${field} of an rclone storage cannot be ${JSON.stringify(value)}. ${rule}.`,
-    { context: { field, value } },
-  )
+/** Without the value: a secret may have been put in the wrong place. */
+function invalid(field: string, rule: string): VarveError {
+  return new VarveError('INVALID_CONFIG', `${field} of an rclone storage is not valid. ${rule}.`, {
+    context: { field },
+  })
 }

@@ -45,6 +45,23 @@ test.each([
   expect(new RcloneDriver(options).location).toBe(location)
 })
 
+test.each<Partial<RcloneDriverOptions>>([
+  { remoteName: ':sftp,pass=hunter2:' },
+  { pathPrefix: 'a/../hunter2' },
+  { configFile: 'hunter2' },
+  { command: 'hunter2\0' },
+  { env: { 'RCLONE_CONFIG_PASS=hunter2': '' } },
+  { remotes: { 'http://u:hunter2@nas': { type: 'webdav' } } },
+])('a refusal does not quote what was put in the wrong place: %j', options => {
+  try {
+    new RcloneDriver({ remoteName: 'nas', ...options })
+    expect.unreachable()
+  } catch (error) {
+    expect(error).toMatchObject({ code: 'INVALID_CONFIG' })
+    expect(JSON.stringify(error) + String(error)).not.toContain('hunter2')
+  }
+})
+
 test('neither the location nor a refusal shows a secret', () => {
   const remotes = { nas: { type: 'sftp', host: 'nas', pass: 'hunter2' } }
   expect(new RcloneDriver({ remoteName: 'nas', remotes }).location).not.toContain('hunter2')
