@@ -108,7 +108,7 @@ export function rcloneError(
   const said = lastWords(exit)
   const failed = command === 'rcat' ? 'failed to upload' : 'failed for'
   const what = `rclone ${command}: ${failed} ${target}: ${said}`
-  const words = withoutPath(exit.stderr, target)
+  const words = withoutPath(exit.unredacted, target) // a secret may be a word of a message
   const meaning = MEANINGS.find(meaning => meaning.words.test(words))
   const retryable = meaning?.retryable ?? exit.exitCode === TEMPORARY
   const remedy = meaning?.remedy ?? 'Check the remote: `rclone lsd` of it should work'
@@ -116,14 +116,14 @@ export function rcloneError(
 }
 
 /** Whether rclone says that the object, or the folder, is not there. Its exit codes are 3 and 4, but not of each command. */
-export function saysMissing({ exitCode, stderr }: RcloneExit): boolean {
+export function saysMissing({ exitCode, unredacted }: RcloneExit): boolean {
   if (exitCode === 0) return false
-  return exitCode === 3 || exitCode === 4 || / is a directory or doesn't exist$/m.test(stderr)
+  return exitCode === 3 || exitCode === 4 || / is a directory or doesn't exist$/m.test(unredacted)
 }
 
 /** Whether rclone says that the backend has no such command. */
-export function saysNoCommand({ exitCode, stderr }: RcloneExit): boolean {
-  return exitCode !== 0 && /: command not found$|does not support backend commands$/m.test(stderr)
+export function saysNoCommand({ exitCode, unredacted }: RcloneExit): boolean {
+  return exitCode !== 0 && /: command not found$|does not support backend commands$/m.test(unredacted)
 }
 
 /** A path may be called anything, and means nothing. */

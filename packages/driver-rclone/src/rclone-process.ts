@@ -16,6 +16,8 @@ export interface RcloneExit {
   readonly exitCode: number | undefined
   /** The end of what it printed on its standard error, without secrets. */
   readonly stderr: string
+  /** The same as it was printed, with secrets: to tell what it means, and for nothing that is shown or kept. */
+  readonly unredacted: string
   /** Why it could not be started: a system error's code. */
   readonly startError?: string
 }
@@ -76,9 +78,13 @@ export class RcloneProcess {
       encoding: 'buffer',
       forceKillAfterDelay: KILL_AFTER_MS,
     })
-    let stderr = ''
+    let printed = ''
+    let isCut = false
     child.stderr.setEncoding('utf8').on('data', (text: string) => {
-      stderr = (stderr + text).slice(-OUTPUT_LIMIT)
+      printed += text
+      if (printed.length <= OUTPUT_LIMIT) return
+      isCut = true
+      printed = printed.slice(-OUTPUT_LIMIT)
     })
     this.stdin = child.stdin
     this.stdin?.on('error', () => undefined) // it has ended: its exit tells why
@@ -103,10 +109,12 @@ export class RcloneProcess {
       signal?.removeEventListener('abort', giveUp)
       this.watch[Symbol.dispose]()
       if (result.exitCode !== 0) this.#failed.abort()
+      const unredacted = (isCut ? afterFirstLine(printed) : printed).trim()
       const exit = {
         args,
         exitCode: result.exitCode,
-        stderr: redact(stderr.trim()),
+        stderr: redact(unredacted),
+        unredacted,
         ...(result.code !== undefined && { startError: result.code }),
       }
       tell(onCommand, {
@@ -135,6 +143,12 @@ export class RcloneProcess {
     this.#kill('SIGTERM')
     this.stdout.destroy()
   }
+}
+
+/** Without the first line, which may begin in the middle of a secret that would not be found. */
+function afterFirstLine(text: string): string {
+  const end = text.indexOf('\n')
+  return end < 0 ? '' : text.slice(end + 1)
 }
 
 function tell(onCommand: RcloneProcessOptions['onCommand'], event: CommandEvent): void {

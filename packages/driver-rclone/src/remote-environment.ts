@@ -2,10 +2,13 @@ import { VarveError } from '@varve/core'
 import { NO_TEMPORARY_FOLDER } from './rclone-error.ts'
 import type { RcloneHelperOptions } from './rclone-options.ts'
 
-/** Options of a remote that are secrets, as far as their names tell. */
+/** Options of remotes and variables that tell no secret: all others may. */
+const HARMLESS_NAME =
+  /(^|_)(type|provider|vendor|host|port|user|username|region|location|endpoint|url|proxy|remote|domain|acl|class|encoding|encryption|size|concurrency|cutoff|limit|level|dump|timeout|sock|dir|home)$/i
+/** Names that are secrets however they end, such as `sas_url`. */
 const SECRET_NAME = /pass|secret|token|key|credential|sas_url|bearer|cookie|connection_string/i
 /** Options whose names look like secrets, but that are paths. */
-const PATH_NAME = /_(file|path)$/i
+const PATH_NAME = /(^|_)(file|path)$/i
 /** A shorter secret would be found in half of all words. */
 const SHORTEST_SECRET = 3
 /** What rclone gets of this process's environment. */
@@ -65,7 +68,7 @@ export async function remoteVariables(
   const env: Record<string, string> = {}
   for (const [name, { type = '', ...remote }] of Object.entries(remotes)) {
     const backend = backends.find(backend => backend.type === type)
-    if (!backend) throw unknown(name, `its type ${JSON.stringify(type)}`, 'see rclone.org/overview')
+    if (!backend) throw unknown(name, 'its type', 'see rclone.org/overview')
     env[variable(name, 'type')] = type
     for (const [option, value] of Object.entries(remote)) {
       const known = backend.options.get(option)
@@ -81,21 +84,80 @@ export async function remoteVariables(
   return env
 }
 
-/** The values that may be in no message. */
+/** What may be in no message: values that are given, what is secret in them, and what HTTP makes of a password. */
 export function secretsOf({ remotes = {}, env = {} }: RcloneHelperOptions): string[] {
-  return [...Object.values(remotes), env]
-    .flatMap(options => Object.entries(options))
-    .filter(
-      ([name, value]) => SECRET_NAME.test(name) && !PATH_NAME.test(name) && value.length >= SHORTEST_SECRET,
-    )
-    .map(([, value]) => value)
+  return [...Object.values(remotes), env].flatMap(options => {
+    const secrets = Object.entries(options).flatMap(([name, value]) => secretsIn(name, value))
+    const user = options.user ?? options.username
+    return user === undefined ? secrets : [...secrets, ...secrets.map(secret => basicAuth(user, secret))]
+  })
 }
 
-/** Takes secrets out of a text, also where they are part of an address. */
+function secretsIn(name: string, value: string): string[] {
+  if (/^(true|false)?$/.test(value)) return []
+  const isHarmless = PATH_NAME.test(name) || (HARMLESS_NAME.test(name) && !SECRET_NAME.test(name))
+  // a list of headers is sent, and printed, one by one
+  const headers = /headers?(_|$)/i.test(name) ? value.split(/,|: /) : []
+  return [
+    ...(isHarmless ? [] : [value]),
+    ...headers,
+    ...secretsOfAddress(value),
+    ...secretsOfConnection(value),
+  ]
+}
+
+/** Those of `https://user:password@host`, or of `https://token@host`. */
+function secretsOfAddress(text: string): string[] {
+  const [, user = '', password] = /\/\/([^\s/:@]*)(?::([^\s/]*))?@/.exec(text) ?? []
+  if (password === undefined) return [user, unescaped(user)]
+  return [password, unescaped(password), basicAuth(unescaped(user), unescaped(password))]
+}
+
+/** Those of a remote that is given by `:type,option=value,…:` in place of a name. */
+function secretsOfConnection(text: string): string[] {
+  return [...text.matchAll(/,(\w+)=("[^"]*"|'[^']*'|[^,:]*)/g)].flatMap(([, name = '', value = '']) =>
+    secretsIn(name, value.replace(/^(["'])(.*)\1$/, '$2')),
+  )
+}
+
+function basicAuth(user: string, password: string): string {
+  return Buffer.from(`${user}:${password}`).toString('base64')
+}
+
+function unescaped(text: string): string {
+  try {
+    return decodeURIComponent(text)
+  } catch {
+    return text // it was not escaped
+  }
+}
+
+/**
+ * Takes secrets out of a text, also the lines of one that has several, and where they are escaped as in an address or
+ * in quotes. Passwords in addresses are taken out whoever gave them. One of fewer than three characters stays elsewhere.
+ */
 export function redact(text: string, secrets: readonly string[]): string {
-  const forms = secrets.flatMap(secret => [secret, encodeURIComponent(secret)])
-  // the longest first: one may be the beginning of another
-  return forms.sort((a, b) => b.length - a.length).reduce((rest, form) => rest.replaceAll(form, '***'), text)
+  const parts = new Set(secrets.flatMap(secret => [secret, ...secret.split(/\r?\n/)]))
+  const patterns = [...parts]
+    .filter(part => part.length >= SHORTEST_SECRET)
+    .sort((a, b) => b.length - a.length) // the longest first: one may be the beginning of another
+    .map(part => [...part].map(anyForm).join(''))
+  const rest = patterns.length === 0 ? text : text.replace(new RegExp(patterns.join('|'), 'g'), '***')
+  return rest.replace(/(\/\/[^\s/:@"']*:)[^\s/"']*@/g, '$1***@')
+}
+
+/** A pattern for a character as it is, or as Go escapes it in addresses, strings and JSON. */
+function anyForm(char: string): string {
+  const bytes = [...Buffer.from(char)].map(byte => byte.toString(16).padStart(2, '0'))
+  const hex = (byte: string) => byte.replace(/[a-f]/g, digit => `[${digit}${digit.toUpperCase()}]`)
+  const forms = [
+    `\\\\?${char.replace(/[\\^$.*+?()[\]{}|/]/, '\\$&')}`,
+    bytes.map(byte => `%${hex(byte)}`).join(''),
+    ...(bytes.length === 1 ? [`\\\\u00${hex(bytes[0] ?? '')}`] : []),
+    ...(char === ' ' ? ['\\+'] : []),
+    ...(char === '\n' ? ['\\\\n'] : []),
+  ]
+  return `(?:${forms.join('|')})`
 }
 
 function variable(remote: string, option: string): string {

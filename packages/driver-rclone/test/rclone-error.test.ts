@@ -6,6 +6,7 @@ const exitOf = (stderr: string, exitCode = 1, command = 'rcat') => ({
   args: [command, 'nas:backups/a/403/vda.qcow2'],
   exitCode,
   stderr,
+  unredacted: stderr,
 })
 const target = 'nas:backups/a/403/vda.qcow2'
 
@@ -74,6 +75,13 @@ test('a message of several lines becomes one', () => {
   expect(message).not.toContain('\n')
 })
 
+test('words that were taken out as a secret still tell what failed, and are not shown', () => {
+  const exit = { ...exitOf('Failed: *** denied'), unredacted: 'Failed: permission denied' }
+  const error = rcloneError(exit, { target })
+  expect(error.code).toBe('STORAGE_ACCESS_DENIED')
+  expect(error.message + JSON.stringify(error.context)).not.toContain('permission denied')
+})
+
 test('the words of a path are not taken for what failed', () => {
   const target = 'nas:no space left/access denied/certificate x'
   const stderr = `${AT}ERROR : no space left/access denied/certificate x: Failed: oh\n${AT}Failed to rcat: oh`
@@ -99,7 +107,7 @@ test('exit codes 3 and 4 are what is not there, and so is what only deletefile s
 })
 
 test('a program that is not there is named with the way to get it', () => {
-  const exit = { args: ['rcat'], exitCode: undefined, stderr: '', startError: 'ENOENT' }
+  const exit = { args: ['rcat'], exitCode: undefined, stderr: '', unredacted: '', startError: 'ENOENT' }
   expect(rcloneError(exit, { target })).toMatchObject({
     code: 'COMMAND_MISSING',
     message: expect.stringContaining('Install'),
@@ -107,6 +115,6 @@ test('a program that is not there is named with the way to get it', () => {
 })
 
 test('an rclone that was killed and said nothing is told of all the same', () => {
-  const exit = { args: ['rcat'], exitCode: undefined, stderr: '' }
+  const exit = { args: ['rcat'], exitCode: undefined, stderr: '', unredacted: '' }
   expect(rcloneError(exit, { target }).message).toContain('it ended with a signal')
 })

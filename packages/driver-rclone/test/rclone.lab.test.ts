@@ -359,6 +359,45 @@ describe('rclone itself', () => {
     expect(checks[0]).toMatchObject({ ok: false, message: expect.stringMatching(/1\.53\.3.*1\.59\.0/) })
   })
 
+  test('that says much has no part of a secret in what is kept of it', async () => {
+    const secret = 'hunter2-'.repeat(8)
+    // 16,384 characters from the end are kept, and begin in the middle of the secret
+    const command = await scriptFile(
+      `echo "before ${secret}" >&2; printf "%016262d\\n" 1 >&2; echo "Failed: permission ${secret}denied" >&2; exit 1`,
+    )
+    const commands: CommandEvent[] = []
+    const helper = new RcloneHelper({
+      remoteName: 'nas',
+      env: { RCLONE_CONFIG_PASS: secret },
+      command,
+      onCommand: event => commands.push(event),
+    })
+    await expect(helper.stat('a')).rejects.toThrow('permission ***denied')
+    expect(JSON.stringify(commands)).not.toContain('hunter2')
+    expect(commands[0]?.stderr).toMatch(/^0+1\nFailed/)
+  })
+
+  test('is understood where its words are a password, also an empty one', async () => {
+    const command = await scriptFile(`case "$1" in
+      config) echo '[{"Prefix":"sftp","Options":[{"Name":"pass","IsPassword":true}]}]'; exit;;
+      obscure) cat; exit;;
+      *) echo "Failed: permission denied" >&2; exit 1;; esac`)
+    for (const [pass, words] of [
+      ['denied', 'permission ***'],
+      ['', 'permission denied'],
+    ] as const) {
+      const helper = new RcloneHelper({
+        remoteName: 'nas',
+        remotes: { nas: { type: 'sftp', pass } },
+        command,
+      })
+      await expect(helper.stat('a')).rejects.toMatchObject({
+        code: 'STORAGE_ACCESS_DENIED',
+        message: expect.stringContaining(words),
+      })
+    }
+  })
+
   test('does not see what of the environment would change it', async () => {
     const { driver } = await begin()
     process.env.RCLONE_DRY_RUN = 'true'
