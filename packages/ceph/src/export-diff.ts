@@ -90,7 +90,7 @@ class DiffOutput extends Readable {
       signal?.removeEventListener('abort', giveUp)
       this.#tell({ exitCode: result.exitCode, stderr, durationMs: Math.round(result.durationMs) })
       if (result.code === 'ENOENT') return void this.destroy(missing())
-      if (result.exitCode !== 0) return void this.destroy(this.#failure(result, stderr))
+      if (result.exitCode !== 0 || saysError(stderr)) return void this.destroy(this.#failure(result, stderr))
       await drained // what it printed last may still wait for who reads this
       this.#finish()
     })
@@ -175,6 +175,11 @@ class DiffOutput extends Readable {
   #tell(ended: Pick<CommandEvent, 'exitCode' | 'stderr' | 'durationMs'>): void {
     emit(this.#options, { type: 'command', command: 'rbd', args: this.#options.args, stdout: '', ...ended })
   }
+}
+
+/** Whether rbd itself tells of an error, whatever its exit code: its lines have no time, unlike those of the libraries. */
+function saysError(stderr: string): boolean {
+  return stderr.split('\n').some(line => !/^\d{4}-\d\d-\d\dT/.test(line) && /error|failed/i.test(line))
 }
 
 function missing(): VarveError {

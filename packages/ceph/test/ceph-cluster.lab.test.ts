@@ -237,7 +237,8 @@ test('an export is refused where rbd fails at its end, ends early, or gives anot
   const cases: [script: string, RbdExport, object][] = [
     ['rbd "$@"; echo "export-diff error: (5) Input/output error" >&2; exit 5', increment, failed],
     ['rbd "$@" | head -c 100000; echo "(5) Input/output error" >&2; exit 1', increment, failed],
-    ['rbd "$@" | head -c 100000', increment, invalid],
+    ['rbd "$@"; echo "rbd: export-diff error: (5) Input/output error" >&2', increment, failed],
+    ['rbd "$@" 2>/dev/null | head -c 100000', increment, invalid],
     ['rbd "$@"; printf e', increment, invalid],
     [`rbd ${says('s/=two/=one/')}`, increment, invalid],
     [`rbd ${says('s/--from-snap=two//')}`, increment, invalid],
