@@ -34,7 +34,8 @@ export interface FtpDriverOptions {
   tlsServerName?: string
   /**
    * Connections to the server at once. One of them is kept free for short commands, so that one less can transfer
-   * files, where there are several. A server that allows fewer is asked for no more. Default: 4.
+   * files, where there are several. A download holds one until it is read to its end or destroyed. A server that allows
+   * fewer is asked for no more, for a minute. Default: 4.
    */
   connections?: number
   /** Milliseconds that the server may be silent while it is its turn; a slow source or reader does not count. Default: 30,000. */
@@ -68,22 +69,18 @@ export interface FtpSettings {
 export function checkOptions(options: FtpDriverOptions): FtpSettings {
   const { host, username, password, pathPrefix = '', create = false, tls = 'explicit', ca } = options
   if (host === '' || !/^[\w.:%-]+$/.test(host)) {
-    throw invalid('host', host, 'It must be the name or address of a server, such as nas.example.org')
+    throw invalid('host', 'It must be the name or address of a server, such as nas.example.org')
   }
   if (!['explicit', 'implicit', 'none'].includes(tls)) {
-    throw invalid('tls', tls, 'It must be explicit, implicit or none')
+    throw invalid('tls', 'It must be explicit, implicit or none')
   }
-  if (tls === 'none' && ca !== undefined) throw invalid('ca', '…', 'There is no certificate without TLS')
+  if (tls === 'none' && ca !== undefined) throw invalid('ca', 'There is no certificate without TLS')
   if (username === '' || hasControl(username)) {
-    throw invalid('username', username, 'It must be a name without control characters')
+    throw invalid('username', 'It must be a name without control characters')
   }
-  if (hasControl(password)) throw invalid('password', '…', 'It cannot have control characters in it')
+  if (hasControl(password)) throw invalid('password', 'It cannot have control characters in it')
   if (hasControl(pathPrefix) || pathPrefix.split('/').includes('..')) {
-    throw invalid(
-      'pathPrefix',
-      pathPrefix,
-      'It must be the path of a folder, without ".." and control characters',
-    )
+    throw invalid('pathPrefix', 'It must be the path of a folder, without ".." and control characters')
   }
   const port = whole('port', options.port ?? (tls === 'implicit' ? 990 : 21), 1, 65_535)
   const name = options.tlsServerName ?? host
@@ -116,13 +113,12 @@ function hasControl(text: string): boolean {
 
 function whole(field: string, value: number, least: number, most: number): number {
   if (Number.isInteger(value) && value >= least && value <= most) return value
-  throw invalid(field, String(value), `It must be a whole number from ${least} to ${most}`)
+  throw invalid(field, `It must be a whole number from ${least} to ${most}`)
 }
 
-function invalid(field: string, value: string, rule: string): VarveError {
-  return new VarveError(
-    'INVALID_CONFIG',
-    `${field} of an FTP storage cannot be ${JSON.stringify(value)}. ${rule}.`,
-    { context: { field } },
-  )
+/** Without the value, which may be a secret in the wrong place. */
+function invalid(field: string, rule: string): VarveError {
+  return new VarveError('INVALID_CONFIG', `${field} of an FTP storage cannot be used. ${rule}.`, {
+    context: { field },
+  })
 }

@@ -27,6 +27,15 @@ test.each<[string, Partial<FtpDriverOptions>]>([
   expect(make).not.toThrow(/hunter2|DELE b.*password/)
 })
 
+test.each(['host', 'port', 'username', 'pathPrefix', 'tls', 'connections', 'timeoutMs', 'attempts'])(
+  'what is wrong as %s is not shown, since it may hold the password',
+  field => {
+    const make = () => new FtpDriver({ ...good, [field]: 'ftp://varve:hunter2@nas/..\n' })
+    expect(make).toThrow(expect.objectContaining({ code: 'INVALID_CONFIG', context: { field } }))
+    expect(make).not.toThrow(/hunter2/)
+  },
+)
+
 test.each<[Partial<FtpDriverOptions>, string]>([
   [{}, 'ftps://nas.example.org:21/'],
   [{ tls: 'implicit' }, 'ftps://nas.example.org:990/'],
