@@ -1,9 +1,12 @@
-import { abortError } from '@varve/core'
+import { abortError, VarveError } from '@varve/core'
 import type { FtpConnection } from './connection.ts'
 import { isReply, isTooMany } from './ftp-error.ts'
 
 /** How long a connection that nobody uses is kept, in milliseconds. */
 const IDLE_MS = 15_000
+
+/** How long a server that turned a connection away is asked for no more than it had allowed, in milliseconds. */
+const CAUTIOUS_MS = 60_000
 
 /** What a connection is for: a transfer takes as long as the other end of it likes, a command does not. */
 export type ConnectionUse = 'transfer' | 'command'
@@ -24,15 +27,29 @@ export class ConnectionPool {
   readonly #waiting: Waiter[] = []
   /** Given out or being opened. */
   readonly #taken: Record<ConnectionUse, number> = { transfer: 0, command: 0 }
+  readonly #most: number
   #limit: number
+  #cautious: NodeJS.Timeout | undefined
+  #closing = new AbortController()
 
   constructor(limit: number, open: (signal: AbortSignal | undefined) => Promise<FtpConnection>) {
+    this.#most = limit
     this.#limit = limit
     this.#open = open
   }
 
-  /** A connection, which must be given back by {@link ConnectionPool.release}. */
-  async acquire(use: ConnectionUse, signal?: AbortSignal): Promise<FtpConnection> {
+  /** Fires when the pool is closed: what was begun before is not to be tried again. */
+  get closing(): AbortSignal {
+    return this.#closing.signal
+  }
+
+  /**
+   * A connection, which must be given back by {@link ConnectionPool.release}.
+   *
+   * @throws ABORTED also when the pool is closed meanwhile
+   */
+  async acquire(use: ConnectionUse, caller?: AbortSignal): Promise<FtpConnection> {
+    const signal = caller ? AbortSignal.any([caller, this.closing]) : this.closing
     for (;;) {
       await this.#slot(use, signal)
       const connection = this.#idleOne()
@@ -42,14 +59,21 @@ export class ConnectionPool {
       }
       try {
         const opened = await this.#open(signal)
+        if (signal.aborted) {
+          opened.close()
+          throw abortError(signal)
+        }
         this.#busy.set(opened, use)
         return opened
       } catch (error) {
         this.#taken[use]--
         const others = this.#taken.transfer + this.#taken.command
         // the server allows no more than there are: wait for one of them
-        if (isTooMany(error) && others > 0 && !signal?.aborted) this.#limit = Math.min(this.#limit, others)
-        else throw error
+        if (!isTooMany(error) || others === 0 || signal.aborted) throw error
+        this.#limit = Math.min(this.#limit, others)
+        clearTimeout(this.#cautious)
+        this.#cautious = setTimeout(() => this.#trustAgain(), CAUTIOUS_MS)
+        this.#cautious.unref()
       } finally {
         this.#serve()
       }
@@ -96,14 +120,27 @@ export class ConnectionPool {
     }
   }
 
-  /** Ends all connections, also those in use. The pool can be used again. */
+  /** Ends all connections, also those in use, and whoever waits for one. The pool can be used again. */
   close(): void {
+    this.#closing.abort(new VarveError('ABORTED', 'The storage was closed while it was used.'))
+    this.#closing = new AbortController()
+    this.#trustAgain()
     for (const [connection, timer] of this.#idle) {
       clearTimeout(timer)
       connection.close()
     }
     this.#idle.clear()
-    for (const connection of this.#busy.keys()) connection.close()
+    for (const connection of [...this.#busy.keys()]) {
+      connection.close()
+      this.release(connection) // who uses it may never end: a download that is not read
+    }
+  }
+
+  /** Others may have had the connections that the server refused. */
+  #trustAgain(): void {
+    clearTimeout(this.#cautious)
+    this.#limit = this.#most
+    this.#serve()
   }
 
   #idleOne(): FtpConnection | undefined {
@@ -123,23 +160,23 @@ export class ConnectionPool {
     return use === 'command' || transfer < Math.max(1, this.#limit - 1)
   }
 
-  async #slot(use: ConnectionUse, signal: AbortSignal | undefined): Promise<void> {
-    if (signal?.aborted) throw abortError(signal)
+  async #slot(use: ConnectionUse, signal: AbortSignal): Promise<void> {
+    if (signal.aborted) throw abortError(signal)
     const { promise, resolve, reject } = Promise.withResolvers<void>()
     const waiter: Waiter = { use, grant: resolve }
     const giveUp = () => {
       const index = this.#waiting.indexOf(waiter)
       if (index < 0) return // granted just before
       this.#waiting.splice(index, 1)
-      if (signal) reject(abortError(signal))
+      reject(abortError(signal))
     }
     this.#waiting.push(waiter)
-    signal?.addEventListener('abort', giveUp, { once: true })
+    signal.addEventListener('abort', giveUp, { once: true })
     this.#serve()
     try {
       await promise
     } finally {
-      signal?.removeEventListener('abort', giveUp)
+      signal.removeEventListener('abort', giveUp)
     }
   }
 

@@ -142,7 +142,7 @@ export class FtpDriver implements StorageDriver {
     return removed
   }
 
-  /** Closes all connections. What is under way fails; a later call connects anew. */
+  /** Closes all connections. What is under way, or waits for a connection, fails; a later call connects anew. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#pool.close()
   }
@@ -158,11 +158,13 @@ export class FtpDriver implements StorageDriver {
   }
 
   async #retrying<T>(doing: string, signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T> {
+    const { closing } = this.#pool
     for (let failures = 1; ; failures++) {
       try {
         return await work()
       } catch (error) {
         if (signal?.aborted) throw abortError(signal)
+        if (closing.aborted) throw abortError(closing)
         const failure = ftpError(error, doing, this.#settings)
         if (!failure.retryable || failures >= this.#settings.attempts) throw failure
         await backOff(failures, signal)

@@ -82,6 +82,7 @@ export class Upload {
   async #tryAgain(): Promise<void> {
     const { signal } = this.#options
     const { pool, settings } = this.#context
+    const { closing } = pool
     for (;;) {
       try {
         const connection = await pool.acquire('transfer', signal)
@@ -93,6 +94,7 @@ export class Upload {
       } catch (error) {
         if (signal?.aborted) throw abortError(signal)
         if (this.#cursor.failure) throw this.#cursor.failure.error
+        if (closing.aborted) throw abortError(closing)
         const failure = ftpError(error, `Writing ${this.#key}`, settings)
         if (!failure.retryable || ++this.#failures >= settings.attempts) throw failure
         await backOff(this.#failures, signal)

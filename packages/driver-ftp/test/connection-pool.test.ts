@@ -1,0 +1,54 @@
+import type { Socket } from 'node:net'
+import { afterEach, expect, onTestFinished, test, vi } from 'vitest'
+import { FakeServer } from './fake-server.ts'
+
+const aborted = { code: 'ABORTED' }
+
+afterEach(() => {
+  vi.useRealTimers()
+})
+
+test('a server that allows more connections again is asked for them after a minute', async () => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] })
+  const { server, driver } = await FakeServer.begin({ connections: 3 })
+  const users = new Set<Socket>()
+  let allowed = 1
+  server.twists.USER = (_, { control }) => {
+    if (users.size >= allowed) return '421 Too many connections.'
+    users.add(control.once('close', () => users.delete(control)))
+    return undefined
+  }
+  const lookUpTwo = () => Promise.all([driver.stat('a'), driver.stat('b')])
+  await lookUpTwo()
+  expect(server.count('USER')).toBe(2)
+  allowed = 3
+  await lookUpTwo()
+  expect(server.count('USER')).toBe(2)
+
+  vi.advanceTimersByTime(60_000)
+  await lookUpTwo()
+  expect(users.size).toBeGreaterThanOrEqual(2)
+})
+
+test('a call that waits for a connection ends when the driver is closed, and a later one connects anew', async () => {
+  const { server, driver } = await FakeServer.begin({ connections: 1 })
+  server.files.set('/a', Buffer.alloc(8_000_000)) // more than what the sockets hold
+  const download = await driver.get('a')
+  onTestFinished(() => void download.on('error', () => undefined).destroy())
+  const waiting = expect(driver.stat('a')).rejects.toMatchObject(aborted)
+  await driver[Symbol.asyncDispose]()
+  await waiting
+  expect(server.count('USER')).toBe(1)
+  expect(await driver.stat('a')).toMatchObject({ size: 8_000_000 })
+  expect(server.count('USER')).toBe(2)
+})
+
+test('a call that is under way is not tried again when the driver is closed', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.twists.SIZE = () => {
+    driver[Symbol.asyncDispose]().catch(() => undefined)
+    return undefined
+  }
+  await expect(driver.stat('a')).rejects.toMatchObject(aborted)
+  expect(server.count('USER')).toBe(1)
+})
