@@ -53,7 +53,7 @@ export interface DriverCapabilities {
 export interface PutOptions {
   /** Gives the upload up; nothing of it is left behind. */
   signal?: AbortSignal
-  /** Called with the bytes that have reached the storage so far; may go back after a retry. */
+  /** Called with the bytes that have reached the storage so far; may go back after a retry. What it throws fails the upload. */
   onProgress?: (bytes: number) => void
 }
 

@@ -7,6 +7,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  failsWithProgress,
   type GetOptions,
   isKey,
   type PutOptions,
@@ -68,7 +69,8 @@ export class FtpDriver implements StorageDriver {
       assertKey(key)
       if (options.signal?.aborted) throw abortError(options.signal)
       const context = { pool: this.#pool, settings: this.#settings, foldersInUse: this.#foldersInUse }
-      return await new Upload(context, key, toUploadBody(body), options).run()
+      const upload = toUploadBody(body)
+      return await failsWithProgress(options, guarded => new Upload(context, key, upload, guarded).run())
     } finally {
       if (body instanceof Readable) body.destroy()
     }

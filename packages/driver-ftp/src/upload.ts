@@ -1,6 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import {
   abortError,
+  isVarveError,
   type PutOptions,
   type StoredObject,
   TEMPORARY_PREFIX,
@@ -168,7 +169,8 @@ export class Upload {
       })
     } catch (error) {
       const said = await transfer.abandon()
-      throw this.#cursor.failure || signal?.aborted ? error : (said ?? error)
+      const isOwn = this.#cursor.failure || signal?.aborted || isVarveError(error, 'UPLOAD_FAILED')
+      throw isOwn ? error : (said ?? error)
     }
   }
 

@@ -67,6 +67,21 @@ test.each([
   expect([...server.files.keys(), ...server.folders]).toEqual(['/'])
 })
 
+test.each([1, 300_000])('an onProgress that throws at byte %d fails the upload with that', async least => {
+  const { server, driver } = await FakeServer.begin()
+  const boom = new Error('boom')
+  let thrown = false
+  const onProgress = (bytes: number) => {
+    if (thrown || bytes < least) return
+    thrown = true
+    throw boom
+  }
+  const body = new PatternBody({ size: 300_000, seed: 3 })
+  await expect(driver.put('a/b', body, { onProgress })).rejects.toBe(boom)
+  expect(server.count('STOR')).toBe(1)
+  expect([...server.files.keys(), ...server.folders]).toEqual(['/'])
+})
+
 test('a server that says it has all but does not is found out, and the upload begins again', async () => {
   const { server, driver } = await FakeServer.begin()
   let cut = 0
@@ -259,7 +274,13 @@ test('a mangled listing is refused, or gives objects', { timeout: FUZZ_TIMEOUT_M
   const folder = 'drwxr-xr-x   1 some one  4096 Feb 29  2024 .'
   server.twists.STAT = () => ['213-Status:', folder, ...lines, '213 End.'].join('\r\n')
   const odd = fc.string({ unit: fc.constantFrom(...'ab -;/=%\\\t.<>0') })
-  const part = (...words: string[]) => fc.oneof({ weight: 8, arbitrary: fc.constantFrom(...words) }, odd)
+  // mostly right, or a listing with anything right in it would be rare
+  const part = (right: string, ...words: string[]) =>
+    fc.oneof(
+      { weight: 16, arbitrary: fc.constant(right) },
+      { weight: 8, arbitrary: fc.constantFrom(right, ...words) },
+      odd,
+    )
   const line = fc
     .tuple(
       part('-rw-r--r--', 'drwxr-xr-x', 'lrwxrwxrwx', '----------'),

@@ -10,6 +10,7 @@ import {
   checkStorage,
   type DriverCapabilities,
   endsAfterAbort,
+  failsWithProgress,
   type GetOptions,
   isKey,
   type PutOptions,
@@ -61,7 +62,8 @@ export class LocalDriver implements StorageDriver {
   async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
     try {
       this.#assertKey(key)
-      return await endsAfterAbort(this.#store(key, toUploadBody(body), options), options.signal)
+      const upload = failsWithProgress(options, guarded => this.#store(key, toUploadBody(body), guarded))
+      return await endsAfterAbort(upload, options.signal)
     } finally {
       if (body instanceof Readable) body.destroy()
     }

@@ -56,6 +56,17 @@ describe('what killed uploads left', () => {
   })
 })
 
+test.each([1, 300_000])('an onProgress that throws at byte %d fails the upload with that', async least => {
+  const { path, driver } = await driverOn()
+  const boom = new Error('boom')
+  const onProgress = (bytes: number) => {
+    if (bytes >= least) throw boom
+  }
+  const body = new PatternBody({ size: 300_000 })
+  await expect(driver.put('a/b', body, { onProgress })).rejects.toBe(boom)
+  expect(await readdir(path)).toEqual([])
+})
+
 test('an upload of any size needs the memory of a few chunks', async () => {
   const { driver } = await driverOn()
   const body = new PatternBody({ size: 10_000_000, chunkSize: 50_000 })

@@ -8,6 +8,7 @@ import {
   checkStorage,
   type DriverCapabilities,
   endsAfterAbort,
+  failsWithProgress,
   type GetOptions,
   isKey,
   type ObjectStream,
@@ -81,7 +82,10 @@ export class SftpDriver implements StorageDriver {
     try {
       assertKey(key)
       if (signal?.aborted) throw abortError(signal)
-      return await endsAfterAbort(storeObject(this.#session, key, toUploadBody(body), options), signal)
+      const upload = failsWithProgress(options, guarded =>
+        storeObject(this.#session, key, toUploadBody(body), guarded),
+      )
+      return await endsAfterAbort(upload, signal)
     } finally {
       if (body instanceof Readable) body.destroy()
     }

@@ -80,7 +80,12 @@ export async function writeWindow(
     const before = written
     while (unacknowledged[0]?.done) written = unacknowledged.shift()?.end ?? written
     if (written === before) return
-    onWritten(written)
+    try {
+      onWritten(written)
+    } catch (error) {
+      fail(error) // not to be thrown at ssh2, which is calling
+      return
+    }
     durability.advance(written).catch(fail)
   }
 

@@ -207,6 +207,25 @@ describe('over distance', () => {
     expect((await buffer(download)).equals(patternBytes(8, 0, body.size))).toBe(true)
   })
 
+  test.each([
+    ['at first', 1],
+    ['when all is written', 3 * MIB],
+  ])('an upload whose onProgress throws %s fails with that and leaves nothing', async (_, least) => {
+    const target = await sftpTarget(lab)
+    onTestFinished(() => target.dispose())
+    const boom = new Error('boom')
+    let thrown = false
+    const onProgress = (bytes: number) => {
+      if (thrown || bytes < least) return
+      thrown = true
+      throw boom
+    }
+    const body = new PatternBody({ size: 3 * MIB, seed: 9 })
+    await expect(target.driver.put('a/b', body, { onProgress })).rejects.toBe(boom)
+    expect(body.faults).toEqual([])
+    expect(await filesIn(target.path)).toEqual([])
+  })
+
   test('an upload whose connection is cut twice goes on from what the server has kept', async () => {
     await using proxy = await NetworkProxy.start({ port: lab.port })
     const target = await sftpTarget(lab, { port: proxy.port })
