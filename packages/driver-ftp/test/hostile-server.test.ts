@@ -69,6 +69,7 @@ test.each([
 
 test.each([1, 300_000])('an onProgress that throws at byte %d fails the upload with that', async least => {
   const { server, driver } = await FakeServer.begin()
+  server.twists['end of STOR'] = () => '426 Broken off.'
   const boom = new Error('boom')
   let thrown = false
   const onProgress = (bytes: number) => {
