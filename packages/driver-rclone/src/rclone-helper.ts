@@ -239,7 +239,7 @@ export class RcloneHelper {
     if (former) onRemoving?.(former)
     // Some servers rename over nothing, nor does rclone's sftp (1.60) anywhere. Then rclone removes what is there and
     // renames, which is not to be given up in between.
-    const failure = former || !refusal ? await move('--ignore-times', former ? {} : call) : refusal
+    const failure = await move('--ignore-times', former ? {} : call)
     if (failure) throw failure
   }
 
