@@ -47,7 +47,8 @@ export class DownloadStream extends Readable implements ObjectStream {
       this.#source = undefined
       source.destroy()
       if (this.destroyed) return
-      if (error === undefined && this.#position >= this.#options.range.end) this.push(null)
+      // all that was asked for has come, whatever becomes of the connection
+      if (this.#position >= this.#options.range.end) this.push(null)
       else this.#goOn(error ?? cutOff())
     }
     source.on('data', (chunk: Buffer) => {
@@ -62,7 +63,7 @@ export class DownloadStream extends Readable implements ObjectStream {
     })
     source.on('end', () => finish())
     source.on('error', finish)
-    source.on('close', () => finish(this.#position < this.#options.range.end ? cutOff() : undefined))
+    source.on('close', () => finish())
   }
 
   #goOn(error: unknown): void {

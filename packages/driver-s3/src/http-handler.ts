@@ -125,6 +125,8 @@ class Exchange {
   #sending = false
   #bodyEnded = false
   #progress = 0
+  #begunAt = 0
+  #sentAt = 0
 
   constructor(sent: ClientRequest, request: SdkRequest, timeoutMs: number) {
     this.#sent = sent
@@ -170,6 +172,7 @@ class Exchange {
     clearTimeout(this.#continueTimer)
     if (this.#sending) return
     this.#sending = true
+    this.#begunAt = this.#sentAt = Date.now()
     const body = this.#body
     if (!(body instanceof Readable)) {
       this.#bodyEnded = true
@@ -197,6 +200,7 @@ class Exchange {
         if (error) return
         this.#unsent -= piece.byteLength
         this.#progress += piece.byteLength
+        this.#sentAt = Date.now()
         if (last) chunkSent(chunk)
       })
     }
@@ -213,8 +217,8 @@ class Exchange {
         if (progress !== seen || this.#waitsForOthers()) {
           seen = progress
           since = Date.now()
-        } else if (Date.now() - since >= this.#timeoutMs) {
-          const message = `the server made no progress for ${this.#timeoutMs / 1000} s`
+        } else if (Date.now() - since >= this.#longestSilence()) {
+          const message = `the server made no progress for ${this.#longestSilence() / 1000} s`
           this.fail(Object.assign(new Error(message), { code: 'ETIMEDOUT' }))
         }
       },
@@ -222,9 +226,16 @@ class Exchange {
     )
   }
 
+  /** How long nothing may be seen to happen, in milliseconds. */
+  #longestSilence(): number {
+    if (this.#response || !this.#bodyEnded || this.#unsent > 0) return this.#timeoutMs
+    // what the system still holds of the body takes no longer than all of it took to get there
+    return this.#timeoutMs + Math.min(this.#sentAt - this.#begunAt, 10 * this.#timeoutMs)
+  }
+
   /** Whether it is not the server that is waited for. */
   #waitsForOthers(): boolean {
-    if (this.#response) return this.#response.readableLength > 0 // the reader is slow
+    if (this.#response) return this.#response.complete || this.#response.readableLength > 0 // the reader is slow
     if (!this.#sent.socket) return true // all connections are in use
     return this.#sending && !this.#bodyEnded && this.#unsent === 0 // the source is slow
   }

@@ -63,7 +63,10 @@ export interface S3DriverOptions {
   equalParts?: boolean
   /** Parts of one upload that are sent at the same time. Default: 4. */
   parallelParts?: number
-  /** How long the server may make no progress before a request is given up, in milliseconds. Default: 60000. */
+  /**
+   * How long the server may make no progress before a request is given up, in milliseconds. Once all of an upload is
+   * sent, as long again as that took, at most ten times this: the network may still carry it. Default: 60000.
+   */
   timeoutMs?: number
   /** How often a request that failed for a moment is made again. Default: 6, which takes about 12 s. */
   retries?: number
