@@ -1,16 +1,25 @@
 /** How long after an abort the storage may take to say how an upload stands, in milliseconds. */
 export const GRACE_MS = 10_000
 
-/** A signal that fires {@link GRACE_MS} after another: for calls whose outcome has to be known. */
-export function soonAfter(signal: AbortSignal): AbortSignal
-export function soonAfter(signal: AbortSignal | undefined): AbortSignal | undefined
-export function soonAfter(signal: AbortSignal | undefined): AbortSignal | undefined {
-  if (signal === undefined) return undefined
+/** Makes a call whose outcome has to be known: it is given up {@link GRACE_MS} after `signal` fires. */
+export async function withGrace<T>(
+  signal: AbortSignal | undefined,
+  call: (late: AbortSignal | undefined) => Promise<T>,
+): Promise<T> {
+  if (signal === undefined) return call(undefined)
   const later = new AbortController()
-  const begin = () => setTimeout(() => later.abort(signal.reason), GRACE_MS).unref()
+  let timer: NodeJS.Timeout | undefined
+  const begin = () => {
+    timer = setTimeout(() => later.abort(signal.reason), GRACE_MS)
+  }
   if (signal.aborted) begin()
   else signal.addEventListener('abort', begin, { once: true })
-  return later.signal
+  try {
+    return await call(later.signal)
+  } finally {
+    signal.removeEventListener('abort', begin)
+    clearTimeout(timer)
+  }
 }
 
 /** The option of the SDK's `send`. */

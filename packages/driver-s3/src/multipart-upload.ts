@@ -8,18 +8,18 @@ import {
 } from '@aws-sdk/client-s3'
 import { abortError, type ByteRange, isVarveError, type UploadBody } from '@varve/core'
 import { type Bucket, UPLOAD_TAG } from './bucket.ts'
-import { abortBy, GRACE_MS, soonAfter } from './grace.ts'
+import { abortBy, GRACE_MS, withGrace } from './grace.ts'
 import { objectOptions, type Upload } from './put-object.ts'
 import { backOff, isTransient, statusOf, withRetries } from './retrying.ts'
 import { withNote } from './s3-error.ts'
-import { type FoundUpload, foundUploads, isGone } from './stale-uploads.ts'
+import { type FoundUpload, foundUploads, hasPartsSince, isGone } from './stale-uploads.ts'
 import { UploadStream } from './upload-stream.ts'
 
-/** The most that a client's clock may differ from the server's, which refuses requests otherwise. */
-const CLOCK_SKEW_MS = 15 * 60_000
+/** How exactly a listing tells when an upload began, in milliseconds. */
+const CLOCK_TICK_MS = 1000
 
-/** Uploads of this process, by bucket: none of them is one whose beginning was lost. */
-const running = new WeakMap<Bucket, Set<string>>()
+/** How many uploads of this process there are of an object that are begun or about to be, by bucket and name. */
+const underWay = new Map<string, number>()
 
 /** An object that is sent in parts and seen when it is complete. Its owner completes it or aborts it. */
 export class MultipartUpload {
@@ -45,15 +45,13 @@ export class MultipartUpload {
     let lost = false
     const attempt = async () => {
       try {
-        const { UploadId } = await bucket.client.send(
-          new CreateMultipartUploadCommand({
-            ...bucket.at(key),
-            ...objectOptions(bucket),
-            ...(checksums === 'WHEN_SUPPORTED' && { ChecksumAlgorithm: 'CRC32' }),
-            Metadata: { [UPLOAD_TAG]: tag },
-          }),
-          abortBy(soonAfter(signal)),
-        )
+        const command = new CreateMultipartUploadCommand({
+          ...bucket.at(key),
+          ...objectOptions(bucket),
+          ...(checksums === 'WHEN_SUPPORTED' && { ChecksumAlgorithm: 'CRC32' }),
+          Metadata: { [UPLOAD_TAG]: tag },
+        })
+        const { UploadId } = await withGrace(signal, late => bucket.client.send(command, abortBy(late)))
         if (UploadId === undefined) throw new Error('the storage began an upload without an id')
         return UploadId
       } catch (error) {
@@ -61,14 +59,14 @@ export class MultipartUpload {
         throw error
       }
     }
+    count(upload, 1)
     try {
-      const id = await withRetries(attempt, { retries, signal }).catch(error => {
-        throw bucket.error(error, action)
-      })
-      uploadsOf(bucket).add(id)
+      const id = await withRetries(attempt, { retries, signal })
+      if (lost) await removeLost(upload, id, Date.now() - began).catch(() => undefined) // cleanUp finds it later
       return new MultipartUpload(upload, id, tag)
-    } finally {
-      if (lost) await removeLost(upload, began).catch(() => undefined) // cleanUp finds it later
+    } catch (error) {
+      count(upload, -1)
+      throw bucket.error(error, action)
     }
   }
 
@@ -93,16 +91,17 @@ export class MultipartUpload {
       signal.addEventListener('abort', giveUp, { once: true })
       if (signal.aborted) giveUp()
       try {
-        const { ETag, ChecksumCRC32 } = await bucket.client.send(
-          new UploadPartCommand({
-            ...bucket.at(key),
-            UploadId: this.#id,
-            PartNumber: number,
-            Body: stream,
-            ContentLength: size,
-          }),
-          abortBy(AbortSignal.any([cut.signal, soonAfter(signal)])),
+        const command = new UploadPartCommand({
+          ...bucket.at(key),
+          UploadId: this.#id,
+          PartNumber: number,
+          Body: stream,
+          ContentLength: size,
+        })
+        const { ETag, ChecksumCRC32 } = await withGrace(signal, (late = signal) =>
+          bucket.client.send(command, { abortSignal: AbortSignal.any([cut.signal, late]) }),
         )
+        if (stream.failure) throw stream.failure.error
         this.#parts.push({ PartNumber: number, ETag, ...(ChecksumCRC32 !== undefined && { ChecksumCRC32 }) })
         if (sent < size) onSent(size - sent)
       } catch (error) {
@@ -125,17 +124,15 @@ export class MultipartUpload {
     const { bucket, key, signal } = this.#upload
     const action = { doing: `Completing ${key}`, permission: 's3:PutObject' }
     const parts = this.#parts.toSorted((a, b) => (a.PartNumber ?? 0) - (b.PartNumber ?? 0))
+    const command = new CompleteMultipartUploadCommand({
+      ...bucket.at(key),
+      UploadId: this.#id,
+      MultipartUpload: { Parts: parts },
+    })
     if (signal?.aborted) throw abortError(signal)
     for (let failures = 0; ; failures++) {
       try {
-        await bucket.client.send(
-          new CompleteMultipartUploadCommand({
-            ...bucket.at(key),
-            UploadId: this.#id,
-            MultipartUpload: { Parts: parts },
-          }),
-          abortBy(soonAfter(signal)),
-        )
+        await withGrace(signal, late => bucket.client.send(command, abortBy(late)))
         break
       } catch (error) {
         // It may have succeeded although an error came back; the second attempt then finds no upload.
@@ -145,7 +142,7 @@ export class MultipartUpload {
         await backOff(failures, signal)
       }
     }
-    uploadsOf(bucket).delete(this.#id)
+    count(this.#upload, -1)
   }
 
   /** Removes the parts. What was thrown before is `error`; it is given back, with a word on what could not be removed. */
@@ -158,14 +155,16 @@ export class MultipartUpload {
       const note = `The unfinished upload of ${key} could not be removed and takes space; cleanUp removes it.`
       return isVarveError(error) ? withNote(error, note) : error
     } finally {
-      uploadsOf(bucket).delete(this.#id)
+      count(this.#upload, -1)
     }
   }
 
   async #isStored(size: number): Promise<boolean> {
     const { bucket, key, signal } = this.#upload
     const rules = signal?.aborted ? { retries: 0 } : {}
-    const head = await bucket.head(key, { ...rules, signal: soonAfter(signal) }).catch(() => undefined)
+    const head = await withGrace(signal, late => bucket.head(key, { ...rules, signal: late })).catch(
+      () => undefined,
+    )
     return head?.upload === this.#tag && head.size === size
   }
 
@@ -175,14 +174,14 @@ export class MultipartUpload {
   }
 }
 
-/** Removes an unfinished upload; one that is not there is no error. */
+/** Removes an unfinished upload; one that is not there is no error. Default of `signal`: after {@link GRACE_MS}. */
 export async function removeUpload(
   bucket: Bucket,
   { key, uploadId }: Pick<FoundUpload, 'key' | 'uploadId'>,
+  signal: AbortSignal = AbortSignal.timeout(GRACE_MS),
 ): Promise<void> {
   const action = { doing: `Removing the unfinished upload of ${key}`, permission: 's3:AbortMultipartUpload' }
   const command = new AbortMultipartUploadCommand({ ...bucket.at(key), UploadId: uploadId })
-  const signal = AbortSignal.timeout(GRACE_MS)
   try {
     await withRetries(() => bucket.client.send(command, { abortSignal: signal }), {
       retries: bucket.settings.retries,
@@ -194,17 +193,34 @@ export async function removeUpload(
   }
 }
 
-/** An upload that was begun, but whose id was lost with the answer. */
-async function removeLost({ bucket, key }: Upload, began: number): Promise<void> {
+/**
+ * Removes uploads that were begun within `took` milliseconds before `id`, but whose answers were lost. Nothing says whose
+ * an upload is: one that may be of somebody else stays, and is for cleanUp.
+ */
+async function removeLost(upload: Upload, id: string, took: number): Promise<void> {
+  const { bucket, key } = upload
   const signal = AbortSignal.timeout(GRACE_MS)
-  for await (const found of foundUploads(bucket, key, { signal })) {
-    const ours = found.key === key && found.begunAt.getTime() >= began - CLOCK_SKEW_MS
-    if (ours && !uploadsOf(bucket).has(found.uploadId)) await removeUpload(bucket, found)
+  const uploads: FoundUpload[] = []
+  for await (const found of foundUploads(bucket, key, { signal })) if (found.key === key) uploads.push(found)
+  const end = uploads.find(({ uploadId }) => uploadId === id)?.begunAt.getTime()
+  if (end === undefined) return
+  for (const other of uploads) {
+    const begun = other.begunAt.getTime()
+    if (other.uploadId === id || begun > end || begun < end - took - CLOCK_TICK_MS) continue
+    if (await hasPartsSince(bucket, other, new Date(0), { signal })) continue
+    if (underWay.get(nameOf(upload)) === 1) await removeUpload(bucket, other, signal)
   }
 }
 
-function uploadsOf(bucket: Bucket): Set<string> {
-  const ids = running.get(bucket) ?? new Set()
-  running.set(bucket, ids)
-  return ids
+function count(upload: Upload, change: 1 | -1): void {
+  const name = nameOf(upload)
+  const uploads = (underWay.get(name) ?? 0) + change
+  if (uploads > 0) underWay.set(name, uploads)
+  else underWay.delete(name)
+}
+
+/** The object's name without that of the server, which may have several. */
+function nameOf({ bucket, key }: Upload): string {
+  const { Bucket, Key } = bucket.at(key)
+  return `${Bucket}/${Key}`
 }

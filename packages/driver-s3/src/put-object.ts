@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { PutObjectCommand, type PutObjectCommandInput } from '@aws-sdk/client-s3'
 import { abortError, type UploadBody, type VarveError } from '@varve/core'
 import { type Bucket, UPLOAD_TAG } from './bucket.ts'
-import { abortBy, GRACE_MS, soonAfter } from './grace.ts'
+import { abortBy, GRACE_MS, withGrace } from './grace.ts'
 import { isTransient, statusOf, withRetries } from './retrying.ts'
 import { withNote } from './s3-error.ts'
 import { UploadStream } from './upload-stream.ts'
@@ -42,22 +42,21 @@ export async function putObject(upload: Upload, body: UploadBody, size: number):
     let sent = 0
     const onSent = (bytes: number) => {
       sent += bytes
-      onProgress?.(sent)
+      if (!stream.complete) onProgress?.(sent)
     }
-    const stream = new UploadStream(body, { key, signal, onSent })
+    // before the storage can have the whole, so that a callback that throws fails an upload that is not stored
+    const onLast = () => onProgress?.(size)
+    const stream = new UploadStream(body, { key, signal, onSent, onLast })
     try {
-      await bucket.client.send(
-        new PutObjectCommand({
-          ...bucket.at(key),
-          ...objectOptions(bucket),
-          Body: stream,
-          ContentLength: size,
-          Metadata: { [UPLOAD_TAG]: tag },
-        }),
-        // until its last byte is given an abort comes by the stream; from then on the storage has the object
-        abortBy(soonAfter(signal)),
-      )
-      if (sent < size) onProgress?.(size)
+      const command = new PutObjectCommand({
+        ...bucket.at(key),
+        ...objectOptions(bucket),
+        Body: stream,
+        ContentLength: size,
+        Metadata: { [UPLOAD_TAG]: tag },
+      })
+      // until its last byte is given an abort comes by the stream; from then on the storage has the object
+      await withGrace(signal, late => bucket.client.send(command, abortBy(late)))
     } catch (error) {
       if (stream.failure) throw stream.failure.error
       const refused = statusOf(error) !== undefined && !isTransient(error)

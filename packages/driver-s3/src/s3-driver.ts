@@ -9,7 +9,9 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  errorMessage,
   type GetOptions,
+  isVarveError,
   type ObjectStream,
   type PutOptions,
   type StorageDriver,
@@ -65,7 +67,12 @@ export class S3Driver implements StorageDriver {
     try {
       this.#assertKey(key)
       if (signal?.aborted) throw abortError(signal)
-      const upload = { bucket: this.#bucket, key, signal, onProgress }
+      const upload = {
+        bucket: this.#bucket,
+        key,
+        signal,
+        onProgress: onProgress && ((bytes: number) => report(key, bytes, onProgress)),
+      }
       return { key, size: await this.#store(upload, toUploadBody(body)) }
     } finally {
       if (body instanceof Readable) body.destroy()
@@ -213,5 +220,16 @@ export class S3Driver implements StorageDriver {
     return new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
       context: { key },
     })
+  }
+}
+
+/** Calls `onProgress`; what it throws is no error of the storage, which might pass. */
+function report(key: string, bytes: number, onProgress: (bytes: number) => void): void {
+  try {
+    onProgress(bytes)
+  } catch (error) {
+    if (isVarveError(error)) throw error
+    const message = `onProgress of the upload of ${key} failed: ${errorMessage(error)}. Correct what is called there.`
+    throw new VarveError('UPLOAD_FAILED', message, { context: { key }, cause: error })
   }
 }

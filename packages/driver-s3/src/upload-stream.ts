@@ -1,5 +1,5 @@
 import { Readable } from 'node:stream'
-import { type ByteRange, readUpload, type UploadBody } from '@varve/core'
+import { type ByteRange, errorMessage, readUpload, type UploadBody } from '@varve/core'
 
 /** Options of {@link UploadStream}. */
 export interface UploadStreamOptions {
@@ -9,8 +9,10 @@ export interface UploadStreamOptions {
   range?: ByteRange
   /** Fails the stream with `ABORTED`, until its last byte has been taken. */
   signal?: AbortSignal | undefined
-  /** Called with the length of each chunk that has been handed to the network. */
+  /** Called with the length of each chunk that has been handed to the network. What it throws fails the stream. */
   onSent?: (bytes: number) => void
+  /** Called before the last chunk is given, when the source has ended as it should. What it throws fails the stream. */
+  onLast?: () => void
 }
 
 const chunksOnTheirWay = new WeakMap<Uint8Array, () => void>()
@@ -26,7 +28,7 @@ export function chunkSent(chunk: Uint8Array): void {
  * source has ended as it should: a server takes an object for whole once it has all of its bytes.
  */
 export class UploadStream extends Readable {
-  /** Why the source failed, where it did. A request that broke off for another reason leaves it undefined. */
+  /** Why the source failed, or a callback, where one did. A request that broke off for another reason leaves it undefined. */
   failure: { error: unknown } | undefined
   /** Whether the last byte has been given, from where on the server may have the whole. */
   complete = false
@@ -34,14 +36,16 @@ export class UploadStream extends Readable {
   readonly #source: AsyncGenerator<Uint8Array>
   readonly #givenUp = new AbortController()
   readonly #onSent: ((bytes: number) => void) | undefined
+  readonly #onLast: (() => void) | undefined
   #held: Uint8Array | undefined
 
-  constructor(body: UploadBody, { signal, onSent, ...options }: UploadStreamOptions) {
+  constructor(body: UploadBody, { signal, onSent, onLast, ...options }: UploadStreamOptions) {
     super({ highWaterMark: 1 }) // one chunk waits while the next is read: none are joined, which copies
     const ends = signal ? AbortSignal.any([signal, this.#givenUp.signal]) : this.#givenUp.signal
     this.#body = body
     this.#source = readUpload(body, { ...options, signal: ends })
     this.#onSent = onSent
+    this.#onLast = onLast
   }
 
   override _read(): void {
@@ -50,9 +54,7 @@ export class UploadStream extends Readable {
         if (!this.destroyed) this.push(chunk ?? null)
       },
       error => {
-        if (this.destroyed) return
-        this.failure = { error }
-        this.destroy(error)
+        if (!this.destroyed) this.#fail(error)
       },
     )
   }
@@ -73,6 +75,7 @@ export class UploadStream extends Readable {
     for (;;) {
       const { value, done } = await this.#source.next()
       if (done) {
+        this.#onLast?.()
         this.complete = true
         return ready && this.#track(ready)
       }
@@ -88,9 +91,18 @@ export class UploadStream extends Readable {
     // a view of its own, by which the chunk is known again
     const view = Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength)
     chunksOnTheirWay.set(view, () => {
-      this.#body.recycle?.(chunk)
-      this.#onSent?.(chunk.byteLength)
+      try {
+        this.#body.recycle?.(chunk)
+        this.#onSent?.(chunk.byteLength)
+      } catch (error) {
+        this.#fail(error)
+      }
     })
     return view
+  }
+
+  #fail(error: unknown): void {
+    this.failure ??= { error }
+    this.destroy(error instanceof Error ? error : new Error(errorMessage(error)))
   }
 }

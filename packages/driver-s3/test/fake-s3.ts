@@ -6,19 +6,37 @@ import { buffer } from 'node:stream/consumers'
 import type { S3DriverOptions } from '@varve/driver-s3'
 
 /** The calls that {@link FakeS3} knows. */
-export type Call = 'put' | 'get' | 'head' | 'list' | 'create' | 'part' | 'complete' | 'abort'
+export type Call =
+  | 'put'
+  | 'get'
+  | 'head'
+  | 'list'
+  | 'create'
+  | 'part'
+  | 'complete'
+  | 'abort'
+  | 'uploads'
+  | 'parts'
 
 /** What becomes of one call: it is answered before or after it has been carried out. */
 export interface Fault {
   readonly when: 'before' | 'after'
-  /** An answer with an error of S3 in it, or a connection that is cut. */
-  readonly answer: { status: number; code: string } | 'cut'
+  /** An answer with an error of S3 in it, a connection that is cut, or the right answer when a promise resolves. */
+  readonly answer: { status: number; code: string } | 'cut' | (() => Promise<void>)
+}
+
+/** An upload in parts that is neither completed nor aborted. */
+export interface FakeUpload {
+  readonly key: string
+  readonly tag: string | undefined
+  readonly begunAt: Date
+  readonly parts: Map<number, Buffer>
 }
 
 /** Just so much of S3 that it can be made to fail in ways that a real server cannot. */
 export class FakeS3 implements AsyncDisposable {
   readonly objects = new Map<string, { bytes: Buffer; tag: string | undefined }>()
-  readonly uploads = new Map<string, { tag: string | undefined; parts: Map<number, Buffer> }>()
+  readonly uploads = new Map<string, FakeUpload>()
   /** The calls that came, in order. */
   readonly calls: Call[] = []
   /** The heads of the requests that came. */
@@ -29,6 +47,7 @@ export class FakeS3 implements AsyncDisposable {
   readonly faults = new Map<Call, Fault[]>()
   /** How many bytes a `get` sends before its connection is cut, once. */
   cutDownloadAfter: number | undefined
+  #begun = 0
   readonly #server = createServer((request, response) => {
     this.#serve(request, response).catch(error => response.destroy(error))
   })
@@ -59,14 +78,17 @@ export class FakeS3 implements AsyncDisposable {
     const body = await buffer(request)
     if (call === 'put' || call === 'part') this.bodies.push(body)
     const fault = this.faults.get(call)?.shift()
-    const spoil = ({ answer }: Fault) => {
-      if (answer === 'cut') response.destroy()
-      else this.#fail(response, answer.status, answer.code)
-    }
-    if (fault?.when === 'before') return spoil(fault)
+    if (fault?.when === 'before') await this.#spoil(response, fault)
+    if (response.writableEnded || response.destroyed) return
     const answer = this.#carryOut(call, url, request, body)
-    if (fault) return spoil(fault)
-    answer(response)
+    if (fault?.when === 'after') await this.#spoil(response, fault)
+    if (!response.writableEnded && !response.destroyed) answer(response)
+  }
+
+  async #spoil(response: ServerResponse, { answer }: Fault): Promise<void> {
+    if (answer === 'cut') response.destroy()
+    else if (typeof answer === 'function') await answer()
+    else this.#fail(response, answer.status, answer.code)
   }
 
   #carryOut(
@@ -85,8 +107,8 @@ export class FakeS3 implements AsyncDisposable {
         this.objects.set(key, { bytes: body, tag })
         return response => response.setHeader('etag', etag(body)).end()
       case 'create': {
-        const made = `upload-${this.uploads.size + 1}`
-        this.uploads.set(made, { tag, parts: new Map() })
+        const made = `upload-${++this.#begun}`
+        this.uploads.set(made, { key, tag, begunAt: new Date(), parts: new Map() })
         const xml = `<InitiateMultipartUploadResult><UploadId>${made}</UploadId></InitiateMultipartUploadResult>`
         return response => response.end(xml)
       }
@@ -107,6 +129,10 @@ export class FakeS3 implements AsyncDisposable {
           if (this.uploads.delete(id)) response.writeHead(204).end()
           else this.#fail(response, 404, 'NoSuchUpload')
         }
+      case 'uploads':
+        return response => response.end(listOf(this.uploads))
+      case 'parts':
+        return response => response.end(partsOf(upload?.parts ?? new Map()))
       case 'list':
         return response => response.end('<ListBucketResult></ListBucketResult>')
       default: {
@@ -149,10 +175,28 @@ function etag(bytes: Buffer): string {
   return `"${createHash('md5').update(bytes).digest('hex')}"`
 }
 
+function listOf(uploads: ReadonlyMap<string, FakeUpload>): string {
+  const items = [...uploads].map(
+    ([id, { key, begunAt }]) =>
+      `<Upload><Key>${encodeURIComponent(key)}</Key><UploadId>${id}</UploadId><Initiated>${begunAt.toISOString()}</Initiated></Upload>`,
+  )
+  return `<ListMultipartUploadsResult>${items.join('')}</ListMultipartUploadsResult>`
+}
+
+function partsOf(parts: ReadonlyMap<number, Buffer>): string {
+  const time = new Date().toISOString()
+  const items = [...parts.keys()].map(
+    number => `<Part><PartNumber>${number}</PartNumber><LastModified>${time}</LastModified></Part>`,
+  )
+  return `<ListPartsResult>${items.join('')}</ListPartsResult>`
+}
+
 function callOf(method: string, { searchParams, pathname }: URL): Call {
   if (method === 'POST') return searchParams.has('uploads') ? 'create' : 'complete'
   if (method === 'PUT') return searchParams.has('partNumber') ? 'part' : 'put'
   if (method === 'DELETE') return 'abort'
   if (method === 'HEAD') return 'head'
+  if (searchParams.has('uploads')) return 'uploads'
+  if (searchParams.has('uploadId')) return 'parts'
   return pathname.length > '/b/'.length ? 'get' : 'list'
 }

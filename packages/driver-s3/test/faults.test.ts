@@ -1,15 +1,19 @@
+import { getEventListeners, once } from 'node:events'
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
+import { setTimeout as delay } from 'node:timers/promises'
 import { crc32 } from 'node:zlib'
-import type { UploadBody } from '@varve/core'
+import { type UploadBody, VarveError } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
-import { PatternBody, patternBytes } from '@varve/testkit'
-import { expect, onTestFinished, test } from 'vitest'
+import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
+import { expect, onTestFinished, test, vi } from 'vitest'
+import { DownloadStream } from '../src/download-stream.ts'
 import { type Call, FakeS3, type Fault } from './fake-s3.ts'
 
 const MIB = 1024 * 1024
 const SIZE = 6 * MIB + 1
 const slowDown: Fault = { when: 'before', answer: { status: 503, code: 'SlowDown' } }
+const never = new Promise<never>(() => undefined)
 
 async function begin(options: Partial<S3DriverOptions> = {}, faults: Partial<Record<Call, Fault[]>> = {}) {
   const fake = await FakeS3.start()
@@ -143,6 +147,141 @@ test('an upload whose answer is lost is a failure where the storage has the obje
   expect(fake.objects.get('a')).toBe(former)
 })
 
+test('an upload that is given up while the storage is silent ends soon', async () => {
+  const came = Promise.withResolvers<void>()
+  const over = new AbortController()
+  const silentAfter = (then: () => void): Fault => ({
+    when: 'before',
+    answer: () => {
+      then()
+      return never
+    },
+  })
+  const faults = { put: [silentAfter(came.resolve)], head: [silentAfter(() => over.abort())] }
+  const { fake, driver } = await begin({}, faults)
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] })
+  const timeout = vi.spyOn(AbortSignal, 'timeout').mockReturnValue(over.signal)
+  onTestFinished(() => {
+    vi.useRealTimers()
+    timeout.mockRestore()
+  })
+  const controller = new AbortController()
+  const upload = driver.put('a', new PatternBody({ size: 10 }), { signal: controller.signal })
+  await came.promise
+  controller.abort()
+  vi.advanceTimersByTime(10_000)
+  await expect(upload).rejects.toMatchObject({
+    code: 'ABORTED',
+    message: expect.stringContaining('a all the same is not known'),
+  })
+  expect(timeout).toHaveBeenCalledWith(10_000)
+  expect(fake.calls).toEqual(['put', 'head'])
+})
+
+test.each([10, 300_000, SIZE])('an upload of %d bytes leaves nothing on its signal', async size => {
+  const { driver } = await begin()
+  const { signal } = new AbortController()
+  await driver.put('a', new PatternBody({ size }), { signal })
+  await driver.put('a', new PatternBody({ size, replayable: false }), { signal })
+  await buffer(await driver.get('a', { signal }))
+  expect(getEventListeners(signal, 'abort')).toEqual([])
+})
+
+test.each([
+  ['of one chunk', 10, MIB],
+  ['of several chunks', MIB, MIB / 4],
+  ['of several parts', SIZE, MIB / 4],
+  ['whose last part is small', 5 * MIB + 1000, MIB / 4],
+])(
+  'an upload %s whose onProgress throws fails, is not tried again, and leaves nothing',
+  async (_, size, chunkSize) => {
+    const { fake, driver } = await begin({ parallelParts: 1 })
+    for (const replayable of [true, false]) {
+      for (const from of [0, size]) {
+        const error = Object.assign(new Error('nobody looks'), { code: 'EPIPE' }) // which may pass, from the network
+        let thrown = 0
+        const onProgress = (bytes: number) => {
+          if (bytes < from) return
+          thrown++
+          throw error
+        }
+        const body = new PatternBody({ size, replayable, chunkSize })
+        const open = vi.spyOn(body, 'open')
+        const upload = driver.put('a', body, { onProgress })
+        await expect(upload).rejects.toMatchObject({
+          code: 'UPLOAD_FAILED',
+          message: expect.stringContaining('nobody looks'),
+          cause: error,
+        })
+        expect(thrown).toBeGreaterThan(0)
+        expect(fake.objects.size).toBe(0)
+        expect(fake.uploads.size).toBe(0)
+        expect(open.mock.calls.length, 'once, or once a part').toBeLessThanOrEqual(2)
+      }
+    }
+  },
+)
+
+test('an upload that was begun, but whose answer was lost, is removed', async () => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { fake, driver } = await begin({}, { create: [lost] })
+  await driver.put('a', new PatternBody({ size: SIZE }))
+  expect(count(fake, 'create')).toBe(2)
+  expect(fake.objects.has('a')).toBe(true)
+  expect(fake.uploads.size).toBe(0)
+})
+
+test('uploads of somebody else stay when the answer to the beginning of one is lost', async () => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { fake, driver } = await begin({}, { create: [lost] })
+  const now = Date.now()
+  const theirs = { key: 'a', tag: undefined, parts: new Map<number, Buffer>() }
+  fake.uploads.set('before', { ...theirs, begunAt: new Date(now - 10_000) })
+  fake.uploads.set('after', { ...theirs, begunAt: new Date(now + 3_600_000) })
+  fake.uploads.set('with a part', { ...theirs, begunAt: new Date(now), parts: new Map([[1, Buffer.of(1)]]) })
+  fake.uploads.set('of another object', { ...theirs, key: 'ab', begunAt: new Date(now) })
+  await driver.put('a', new PatternBody({ size: SIZE }))
+  expect([...fake.uploads.keys()]).toEqual(['before', 'after', 'with a part', 'of another object'])
+})
+
+test('an upload whose beginning is not answered yet stays when the answer to another of the object is lost', async () => {
+  const [begun, answered] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()]
+  const answerLate = () => {
+    begun.resolve()
+    return answered.promise
+  }
+  const late: Fault = { when: 'after', answer: answerLate }
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const { fake, driver } = await begin({}, { create: [late, lost] })
+  await using other = new S3Driver({ ...fake.options, partSize: 5 * MIB })
+  const first = driver.put('a', new PatternBody({ size: SIZE, seed: 14 }))
+  await begun.promise
+  await other.put('a', new PatternBody({ size: SIZE, seed: 15 }))
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(15, 0, SIZE))).toBe(true)
+  answered.resolve()
+  await first
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(14, 0, SIZE))).toBe(true)
+})
+
+test('the last of a body may be on its way for as long as all of it took to send, and not for ever', async () => {
+  const timeoutMs = 200
+  const onItsWay: Fault = { when: 'after', answer: () => delay(3 * timeoutMs) }
+  const silent: Fault = { when: 'before', answer: () => never }
+  const { fake, driver } = await begin({ timeoutMs, retries: 0 }, { put: [onItsWay, silent] })
+  const slowly = (key: string) => {
+    const sent = delay(4 * timeoutMs)
+    const source = troubledSource({ kind: 'wait', resumed: sent, size: 300_000 }, { bytes: 200_000 })
+    return driver.put(key, { size: 300_000, replayable: true, open: () => source })
+  }
+  await slowly('a')
+  expect(fake.calls).toEqual(['put'])
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(0, 0, 300_000))).toBe(true)
+  await expect(slowly('b')).rejects.toMatchObject({
+    code: 'STORAGE_UNREACHABLE',
+    message: expect.stringContaining('no progress'),
+  })
+})
+
 test.each(['InvalidAccessKeyId', 'SignatureDoesNotMatch', 'ExpiredToken', 'AccessDenied'])(
   'a request that is refused with %s is not made again, and the error holds no secret',
   async code => {
@@ -173,6 +312,35 @@ test('a download that is cut goes on where it broke off, with the same object', 
     range: expect.stringMatching(/^bytes=\d+-299999$/),
     'if-match': expect.any(String),
   })
+})
+
+test.each([256 * 1024, 300_000])(
+  'a reader that pauses before all of %d bytes, which have come, gets them',
+  async size => {
+    const timeoutMs = 200
+    const { fake, driver } = await begin({ timeoutMs, retries: 0 })
+    const bytes = patternBytes(17, 0, size)
+    fake.objects.set('a', { bytes, tag: undefined })
+    const download = await driver.get('a')
+    await once(download, 'readable')
+    await delay(4 * timeoutMs)
+    expect((await buffer(download)).equals(bytes)).toBe(true)
+    expect(fake.calls).toEqual(['get'])
+  },
+)
+
+test('a connection that fails after the last byte of a download does not fail it', async () => {
+  const source = new Readable({ read: () => undefined })
+  const download = new DownloadStream(source, {
+    range: { start: 0, end: 10 },
+    open: () => expect.unreachable('all bytes have come'),
+    retries: 1,
+    error: error => new VarveError('STORAGE_FAILED', String(error)),
+  })
+  source.push(patternBytes(18, 0, 10))
+  await once(download, 'readable')
+  source.destroy(Object.assign(new Error('the connection was reset'), { code: 'ECONNRESET' }))
+  expect((await buffer(download)).equals(patternBytes(18, 0, 10))).toBe(true)
 })
 
 test('a download whose object is replaced while the connection is cut fails', async () => {
