@@ -9,9 +9,8 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
-  errorMessage,
+  failsWithProgress,
   type GetOptions,
-  isVarveError,
   type ObjectStream,
   type PutOptions,
   type StorageDriver,
@@ -63,17 +62,14 @@ export class S3Driver implements StorageDriver {
   }
 
   async put(key: string, body: UploadBody | Readable, options: PutOptions = {}): Promise<StoredObject> {
-    const { signal, onProgress } = options
+    const { signal } = options
     try {
       this.#assertKey(key)
       if (signal?.aborted) throw abortError(signal)
-      const upload = {
-        bucket: this.#bucket,
-        key,
-        signal,
-        onProgress: onProgress && ((bytes: number) => report(key, bytes, onProgress)),
-      }
-      return { key, size: await this.#store(upload, toUploadBody(body)) }
+      return await failsWithProgress(options, async ({ onProgress }) => {
+        const upload = { bucket: this.#bucket, key, signal, onProgress }
+        return { key, size: await this.#store(upload, toUploadBody(body)) }
+      })
     } finally {
       if (body instanceof Readable) body.destroy()
     }
@@ -220,16 +216,5 @@ export class S3Driver implements StorageDriver {
     return new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
       context: { key },
     })
-  }
-}
-
-/** Calls `onProgress`; what it throws is no error of the storage, which might pass. */
-function report(key: string, bytes: number, onProgress: (bytes: number) => void): void {
-  try {
-    onProgress(bytes)
-  } catch (error) {
-    if (isVarveError(error)) throw error
-    const message = `onProgress of the upload of ${key} failed: ${errorMessage(error)}. Correct what is called there.`
-    throw new VarveError('UPLOAD_FAILED', message, { context: { key }, cause: error })
   }
 }

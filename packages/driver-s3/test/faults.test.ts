@@ -208,11 +208,7 @@ test.each([
         const body = new PatternBody({ size, replayable, chunkSize })
         const open = vi.spyOn(body, 'open')
         const upload = driver.put('a', body, { onProgress })
-        await expect(upload).rejects.toMatchObject({
-          code: 'UPLOAD_FAILED',
-          message: expect.stringContaining('nobody looks'),
-          cause: error,
-        })
+        await expect(upload).rejects.toBe(error)
         expect(thrown).toBeGreaterThan(0)
         expect(fake.objects.size).toBe(0)
         expect(fake.uploads.size).toBe(0)
