@@ -149,6 +149,23 @@ export function describeSources(contract: Contract): void {
       await expectStored(target, 'large', Buffer.from('former'))
     })
 
+    test.each([
+      ['at first', 1],
+      ['when all is written', GOOD_BYTES],
+    ])('an upload whose onProgress throws %s fails with that and leaves nothing', async (_, least) => {
+      const target = await begin(contract.create)
+      const body = new PatternBody({ size: GOOD_BYTES, seed: 3 })
+      let thrown = false
+      const onProgress = (bytes: number) => {
+        if (thrown || bytes < least) return
+        thrown = true
+        throw boom
+      }
+      await expect(target.driver.put('a/b', body, { onProgress })).rejects.toBe(boom)
+      expect(body.faults).toEqual([])
+      await expectNothing(target)
+    })
+
     test('a signal that fires after the upload changes nothing', async () => {
       const target = await begin(contract.create)
       const controller = new AbortController()
