@@ -75,17 +75,15 @@ export interface DomainChanges {
    * chain is dropped.
    */
   disks?: Readonly<Record<string, { readonly path: string; readonly format: 'qcow2' | 'raw' }>>
-  /** The definition of the instance as it is now: where its RBD images are, should the other one have none there. */
-  now?: string | undefined
   /** Disks, by target, whose backing chain is dropped while their own file stays. */
   dropBacking?: readonly string[]
   /** Drops the other writable disks, which belong to the original. */
   onlyTheseDisks?: boolean
   /**
-   * The XML of the instance as it is: each of the other disks has the source that it has there. One that is not there
-   * goes, or as a drive loses its medium.
+   * The XML of the instance as it is: an RBD image stays in the cluster that it is in there, and each disk that is not in
+   * `disks` has the source that it has there. One that is not there goes, or as a drive loses its medium.
    */
-  otherDisksOf?: string
+  now?: string
   /** A new path of the UEFI variables. */
   nvram?: string
 }
@@ -99,16 +97,13 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
     dropIdentity(root)
   }
   if (changes.uuid !== undefined) setUuid(document, root, changes.uuid)
-  const present = changes.otherDisksOf === undefined ? undefined : disksByName(changes.otherDisksOf)
-  const now = changes.now === undefined ? [] : diskElements(parseDomain(changes.now).root)
+  const present = changes.now === undefined ? undefined : disksByName(changes.now)
   for (const element of diskElements(root)) {
     const { name } = readDisk(element)
     if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
     const change = changes.disks?.[name]
-    if (change) {
-      const present = now.find(disk => readDisk(disk).name === name)
-      setSource(document, element, change, present)
-    } else if (changes.onlyTheseDisks) removeIfWritable(element)
+    if (change) setSource(document, element, change, present?.get(name))
+    else if (changes.onlyTheseDisks) removeIfWritable(element)
     else if (present) takeSource(document, element, present.get(name))
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)

@@ -144,9 +144,8 @@ export async function define({
   const uuid = instance?.uuid ?? (renamed ? randomUUID() : undefined)
   const xml = rewriteDomainXml(stored, {
     disks,
-    now: instance?.definition,
     onlyTheseDisks: newInstance !== undefined,
-    ...(instance?.definition !== undefined && { otherDisksOf: instance.definition }),
+    ...(instance?.definition !== undefined && { now: instance.definition }),
     ...(renamed && { copyAs: newInstance.name }),
     ...(uuid !== undefined && { uuid }),
     ...(nvramTarget !== undefined && { nvram: nvramTarget }),

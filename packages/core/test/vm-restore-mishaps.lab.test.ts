@@ -250,7 +250,7 @@ test('a guest that shuts down slowly for a restore whose process died runs again
 test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.start()
-  const holds = (...reads: string[]) => vm.io('vda', ...reads) // fails where it reads something else
+  const holds = (...reads: string[]) => site.expectHolds('vda', ...reads)
   await vm.io('vda', 'write -P 0x11 0 4M')
   const wanted = ['read -P 0x11 0 4M', 'read -P 0 4M 12M']
   const manifest = await backup()

@@ -68,11 +68,11 @@ test('memory that is saved in the middle of a backup keeps its overlay until the
   expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ outcome: 'unresolved' }] })
   await vm.start()
   const holds = ['read -P 0x11 0 2M', 'read -P 0 2M 2M', 'read -P 0x22 4M 2M', 'read -P 0 6M 10M']
-  await vm.io('vda', ...holds)
+  await site.expectHolds('vda', ...holds)
   const report = await recoverNow()
   expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   await expectCleanHost([`varve-${report.runs[0]?.id}`])
-  await vm.io('vda', ...holds)
+  await site.expectHolds('vda', ...holds)
   await vm.destroy()
   await qemuIo(image('vda'), 'qcow2', holds)
 })

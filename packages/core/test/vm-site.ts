@@ -10,6 +10,7 @@ import {
   type LabDomain,
   type LabDomainOptions,
   type LibvirtLab,
+  qemuIo,
   sha256Content,
   startLibvirt,
 } from '@varve/testkit/lab'
@@ -62,6 +63,8 @@ export interface VmSite {
   /** Backs the instance up. */
   backup(request?: Partial<BackupRequest>, run?: RunOptions): Promise<BackupManifest>
   restore(request: RestoreRequest, run?: RunOptions): Promise<RestoreResult>
+  /** Reads what a disk of the instance is on, such as an overlay, by commands of `qemu-io`, also while it runs. */
+  expectHolds(disk: string, ...reads: readonly string[]): Promise<void>
   /** SHA-256 of what is on a disk of the instance to which nobody writes, also while it runs. */
   content(disk: string): Promise<string>
   /** SHA-256 of a device as the guest reads it from the disk. */
@@ -154,6 +157,12 @@ export function useVmSite(): VmSite {
     backup: (request = {}, run = {}) =>
       new BackupPipeline(pipelines()).run({ instance: theVm().name, ...request }, { onEvent, ...run }),
     restore: (request, run = {}) => new RestorePipeline(pipelines()).run(request, { onEvent, ...run }),
+
+    async expectHolds(disk, ...reads) {
+      const { disks } = await site.host.disks(theVm().name)
+      const path = disks.find(({ name }) => name === disk)?.path ?? expect.fail(`no ${disk}`)
+      await qemuIo(path, formats.get(disk) ?? 'qcow2', reads, { isOpen: true })
+    },
 
     async content(disk) {
       const copy = join(folder, `${disk}.copy`)

@@ -26,14 +26,16 @@ export async function createRaw(path: string, size: number): Promise<void> {
 
 /**
  * Runs `qemu-io` commands on an image that nothing else has open, such as `write -P 0x22 1M 64k`,
- * `write -z 0 1M` or `discard 2M 1M`. Sizes take the suffixes k, M, G.
+ * `write -z 0 1M` or `discard 2M 1M`. Sizes take the suffixes k, M, G. With `isOpen` another program may have the image
+ * open, and the commands only read.
  */
 export async function qemuIo(
   path: string,
   format: ImageFormat,
   commands: readonly string[],
+  options: { isOpen?: boolean } = {},
 ): Promise<string> {
-  const args = commands.flatMap(command => ['-c', command])
+  const args = [...(options.isOpen ? ['-r', '-U'] : []), ...commands.flatMap(command => ['-c', command])]
   const { stdout } = await execa('qemu-io', ['-d', 'unmap', '-f', format, ...args, path], { timeout })
   // It reports a failed command and a read of another pattern on its output and may still exit with 0.
   if (/failed|error|invalid/i.test(stdout)) throw new Error(`qemu-io on ${path}: ${stdout}`)

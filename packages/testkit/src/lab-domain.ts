@@ -239,7 +239,8 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
 
 /**
  * Has the QEMU of a running domain carry out `qemu-io` commands on a disk such as `vda`: through the device, to
- * wherever that writes at the moment, as for a guest. No guest has to be up.
+ * wherever that writes at the moment, as for a guest. No guest has to be up. What a command prints goes to QEMU's own
+ * output, where nobody sees it: a read proves nothing here, and is refused.
  */
 export async function deviceIo(
   lab: Pick<DomainLab, 'virsh'>,
@@ -247,6 +248,9 @@ export async function deviceIo(
   target: string,
   commands: readonly string[],
 ): Promise<void> {
+  const read = commands.find(command => /^(a?read|map|length)\b/.test(command))
+  if (read !== undefined)
+    throw new Error(`Nobody would see what ${JSON.stringify(read)} says. Read the image.`)
   const index = target.charCodeAt(2) - 'a'.charCodeAt(0) // libvirt numbers its aliases by this letter
   const device = `/machine/peripheral/virtio-disk${index}/virtio-backend`
   const lines = commands.map(
