@@ -18,7 +18,7 @@ describe('TLS', () => {
 
   const refusal = async (options: Partial<FtpDriverOptions>) => {
     await using driver = new FtpDriver({ ...(await optionsOf(lab, 'explicit')), ...options })
-    return driver.stat('a').then(
+    return await driver.stat('a').then(
       () => expect.unreachable('it was let in'),
       error => error,
     )
