@@ -2,7 +2,7 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   abortError,
-  isBackupId,
+  backupOfMark,
   isVarveError,
   type RbdCluster,
   type RbdDiffStream,
@@ -211,7 +211,7 @@ export class CephCluster implements RbdCluster {
     run: RunOptions,
   ): Promise<void> {
     const context = { image, snapshots: snapshots.map(({ name }) => name) }
-    const foreign = snapshots.find(({ name }) => !isOwn(name))
+    const foreign = snapshots.find(({ name }) => backupOfMark(name) === undefined)
     if (foreign) {
       throw new VarveError(
         'RBD_FAILED',
@@ -244,11 +244,6 @@ export class CephCluster implements RbdCluster {
       )
     }
   }
-}
-
-/** Whether a snapshot is one of Varve's: `varve-<backup id>`. */
-function isOwn(snapshot: string): boolean {
-  return snapshot.startsWith('varve-') && isBackupId(snapshot.slice('varve-'.length))
 }
 
 function layoutArguments({ features, objectSize, striping, dataPool }: ImageLayout): string[] {

@@ -23,7 +23,7 @@ export function markName(backupId: string): string {
   return `varve-${backupId}`
 }
 
-/** The backup that a bitmap or a snapshot of Varve's belongs to. */
+/** The backup that a bitmap or a snapshot of Varve's, `varve-<id>`, belongs to; undefined for others. */
 export function backupOfMark(mark: string): string | undefined {
   const id = mark.startsWith('varve-') ? mark.slice('varve-'.length) : ''
   return isBackupId(id) ? id : undefined

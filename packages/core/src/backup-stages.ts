@@ -67,7 +67,7 @@ async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]):
     })
   }
   const open = await openImages(images, run)
-  if (open.length > 0) warnOfOpenImages(backup, open)
+  if (open.length > 0) admitOpenImages(backup, open)
   const snapshots = await snapshotImages(backup, images)
   const consistency = saved || open.length > 0 ? 'crash' : 'offline'
   return { at: new Date(), consistency, overlays: [], snapshots }
@@ -79,8 +79,8 @@ async function openImages(images: readonly RbdDisk[], run: RunOptions): Promise<
   return (await Promise.all(looks)).flat()
 }
 
-/** @throws DISK_BUSY where there are other disks, which nothing freezes at the same moment */
-function warnOfOpenImages({ instance, plan, run }: BackupContext, open: readonly string[]): void {
+/** Warns that the backup is crash-consistent. @throws DISK_BUSY where there are other disks, which nothing freezes at the same moment */
+function admitOpenImages({ instance, plan, run }: BackupContext, open: readonly string[]): void {
   const where = `${open.join(' and ')} of ${instance.name} ${open.length > 1 ? 'are' : 'is'} open in another program, or in a virtual machine of another host ("rbd status" shows where)`
   if (plan.disks.length > 1) {
     throw new VarveError(

@@ -5,7 +5,7 @@ export {
   type BackupPipelineOptions,
   type BackupRequest,
 } from './backup-pipeline.ts'
-export type { DiskSelection } from './backup-plan.ts'
+export { backupOfMark, type DiskSelection } from './backup-plan.ts'
 export {
   type BackupListing,
   type DamagedManifest,

@@ -26,13 +26,14 @@ export async function replaceImage(
 
 /** Removes the image that {@link replaceImage} has put aside; one that cannot be removed is a warning. */
 export async function removeReplaced(
-  cluster: RbdCluster,
+  cluster: () => Promise<RbdCluster>,
   { target }: ImageRename,
   runId: string,
   run: RunOptions,
 ): Promise<void> {
   const old = replacedName(target, runId)
-  await cluster.removeImage(old, run).catch(error => {
+  const remove = async () => (await cluster()).removeImage(old, run)
+  await remove().catch(error => {
     const message = `The image that was replaced stays as ${old}: ${errorMessage(error)} Remove it by hand (rbd snap purge, rbd rm).`
     emit(run, { type: 'warning', message })
   })

@@ -62,7 +62,7 @@ export async function settleRestore(
   } finally {
     // After the start: a large image takes its time.
     for (const step of (!refusal && finish?.images) || [])
-      await removeReplaced(await host.rbd(step.of, run), step, journal.header.id, run)
+      await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
     await journal.settled() // an instance that does not start is no reason to hold its disks
   }
   const incomplete = writing.map(({ disk }) => disk)
