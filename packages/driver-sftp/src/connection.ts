@@ -9,6 +9,10 @@ const SMALL_PACKET = 32 * 1024
 const LARGEST_PACKET = 255 * 1024
 /** How long the flush of a file may take, while the server's other half answers keepalives. */
 const FLUSH_TIMEOUT_MS = 15 * 60_000
+/** How often a server is looked at before it counts as silent. A process that is held up itself looks only once. */
+const LOOKS = 4
+/** More than the answers to the keepalives between two looks: what a slow network still carries. */
+const CARRIED_BYTES = 1024
 /** How long a connection gets to say goodbye. */
 const GOODBYE_MS = 2000
 
@@ -41,7 +45,7 @@ export interface SftpConnectionParts {
 
 /**
  * One SFTP session. All requests may be under way at once; they are answered in any order. Once the session is broken, or
- * the server has left every request without an answer for `timeoutMs`, all requests fail with
+ * the server has sent no answer, nor a part of one, for `timeoutMs`, all requests fail with
  * `STORAGE_UNREACHABLE`, also later ones. Time without a request under way does not count.
  */
 export class SftpConnection {
@@ -51,8 +55,10 @@ export class SftpConnection {
   readonly #parts: SftpConnectionParts
   readonly #waiting = new Set<(failure: VarveError) => void>()
   #flushes: number[] = []
-  /** Bytes that had come when the server was last known to be there. */
+  /** Bytes that had come at the last look. */
   #received = 0
+  /** Looks since the server was last known to be there. */
+  #looks = 0
   #idle: NodeJS.Timeout | undefined
   #failure: VarveError | undefined
 
@@ -90,7 +96,10 @@ export class SftpConnection {
     }
     this.#waiting.add(fail)
     if (flush) this.#flushes.push(Date.now())
-    this.#idle ??= setTimeout(() => this.#silent(), this.#parts.timeoutMs)
+    if (this.#idle === undefined) {
+      this.#received = this.#parts.socket.bytesRead
+      this.#idle = setTimeout(() => this.#look(), this.#parts.timeoutMs / LOOKS)
+    }
     try {
       start(this.#parts.sftp, (error, value) => {
         if (error && statusOf(error) === undefined && !isVarveError(error)) this.#break(error.message)
@@ -136,6 +145,7 @@ export class SftpConnection {
   /** The server has all its time again for what is still under way. */
   #heard(): void {
     this.#received = this.#parts.socket.bytesRead
+    this.#looks = 0
     if (this.#waiting.size > 0) this.#idle?.refresh()
     else {
       clearTimeout(this.#idle)
@@ -143,16 +153,15 @@ export class SftpConnection {
     }
   }
 
-  #silent(): void {
+  #look(): void {
+    const { socket, timeoutMs } = this.#parts
     const [flush] = this.#flushes
-    const { bytesRead } = this.#parts.socket
-    const isThere = bytesRead > this.#received
-    if (flush !== undefined && isThere && Date.now() - flush < FLUSH_TIMEOUT_MS) {
-      this.#received = bytesRead
-      this.#idle?.refresh()
-      return
-    }
-    this.#break(`the server has not answered for ${this.#parts.timeoutMs / 1000} s`)
+    const isFlushing = flush !== undefined && Date.now() - flush < FLUSH_TIMEOUT_MS
+    const bytes = socket.bytesRead - this.#received
+    this.#received = socket.bytesRead
+    this.#looks = bytes > (isFlushing ? 0 : CARRIED_BYTES) ? 0 : this.#looks + 1
+    if (this.#looks === LOOKS) this.#break(`the server has not answered for ${timeoutMs / 1000} s`)
+    else this.#idle?.refresh()
   }
 
   #break(why: string): void {

@@ -1,0 +1,84 @@
+import { EventEmitter } from 'node:events'
+import type { Socket } from 'node:net'
+import type { SFTPWrapper } from 'ssh2'
+import { afterEach, expect, test, vi } from 'vitest'
+import { SftpConnection } from '../src/connection.ts'
+
+const TIMEOUT_MS = 400
+/** A keepalive goes out every quarter of the timeout; its answer has about this size. */
+const KEEPALIVE_BYTES = 60
+
+afterEach(() => vi.useRealTimers())
+
+test('an answer of which a part comes now and then is waited for, and then none that stays away', async () => {
+  const { call, socket, settled } = beginCall()
+  for (let part = 0; part < 10; part++) await pass(TIMEOUT_MS / 2, () => (socket.bytesRead += 5000))
+  expect(await settled()).toBe(false)
+  await pass(1.25 * TIMEOUT_MS)
+  await expect(call).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE', retryable: true })
+})
+
+test('a server of which only keepalives are answered is silent, but not while it writes a file to its disk', async () => {
+  for (const flush of [false, true]) {
+    const { call, socket, settled } = beginCall(flush)
+    const keepAlive = () => pass(TIMEOUT_MS / 4, () => (socket.bytesRead += KEEPALIVE_BYTES))
+    for (let answers = 0; answers < 3; answers++) await keepAlive()
+    expect(await settled(), `flush ${flush}`).toBe(false)
+    for (let answers = 0; answers < 20; answers++) await keepAlive()
+    expect(await settled(), `flush ${flush}`).toBe(!flush)
+    if (flush) await pass(1.25 * TIMEOUT_MS)
+    await expect(call, `flush ${flush}`).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+  }
+})
+
+test('keepalives before a request do not count for it', async () => {
+  const { connection, socket } = connect()
+  socket.bytesRead += 1_000_000
+  const call = connection.call(() => undefined)
+  call.catch(() => undefined)
+  await pass(1.25 * TIMEOUT_MS)
+  await expect(call).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+})
+
+test('a process that was held up itself reads what has come before it calls the server silent', async () => {
+  const { connection } = connect(false)
+  const call = connection.call<string>((_, done) => setImmediate(done, undefined, 'there'))
+  const end = performance.now() + 1.2 * TIMEOUT_MS
+  while (performance.now() < end);
+  await expect(call).resolves.toBe('there')
+})
+
+function beginCall(flush = false) {
+  const { connection, socket } = connect()
+  let isSettled = false
+  const call = connection.call(() => undefined, { flush })
+  call.catch(() => (isSettled = true))
+  const settled = async () => {
+    await vi.advanceTimersByTimeAsync(0)
+    return isSettled
+  }
+  return { call, socket, settled }
+}
+
+function connect(fakeTimers = true) {
+  if (fakeTimers) vi.useFakeTimers()
+  const socket = Object.assign(new EventEmitter(), {
+    bytesRead: 0,
+    destroyed: false,
+    destroy: () => undefined,
+  })
+  const connection = new SftpConnection({
+    socket: socket as unknown as Socket,
+    sftp: new EventEmitter() as SFTPWrapper,
+    fingerprint: 'SHA256:x',
+    address: 'sftp://host:22',
+    timeoutMs: TIMEOUT_MS,
+    end: () => undefined,
+  })
+  return { connection, socket }
+}
+
+async function pass(ms: number, then?: () => void): Promise<void> {
+  await vi.advanceTimersByTimeAsync(ms)
+  then?.()
+}
