@@ -2,7 +2,7 @@ import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { BackupPipeline, ChainManager, LibvirtHost, RestorePipeline } from '@varve/core'
+import { BackupPipeline, ChainManager, LibvirtHost, RestorePipeline, type VarveEvent } from '@varve/core'
 import {
   checkQcow2,
   compareImages,
@@ -99,11 +99,17 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
       SUM,
     )
     const { length: flushed } = await writer.writes()
-    const second = await backups.run({ instance: INSTANCE })
+    /** What the storage ran, by the events. */
+    const ran: (string | undefined)[] = []
+    const onEvent = (event: VarveEvent) =>
+      void (event.type === 'command' && event.command === type && ran.push(event.args[0]))
+    const second = await backups.run({ instance: INSTANCE }, { onEvent })
+    if (type === 'rclone') expect(ran).toEqual(expect.arrayContaining(['lsjson', 'rcat', 'moveto']))
     expect(second).toMatchObject({ kind: 'incremental', parent: first.id })
 
     const disks = { vda: join(home, 'vda.qcow2'), vdb: join(home, 'vdb.qcow2') }
-    await new RestorePipeline(pipelines).run({ backup: second.id, to: { disks } })
+    await new RestorePipeline(pipelines).run({ backup: second.id, to: { disks } }, { onEvent })
+    expect(ran.includes('cat')).toBe(type === 'rclone')
     const files = await site.files()
     for (const [name, path] of Object.entries(disks)) {
       await checkQcow2(path)

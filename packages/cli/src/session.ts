@@ -1,5 +1,12 @@
 import { resolve } from 'node:path'
-import { LibvirtHost, RBD_PREFIX, type RbdConnector, type RunOptions, type StorageDriver } from '@varve/core'
+import {
+  type CallOptions,
+  LibvirtHost,
+  RBD_PREFIX,
+  type RbdConnector,
+  type RunOptions,
+  type StorageDriver,
+} from '@varve/core'
 import { cephConnector } from './ceph-settings.ts'
 import { type Config, loadConfig, openStorage } from './config.ts'
 import { EXIT, type ExitCode } from './exit-code.ts'
@@ -98,6 +105,12 @@ export class Session {
     this.#view ??= new ProgressView(this.terminal.stderr, { verbose: this.verbose })
     const view = this.#view
     return { signal: this.signal, onEvent: event => view.update(event) }
+  }
+
+  /** The same for a call that is no run: the signal, and the programs that a storage runs. */
+  call(): CallOptions & { signal: AbortSignal } {
+    const { signal, onEvent } = this.run()
+    return { signal, ...(onEvent && { onCommand: onEvent }) }
   }
 
   /** A line on standard error, which spares the progress that is shown there. */

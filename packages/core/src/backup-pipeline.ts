@@ -29,6 +29,7 @@ import { settleBackup, settleError } from './settle-backup.ts'
 import { statIfThere } from './stat-if-there.ts'
 import type { StorageDriver } from './storage.ts'
 import { backupFolder, instanceFolder } from './storage-layout.ts'
+import { tellCommands } from './tell-commands.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 
 const SECTOR_SIZE = 512
@@ -105,13 +106,14 @@ export class BackupPipeline {
    * the host needs attention, such as after BLOCK_COMMIT_FAILED.
    */
   async run(request: BackupRequest, run: RunOptions = {}): Promise<BackupManifest> {
-    const { host, storage, stateDir } = this.#options
-    if (!storage) {
+    const { host, stateDir } = this.#options
+    if (!this.#options.storage) {
       throw new VarveError(
         'BACKUP_NOT_ENABLED',
         'Hypervisor backup not enabled: no backup storage is assigned to it. Assign one and enable it.',
       )
     }
+    const storage = tellCommands(this.#options.storage, run.onEvent)
     checkRequest(request)
     const startedAt = new Date()
 

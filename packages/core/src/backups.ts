@@ -3,8 +3,9 @@ import { isVarveError, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
 import { loadObject } from './load-object.ts'
 import { type BackupManifest, MANIFEST_MAX_BYTES, parseManifest } from './manifest.ts'
-import type { StorageDriver, StoredObject } from './storage.ts'
+import type { CallOptions, StorageDriver, StoredObject } from './storage.ts'
 import { backupOfKey, instanceFolder, MANIFEST_FILE, parseManifestKey } from './storage-layout.ts'
+import { tellCommands } from './tell-commands.ts'
 
 /** Manifests that are read at the same time. */
 const MANIFESTS_AT_ONCE = 8
@@ -40,16 +41,15 @@ export interface Catalog extends BackupListing {
 }
 
 /** Which backups are meant. */
-export interface FindOptions {
+export interface FindOptions extends CallOptions {
   /** Only those of this instance. Default: of any. */
   instance?: string
-  /** Gives the call up. */
-  signal?: AbortSignal
 }
 
 /** The backups on a storage. Damaged manifests are told of, not thrown; a storage that fails is thrown. */
 export async function listBackups(storage: StorageDriver, options: FindOptions = {}): Promise<BackupListing> {
-  const { backups, damaged } = await readCatalog(storage, prefixOf(options), options.signal)
+  const told = tellCommands(storage, options.onCommand)
+  const { backups, damaged } = await readCatalog(told, prefixOf(options), options.signal)
   return { backups, damaged }
 }
 
@@ -67,11 +67,12 @@ export async function findBackup(
 ): Promise<StoredBackup> {
   assertBackupId(id)
   const { signal = never } = options
+  const told = tellCommands(storage, options.onCommand)
   const backups: StoredBackup[] = []
   let damage: VarveError | undefined
-  for (const object of (await listObjects(storage, prefixOf(options), signal)).values()) {
+  for (const object of (await listObjects(told, prefixOf(options), signal)).values()) {
     if (parseManifestKey(object.key)?.backup !== id) continue
-    const found = await readBackup(storage, object, signal)
+    const found = await readBackup(told, object, signal)
     if (found && !('error' in found)) backups.push(found)
     else damage ??= found?.error // a copy of the backup in another folder does not hide the real one
   }

@@ -18,6 +18,7 @@ import { removeSnapshotsOf } from './remove-snapshots.ts'
 import type { RunOptions } from './run-options.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
+import { tellCommands } from './tell-commands.ts'
 import { type VerifyProgress, type VerifyReport, verifyChain } from './verify-chain.ts'
 
 const never: AbortSignal = new AbortController().signal
@@ -34,11 +35,9 @@ export interface ChainManagerOptions {
 }
 
 /** How to verify. */
-export interface VerifyOptions {
+export interface VerifyOptions extends CallOptions {
   /** Read every byte and compare it with its digest. Default: false, only sizes and manifests. */
   deep?: boolean
-  /** Gives up. */
-  signal?: AbortSignal
   /** Is told how far a deep verification is, a few times a second and at its end. What it throws is ignored. */
   onProgress?: (progress: VerifyProgress) => void
 }
@@ -69,7 +68,8 @@ export class ChainManager {
    * @throws CHAIN_BROKEN where a link is missing, cannot be used, or is not what the next one rests on
    */
   async resolve(backupId: string, options: CallOptions = {}): Promise<StoredBackup[]> {
-    const { links, problem } = (await this.#walk(backupId, options.signal)).walk
+    const storage = tellCommands(this.#storage, options.onCommand)
+    const { links, problem } = (await walkOf(storage, backupId, options.signal)).walk
     if (problem) throw problem
     return links
   }
@@ -87,7 +87,8 @@ export class ChainManager {
    * @throws INVALID_ARGUMENT
    */
   async nextKind(instance: string, policy: ChainPolicy = {}, options: CallOptions = {}): Promise<NextKind> {
-    return nextKind(await readCatalog(this.#storage, `${instanceFolder(instance)}/`, options.signal), policy)
+    const storage = tellCommands(this.#storage, options.onCommand)
+    return nextKind(await readCatalog(storage, `${instanceFolder(instance)}/`, options.signal), policy)
   }
 
   /**
@@ -98,9 +99,9 @@ export class ChainManager {
    * @throws BACKUP_NOT_FOUND, and MANIFEST_INVALID where two folders have one of this id; damage is reported, not thrown
    */
   async verify(backupId: string, options: VerifyOptions = {}): Promise<VerifyReport> {
-    const { deep = false, signal = never, onProgress } = options
-    const { walk, objects } = await this.#walk(backupId, signal)
-    const storage = this.#storage
+    const { deep = false, signal = never, onProgress, onCommand } = options
+    const storage = tellCommands(this.#storage, onCommand)
+    const { walk, objects } = await walkOf(storage, backupId, signal)
     return verifyChain({ storage, backup: backupId, walk, objects, deep, signal, onProgress })
   }
 
@@ -113,7 +114,8 @@ export class ChainManager {
    * @throws CHAIN_DEPENDENCY where other backups rest on it: `context.children` has their ids, newest first
    */
   async delete(backupId: string, options: RunOptions = {}): Promise<void> {
-    const deleted = await deleteBackup(this.#storage, backupId, options.signal ?? never)
+    const storage = tellCommands(this.#storage, options.onEvent)
+    const deleted = await deleteBackup(storage, backupId, options.signal ?? never)
     if (deleted && this.#host) await removeSnapshotsOf(deleted.manifest, this.#host, options)
   }
 
@@ -126,19 +128,21 @@ export class ChainManager {
    */
   async prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
     const { dryRun = false, ...run } = options
-    const report = await prune(this.#storage, policy, dryRun, run.signal ?? never)
+    const storage = tellCommands(this.#storage, run.onEvent)
+    const report = await prune(storage, policy, dryRun, run.signal ?? never)
     if (!dryRun && this.#host)
       for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#host, run)
     return report
   }
+}
 
-  async #walk(
-    backupId: string,
-    signal: AbortSignal = never,
-  ): Promise<{ walk: ChainWalk; objects: Catalog['objects'] }> {
-    const located = await locateBackup(this.#storage, backupId, signal)
-    if (!hasManifest(located)) throw backupNotFound(this.#storage, backupId)
-    const { folder, chain } = located
-    return { walk: walkChain(folder, indexChains(chain)), objects: chain.objects }
-  }
+async function walkOf(
+  storage: StorageDriver,
+  backupId: string,
+  signal: AbortSignal = never,
+): Promise<{ walk: ChainWalk; objects: Catalog['objects'] }> {
+  const located = await locateBackup(storage, backupId, signal)
+  if (!hasManifest(located)) throw backupNotFound(storage, backupId)
+  const { folder, chain } = located
+  return { walk: walkChain(folder, indexChains(chain)), objects: chain.objects }
 }

@@ -10,6 +10,7 @@ import type { RbdCluster } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { backupOfKey } from './storage-layout.ts'
+import { tellCommands } from './tell-commands.ts'
 
 /** An image that a restore makes, and the one that it replaces, have the id of the run at their end. */
 const IMAGE_OF_RUN = /\.varve-(?:restore|replaced)-(.+)$/
@@ -47,7 +48,9 @@ export async function findOrphans(
   run: RunOptions = {},
 ): Promise<RbdOrphan[]> {
   const catalogs: Catalog[] = []
-  for (const storage of storages) catalogs.push(await readCatalog(storage, '', run.signal))
+  for (const storage of storages) {
+    catalogs.push(await readCatalog(tellCommands(storage, run.onEvent), '', run.signal))
+  }
   const unsettled = new Set((await RunJournal.unsettled(stateDir)).map(({ header }) => header.id))
   const stored = new Set(
     catalogs.flatMap(({ objects }) => [...objects.keys()].map(key => backupOfKey(key)?.backup)),

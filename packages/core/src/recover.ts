@@ -9,6 +9,7 @@ import type { RunOptions } from './run-options.ts'
 import { settleBackup } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
+import { tellCommands } from './tell-commands.ts'
 
 /** What {@link recover} works with. */
 export interface RecoverOptions {
@@ -77,9 +78,10 @@ async function recoverRun(
       const { finished, incomplete } = await settleRestore(journal, host, run)
       return { outcome: incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone' }
     }
-    const storage = options.storages.find(
+    const used = options.storages.find(
       ({ type, location }) => type === header.storage.type && location === header.storage.location,
     )
+    const storage = used && tellCommands(used, run.onEvent)
     const { published } = await settleBackup(journal, { host, storage, run })
     return { outcome: published ? 'finished' : 'undone' }
   } catch (error) {

@@ -14,6 +14,7 @@ import { settleError } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
+import { tellCommands } from './tell-commands.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 import { writeTargets } from './write-targets.ts'
 
@@ -109,7 +110,8 @@ export class RestorePipeline {
 
   /** Restores one backup. @throws any {@link VarveError} */
   async run(request: RestoreRequest, run: RunOptions = {}): Promise<RestoreResult> {
-    const { host, storage, stateDir } = this.#options
+    const { host, stateDir } = this.#options
+    const storage = tellCommands(this.#options.storage, run.onEvent)
     const signal = run.signal ? { signal: run.signal } : {}
     stage(run, 'preflight', `Looking at backup ${request.backup}`)
     const found = await findBackup(storage, request.backup, signal)

@@ -29,9 +29,9 @@ export interface CheckStorageOptions extends CallOptions {
  */
 export async function checkStorage(
   driver: StorageDriver,
-  { connect, signal }: CheckStorageOptions,
+  { connect, ...call }: CheckStorageOptions,
 ): Promise<StorageHealth> {
-  const call: CallOptions = signal ? { signal } : {}
+  const { signal } = call
   const began = performance.now()
   const key = PROBE_PREFIX + randomBytes(8).toString('hex')
   const probe = randomBytes(1024)
@@ -66,7 +66,7 @@ export async function checkStorage(
         message: errorMessage(error),
         ...(isVarveError(error) && { code: error.code }),
       })
-      if (name !== 'connect' && name !== 'write') await removeProbe(driver, key)
+      if (name !== 'connect' && name !== 'write') await removeProbe(driver, key, call)
       if (signal?.aborted) throw abortError(signal)
       break
     }
@@ -86,9 +86,9 @@ async function listProbes(driver: StorageDriver, key: string, call: CallOptions)
   if (!found) throw damaged('an object that was just written is not listed')
 }
 
-async function removeProbe(driver: StorageDriver, key: string): Promise<void> {
+async function removeProbe(driver: StorageDriver, key: string, call: CallOptions): Promise<void> {
   try {
-    await driver.delete(key, { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) })
+    await driver.delete(key, { ...call, signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) })
   } catch {
     // the step that failed is what is told; a probe that stays is 1 KiB, and a later check removes it
   }

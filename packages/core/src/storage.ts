@@ -1,5 +1,6 @@
 import { Readable } from 'node:stream'
 import { type ErrorCode, VarveError } from './errors.ts'
+import type { CommandEvent } from './events.ts'
 
 /** A half-open range of bytes: `start` is the first byte, `end` the first one after it. */
 export interface ByteRange {
@@ -49,8 +50,19 @@ export interface DriverCapabilities {
   readonly maxObjectSize?: number
 }
 
+/** Options of the calls that move no data, and what all calls have in common. */
+export interface CallOptions {
+  /** Ends the call with `ABORTED`. */
+  signal?: AbortSignal
+  /**
+   * Is told of each external program that the call has run, when that has ended, and of what it printed; without
+   * secrets. A driver that runs none calls it never. What it throws is ignored.
+   */
+  onCommand?: (event: CommandEvent) => void
+}
+
 /** Options of {@link StorageDriver.put}. */
-export interface PutOptions {
+export interface PutOptions extends CallOptions {
   /** Gives the upload up; nothing of it is left behind. */
   signal?: AbortSignal
   /** Called with the bytes that have reached the storage so far; may go back after a retry. What it throws fails the upload. */
@@ -58,7 +70,7 @@ export interface PutOptions {
 }
 
 /** Options of {@link StorageDriver.get}. */
-export interface GetOptions {
+export interface GetOptions extends CallOptions {
   /** Only these bytes; cut off at the object's end. Default: all. */
   range?: ByteRange
   /** Ends the download: the stream fails with `ABORTED`. */
@@ -78,12 +90,6 @@ export interface ObjectStream extends Readable {
    * call that fails, or that is given up, the memory may still be written to: its owner does not use it again.
    */
   readInto?(memory: Uint8Array): Promise<number>
-}
-
-/** Options of the calls that move no data. */
-export interface CallOptions {
-  /** Ends the call with `ABORTED`. */
-  signal?: AbortSignal
 }
 
 /** One thing that a storage was tried for. */

@@ -1,5 +1,5 @@
 import type { Readable } from 'node:stream'
-import { unreadable } from './json-output.ts'
+import { type Redact, unreadable } from './json-output.ts'
 
 const COMMAND = 'lsjson'
 
@@ -17,18 +17,18 @@ export interface RemoteFile {
 const LONGEST_LINE = 1024 * 1024
 
 /** One line of `rclone lsjson`: an entry, or undefined for what stands around them. @throws STORAGE_FAILED */
-export function parseLine(line: string): RemoteFile | undefined {
+export function parseLine(line: string, redact: Redact): RemoteFile | undefined {
   const text = line.trim().replace(/,$/, '')
   if (text === '' || text === '[' || text === ']') return undefined
-  return toFile(parseJson(text))
+  return toFile(parseJson(text, redact), redact)
 }
 
 /** What `rclone lsjson --stat` prints: a file, or undefined for a folder or nothing. @throws STORAGE_FAILED */
-export function parseStat(text: string): RemoteFile | undefined {
-  const entry = parseJson(text)
+export function parseStat(text: string, redact: Redact): RemoteFile | undefined {
+  const entry = parseJson(text, redact)
   if (entry === null || (typeof entry === 'object' && 'IsDir' in entry && entry.IsDir === true))
     return undefined
-  return toFile(entry)
+  return toFile(entry, redact)
 }
 
 /**
@@ -36,7 +36,7 @@ export function parseStat(text: string): RemoteFile | undefined {
  *
  * @throws STORAGE_FAILED
  */
-export async function* readLines(output: Readable): AsyncGenerator<string> {
+export async function* readLines(output: Readable, redact: Redact): AsyncGenerator<string> {
   let rest = ''
   const decoder = new TextDecoder()
   for await (const chunk of output) {
@@ -44,24 +44,24 @@ export async function* readLines(output: Readable): AsyncGenerator<string> {
     const lines = rest.split('\n')
     rest = lines.pop() ?? ''
     yield* lines
-    if (rest.length > LONGEST_LINE) throw unreadable(rest, COMMAND)
+    if (rest.length > LONGEST_LINE) throw unreadable(rest, COMMAND, redact)
   }
   if (rest !== '') yield rest
 }
 
-function parseJson(text: string): unknown {
+function parseJson(text: string, redact: Redact): unknown {
   try {
     return JSON.parse(text)
   } catch {
-    throw unreadable(text, COMMAND)
+    throw unreadable(text, COMMAND, redact)
   }
 }
 
-function toFile(entry: unknown): RemoteFile | undefined {
-  if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry), COMMAND)
+function toFile(entry: unknown, redact: Redact): RemoteFile | undefined {
+  if (typeof entry !== 'object' || entry === null) throw unreadable(String(entry), COMMAND, redact)
   const { Path, Size, ModTime } = entry as Record<string, unknown>
   if (typeof Path !== 'string' || typeof Size !== 'number' || !Number.isSafeInteger(Size))
-    throw unreadable(JSON.stringify(entry), COMMAND)
+    throw unreadable(JSON.stringify(entry), COMMAND, redact)
   if (Size < 0) return undefined // a document that exists only by its export, and is none of ours
   const modifiedAt = typeof ModTime === 'string' ? new Date(ModTime) : undefined
   const known = modifiedAt !== undefined && !Number.isNaN(modifiedAt.getTime())

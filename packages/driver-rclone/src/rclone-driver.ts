@@ -10,6 +10,7 @@ import {
   checkStorage,
   type DriverCapabilities,
   errorMessage,
+  failsWithProgress,
   type GetOptions,
   isKey,
   isVarveError,
@@ -73,7 +74,9 @@ export class RcloneDriver implements StorageDriver {
       if (!this.#isThere) await this.#mustBeThere(options)
       if (upload.size === undefined) await this.#mustStream(key, options)
       const attempts = upload.replayable ? ATTEMPTS : 1
-      return await retrying(() => this.#store(key, upload, options), options, attempts)
+      return await failsWithProgress(options, options =>
+        retrying(() => this.#store(key, upload, options), options, attempts),
+      )
     } finally {
       if (body instanceof Readable) body.destroy()
     }
@@ -168,8 +171,8 @@ export class RcloneDriver implements StorageDriver {
       return toObject(key, file)
     } catch (error) {
       // of the former object and the new one, one has to stay
-      if (former && !(await this.#isUnchanged(key, former))) throw this.#kept(temporary, key, error)
-      throw await this.#discarded(temporary, error)
+      if (former && !(await this.#isUnchanged(key, former, call))) throw this.#kept(temporary, key, error)
+      throw await this.#discarded(temporary, error, call)
     }
   }
 
@@ -198,9 +201,8 @@ export class RcloneDriver implements StorageDriver {
   }
 
   /** False also where the storage does not answer. */
-  async #isUnchanged(key: string, former: RemoteFile): Promise<boolean> {
-    const call = { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) }
-    const file = await this.#rclone.stat(this.#pathOf(key), call).catch(() => undefined)
+  async #isUnchanged(key: string, former: RemoteFile, call: CallOptions): Promise<boolean> {
+    const file = await this.#rclone.stat(this.#pathOf(key), cleanUpOptions(call)).catch(() => undefined)
     return file?.size === former.size && file.modifiedAt?.getTime() === former.modifiedAt?.getTime()
   }
 
@@ -218,11 +220,11 @@ export class RcloneDriver implements StorageDriver {
   }
 
   /** Removes what there is of an upload and returns the error to throw, which tells if something stays. */
-  async #discarded(temporary: string, failure: unknown): Promise<unknown> {
+  async #discarded(temporary: string, failure: unknown, call: CallOptions): Promise<unknown> {
     try {
-      const call = { signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) }
-      await this.#rclone.deleteFile(temporary, call)
-      await this.#rclone.removeParts(temporary, call) // an rclone that was killed had no time for it
+      const removing = cleanUpOptions(call)
+      await this.#rclone.deleteFile(temporary, removing)
+      await this.#rclone.removeParts(temporary, removing) // an rclone that was killed had no time for it
       return failure
     } catch {
       if (!isVarveError(failure)) return failure
@@ -311,9 +313,14 @@ function toObject(key: string, { size, modifiedAt }: RemoteFile): StoredObject {
   return { key, size, ...(modifiedAt && { modifiedAt }) }
 }
 
-/** The signal alone: a helper's calls have other options than a driver's. */
-function callOptions({ signal }: CallOptions): CallOptions {
-  return signal ? { signal } : {}
+/** What all calls have in common: a helper's have other options than a driver's. */
+function callOptions({ signal, onCommand }: CallOptions): CallOptions {
+  return { ...(signal && { signal }), ...(onCommand && { onCommand }) }
+}
+
+/** For what is left to do of a call that failed or was given up. */
+function cleanUpOptions(options: CallOptions): CallOptions {
+  return { ...callOptions(options), signal: AbortSignal.timeout(REMOVAL_TIMEOUT_MS) }
 }
 
 /** Makes a call again, after a pause, that failed by what may go away. One that timed out has taken long enough. */

@@ -2,7 +2,7 @@ import { Readable } from 'node:stream'
 import { abortError, type ByteRange, type CallOptions, errorMessage, VarveError } from '@varve/core'
 import { CatStream } from './cat-stream.ts'
 import { feed } from './feed.ts'
-import { parseObject } from './json-output.ts'
+import { parseObject, type Redact } from './json-output.ts'
 import { parseLine, parseStat, type RemoteFile, readLines } from './lsjson.ts'
 import { rcloneError, saysMissing, saysNoCommand } from './rclone-error.ts'
 import { assertHelperOptions, type RcloneHelperOptions } from './rclone-options.ts'
@@ -77,6 +77,7 @@ export class RcloneHelper {
     // what was found is kept, not the call: who gives that up gives up no other
     this.#features ??= parseFeatures(
       await this.#rclone.must(['backend', 'features', target], target, options),
+      this.#rclone.redact,
     )
     return this.#features
   }
@@ -124,7 +125,8 @@ export class RcloneHelper {
     if (failure) throw failure.error
     if (process.stopped) throw process.stopped
     if (signal?.aborted) throw abortError(signal)
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target, code: 'UPLOAD_FAILED' }, signal)
+    if (exit.exitCode !== 0)
+      throw await this.#rclone.explain(exit, { target, code: 'UPLOAD_FAILED' }, options)
   }
 
   /** The bytes of a file from `start` to before `end`, all of which must be there. The stream fails otherwise. */
@@ -148,8 +150,8 @@ export class RcloneHelper {
     const args = ['lsjson', '--stat', '--files-only', '--no-mimetype', '--use-server-modtime', target]
     const { exit, stdout } = await this.#rclone.run(args, options)
     if (saysMissing(exit)) return undefined
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
-    return parseStat(stdout)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
+    return parseStat(stdout, this.#rclone.redact)
   }
 
   /**
@@ -161,9 +163,9 @@ export class RcloneHelper {
     const args = ['lsjson', '-R', '--files-only', '--no-mimetype', '--use-server-modtime', target]
     const process = await this.#rclone.start(args, options, false)
     try {
-      for await (const line of linesOf(process)) {
+      for await (const line of linesOf(process, this.#rclone.redact)) {
         process.watch.progress()
-        const file = parseLine(line)
+        const file = parseLine(line, this.#rclone.redact)
         if (!file) continue
         const held = process.watch.hold() // while who reads the listing does something else
         try {
@@ -181,7 +183,7 @@ export class RcloneHelper {
     const exit = await process.exited
     if (process.stopped) throw process.stopped
     if (saysMissing(exit)) options.onMissing?.()
-    else if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
+    else if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
   }
 
   /**
@@ -192,7 +194,7 @@ export class RcloneHelper {
   async hasFolder(path: string, options: CallOptions = {}): Promise<boolean> {
     const target = this.target(path)
     const process = await this.#rclone.start(['lsf', '--max-depth', '1', target], options, false)
-    for await (const _ of linesOf(process)) {
+    for await (const _ of linesOf(process, this.#rclone.redact)) {
       process.stop(new VarveError('ABORTED', 'The first name is enough.'))
       await process.exited
       return true
@@ -200,7 +202,7 @@ export class RcloneHelper {
     const exit = await process.exited
     if (process.stopped) throw process.stopped
     if (saysMissing(exit)) return false
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
     return true
   }
 
@@ -212,7 +214,7 @@ export class RcloneHelper {
       if (exit.exitCode === 0) return
       // over SFTP, as elsewhere, it fails where somebody else makes one of them at the same moment
       if (attempt < MKDIR_ATTEMPTS && !rcloneError(exit, { target }).retryable) continue
-      throw await this.#rclone.explain(exit, { target }, options.signal)
+      throw await this.#rclone.explain(exit, { target }, options)
     }
   }
 
@@ -223,13 +225,14 @@ export class RcloneHelper {
    */
   async moveTo(from: string, to: string, size: number, options: MoveOptions = {}): Promise<void> {
     const { onRemoving, ...call } = options
+    const { signal: _, ...unstoppable } = call
     const idleMs = this.#rclone.timeoutMs + (size / SLOWEST_COPY) * 1000
     const { duplicateNames } = await this.features(call)
     const target = this.target(to)
     const move = async (how: string, call: CallOptions) => {
       const args = ['moveto', how, this.target(from), target]
       const { exit } = await this.#rclone.run(args, { ...call, idleMs })
-      return exit.exitCode === 0 ? undefined : this.#rclone.explain(exit, { target }, options.signal)
+      return exit.exitCode === 0 ? undefined : this.#rclone.explain(exit, { target }, options)
     }
     // Else rclone removes what is there before it moves, and takes two files of one size and time for the same.
     const refusal = duplicateNames ? undefined : await move('--no-check-dest', call)
@@ -239,7 +242,7 @@ export class RcloneHelper {
     if (former) onRemoving?.(former)
     // Some servers rename over nothing, nor does rclone's sftp (1.60) anywhere. Then rclone removes what is there and
     // renames, which is not to be given up in between.
-    const failure = await move('--ignore-times', former ? {} : call)
+    const failure = await move('--ignore-times', former ? unstoppable : call)
     if (failure) throw failure
   }
 
@@ -248,7 +251,7 @@ export class RcloneHelper {
     const target = this.target(path)
     const { exit } = await this.#rclone.run(['deletefile', target], options)
     const missing = saysMissing(exit)
-    if (exit.exitCode !== 0 && !missing) throw await this.#rclone.explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0 && !missing) throw await this.#rclone.explain(exit, { target }, options)
     // where an FTP server refuses to delete it, rclone ends well all the same
     if (await this.stat(path, options)) {
       throw new VarveError(
@@ -267,8 +270,8 @@ export class RcloneHelper {
     const target = this.target(path)
     const { exit, stdout } = await this.#rclone.run(['backend', 'list-multipart-uploads', target], options)
     if (saysNoCommand(exit)) return []
-    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options.signal)
-    return parseUploads(stdout, path)
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
+    return parseUploads(stdout, path, this.#rclone.redact)
   }
 
   /** Removes what there is of uploads in parts to a path that have not come to an end, however young they are. */
@@ -281,7 +284,7 @@ export class RcloneHelper {
       options,
     )
     if (exit.exitCode !== 0 && !saysNoCommand(exit)) {
-      throw await this.#rclone.explain(exit, { target }, options.signal)
+      throw await this.#rclone.explain(exit, { target }, options)
     }
   }
 
@@ -291,15 +294,15 @@ export class RcloneHelper {
     if (!tellsSpace) return undefined
     const { exit, stdout } = await this.#rclone.run(['about', '--json', this.target(path)], options)
     if (exit.exitCode !== 0) return undefined // the backend can, but this server does not: it is told as unknown
-    const { free } = parseObject(stdout, 'about')
+    const { free } = parseObject(stdout, 'about', this.#rclone.redact)
     return typeof free === 'number' ? free : undefined
   }
 }
 
 /** The lines that an rclone prints, as they come. @throws why it was stopped, if it was */
-async function* linesOf(process: RcloneProcess): AsyncGenerator<string> {
+async function* linesOf(process: RcloneProcess, redact: Redact): AsyncGenerator<string> {
   try {
-    yield* readLines(process.stdout)
+    yield* readLines(process.stdout, redact)
   } catch (error) {
     throw process.stopped ?? error // its output was destroyed
   }

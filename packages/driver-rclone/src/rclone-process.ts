@@ -1,5 +1,5 @@
 import type { Readable, Writable } from 'node:stream'
-import { abortError, type CommandEvent, VarveError } from '@varve/core'
+import { abortError, type CallOptions, type CommandEvent, VarveError } from '@varve/core'
 import { execa } from 'execa'
 import { IdleWatch } from './idle-watch.ts'
 
@@ -34,8 +34,8 @@ export interface RcloneProcessOptions {
   idleMs: number
   /** Whether something is written to its standard input. */
   input: boolean
-  /** Is told when it has ended. */
-  onCommand: ((event: CommandEvent) => void) | undefined
+  /** Are told when it has ended. */
+  listeners: readonly CallOptions['onCommand'][]
   /** Ends it. */
   signal: AbortSignal | undefined
 }
@@ -66,7 +66,7 @@ export class RcloneProcess {
   }
 
   private constructor(args: readonly string[], options: RcloneProcessOptions) {
-    const { command, env, redact, idleMs, input, onCommand, signal } = options
+    const { command, env, redact, idleMs, input, listeners, signal } = options
     const child = execa(command, args, {
       stdin: input ? 'pipe' : 'ignore',
       env,
@@ -117,15 +117,11 @@ export class RcloneProcess {
         unredacted,
         ...(result.code !== undefined && { startError: result.code }),
       }
-      tell(onCommand, {
-        type: 'command',
-        command,
-        args,
-        exitCode: exit.exitCode,
-        stdout: '',
-        stderr: exit.stderr,
-        durationMs: Math.round(result.durationMs),
-      })
+      const { exitCode, stderr } = exit
+      const durationMs = Math.round(result.durationMs)
+      // what it prints on its standard output is data
+      const event = { type: 'command', command, args, exitCode, stdout: '', stderr, durationMs } as const
+      for (const listener of listeners) tell(listener, event)
       return exit
     })
   }
@@ -151,9 +147,9 @@ function afterFirstLine(text: string): string {
   return end < 0 ? '' : text.slice(end + 1)
 }
 
-function tell(onCommand: RcloneProcessOptions['onCommand'], event: CommandEvent): void {
+function tell(listener: CallOptions['onCommand'], event: CommandEvent): void {
   try {
-    onCommand?.(event)
+    listener?.(event)
   } catch {
     // as for EventListener: a view must not break a backup
   }

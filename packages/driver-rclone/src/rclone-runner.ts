@@ -33,6 +33,9 @@ export class RcloneRunner {
     this.#secrets = secretsOf(options)
   }
 
+  /** Takes the secrets out of a text. */
+  readonly redact = (text: string): string => redact(text, this.#secrets)
+
   /** The version. @throws COMMAND_MISSING; INVALID_CONFIG for an rclone that is too old */
   async version(options: CallOptions = {}): Promise<string> {
     const { exit, stdout } = await this.run(['version'], { ...options, bare: true })
@@ -46,7 +49,7 @@ export class RcloneRunner {
   /** Runs a command to its end, which must be a good one, and returns what it has printed. */
   async must(args: string[], target: string, options: CallOptions): Promise<string> {
     const { exit, stdout } = await this.run(args, options)
-    if (exit.exitCode !== 0) throw await this.explain(exit, { target }, options.signal)
+    if (exit.exitCode !== 0) throw await this.explain(exit, { target }, options)
     return stdout
   }
 
@@ -63,16 +66,16 @@ export class RcloneRunner {
 
   /** Starts a command, with a pipe to its standard input or without. */
   async start(args: string[], options: RunOptions, input: boolean): Promise<RcloneProcess> {
-    const { signal, idleMs = this.timeoutMs, bare = false } = options
+    const { signal, onCommand, idleMs = this.timeoutMs, bare = false } = options
     if (signal?.aborted) throw abortError(signal)
-    const env = bare ? baseEnvironment(this.#options) : await this.#environment()
+    const env = bare ? baseEnvironment(this.#options) : await this.#environment(onCommand)
     return RcloneProcess.start([...args, ...this.#flags(args)], {
       command: this.#options.command ?? 'rclone',
       env,
-      redact: text => redact(text, this.#secrets),
+      redact: this.redact,
       idleMs,
       input,
-      onCommand: this.#options.onCommand,
+      listeners: [this.#options.onCommand, onCommand],
       signal,
     })
   }
@@ -88,23 +91,23 @@ export class RcloneRunner {
     ]
   }
 
-  /** The environment with the given remotes; made once. */
-  #environment(): Promise<Record<string, string>> {
-    this.#env ??= this.#makeEnvironment().catch(error => {
+  /** The environment with the given remotes; made once, and told of to who needs it first. */
+  #environment(onCommand: CallOptions['onCommand']): Promise<Record<string, string>> {
+    this.#env ??= this.#makeEnvironment(onCommand ? { onCommand } : {}).catch(error => {
       this.#env = undefined
       throw error
     })
     return this.#env
   }
 
-  async #makeEnvironment(): Promise<Record<string, string>> {
+  async #makeEnvironment(call: CallOptions): Promise<Record<string, string>> {
     const env = baseEnvironment(this.#options)
     const { remotes = {} } = this.#options
     if (Object.keys(remotes).length === 0) return env
-    const { exit, stdout } = await this.run(['config', 'providers'], { bare: true })
-    if (exit.exitCode !== 0) throw await this.explain(exit, { target: 'providers' }, undefined)
+    const { exit, stdout } = await this.run(['config', 'providers'], { ...call, bare: true })
+    if (exit.exitCode !== 0) throw await this.explain(exit, { target: 'providers' }, call)
     const variables = await remoteVariables(remotes, parseBackends(stdout), async password => {
-      const { exit, stdout } = await this.run(['obscure', '-'], { bare: true, input: password })
+      const { exit, stdout } = await this.run(['obscure', '-'], { ...call, bare: true, input: password })
       if (exit.exitCode !== 0) throw rcloneError(exit, { target: 'a password' })
       const obscured = stdout.trim()
       this.#secrets.push(password, obscured) // anyone can turn it back
@@ -114,15 +117,11 @@ export class RcloneRunner {
   }
 
   /** The error of a command that failed; that of an rclone which is too old where that is the reason. */
-  async explain(
-    exit: RcloneExit,
-    failed: FailedCommand,
-    signal: AbortSignal | undefined,
-  ): Promise<VarveError> {
+  async explain(exit: RcloneExit, failed: FailedCommand, call: CallOptions): Promise<VarveError> {
     const error = rcloneError(exit, failed)
     if (this.#versionIsRight || error.code === 'COMMAND_MISSING') return error
     try {
-      await this.version(signal ? { signal } : {})
+      await this.version(call)
       return error
     } catch (reason) {
       return isVarveError(reason, 'INVALID_CONFIG') ? reason : error

@@ -1,4 +1,4 @@
-import { parseObject } from './json-output.ts'
+import { parseObject, type Redact } from './json-output.ts'
 
 /** What a remote can do, as `rclone backend features` tells. */
 export interface RemoteFeatures {
@@ -15,8 +15,8 @@ export interface RemoteFeatures {
 }
 
 /** The features in what `rclone backend features` prints. @throws STORAGE_FAILED */
-export function parseFeatures(json: string): RemoteFeatures {
-  const { Features } = parseObject(json, 'backend features')
+export function parseFeatures(json: string, redact: Redact): RemoteFeatures {
+  const { Features } = parseObject(json, 'backend features', redact)
   const has = (name: string) => (Features as Record<string, unknown> | undefined)?.[name] === true
   return {
     streamingUpload: has('PutStream'),

@@ -1,4 +1,4 @@
-import { parseObject, unreadable } from './json-output.ts'
+import { parseObject, type Redact, unreadable } from './json-output.ts'
 
 const COMMAND = 'backend list-multipart-uploads'
 
@@ -16,13 +16,13 @@ export interface UnfinishedUpload {
  *
  * @throws STORAGE_FAILED
  */
-export function parseUploads(json: string, folder: string): UnfinishedUpload[] {
+export function parseUploads(json: string, folder: string, redact: Redact): UnfinishedUpload[] {
   const path = folder.replace(/^\//, '')
   const uploads: UnfinishedUpload[] = []
-  for (const [bucket, entries] of Object.entries(parseObject(json, COMMAND))) {
-    if (!Array.isArray(entries)) throw unreadable(json, COMMAND)
+  for (const [bucket, entries] of Object.entries(parseObject(json, COMMAND, redact))) {
+    if (!Array.isArray(entries)) throw unreadable(json, COMMAND, redact)
     for (const { Key, Initiated } of entries) {
-      if (typeof Key !== 'string' || typeof Initiated !== 'string') throw unreadable(json, COMMAND)
+      if (typeof Key !== 'string' || typeof Initiated !== 'string') throw unreadable(json, COMMAND, redact)
       const below = pathBelow(path, `/${bucket}/${Key}`)
       if (below !== undefined) uploads.push({ path: below, begunAt: new Date(Initiated) })
     }

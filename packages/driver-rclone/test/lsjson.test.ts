@@ -2,7 +2,12 @@ import { Readable } from 'node:stream'
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { parseLine, parseStat, readLines } from '../src/lsjson.ts'
+import * as lsjson from '../src/lsjson.ts'
+
+const asItIs = (text: string) => text
+const parseLine = (line: string) => lsjson.parseLine(line, asItIs)
+const parseStat = (text: string) => lsjson.parseStat(text, asItIs)
+const readLines = (output: Readable) => lsjson.readLines(output, asItIs)
 
 const files = fc.array(
   fc.record({

@@ -3,9 +3,18 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody, type CommandEvent, readUpload, type StorageDriver } from '@varve/core'
+import {
+  BackupPipeline,
+  bytesBody,
+  type CommandEvent,
+  ImageHost,
+  readUpload,
+  type StorageDriver,
+  type VarveEvent,
+} from '@varve/core'
 import { RcloneDriver, RcloneHelper } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
+import { createQcow2, mountTmpfs, qemuIo } from '@varve/testkit/lab'
 import { describe, expect, onTestFinished, test, vi } from 'vitest'
 import { filesIn, folderTarget } from './rclone-target.ts'
 
@@ -406,6 +415,54 @@ describe('rclone itself', () => {
     await driver.put('a', bytesBody(Buffer.from('x')))
     expect(await driver.stat('a')).toMatchObject({ size: 1 })
   })
+})
+
+test('a run tells of each rclone, of why one failed to upload, and no secret', async () => {
+  const full = await mountTmpfs('size=512k')
+  onTestFinished(() => full.dispose())
+  const command = await scriptFile('echo "the token is $TOKEN" >&2')
+  const target = await folderTarget(full.path, { command, env: { TOKEN: 'hunter2-é "quoted"' } })
+  onTestFinished(() => target.dispose())
+  const folder = await mkdtemp(join(tmpdir(), 'varve-rclone-run-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const disk = join(folder, 'vda.qcow2')
+  await createQcow2(disk, 4 * 1024 * 1024)
+  await qemuIo(disk, 'qcow2', ['write -P 0x5a 1M 1M'])
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
+  const backups = new BackupPipeline({ host, storage: target.driver, stateDir: join(folder, 'state') })
+  const events: VarveEvent[] = []
+  const run = { onEvent: (event: VarveEvent) => events.push(event) }
+  await expect(backups.run({ instance: 'web-1' }, run)).rejects.toMatchObject({
+    code: 'STORAGE_FULL',
+    message: expect.stringMatching(/^rclone rcat: failed to upload /),
+  })
+  const rclones = events.filter(event => event.type === 'command' && event.command === command)
+  for (const event of rclones)
+    expect(event).toMatchObject({ stderr: expect.stringMatching(/^the token is \*\*\*/) })
+  const [upload, ...others] = rclones.filter(event => event.type === 'command' && event.args[0] === 'rcat')
+  expect(upload).toMatchObject({ exitCode: 1, stderr: expect.stringContaining('disk space') })
+  expect(others).toEqual([])
+  expect(rclones.some(event => event.type === 'command' && event.args[0] === 'deletefile')).toBe(true)
+  expect(JSON.stringify(events)).not.toContain('hunter2')
+})
+
+test.each([
+  ['lsjson', (driver: StorageDriver) => driver.stat('a')],
+  ['lsjson', (driver: StorageDriver) => listed(driver, '')],
+  ['backend', (driver: StorageDriver) => driver.put('a/b', bytesBody(Buffer.from('x')))],
+] as const)('an rclone %s that prints something else has no secret in its error', async (name, call) => {
+  const secret = `hunter2-${'x'.repeat(60)}`
+  // the quotation ends in the middle of the secret
+  const { driver } = await beginWithScript(
+    `case "$1" in ${name}) printf "%040d %s\\n" 1 "$TOKEN"; exit;; esac`,
+    { env: { TOKEN: secret } },
+  )
+  const error = await call(driver).then(
+    () => undefined,
+    (error: unknown) => error,
+  )
+  expect(error).toMatchObject({ code: 'STORAGE_FAILED', message: expect.stringContaining('0001 ***') })
+  expect(String(error)).not.toContain('hunter2')
 })
 
 describe('the remote', () => {

@@ -1,5 +1,7 @@
 import { expect, test } from 'vitest'
-import { parseUploads } from '../src/unfinished-uploads.ts'
+import * as uploads from '../src/unfinished-uploads.ts'
+
+const parseUploads = (json: string, folder: string) => uploads.parseUploads(json, folder, text => text)
 
 const begun = '2026-02-03T04:05:06.789Z'
 const printed = (...keys: string[]) =>

@@ -150,18 +150,18 @@ export function describeSources(contract: Contract): void {
     })
 
     test.each([
-      ['at first', 1],
-      ['when all is written', GOOD_BYTES],
-    ])('an upload whose onProgress throws %s fails with that and leaves nothing', async (_, least) => {
+      ['at first', 1, boom],
+      ['when all is written', GOOD_BYTES, new VarveError('STORAGE_UNREACHABLE', 'boom', { retryable: true })],
+    ])('an upload whose onProgress throws %s fails with that and leaves nothing', async (_, least, error) => {
       const target = await begin(contract.create)
       const body = new PatternBody({ size: GOOD_BYTES, seed: 3 })
       let thrown = false
       const onProgress = (bytes: number) => {
         if (thrown || bytes < least) return
         thrown = true
-        throw boom
+        throw error
       }
-      await expect(target.driver.put('a/b', body, { onProgress })).rejects.toBe(boom)
+      await expect(target.driver.put('a/b', body, { onProgress })).rejects.toBe(error)
       expect(body.faults).toEqual([])
       await expectNothing(target)
     })

@@ -10,6 +10,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   errorMessage,
+  failsWithProgress,
   type GetOptions,
   isVarveError,
   type PutOptions,
@@ -58,7 +59,9 @@ export class ToyDriver implements StorageDriver {
       assertKey(key)
       const upload = toUploadBody(body)
       const attempts = upload.replayable ? ATTEMPTS : 1
-      await retry(attempts, options, () => this.#upload(key, upload, options))
+      await failsWithProgress(options, guarded =>
+        retry(attempts, options, () => this.#upload(key, upload, guarded)),
+      )
       const object = await this.stat(key, options)
       if (object) return object
       throw new VarveError('STORAGE_FAILED', `The object ${key} is gone.`)

@@ -28,10 +28,9 @@ export function deleteCommand(program: Command, session: Session): void {
 }
 
 async function deleteBackup(session: Session, backup: string, options: DeleteOptions): Promise<void> {
-  const { signal } = session
   await using storage = await session.openStorage(options.storage)
   if (!options.yes) {
-    const { manifest } = await findBackup(storage, backup, { signal })
+    const { manifest } = await findBackup(storage, backup, session.call())
     const { instance, kind, frozenAt } = manifest
     await confirm(session, {
       text: `The ${kind} backup ${backup} of ${instance.name} from ${formatTime(new Date(frozenAt))} (${formatSize(storedSize(manifest))}) will be deleted for good.`,

@@ -27,7 +27,7 @@ async function list(
   await using storage = await session.openStorage(options.storage)
   const listing = await new ChainManager({ storage }).list({
     ...(instance !== undefined && { instance }),
-    signal: session.signal,
+    ...session.call(),
   })
   const document = {
     backups: listing.backups.map(({ manifest }) => manifest),

@@ -163,7 +163,7 @@ async function confirmReplacement(
   id: string,
   instance: string,
 ): Promise<void> {
-  const { manifest }: StoredBackup = await findBackup(storage, id, { signal: session.signal })
+  const { manifest }: StoredBackup = await findBackup(storage, id, session.call())
   const frozen = new Date(manifest.frozenAt)
   const of = manifest.instance.name === instance ? '' : ` of ${manifest.instance.name}`
   const disks = manifest.disks.map(({ name }) => name).join(', ')

@@ -18,19 +18,19 @@ export function showCommand(program: Command, session: Session): void {
 
 async function show(session: Session, backup: string, options: { storage?: string }): Promise<void> {
   await using storage = await session.openStorage(options.storage)
-  const { manifest, folder } = await findBackup(storage, backup, { signal: session.signal })
+  const { manifest, folder } = await findBackup(storage, backup, session.call())
   const chain = session.json ? '' : await describeChain(session, storage, backup)
   await session.result(manifest, manifestText(manifest, { folder: `${storage.location}: ${folder}`, chain }))
 }
 
-async function describeChain({ signal }: Session, storage: StorageDriver, backup: string): Promise<string> {
+async function describeChain(session: Session, storage: StorageDriver, backup: string): Promise<string> {
   try {
-    const links = await new ChainManager({ storage }).resolve(backup, { signal })
+    const links = await new ChainManager({ storage }).resolve(backup, session.call())
     const below = links.slice(0, -1).map(({ manifest }) => manifest.id)
     return below.length === 0 ? 'nothing' : below.reverse().join(', ')
   } catch (error) {
     // What is known of the backup is worth showing though it cannot be restored.
-    if (signal.aborted || !isVarveError(error, 'CHAIN_BROKEN')) throw error
+    if (session.signal.aborted || !isVarveError(error, 'CHAIN_BROKEN')) throw error
     return `a broken chain: ${errorMessage(error)}`
   }
 }

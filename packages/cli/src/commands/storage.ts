@@ -22,7 +22,7 @@ export function storageCommand(program: Command, session: Session): void {
 
 async function check(session: Session, name: string | undefined): Promise<void> {
   await using storage = await session.openStorage(name)
-  const health = await storage.check({ signal: session.signal })
+  const health = await storage.check(session.call())
   if (!health.ok) session.exitCode = EXIT.failed
   const { type, location } = storage
   await session.result({ type, location, ...health }, healthText(`${type} ${location}`, health))

@@ -29,7 +29,7 @@ async function verify(session: Session, backup: string, options: VerifyOptions):
   const { deep = false } = options
   const report = await new ChainManager({ storage }).verify(backup, {
     deep,
-    signal: session.signal,
+    ...session.call(),
     onProgress: showProgress(session),
   })
   if (!report.ok) session.exitCode = EXIT.failed

@@ -1,0 +1,28 @@
+import type { CommandEvent } from './events.ts'
+import type { CallOptions, StorageDriver } from './storage.ts'
+
+/** A storage each of whose calls tells a listener of the programs that it runs. What the listener throws is ignored. */
+export function tellCommands(storage: StorageDriver, listener: CallOptions['onCommand']): StorageDriver {
+  if (!listener) return storage
+  const cleanUp = storage.cleanUp?.bind(storage)
+  const onCommand = (event: CommandEvent) => {
+    try {
+      listener(event)
+    } catch {
+      // as for EventListener: a view must not break a backup
+    }
+  }
+  return {
+    type: storage.type,
+    location: storage.location,
+    capabilities: storage.capabilities,
+    put: (key, body, options) => storage.put(key, body, { ...options, onCommand }),
+    get: (key, options) => storage.get(key, { ...options, onCommand }),
+    stat: (key, options) => storage.stat(key, { ...options, onCommand }),
+    list: (prefix, options) => storage.list(prefix, { ...options, onCommand }),
+    delete: (key, options) => storage.delete(key, { ...options, onCommand }),
+    check: options => storage.check({ ...options, onCommand }),
+    ...(cleanUp && { cleanUp: options => cleanUp({ ...options, onCommand }) }),
+    [Symbol.asyncDispose]: () => storage[Symbol.asyncDispose](),
+  }
+}
