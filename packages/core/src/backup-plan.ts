@@ -203,7 +203,7 @@ function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): Fal
     return 'bitmap-missing'
   // On another file the bitmap need not tell of every write: libvirt puts an empty copy of it into the overlay of a
   // snapshot that somebody takes.
-  if (disk.path !== before.source.path) return 'disk-replaced'
+  if (disk.path !== before.source.path || bitmap.twin === 'foreign') return 'disk-replaced'
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'

@@ -13,9 +13,12 @@ export interface DiskBitmap {
   readonly inconsistent: boolean
   /**
    * Whether it has all that its twin recorded beside it. `differs`: not, so somebody cleared it, made it anew or stopped it
-   * for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there.
+   * for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there. `foreign`: it was begun
+   * on another file and this is a copy, which need not have all writes.
    */
-  readonly twin: 'agrees' | 'differs' | 'missing' | 'alone'
+  readonly twin: 'agrees' | 'differs' | 'missing' | 'alone' | 'foreign'
+  /** What it and its twin are called on the disk, as far as they are there. */
+  readonly names: readonly string[]
 }
 
 /** A disk of an instance that is a file or a block device, as it is now. */

@@ -1,7 +1,7 @@
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { namesOnDisk, twinOf } from './bitmap-twin.ts'
+import { twinOf } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -113,10 +113,10 @@ export class LibvirtHost implements Host {
     }
     await qmp.transaction(
       disks.flatMap(disk => {
-        const node = qmp.node(disk.path, disk.format).name
-        return [bitmap, twinOf(bitmap)].map(name => ({
+        const node = qmp.node(disk.path, disk.format)
+        return [bitmap, twinOf(bitmap, node.file)].map(name => ({
           type: 'block-dirty-bitmap-add',
-          data: { node, name, granularity, persistent: true },
+          data: { node: node.name, name, granularity, persistent: true },
         }))
       }),
     )
@@ -133,7 +133,7 @@ export class LibvirtHost implements Host {
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
     const qmp = await this.#domains.qmp(instance, run)
     const node = qmp.node(state.path, state.format)
-    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk)
+    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(name)).flatMap(({ names }) => names)
     await qmp.transaction(
       present.map(name => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
     )

@@ -1,6 +1,6 @@
 import { realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
-import { joinTwins, namesOnDisk, twinOf } from './bitmap-twin.ts'
+import { fileMark, joinTwins, twinOf } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
 import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
@@ -73,6 +73,7 @@ export async function readImageInfo(
         }
         return { ...plain, ...(dirty !== undefined && { dirty }) }
       }),
+      bitmaps.length > 0 ? await fileMark(path) : '',
     ),
   }
 }
@@ -152,8 +153,8 @@ export async function addImageBitmap(
   run: RunOptions,
 ): Promise<void> {
   const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-  const present = new Set(bitmaps.flatMap(namesOnDisk))
-  for (const name of [bitmap, twinOf(bitmap)]) {
+  const present = new Set(bitmaps.flatMap(({ names }) => names))
+  for (const name of [bitmap, twinOf(bitmap, await fileMark(path))]) {
     if (present.has(name)) continue
     const options = ['--add', '-g', String(granularity), '-f', 'qcow2']
     await changeBitmap(path, [...options, path, name], run)
@@ -167,7 +168,7 @@ export async function removeImageBitmaps(
   run: RunOptions,
 ): Promise<void> {
   const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
-  for (const name of present.filter(({ name }) => bitmaps.includes(name)).flatMap(namesOnDisk))
+  for (const name of present.filter(({ name }) => bitmaps.includes(name)).flatMap(({ names }) => names))
     await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
 }
 

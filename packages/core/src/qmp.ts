@@ -1,6 +1,6 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
-import { joinTwins } from './bitmap-twin.ts'
+import { fileMark, joinTwins } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
 import type { DiskBitmap } from './host.ts'
 
@@ -32,10 +32,14 @@ const blockNodes = z.array(
 /** A block node of a running instance. */
 export interface BlockNode {
   readonly name: string
+  /** See {@link fileMark}. */
+  readonly file: string
   readonly virtualSize: number
   readonly bitmaps: readonly DiskBitmap[]
   readonly holdsBitmaps: boolean
 }
+
+type FoundNode = z.infer<typeof blockNodes>[number] & { readonly mark: string }
 
 /** Sends one command, as JSON, to the monitor of a domain and gives the reply. */
 type Monitor = (json: string) => Promise<string>
@@ -44,9 +48,9 @@ type Monitor = (json: string) => Promise<string>
 export class Qmp {
   readonly #monitor: Monitor
   readonly #domain: string
-  readonly #nodes: z.infer<typeof blockNodes>
+  readonly #nodes: readonly FoundNode[]
 
-  private constructor(monitor: Monitor, domain: string, nodes: z.infer<typeof blockNodes>) {
+  private constructor(monitor: Monitor, domain: string, nodes: readonly FoundNode[]) {
     this.#monitor = monitor
     this.#domain = domain
     this.#nodes = nodes
@@ -56,10 +60,10 @@ export class Qmp {
   static async open(monitor: Monitor, domain: string): Promise<Qmp> {
     const reply = await execute(monitor, domain, 'query-named-block-nodes', { flat: true })
     const nodes = blockNodes.parse(reply)
-    const resolved = nodes.map(async node => ({
-      ...node,
-      file: await realpath(node.file).catch(() => node.file),
-    }))
+    const resolved = nodes.map(async node => {
+      const file = await realpath(node.file).catch(() => node.file) // of a protocol node it is no path
+      return { ...node, file, mark: await fileMark(file).catch(() => '') }
+    })
     return new Qmp(monitor, domain, await Promise.all(resolved))
   }
 
@@ -77,6 +81,7 @@ export class Qmp {
     }
     return {
       name: node['node-name'],
+      file: node.mark,
       virtualSize: node.image['virtual-size'],
       holdsBitmaps: format === 'qcow2' && node.image['format-specific']?.data.compat !== '0.10',
       // QEMU counts the bitmaps of a node at one moment: no write falls between two of them.
@@ -88,6 +93,7 @@ export class Qmp {
           inconsistent: bitmap.inconsistent,
           dirty: bitmap.count,
         })),
+        node.mark,
       ),
     }
   }

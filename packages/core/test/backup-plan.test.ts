@@ -30,6 +30,7 @@ function bitmap(n: number, change: Partial<DiskBitmap> = {}): DiskBitmap {
     enabled: true,
     inconsistent: false,
     twin: 'agrees',
+    names: [markName(id(n))],
     ...change,
   }
 }
@@ -134,6 +135,7 @@ test.each([
   ['bitmap-altered', {}, [bitmap(2, { twin: 'differs' })]],
   ['bitmap-altered', {}, [bitmap(2, { twin: 'missing' })]],
   ['bitmap-missing', {}, [bitmap(2, { twin: 'alone' })]],
+  ['disk-replaced', {}, [bitmap(2, { twin: 'foreign' })]],
   ['disk-replaced', { path: '/img/snapshot-1' }, [bitmap(2)]],
   ['disk-shrunk', { virtualSize: GiB - 512 }, [bitmap(2)]],
   ['format-raw', { format: 'raw', holdsBitmaps: false }, []],

@@ -1,5 +1,8 @@
+import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { expect, test } from 'vitest'
-import { type FoundBitmap, joinTwins, namesOnDisk } from '../src/bitmap-twin.ts'
+import { type FoundBitmap, fileMark, joinTwins } from '../src/bitmap-twin.ts'
 
 const found = (name: string, dirty: number | undefined, change: Partial<FoundBitmap> = {}): FoundBitmap => ({
   name,
@@ -11,41 +14,63 @@ const found = (name: string, dirty: number | undefined, change: Partial<FoundBit
 })
 
 test.each([
-  ['as much as its twin', found('varve-1', 5), found('varve-1-twin', 5), 'agrees'],
-  ['more than its twin', found('varve-1', 6), found('varve-1-twin', 5), 'agrees'],
-  ['less than its twin', found('varve-1', 4), found('varve-1-twin', 5), 'differs'],
-  ['no twin', found('varve-1', 5), found('varve-2-twin', 5), 'missing'],
-  ['a twin that is stopped', found('varve-1', 5), found('varve-1-twin', 5, { enabled: false }), 'differs'],
+  ['as much as its twin', found('varve-1', 5), found('varve-1-twin-f1', 5), 'agrees'],
+  ['more than its twin', found('varve-1', 6), found('varve-1-twin-f1', 5), 'agrees'],
+  ['less than its twin', found('varve-1', 4), found('varve-1-twin-f1', 5), 'differs'],
+  ['no twin', found('varve-1', 5), found('varve-2-twin-f1', 5), 'missing'],
+  ['the twin of another file', found('varve-1', 5), found('varve-1-twin-f2', 5), 'foreign'],
+  ['a twin that is stopped', found('varve-1', 5), found('varve-1-twin-f1', 5, { enabled: false }), 'differs'],
   [
     'a twin that was not stored',
     found('varve-1', 5),
-    found('varve-1-twin', 5, { inconsistent: true }),
+    found('varve-1-twin-f1', 5, { inconsistent: true }),
     'differs',
   ],
   [
     'a twin of another granularity',
     found('varve-1', 5),
-    found('varve-1-twin', 5, { granularity: 512 }),
+    found('varve-1-twin-f1', 5, { granularity: 512 }),
     'differs',
   ],
-  ['no count', found('varve-1', undefined), found('varve-1-twin', 5), 'differs'],
-  ['a twin without a count', found('varve-1', 5), found('varve-1-twin', undefined), 'differs'],
+  ['no count', found('varve-1', undefined), found('varve-1-twin-f1', 5), 'differs'],
+  ['a twin without a count', found('varve-1', 5), found('varve-1-twin-f1', undefined), 'differs'],
 ] as const)('a bitmap that has %s', (_what, bitmap, twin, verdict) => {
   for (const bitmaps of [
     [bitmap, twin],
     [twin, bitmap],
   ])
-    expect(joinTwins(bitmaps).find(({ name }) => name === 'varve-1')).toMatchObject({ twin: verdict })
+    expect(joinTwins(bitmaps, 'f1').find(({ name }) => name === 'varve-1')).toMatchObject({ twin: verdict })
 })
 
 test('a twin is told of under the name of its bitmap, also where it is alone', () => {
-  const both = joinTwins([found('varve-1', 5), found('varve-1-twin', 5)])
+  const both = joinTwins([found('varve-1', 5), found('varve-1-twin-f1', 5)], 'f1')
   expect(both.map(({ name }) => name)).toEqual(['varve-1'])
-  expect(both.flatMap(namesOnDisk)).toEqual(['varve-1', 'varve-1-twin'])
-  const alone = joinTwins([found('varve-1-twin', 5)])
+  expect(both.flatMap(({ names }) => names)).toEqual(['varve-1', 'varve-1-twin-f1'])
+  const alone = joinTwins([found('varve-1-twin-f1', 5), found('varve-1-twin-f2', 5)], 'f1')
   expect(alone).toMatchObject([{ name: 'varve-1', twin: 'alone' }])
-  expect(alone.flatMap(namesOnDisk)).toEqual(['varve-1-twin'])
-  const foreign = joinTwins([found('mine-twin', 5)])
-  expect(foreign).toMatchObject([{ name: 'mine-twin', twin: 'missing' }])
-  expect(foreign.flatMap(namesOnDisk)).toEqual(['mine-twin'])
+  expect(alone.flatMap(({ names }) => names)).toEqual(['varve-1-twin-f1', 'varve-1-twin-f2'])
+  const foreign = joinTwins([found('mine-twin-f1', 5)], 'f1')
+  expect(foreign).toMatchObject([{ name: 'mine-twin-f1', twin: 'missing' }])
+  expect(foreign.flatMap(({ names }) => names)).toEqual(['mine-twin-f1'])
+})
+
+test("a copy's own twin counts, whatever others came along", () => {
+  const bitmaps = [found('varve-1', 4), found('varve-1-twin-f2', 9), found('varve-1-twin-f1', 4)]
+  expect(joinTwins(bitmaps, 'f1')).toMatchObject([{ twin: 'agrees', names: bitmaps.map(({ name }) => name) }])
+  expect(joinTwins(bitmaps, 'f2')).toMatchObject([{ twin: 'differs' }])
+})
+
+test('a file keeps its mark when it is written to and moved, and another in its place has another', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-mark-'))
+  const [path, moved] = [join(folder, 'a'), join(folder, 'b')]
+  await writeFile(path, 'x')
+  const mark = await fileMark(path)
+  await writeFile(path, 'other')
+  expect(await fileMark(path)).toBe(mark)
+  await rename(path, moved)
+  expect(await fileMark(moved)).toBe(mark)
+  await rm(moved) // its number is free again
+  await writeFile(moved, 'x')
+  expect(await fileMark(moved)).not.toBe(mark)
+  await rm(folder, { recursive: true })
 })

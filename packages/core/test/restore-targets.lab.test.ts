@@ -10,6 +10,8 @@ import { createQcow2, createRaw, qemuIo, sha256Content, sha256File } from '@varv
 import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { markName } from '../src/backup-plan.ts'
+import { fileMark, twinOf } from '../src/bitmap-twin.ts'
 import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
@@ -100,7 +102,7 @@ test('a bitmap is told of where one is added', async () => {
   const bitmaps = await execa('qemu-img', ['info', '--output=json', path])
   expect(JSON.parse(bitmaps.stdout)['format-specific'].data.bitmaps).toMatchObject([
     { name: `varve-${manifest.id}` },
-    { name: `varve-${manifest.id}-twin` },
+    { name: twinOf(markName(manifest.id), await fileMark(path)) },
   ])
 })
 

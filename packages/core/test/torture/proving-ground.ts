@@ -10,6 +10,7 @@ import type { Host } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
+import { adoptMarks } from '../adopt-marks.ts'
 import { DISKS, type DiskName, domainXml, INSTANCE, randomChange } from './guest.ts'
 import { AgentHost } from './job.ts'
 import type { Random } from './random.ts'
@@ -145,6 +146,7 @@ export class ProvingGround implements AsyncDisposable {
     if (!memory) throw new Error(`no template ${name}`)
     await this.#remove()
     await cp(this.#template(name), this.work, { recursive: true })
+    for (const disk of DISKS) await adoptMarks(this.image(disk))
     this.content = memory.content
     for (const [id, content] of memory.backups) this.backups.set(id, content)
     this.#backing = memory.backing
