@@ -266,7 +266,7 @@ async function leaveJournal(id: string, location: string): Promise<void> {
       disks: [{ name: 'vda', path: join(folder, 'vda.qcow2') }],
       startedAt: '2026-01-01T00:00:00.000Z',
     },
-    { step: 'publish', manifest: `web-1/${id}/${id}/manifest.json`, retire: {} },
+    { step: 'publish', manifest: `web-1/${id}/${id}/manifest.json`, size: 1, blake3: '00', retire: {} },
   ]
   await mkdir(join(folder, 'state', 'runs'), { recursive: true })
   const lines = journal.map(line => `${JSON.stringify(line)}\n`)

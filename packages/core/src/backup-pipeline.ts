@@ -203,6 +203,7 @@ export class BackupPipeline {
     const { published } = await settleBackup(journal, {
       host,
       storage,
+      published: failure === undefined,
       run: onEvent ? { onEvent } : {},
     }).catch(error => {
       throw settleError(error, failure, failure === undefined ? id : undefined)

@@ -43,6 +43,9 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
   upload: z.object({ folder: text }),
   publish: z.object({
     manifest: text,
+    size: z.number(),
+    blake3: text,
+    parent: text.exactOptional(),
     retire: z.record(text, texts),
     retireSnapshots: z.record(text, texts).exactOptional(),
   }),

@@ -73,7 +73,12 @@ interface StepDetails {
   export: { readonly folder: string }
   upload: { readonly folder: string }
   publish: {
+    /** The manifest's key, its size in bytes, and its BLAKE3. */
     readonly manifest: string
+    readonly size: number
+    readonly blake3: string
+    /** The folder of the backup that it rests on. */
+    readonly parent?: string
     readonly retire: Readonly<Record<string, readonly string[]>>
     /** The snapshots to remove, by disk, of the images in `rbd-snapshot`. */
     readonly retireSnapshots?: Readonly<Record<string, readonly string[]>>

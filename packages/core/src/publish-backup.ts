@@ -1,9 +1,11 @@
+import { assertParent, assertPublished } from './assert-published.ts'
 import { type BackupContext, stage } from './backup-context.ts'
 import type { Frozen } from './backup-stages.ts'
 import type { StoredBackup } from './backups.ts'
 import { objectsOf } from './chain.ts'
 import { runCommand } from './command.ts'
-import { type ErrorCode, isVarveError, VarveError } from './errors.ts'
+import { blake3Hex } from './digest.ts'
+import { VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
 import { isFileDisk } from './host.ts'
 import {
@@ -14,11 +16,9 @@ import {
   serializeManifest,
 } from './manifest.ts'
 import { putFile } from './put-file.ts'
-import { isBeingDeleted } from './remove-backup.ts'
 import type { RunOptions } from './run-options.ts'
 import { bytesBody, type StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
-import { uploadOf, verifyUploads } from './verify-upload.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -74,10 +74,9 @@ async function assertPublishable(
   storage: StorageDriver,
   backup: StoredBackup,
   parent: StoredBackup | undefined,
-  run: RunOptions,
+  signal: AbortSignal,
 ): Promise<void> {
-  await assertParent(storage, parent, run)
-  const { signal = new AbortController().signal } = run
+  if (parent) await assertParent(storage, parent.folder, signal)
   await fanOut(objectsOf(backup), { concurrency: OBJECTS_AT_ONCE, signal }, async ({ key, size }, signal) => {
     const stored = await storage.stat(key, { signal })
     if (stored?.size === size) return
@@ -89,23 +88,6 @@ async function assertPublishable(
   })
 }
 
-async function assertParent(
-  storage: StorageDriver,
-  parent: StoredBackup | undefined,
-  run: RunOptions,
-): Promise<void> {
-  if (!parent) return
-  const isThere = await storage.stat(`${parent.folder}/${MANIFEST_FILE}`, signalOf(run))
-  const isGoing = await isBeingDeleted(storage, parent.folder, signalOf(run))
-  if (isThere && !isGoing) return
-  const { id } = parent.manifest
-  throw new VarveError(
-    'PARENT_MISSING',
-    `The backup ${id} that this one rests on was deleted during the upload. Nothing was published; back up again.`,
-    { context: { parent: id }, retryable: true },
-  )
-}
-
 /** What a backup replaces once it is published, by disk. */
 export interface Retired {
   readonly bitmaps: Readonly<Record<string, readonly string[]>>
@@ -115,42 +97,31 @@ export interface Retired {
 /** How many objects the storage is asked for at a time. */
 const OBJECTS_AT_ONCE = 4
 
-/** What tells that a manifest which was written makes no backup. */
-const NOT_PUBLISHED: ReadonlySet<ErrorCode> = new Set(['DIGEST_MISMATCH', 'SIZE_MISMATCH', 'PARENT_MISSING'])
-
 /** Writes the manifest, last of all: from there on the backup exists. */
 export async function publish(
   { folder, storage, plan, journal, run }: BackupContext,
   manifest: BackupManifest,
   retired: Retired,
 ): Promise<void> {
+  const { signal = new AbortController().signal } = run
   stage(run, 'publish', 'Writing the manifest')
-  await assertPublishable(storage, { manifest, folder }, plan.parent, run)
+  await assertPublishable(storage, { manifest, folder }, plan.parent, signal)
   const key = `${folder}/${MANIFEST_FILE}`
-  await journal.record({
-    step: 'publish',
+  const bytes = serializeManifest(manifest)
+  const publication = {
     manifest: key,
+    size: bytes.byteLength,
+    blake3: blake3Hex(bytes),
+    ...(plan.parent && { parent: plan.parent.folder }),
     retire: retired.bitmaps,
     retireSnapshots: retired.snapshots,
-  })
-  const bytes = serializeManifest(manifest)
-  await storage.put(key, bytesBody(bytes), signalOf(run))
-  try {
-    // It is small, and all else rests on it: it is read back whatever was asked for.
-    const { signal = new AbortController().signal } = run
-    await verifyUploads(storage, [uploadOf(key, bytes)], signal)
-    await assertParent(storage, plan.parent, run) // see removeBackup
-  } catch (error) {
-    if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) await storage.delete(key)
-    throw error
   }
+  await journal.record({ step: 'publish', ...publication })
+  await storage.put(key, bytesBody(bytes), { signal })
+  await assertPublished(storage, publication, signal)
 }
 
 async function qemuVersion(run: RunOptions): Promise<string> {
   const { stdout } = await runCommand('qemu-nbd', ['--version'], run)
   return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
-}
-
-function signalOf({ signal }: RunOptions): { signal?: AbortSignal } {
-  return signal ? { signal } : {}
 }

@@ -1,8 +1,10 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { assertPublished } from './assert-published.ts'
+import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
-import type { RunJournal } from './journal.ts'
+import type { JournalStepOf, RunJournal } from './journal.ts'
 import { stopExports } from './qemu-nbd.ts'
+import { removeFolder } from './remove-folder.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -14,13 +16,15 @@ export interface SettleOptions {
   readonly host: Host
   /** The storage of the backup. Without it the instance is brought back onto its disks all the same. */
   readonly storage: StorageDriver | undefined
+  /** Whether this process has seen that the backup is published. Default: false; the storage is asked then. */
+  readonly published?: boolean
   /** Without a signal: a clean-up is not given up half-way. */
   readonly run: Omit<RunOptions, 'signal'>
 }
 
 /**
  * Ends a backup: after success, failure or, by `recover`, the death of its process. Brings the instance back
- * onto its disks; then, if the manifest is on the storage, removes the bitmaps and snapshots that the backup replaces,
+ * onto its disks; then, if the backup is published, removes the bitmaps and snapshots that the backup replaces,
  * else those and the objects that it had begun. Every step looks at what is there first, so that this
  * may be cut short and called again.
  */
@@ -46,8 +50,9 @@ export async function settleBackup(
   if (failures.length > 0) throw failures[0]
 
   const publish = journal.of('publish').at(-1)
-  const published = publish !== undefined && (await isPublished(journal, storage, publish.manifest))
-  if (published) {
+  const published =
+    options.published || (publish !== undefined && (await isPublished(journal, storage, publish)))
+  if (publish && published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     for (const [disk, bitmaps] of Object.entries(publish.retire))
       await removeBitmaps(host, instance, disk, bitmaps, run)
@@ -62,7 +67,7 @@ export async function settleBackup(
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
     }
-    for (const { folder } of journal.of('upload')) await removeObjects(storage, `${folder}/`, run)
+    for (const { folder } of journal.of('upload')) await removeObjects(storage, folder, run)
   }
   await journal.settled()
   return { published }
@@ -117,11 +122,15 @@ async function removeSnapshots(
   }
 }
 
+/** What tells that a manifest which was written makes no backup. */
+const NOT_PUBLISHED: ReadonlySet<ErrorCode> = new Set(['DIGEST_MISMATCH', 'SIZE_MISMATCH', 'PARENT_MISSING'])
+
 async function isPublished(
   { header }: RunJournal,
   storage: StorageDriver | undefined,
-  manifest: string,
+  publish: JournalStepOf<'publish'>,
 ): Promise<boolean> {
+  const { manifest } = publish
   if (!storage) {
     throw new VarveError(
       'RUN_UNRESOLVED',
@@ -132,8 +141,10 @@ async function isPublished(
     )
   }
   try {
-    return (await storage.stat(manifest, { signal: AbortSignal.timeout(STORAGE_TIMEOUT_MS) })) !== undefined
+    await assertPublished(storage, publish, AbortSignal.timeout(STORAGE_TIMEOUT_MS))
+    return true
   } catch (error) {
+    if (isVarveError(error) && NOT_PUBLISHED.has(error.code)) return false
     throw new VarveError(
       'RUN_UNRESOLVED',
       `Whether the backup was published cannot be told, as the storage does not answer: ${errorMessage(error)} The instance is back on its disks. Run "varve recover" once the storage is there.`,
@@ -146,24 +157,24 @@ async function isPublished(
   }
 }
 
-/** Without a manifest the objects are no backup: what cannot be removed now is left to `prune`, which knows such folders. */
+/** The objects are no backup: what cannot be removed now is left to `prune`, which knows such folders. */
 async function removeObjects(
   storage: StorageDriver | undefined,
-  prefix: string,
+  folder: string,
   run: RunOptions,
 ): Promise<void> {
   if (!storage)
     return emit(run, {
       type: 'warning',
-      message: `Unfinished objects may stay under ${prefix} until the next prune of their storage.`,
+      message: `Unfinished objects may stay under ${folder} until the next prune of their storage.`,
     })
   const signal = AbortSignal.timeout(STORAGE_TIMEOUT_MS)
   try {
-    for await (const { key } of storage.list(prefix, { signal })) await storage.delete(key, { signal })
+    await removeFolder(storage, folder, signal)
   } catch (error) {
     emit(run, {
       type: 'warning',
-      message: `Unfinished objects stay under ${prefix} until the next prune: ${errorMessage(error)}`,
+      message: `Unfinished objects stay under ${folder} until the next prune: ${errorMessage(error)}`,
     })
   }
 }

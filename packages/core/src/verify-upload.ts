@@ -35,7 +35,12 @@ export async function verifyUploads(
   }
 }
 
-async function verifySize(storage: StorageDriver, { key, size }: Upload, signal: AbortSignal): Promise<void> {
+/** Looks for an object that was uploaded, and at its size. @throws SIZE_MISMATCH also where there is none */
+export async function verifySize(
+  storage: StorageDriver,
+  { key, size }: Pick<Upload, 'key' | 'size'>,
+  signal: AbortSignal,
+): Promise<void> {
   const stored = await storage.stat(key, { signal })
   if (stored?.size === size) return
   throw new VarveError(

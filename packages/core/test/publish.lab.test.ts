@@ -1,18 +1,46 @@
 import { readdirSync, rmSync } from 'node:fs'
 import { mkdir, mkdtemp, open, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { createQcow2, createRaw, qemuIo } from '@varve/testkit/lab'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { ChainManager } from '../src/chain-manager.ts'
+import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
+import { recover } from '../src/recover.ts'
+import type { StoredObject } from '../src/storage.ts'
 import { PausingStorage } from './vm-site.ts'
 
 let folder: string
 let pipeline: BackupPipeline
-let storage: PausingStorage
+let parent: string
+let storage: PublishingStorage
 const chainFolder = (chain: string) => join(folder, 'storage', 'web-1', chain)
+
+/** A storage on which something befalls a manifest that was just written. */
+class PublishingStorage extends PausingStorage {
+  afterManifest: ((path: string) => Promise<void>) | undefined
+  /** What all but uploads fail with. */
+  failure: VarveError | undefined
+
+  override async put(...args: Parameters<PausingStorage['put']>): Promise<StoredObject> {
+    const stored = await super.put(...args)
+    if (args[0].endsWith('manifest.json')) await this.afterManifest?.(join(folder, 'storage', args[0]))
+    return stored
+  }
+
+  override async stat(...args: Parameters<PausingStorage['stat']>): Promise<StoredObject | undefined> {
+    if (this.failure?.code === 'STORAGE_UNREACHABLE') throw this.failure
+    return super.stat(...args)
+  }
+
+  override async delete(...args: Parameters<PausingStorage['delete']>): Promise<void> {
+    if (this.failure) throw this.failure
+    return super.delete(...args)
+  }
+}
 
 beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-publish-'))
@@ -20,7 +48,7 @@ beforeEach(async () => {
   await mkdir(join(folder, 'storage'))
   await createQcow2(disk, 16 * 1024 * 1024)
   await qemuIo(disk, 'qcow2', ['write -P 0x11 0 4M'])
-  storage = new PausingStorage({ path: join(folder, 'storage') })
+  storage = new PublishingStorage({ path: join(folder, 'storage') })
   pipeline = new BackupPipeline({
     host: new ImageHost({ instance: 'web-1', disks: { vda: disk } }),
     storage,
@@ -84,6 +112,61 @@ test('an increment whose parent somebody begins to delete while its manifest is 
   expect((await pipeline.run({ instance: 'web-1' })).disks[0]).toMatchObject({ fallback: 'parent-broken' })
 })
 
+/** Changes one bit of a file. */
+async function flipBit(path: string, at: number): Promise<void> {
+  const file = await open(path, 'r+')
+  const { buffer } = await file.read(Buffer.alloc(1), 0, 1, at)
+  await file.write(Buffer.from([(buffer[0] ?? 0) ^ 4]), 0, 1, at)
+  await file.close()
+}
+
+test('a manifest that comes back altered makes no backup, also where it cannot be removed', async () => {
+  const { id } = await pipeline.run({ instance: 'web-1' })
+  storage.afterManifest = async path => {
+    await flipBit(path, 10)
+    storage.failure = new VarveError('STORAGE_ACCESS_DENIED', 'What is here stays.')
+  }
+  const warnings: string[] = []
+  const onEvent = (event: VarveEvent) => event.type === 'warning' && warnings.push(event.message)
+  await expect(pipeline.run({ instance: 'web-1' }, { onEvent })).rejects.toMatchObject({
+    code: 'DIGEST_MISMATCH',
+    context: { key: expect.stringContaining('manifest.json') },
+  })
+  expect(warnings).toEqual([expect.stringContaining('What is here stays.')])
+  storage.afterManifest = storage.failure = undefined
+  // What the next one needs of the parent is still there.
+  expect(await pipeline.run({ instance: 'web-1' })).toMatchObject({ kind: 'incremental', parent: id })
+})
+
+test.each([
+  ['as it was written', async () => undefined, 'finished'],
+  ['altered', (path: string) => flipBit(path, 10), 'undone'],
+  [
+    'without the parent',
+    (path: string) => rm(join(dirname(path), '..', parent), { recursive: true }),
+    'undone',
+  ],
+] as const)(
+  'a storage that is gone when the manifest is written, and has it later %s',
+  async (_how, change, outcome) => {
+    parent = (await pipeline.run({ instance: 'web-1' })).id
+    let manifest = ''
+    storage.afterManifest = async path => {
+      manifest = path
+      storage.failure = new VarveError('STORAGE_UNREACHABLE', 'It is off.', { retryable: true })
+    }
+    await expect(pipeline.run({ instance: 'web-1' })).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+    storage.failure = undefined
+    await change(manifest)
+    const { runs } = await recover({ stateDir: join(folder, 'state'), storages: [storage] })
+    expect(runs).toMatchObject([{ outcome }])
+    const { backups, damaged } = await new ChainManager({ storage }).list()
+    expect(damaged).toEqual([])
+    const there = backups.map(backup => backup.manifest.id)
+    expect(there.includes(dirname(manifest).split('/').at(-1) ?? '')).toBe(outcome === 'finished')
+  },
+)
+
 test('a raw disk that is written to while it is read as one that is off is not published', async () => {
   const path = join(folder, 'disk.raw')
   await createRaw(path, 1024 * 1024)
@@ -113,11 +196,7 @@ test.each([
 test('verifyUpload by digest sees one bit that the storage changed, by size it does not', async () => {
   const flip = async (key: string) => {
     if (!key.endsWith('.blake3')) return
-    const image = join(folder, 'storage', key.replace('.blake3', '.qcow2'))
-    const file = await open(image, 'r+')
-    const { buffer } = await file.read(Buffer.alloc(1), 0, 1, 3 * 1024 * 1024)
-    await file.write(Buffer.from([(buffer[0] ?? 0) ^ 4]), 0, 1, 3 * 1024 * 1024)
-    await file.close()
+    await flipBit(join(folder, 'storage', key.replace('.blake3', '.qcow2')), 3 * 1024 * 1024)
   }
   storage.beforePut = flip
   await expect(pipeline.run({ instance: 'web-1', verifyUpload: 'digest' })).rejects.toMatchObject({
