@@ -34,19 +34,19 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
         const source = Readable.from([Buffer.from('x')])
         await expect(driver.put('a/stream', source)).rejects.toMatchObject({ code })
         expect(source.destroyed).toBe(true)
-        expectNoSecrets(driver.location, remote.secrets, 'the location')
+        expectNoSecrets(driver, remote.secrets, 'the driver')
       })
     }
   })
 
   describe('secrets', () => {
-    test('are not in the location', async () => {
+    test('are in nothing that is seen of a driver', async () => {
       const { driver } = await beginRemote(remote)
-      expectNoSecrets(driver.location, remote.secrets, 'the location')
+      expectNoSecrets(driver, remote.secrets, 'the driver')
     })
 
     if (process.platform !== 'linux') return // command lines are looked up in /proc
-    test('are in no command line while a driver is at work', async () => {
+    test('are in no command line while a driver is at work, and are not seen of it afterwards', async () => {
       const { driver } = await beginRemote(remote)
       const lookAround = async () => {
         for (const secret of remote.secrets) {
@@ -72,6 +72,7 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
       })
       for (; !done; await delay(LOOK_EVERY_MS)) await lookAround()
       expect(await outcome).toEqual({ value: undefined })
+      expectNoSecrets(driver, remote.secrets, 'the driver')
     })
   })
 }

@@ -20,6 +20,11 @@ import {
 import { troubledSource } from './troubled-source.ts'
 
 const SIZE = 3_000_000
+/**
+ * The kernel takes up to 12 MB on the way to a slow server, at once: of so much more a driver sees that it is slow, for
+ * longer than a server may be silent.
+ */
+const SLOW_SIZE = 30_000_000
 const SILENT = ['TIMEOUT', 'STORAGE_UNREACHABLE'] as const
 
 /** Servers that go silent end a call; sources and readers that do, do not. */
@@ -103,6 +108,20 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       await target.driver.put('a/b', body)
       target.proxy.bytesPerSecond = body.size / ((2 * remote.idleTimeoutMs) / 1000)
       expect((await read(target.driver, 'a/b')).equals(bytesOf(body))).toBe(true)
+    })
+
+    test('a server that is slow for longer than it may be silent does not fail an upload', async () => {
+      const target = await beginRemote(remote)
+      const body = new PatternBody({ size: SLOW_SIZE, seed: 34 })
+      // one that cannot be read again: a second attempt would hide that the first one was given up
+      const once: UploadBody = { size: body.size, replayable: false, open: () => body.open() }
+      const bodies = contract.capabilities.parallelParts ? [once, body] : [once]
+      target.proxy.bytesPerSecond = SLOW_SIZE / ((2 * remote.idleTimeoutMs) / 1000)
+      await Promise.all(bodies.map((body, index) => target.driver.put(`a/${index}`, body)))
+      for (const index of bodies.keys()) {
+        const raw = Buffer.from(await target.readRaw(`a/${index}`))
+        expect(raw.equals(bytesOf(body)), 'the server holds other bytes').toBe(true)
+      }
     })
 
     test('a reader that pauses for longer than a server may be silent does not fail its download', async () => {

@@ -106,7 +106,10 @@ export interface RemoteOptions {
   restartServer(): Promise<void>
   /** Drivers that must be refused, whatever they are asked: wrong password, missing bucket, … */
   refused: readonly RefusedDriver[]
-  /** Secrets that may be in no error, no location and no process list, also not encoded. */
+  /**
+   * Secrets that may be in no error, in no process list and in nothing that is seen of the driver itself, such as its
+   * location: as they are, escaped, in hexadecimal or in base64, also as a part of something.
+   */
   secrets: readonly string[]
   /** How long the drivers of `create` wait for a server that is silent, in milliseconds. Default: 1500. */
   idleTimeoutMs?: number
