@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -279,7 +279,7 @@ test('a backup that fails leaves no snapshot, and the next increment rests on th
 test('the snapshot of a backup that is deleted or pruned goes with it, where the host is known', async () => {
   const image = await site.create(8 * MIB)
   const disks = { vda: `rbd:${image}` }
-  const chains = new ChainManager({ storage, host: hostOf(disks) })
+  const chains = new ChainManager({ storage, host: hostOf(disks), stateDir: stateDir() })
   const full = await backup(disks)
   const second = await backup(disks)
   await chains.delete(second.id, run)
@@ -307,7 +307,7 @@ test('a backup is deleted also where its snapshot has to stay, which is told of;
   const warnings = () => events.flatMap(event => (event.type === 'warning' ? [event.message] : []))
   const unreachable = new CephConnector({ conf: '/dev/null', monitors: ['127.0.0.1:1'], timeoutMs: 1000 })
   const away = new ImageHost({ instance: 'web-1', disks, rbd: unreachable })
-  await new ChainManager({ storage, host: away }).delete(second.id, run)
+  await new ChainManager({ storage, host: away, stateDir: stateDir() }).delete(second.id, run)
   expect(warnings()).toEqual([expect.stringContaining(`varve-${second.id} of the RBD image ${image} stays`)])
   expect(await snapshots(image)).toEqual([`varve-${full.id}`, `varve-${second.id}`])
   const third = await backup(disks)
@@ -317,9 +317,39 @@ test('a backup is deleted also where its snapshot has to stay, which is told of;
   // A run holds the disk.
   events.length = 0
   await using _lock = await DiskLock.acquire([disks.vda])
-  await new ChainManager({ storage, host: hostOf(disks) }).delete(third.id, run)
+  await new ChainManager({ storage, host: hostOf(disks), stateDir: stateDir() }).delete(third.id, run)
   expect(warnings()).toHaveLength(1)
   expect(await snapshots(image)).toContain(`varve-${third.id}`)
+})
+
+test('a backup that is copied, or forged, to another storage does not take the snapshot of its original along', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  const { id, chain } = await backup(disks)
+  const other = new LocalDriver({ path: join(folder, 'other'), create: true })
+  const options = { host: hostOf(disks), storage: other, stateDir: stateDir() }
+  await new BackupPipeline(options).run({ instance: 'web-1' })
+  const place = join('web-1', chain, id)
+  await cp(join(folder, 'storage', place), join(folder, 'other', place), { recursive: true })
+  const chains = new ChainManager(options)
+  await chains.delete(id, run)
+  expect(events.at(-1)).toEqual({
+    type: 'warning',
+    message: expect.stringContaining(`that backup went to ${storage.location}`),
+  })
+  expect(await snapshots(image)).toContain(`varve-${id}`)
+  expect((await backup(disks)).parent).toBe(id)
+
+  // Nor one that no record knows, such as another machine's.
+  const { stdout: found } = await execa('find', [stateDir(), '-name', `${id}.json`])
+  await rm(found)
+  await cp(join(folder, 'storage', place), join(folder, 'other', place), { recursive: true })
+  await chains.delete(id, run)
+  expect(events.at(-1)).toEqual({
+    type: 'warning',
+    message: expect.stringContaining(`rbd snap rm ${image}@varve-${id}`),
+  })
+  expect(await snapshots(image)).toContain(`varve-${id}`)
 })
 
 test('snapshots and images that no run and no backup knows are found, and left alone', async () => {

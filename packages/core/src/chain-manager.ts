@@ -11,10 +11,11 @@ import {
 } from './backups.ts'
 import { type ChainWalk, indexChains, walkChain } from './chain.ts'
 import { deleteBackup } from './delete-backup.ts'
+import { VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
 import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
-import { removeSnapshotsOf } from './remove-snapshots.ts'
+import { type RemoveSnapshotsOptions, removeSnapshotsOf } from './remove-snapshots.ts'
 import type { RunOptions } from './run-options.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
@@ -28,10 +29,15 @@ export interface ChainManagerOptions {
   /** Where the backups are. */
   storage: StorageDriver
   /**
-   * Where the instances live. With it, `delete` and `prune` also remove the snapshots of what they delete from RBD
-   * images. Default: those go with the next backup to the same storage.
+   * Where the instances live. With it and `stateDir`, `delete` and `prune` also remove the snapshots of what they delete
+   * from RBD images. Default: those go with the next backup to the same storage.
    */
   host?: Host
+  /**
+   * The state folder of the pipelines, which belongs to `host`: only snapshots of backups that went from this machine to
+   * this storage, by its records, are removed. A storage is not believed whose snapshots those are.
+   */
+  stateDir?: string
 }
 
 /** How to verify. */
@@ -48,11 +54,18 @@ export interface VerifyOptions extends CallOptions {
  */
 export class ChainManager {
   readonly #storage: StorageDriver
-  readonly #host: Host | undefined
+  readonly #snapshots: RemoveSnapshotsOptions | undefined
 
-  constructor(options: ChainManagerOptions) {
-    this.#storage = options.storage
-    this.#host = options.host
+  /** @throws INVALID_ARGUMENT for a `host` without a `stateDir`, or the other way round */
+  constructor({ storage, host, stateDir }: ChainManagerOptions) {
+    if ((host === undefined) !== (stateDir === undefined)) {
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        'A ChainManager needs host and stateDir together: what the state folder of the pipelines knows is what snapshots of RBD images are removed by. Give both, or neither.',
+      )
+    }
+    this.#storage = storage
+    this.#snapshots = host && stateDir !== undefined ? { host, stateDir, storage } : undefined
   }
 
   /** The backups on the storage, oldest first, and the manifests that cannot be used. */
@@ -108,7 +121,8 @@ export class ChainManager {
   /**
    * Removes a backup. Its manifest goes first: a deletion that breaks off leaves garbage and no broken backup.
    * A manifest that cannot be read does not tell its parent, so it protects every older backup of its chain.
-   * A snapshot that cannot be removed, as the cluster is away or the disk is held by a run, is told of by a warning.
+   * A snapshot that is not removed, as the cluster is away, the disk is held by a run or the backup did not go from here
+   * to this storage, is told of by a warning.
    *
    * @throws BACKUP_NOT_FOUND, also for an upload under way
    * @throws CHAIN_DEPENDENCY where other backups rest on it: `context.children` has their ids, newest first
@@ -116,7 +130,7 @@ export class ChainManager {
   async delete(backupId: string, options: RunOptions = {}): Promise<void> {
     const storage = tellCommands(this.#storage, options.onEvent)
     const deleted = await deleteBackup(storage, backupId, options.signal ?? never)
-    if (deleted && this.#host) await removeSnapshotsOf(deleted.manifest, this.#host, options)
+    if (deleted && this.#snapshots) await removeSnapshotsOf(deleted.manifest, this.#snapshots, options)
   }
 
   /**
@@ -130,8 +144,8 @@ export class ChainManager {
     const { dryRun = false, ...run } = options
     const storage = tellCommands(this.#storage, run.onEvent)
     const report = await prune(storage, policy, dryRun, run.signal ?? never)
-    if (!dryRun && this.#host)
-      for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#host, run)
+    if (!dryRun && this.#snapshots)
+      for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#snapshots, run)
     return report
   }
 }

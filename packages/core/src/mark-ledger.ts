@@ -50,6 +50,11 @@ export class MarkLedger {
     return found
   }
 
+  /** The storage that a backup went to; undefined where that is not known. */
+  async storageOf(backup: string): Promise<StorageReference | undefined> {
+    return isBackupId(backup) ? this.#read(backup) : undefined
+  }
+
   /** No disk has the mark any more. */
   async remove(backup: string): Promise<void> {
     const path = this.#path(backup)

@@ -2,7 +2,7 @@ import { ChainManager, findBackup } from '@varve/core'
 import type { Command } from 'commander'
 import { confirm } from '../confirm.ts'
 import { storedSize } from '../manifest-text.ts'
-import { libvirtUriOption, storageOption } from '../options.ts'
+import { libvirtUriOption, stateDirOption, storageOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { formatSize } from '../size-text.ts'
 import { formatTime } from '../time-text.ts'
@@ -11,6 +11,7 @@ interface DeleteOptions {
   yes?: boolean
   storage?: string
   libvirtUri?: string
+  stateDir?: string
 }
 
 /** `varve delete` */
@@ -23,6 +24,7 @@ export function deleteCommand(program: Command, session: Session): void {
     .option('-y, --yes', 'do not ask')
     .addOption(storageOption())
     .addOption(libvirtUriOption())
+    .addOption(stateDirOption())
     .addHelpText('after', '\nExample:\n  varve delete 20261123-231543-123-9f3a1c')
     .action((backup: string, options: DeleteOptions) => deleteBackup(session, backup, options))
 }
@@ -38,6 +40,7 @@ async function deleteBackup(session: Session, backup: string, options: DeleteOpt
     })
   }
   const host = await session.libvirtHost(options.libvirtUri)
-  await new ChainManager({ storage, host }).delete(backup, session.run())
+  const stateDir = await session.stateDir(options.stateDir)
+  await new ChainManager({ storage, host, stateDir }).delete(backup, session.run())
   await session.result({ deleted: backup }, `Backup ${backup} is deleted.`)
 }

@@ -1,7 +1,7 @@
 import { ChainManager, type PruneReport, type StoredBackup } from '@varve/core'
 import type { Command } from 'commander'
 import { storedSize } from '../manifest-text.ts'
-import { libvirtUriOption, numberOption, storageOption } from '../options.ts'
+import { libvirtUriOption, numberOption, stateDirOption, storageOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { formatSize } from '../size-text.ts'
 import { renderTable } from '../table.ts'
@@ -17,6 +17,7 @@ interface PruneOptions {
   dryRun?: boolean
   storage?: string
   libvirtUri?: string
+  stateDir?: string
 }
 
 /** `varve prune` */
@@ -37,15 +38,17 @@ export function pruneCommand(program: Command, session: Session): void {
     .option('--dry-run', 'only show what would be removed')
     .addOption(storageOption())
     .addOption(libvirtUriOption())
+    .addOption(stateDirOption())
     .addHelpText('after', '\nExample:\n  varve prune web-1 --keep-last 7 --keep-weekly 4 --dry-run')
     .action((instance: string | undefined, options: PruneOptions) => prune(session, instance, options))
 }
 
 async function prune(session: Session, instance: string | undefined, options: PruneOptions): Promise<void> {
-  const { dryRun = false, storage: name, libvirtUri, ...rules } = options
+  const { dryRun = false, storage: name, libvirtUri, stateDir: folder, ...rules } = options
   await using storage = await session.openStorage(name)
   const host = await session.libvirtHost(libvirtUri)
-  const report = await new ChainManager({ storage, host }).prune(
+  const stateDir = await session.stateDir(folder)
+  const report = await new ChainManager({ storage, host, stateDir }).prune(
     {
       timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
       ...rules,
