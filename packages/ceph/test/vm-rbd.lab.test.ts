@@ -1,10 +1,11 @@
 import { existsSync } from 'node:fs'
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
   type BackupManifest,
   BackupPipeline,
+  ChainManager,
   LibvirtHost,
   RestorePipeline,
   recover,
@@ -66,20 +67,46 @@ const commands = () =>
 /** An instance whose vda is an RBD image and whose vdb, where it has one, a qcow2 file. */
 async function createVm(
   image: string,
-  { withFile, guest }: { withFile: boolean; guest: boolean },
+  options: {
+    withFile: boolean
+    guest: boolean
+    /** An RBD image as vdc. */
+    second?: string
+    agent?: boolean
+    /** Libvirt's secret of the key. Default: one that libvirt hands out. */
+    secret?: string
+  },
 ): Promise<LabDomain> {
+  const { withFile, guest, second, agent = false, secret = secretUuid } = options
   const file = join(folder, 'vdb.qcow2')
   if (withFile) await createQcow2(file, 16 * MIB)
-  const rbd = { monitor: site.ceph.monitor, user: site.user.user, secretUuid }
+  const rbd = { monitor: site.ceph.monitor, user: site.user.user, secretUuid: secret }
+  const raw = { format: 'raw', discard: 'unmap', rbd } as const
   vm = await lab.createDomain({
     name: 'web-1',
     guest,
+    agent,
     disks: [
-      { target: 'vda', path: image, format: 'raw', discard: 'unmap', rbd },
+      { target: 'vda', path: image, ...raw },
       ...(withFile ? [{ target: 'vdb', path: file, format: 'qcow2', discard: 'unmap' } as const] : []),
+      ...(second === undefined ? [] : [{ target: 'vdc', path: second, ...raw }]),
     ],
   })
   return vm
+}
+
+/** Does some work while a program does something else before it does what it does. */
+async function withProgram<T>(program: string, before: string, work: () => Promise<T>): Promise<T> {
+  const bin = await mkdtemp(join(folder, 'bin-'))
+  const script = `#!/bin/bash\nPATH=\${PATH#*:}\n${before}\nexec ${program} "$@"\n`
+  await writeFile(join(bin, program), script, { mode: 0o755 })
+  const { PATH } = process.env
+  process.env.PATH = `${bin}:${PATH}`
+  try {
+    return await work()
+  } finally {
+    process.env.PATH = PATH
+  }
 }
 
 function backup(): Promise<BackupManifest> {
@@ -156,27 +183,16 @@ test('a guest goes on after a backup that was given up while libvirt suspended i
   const image = await site.create(16 * MIB)
   const guest = await createVm(image, { withFile: true, guest: false })
   await guest.start()
+  const begun = join(folder, 'begun')
   // A suspend that takes its time, as when the cluster lets writes wait, and that libvirt goes on with whatever becomes
   // of the one who asked for it.
-  const [bin, begun] = [join(folder, 'bin'), join(folder, 'begun')]
-  await mkdir(bin)
-  await writeFile(
-    join(bin, 'virsh'),
-    `#!/bin/bash
-PATH=\${PATH#*:}
-case " $* " in
+  const slow = `case " $* " in
   *' suspend '*)
     touch ${begun}
     setsid bash -c 'sleep 1; exec virsh "$@"' virsh "$@" > /dev/null 2>&1 < /dev/null &
-    wait;;
-  *) exec virsh "$@";;
-esac
-`,
-    { mode: 0o755 },
-  )
-  const { PATH } = process.env
-  process.env.PATH = `${bin}:${PATH}`
-  try {
+    wait; exit;;
+esac`
+  await withProgram('virsh', slow, async () => {
     const controller = new AbortController()
     const running = new BackupPipeline(pipelines()).run(
       { instance: 'web-1' },
@@ -186,9 +202,7 @@ esac
     await expect.poll(() => existsSync(begun), { timeout: 30_000 }).toBe(true)
     controller.abort()
     await given
-  } finally {
-    process.env.PATH = PATH
-  }
+  })
   expect(commands().some(command => command.endsWith('resume web-1'))).toBe(true)
   expect(await guest.state()).toBe('running')
 
@@ -197,6 +211,79 @@ esac
   expect(await host.suspend('web-1')).toBe(false)
   await backup()
   expect(await guest.state()).toBe('paused')
+
+  // Whoever suspended it: what it writes once somebody resumes it is in one image and not in the other.
+  const resumed = `[[ " $* " != *' snap create '* ]] || virsh --connect ${lab.uri} resume web-1 > /dev/null`
+  const { backups } = await new ChainManager({ storage }).list()
+  for (const state of ['paused', 'running']) {
+    expect(await guest.state()).toBe(state)
+    await withProgram('rbd', resumed, async () => {
+      await expect(backup()).rejects.toMatchObject({ code: 'SNAPSHOT_FAILED', retryable: true })
+    })
+  }
+  expect(await guest.state()).toBe('running')
+  expect((await new ChainManager({ storage }).list()).backups).toHaveLength(backups.length)
+  expect((await site.cluster.image(image)).snapshots).toHaveLength(backups.length)
+})
+
+test('no backup has a later write to one disk without the earlier one to another, be the file systems frozen or not', async () => {
+  const images = [await site.create(MIB), await site.create(MIB)] as const
+  const guest = await createVm(images[0], { withFile: true, guest: true, second: images[1], agent: true })
+  await guest.boot()
+  // Flushed writes of the same number to one disk after the other, over and over: of any moment, the numbers are
+  // the same, or of the first ones of the disks one more.
+  const writer = guest.spawn(`number=0
+    while [ ! -e /run/stop ]; do
+      number=$((number + 1))
+      for disk in vda vdb vdc; do
+        printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
+      done
+      touch /run/begun
+    done`)
+  await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
+  const slow = `[[ " $* " != *' snap create '*${images[1].slice(4)}* ]] || sleep 1`
+  let last = 0
+  for (const freeze of ['off', 'require'] as const) {
+    const manifest = await withProgram('rbd', slow, () =>
+      new BackupPipeline(pipelines()).run({ instance: 'web-1', freeze }, { onEvent }),
+    )
+    const path = (disk: string) => join(folder, `${manifest.id}-${disk}.raw`)
+    const disks = { vda: path('vda'), vdb: path('vdb'), vdc: path('vdc') }
+    await new RestorePipeline(pipelines()).run({ backup: manifest.id, to: { disks, format: 'raw' } })
+    const numbers = await Promise.all(
+      Object.values(disks).map(async file => Number((await readFile(file)).toString('latin1', 0, 512))),
+    )
+    const [first = 0, ...others] = numbers
+    expect(numbers, freeze).toEqual([...numbers].sort((a, b) => b - a))
+    expect(first - (others.at(-1) ?? 0), `${freeze}: ${numbers}`).toBeLessThanOrEqual(1)
+    expect(first, freeze).toBeGreaterThan(last) // the guest went on
+    last = first
+  }
+  await guest.run('touch /run/stop')
+  expect((await writer.result).exitCode).toBe(0)
+})
+
+test('a secret that libvirt does not hand out is an error that says what to do', async () => {
+  const image = await site.create(MIB)
+  const secret = await lab.defineCephSecret(site.user.secret, 'private')
+  await createVm(image, { withFile: false, guest: false, secret })
+  const refused = async (says: RegExp) => {
+    await expect(backup()).rejects.toMatchObject({
+      code: 'CEPH_ACCESS_DENIED',
+      message: expect.stringMatching(says),
+      context: { secret },
+    })
+  }
+  await refused(/is private: .*secret-define/)
+  await lab.virsh(['secret-undefine', secret])
+  await refused(/is not there/)
+  const definition = join(folder, 'secret.xml')
+  await writeFile(
+    definition,
+    `<secret private='no'><uuid>${secret}</uuid><usage type='ceph'><name>${secret}</name></usage></secret>`,
+  )
+  await lab.virsh(['secret-define', definition])
+  await refused(/has no value/)
 })
 
 test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {

@@ -113,7 +113,7 @@ async function freezeRunning(
   if (lack) throw lack
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
   try {
-    const snapshots = await atOneMoment(backup, { images, overlays, frozen }, async () => {
+    const snapshots = await atOneMoment(backup, { images, overlays }, async () => {
       if (overlays.length > 0) {
         await journal.record({ step: 'snapshot', overlays })
         await host.snapshot(instance.name, overlays, run)
@@ -128,28 +128,38 @@ async function freezeRunning(
 
 /**
  * libvirt freezes all files at one moment, but RBD images one after the other. Where there are several disks and one
- * is an image, the guest's processors stand still meanwhile, unless its file systems do.
+ * is an image, the guest's processors stand still meanwhile, also where the agent has frozen its file systems: a program
+ * may write to a disk without one.
  */
 async function atOneMoment<T>(
-  { host, instance, journal, run: { onEvent, ...run } }: BackupContext,
-  {
-    images,
-    overlays,
-    frozen,
-  }: { images: readonly RbdDisk[]; overlays: readonly DiskOverlay[]; frozen: boolean },
+  backup: BackupContext,
+  { images, overlays }: { images: readonly RbdDisk[]; overlays: readonly DiskOverlay[] },
   work: () => Promise<T>,
 ): Promise<T> {
-  if (images.length === 0 || images.length + overlays.length < 2 || frozen || instance.paused) return work()
-  const events = onEvent ? { onEvent } : {}
+  if (images.length === 0 || images.length + overlays.length < 2) return work()
+  const { host, instance, journal, run } = backup
+  if (instance.paused) return whilePaused(backup, work)
+  const events = run.onEvent ? { onEvent: run.onEvent } : {}
   await journal.record({ step: 'suspend' })
   let ours = true
   try {
-    ours = await host.suspend(instance.name, { ...run, ...events })
-    return await work()
+    ours = await host.suspend(instance.name, run)
+    return await whilePaused(backup, work)
   } finally {
     if (ours) await host.resume(instance.name, events) // without the signal: also after an abort
     await journal.record({ step: 'resumed' })
   }
+}
+
+/** @throws SNAPSHOT_FAILED where somebody resumed the guest meanwhile: what it wrote then is on some of the disks only */
+async function whilePaused<T>({ host, instance, run }: BackupContext, work: () => Promise<T>): Promise<T> {
+  const result = await work()
+  if (await host.isPaused(instance.name, run)) return result
+  throw new VarveError(
+    'SNAPSHOT_FAILED',
+    `${instance.name} was resumed by somebody while its disks were frozen one after the other, so they do not show one moment. Nothing was published; back up again.`,
+    { context: { instance: instance.name }, retryable: true },
+  )
 }
 
 /** Takes a snapshot of every RBD image; returns them by the name of their disk. */

@@ -144,6 +144,8 @@ export interface Host {
    * False where somebody has stopped them already.
    */
   suspend(instance: string, run?: RunOptions): Promise<boolean>
+  /** Whether the processors of a running guest stand still. */
+  isPaused(instance: string, run?: RunOptions): Promise<boolean>
   /**
    * Lets a suspended guest go on, also where a `suspend` is under way still; no error when it runs, or not any more.
    *

@@ -119,6 +119,10 @@ export class ImageHost implements Host {
     return Promise.reject(notRunning())
   }
 
+  async isPaused(): Promise<boolean> {
+    return false // nothing runs
+  }
+
   async resume(): Promise<void> {
     // nothing runs
   }

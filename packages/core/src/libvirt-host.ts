@@ -29,6 +29,8 @@ import { Virsh } from './virsh.ts'
 const SNAPSHOT_TIMEOUT_MS = 10 * 60_000
 /** How long a suspend may take, in milliseconds: as long as the storage of the guest's disks lets its writes wait. */
 const SUSPEND_TIMEOUT_MS = 10 * 60_000
+/** How long a suspend may be on its way to libvirt whose asker has died, in milliseconds. */
+const SUSPEND_ARRIVAL_MS = 5_000
 /** How long the guest agent may take to flush and freeze, in milliseconds. */
 const FREEZE_TIMEOUT_MS = 60_000
 /** An overlay of Varve's, and the backup that it was made for. */
@@ -231,16 +233,20 @@ export class LibvirtHost implements Host {
   }
 
   async suspend(instance: string, run: RunOptions = {}): Promise<boolean> {
-    if ((await this.#domains.state(instance, run)) === 'paused') return false
+    if (await this.isPaused(instance, run)) return false
     // Without the signal: libvirt would go on with it, and nobody could resume the guest before it is done.
     const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SUSPEND_TIMEOUT_MS }
     await this.#virsh.onDomain(whole, instance, 'suspend')
     return true
   }
 
+  async isPaused(instance: string, run: RunOptions = {}): Promise<boolean> {
+    return (await this.#domains.state(instance, run)) === 'paused'
+  }
+
   async resume(instance: string, run: RunOptions = {}): Promise<void> {
     // Whatever the state is: a suspend that is under way would come after the look at it.
-    const deadline = performance.now() + SUSPEND_TIMEOUT_MS
+    const startedAt = performance.now()
     for (let attempt = 1; ; attempt++) {
       try {
         await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'resume')
@@ -248,7 +254,9 @@ export class LibvirtHost implements Host {
       } catch (error) {
         const stderr = isVarveError(error) ? String(error.context.stderr) : ''
         if (isVarveError(error, 'INSTANCE_NOT_FOUND') || /domain is not running/i.test(stderr)) return
-        if (performance.now() > deadline) {
+        const waited = performance.now() - startedAt
+        if (/domain is already running/i.test(stderr) && waited > SUSPEND_ARRIVAL_MS) return
+        if (waited > SUSPEND_TIMEOUT_MS) {
           throw new VarveError(
             'RESUME_FAILED',
             `${instance} could not be resumed: ${errorMessage(error)}. Run "virsh resume ${instance}" at once: its guest stands still until then.`,

@@ -1,5 +1,5 @@
 import type { RbdSource } from './domain-xml.ts'
-import { VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import type { RbdConnection } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 import type { Virsh } from './virsh.ts'
@@ -27,7 +27,36 @@ async function readSecret(
 ): Promise<string | undefined> {
   const secret = uuid ?? (usage && (await secretOfUsage(virsh, usage, run)))
   if (!secret) return undefined
-  return (await virsh.run({ ...run, secretOutput: true }, 'secret-get-value', secret)).trim()
+  try {
+    return (await virsh.run({ ...run, secretOutput: true }, 'secret-get-value', secret)).trim()
+  } catch (error) {
+    throw explained(error, secret)
+  }
+}
+
+/** What virsh says of a secret whose value it does not give, and what that means. */
+const REFUSALS: readonly (readonly [says: RegExp, message: string])[] = [
+  [
+    /is private/i,
+    "is private: libvirt hands it to QEMU alone. Define it anew with private='no' (virsh secret-dumpxml, secret-undefine, secret-define with the same uuid) and set its value again (virsh secret-set-value).",
+  ],
+  [/does not have a value/i, 'has no value. Set it: virsh secret-set-value.'],
+  [
+    /secret not found|no secret with matching/i,
+    'is not there. Define it (virsh secret-define, secret-set-value), or correct the disk (virsh edit).',
+  ],
+]
+
+/** Why libvirt does not hand out a secret; other errors stay as they are. */
+function explained(error: unknown, secret: string): unknown {
+  const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
+  const message = REFUSALS.find(([says]) => says.test(stderr))?.[1]
+  if (message === undefined) return error
+  return new VarveError(
+    'CEPH_ACCESS_DENIED',
+    `libvirt's secret ${secret}, with which a disk reaches its Ceph cluster, ${message}`,
+    { context: { secret }, cause: error },
+  )
 }
 
 async function secretOfUsage(virsh: Virsh, usage: string, run: RunOptions): Promise<string> {

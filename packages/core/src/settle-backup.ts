@@ -37,9 +37,10 @@ export async function settleBackup(
   const names = disks.map(({ name }) => name)
 
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
+  // The agent of a guest that stands still does not answer.
+  if (journal.of('suspend').length > journal.of('resumed').length) await host.resume(instance, run)
   const frozen = journal.of('filesystem-freeze').length > journal.of('filesystem-thawed').length
   if (frozen) await host.thawFilesystems(instance, run)
-  if (journal.of('suspend').length > journal.of('resumed').length) await host.resume(instance, run)
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
   const failures: unknown[] = []

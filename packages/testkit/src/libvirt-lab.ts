@@ -62,13 +62,17 @@ export class LibvirtLab implements AsyncDisposable {
     return openLabDomain(this, name)
   }
 
-  /** Makes the key of a cephx user a secret of libvirt's and returns the secret's uuid, for {@link LabDisk.rbd}. */
-  async defineCephSecret(key: string): Promise<string> {
+  /**
+   * Makes the key of a cephx user a secret of libvirt's and returns the secret's uuid, for {@link LabDisk.rbd}.
+   *
+   * @param visibility whether libvirt hands it to its clients. Default: `public`
+   */
+  async defineCephSecret(key: string, visibility: 'public' | 'private' = 'public'): Promise<string> {
     const uuid = randomUUID()
     const definition = path.join(this.root, `${uuid}.xml`)
     await writeFile(
       definition,
-      `<secret ephemeral='no' private='no'><uuid>${uuid}</uuid><usage type='ceph'><name>${uuid}</name></usage></secret>`,
+      `<secret ephemeral='no' private='${visibility === 'private' ? 'yes' : 'no'}'><uuid>${uuid}</uuid><usage type='ceph'><name>${uuid}</name></usage></secret>`,
     )
     await this.virsh(['secret-define', definition])
     await this.virsh(['secret-set-value', uuid, key])
