@@ -112,7 +112,7 @@ class Subject {
     const reference: HostReference = this.host.reference
     const { stateDir } = this
     return processes.run({
-      ...{ task, host: reference, storagePath: storagePath(), stateDir },
+      ...{ task, host: reference, storage: storagePath(), stateDir },
       frozenFlag: join(folder, 'agent'),
     })
   }

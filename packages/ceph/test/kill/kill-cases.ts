@@ -1,111 +1,115 @@
-import { readdir } from 'node:fs/promises'
+import { readdir, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ChainManager, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
-import { DISKS, INSTANCE } from '../../../core/test/torture/guest.ts'
-import type { Task } from '../../../core/test/torture/job.ts'
+import { DISKS } from '../../../core/test/torture/guest.ts'
+import type { Job } from '../../../core/test/torture/job.ts'
 import { processesWith } from '../../../core/test/torture/processes.ts'
+import { Random } from '../../../core/test/torture/random.ts'
 import { type End, Victims } from '../../../core/test/torture/victims.ts'
 import { CephConnector } from '../../src/index.ts'
-import { type Content, copied, imageName, KillGround } from './kill-ground.ts'
-
-/** The runs that are killed. */
-export const RUNS = ['backup', 'restore', 'restore in place', 'restore to new images'] as const
-export type RunName = (typeof RUNS)[number]
+import { type Content, copied, type InstanceKind, KillGround } from './kill-ground.ts'
+import { KillLab } from './kill-lab.ts'
+import { type KillRun, type RunName, taskOf } from './kill-runs.ts'
 
 /** Where a run dies: before or after one of its steps, such as `after rbd-snapshot`; and how. */
 export interface KillCase {
+  readonly kind: InstanceKind
   readonly run: RunName
   readonly point: string
   /** Of several such points, which one. */
   readonly nth: number
   readonly scope: 'process' | 'group'
+  /** The point at which the first try to settle the run dies too, counted from 1. Default: it does not. */
+  readonly recoverAt?: number
 }
 
-const NEW_IMAGES = { vda: `vms/copy-${imageName('vda')}`, vdb: `vms/copy-${imageName('vdb')}` }
-
 /**
- * Kills runs on a domain with RBD images, one case after the other: each goes on with what the one before has left,
+ * Kills runs on instances with RBD images, one case after the other: each goes on with what the one before has left,
  * which must be as if it had never been.
  */
 export class KillCases implements AsyncDisposable {
-  readonly #ground: KillGround
+  readonly #lab: KillLab
   readonly #victims: Victims
+  readonly #random: Random
+  readonly #grounds = new Map<InstanceKind, KillGround>()
 
-  private constructor(ground: KillGround, victims: Victims) {
-    this.#ground = ground
+  private constructor(lab: KillLab, victims: Victims, random: Random) {
+    this.#lab = lab
     this.#victims = victims
+    this.#random = random
   }
 
   static async prepare(seed: number): Promise<KillCases> {
-    const ground = await KillGround.create(seed)
-    const victims = await Victims.prepare(ground.temporary)
-    await ground.write()
-    await ground.backup()
-    return new KillCases(ground, victims)
+    const lab = await KillLab.start()
+    return new KillCases(lab, await Victims.prepare(lab.temporary), new Random(seed))
   }
 
-  /** The points that a run reaches which nobody kills. */
-  async points(run: RunName): Promise<readonly string[]> {
-    const end = await this.#attempt(run, undefined)
-    if (end.killed || end.failure) throw new Error(`${run} ended with ${JSON.stringify(end)}`)
+  /** The points that a run reaches which nobody kills. Rejects where it does not record the steps that it names. */
+  async points({ kind, name, steps }: KillRun): Promise<readonly string[]> {
+    const ground = await this.#ground(kind)
+    const end = await this.#attempt(ground, name, undefined)
+    if (end.killed || end.failure) throw new Error(`${name} (${kind}) ended with ${JSON.stringify(end)}`)
+    const recorded = end.points.filter(point => /^after (?!settled)/.test(point))
+    const wanted = steps.map(step => `after ${step}`)
+    expectSame(`the steps of ${name} (${kind})`, [...new Set(recorded)].sort(), wanted.sort())
     return end.points
   }
 
   /** Runs a case and rejects where something is left of it, or wrong. Returns whether it was killed. */
-  async run({ run, point, nth, scope }: KillCase): Promise<boolean> {
-    return (await this.#attempt(run, { at: nth + 1, label: point, scope })).killed
+  async run(one: KillCase): Promise<boolean> {
+    return (await this.#attempt(await this.#ground(one.kind), one.run, one)).killed
   }
 
-  async #attempt(
-    run: RunName,
-    kill: { at: number; label: string; scope: 'process' | 'group' } | undefined,
-  ): Promise<End> {
-    const ground = this.#ground
-    await ground.write()
-    const [before, known] = [copied(ground.content), await this.#ids()]
-    const backup = ground.random.pick(known)
-    const task = taskOf(run, backup)
-    const end = await this.#victims.run({
-      task,
-      host: ground.host.reference,
-      storagePath: ground.storagePath,
-      stateDir: ground.stateDir,
-      frozenFlag: join(ground.folder, 'agent'),
-      ceph: ground.ceph,
-      ...(kill && { kill: { ...kill, diary: join(ground.folder, 'diary') } }),
-    })
-    const { host, stateDir, storage } = ground
-    const { runs } = await recover({
-      stateDir,
-      host,
-      storages: [storage],
-      rbd: new CephConnector(ground.ceph),
-    })
-    const [outcome, ...others] = runs.map(({ outcome, error }) => {
-      if (error) throw error
-      if (outcome === 'running') throw new Error('a run that was killed is said to go on')
-      return outcome
-    })
-    if (others.length > 0) throw new Error(`${runs.length} runs were cut short`)
+  async #ground(kind: InstanceKind): Promise<KillGround> {
+    const there = this.#grounds.get(kind)
+    if (there) return there
+    const ground = await KillGround.create(this.#lab, kind, this.#random)
+    this.#grounds.set(kind, ground)
+    return ground
+  }
 
-    const published = (await this.#ids()).filter(id => !known.includes(id))
-    if (task.kind === 'restore' && outcome === 'incomplete') {
-      if (run !== 'restore in place') throw new Error(`${run} is incomplete`)
-      expectSame('the state of a domain with half a disk', await ground.state(), 'shut off')
+  async #attempt(ground: KillGround, run: RunName, kill: KillCase | undefined): Promise<End> {
+    await ground.write()
+    const [before, known] = [copied(ground.content), await backupIds(ground)]
+    const backup = this.#random.pick(known)
+    const task = taskOf(run, backup, ground)
+    const job = {
+      host: ground.host.reference,
+      storage: ground.storagePlace,
+      stateDir: ground.stateDir,
+      frozenFlag: ground.frozenFlag,
+      ceph: this.#lab.ceph,
+    }
+    const at = kill && this.#killAt(kill.nth + 1, kill, kill.point)
+    const runs = await ground.state() // a guest writes while it is backed up
+    const end = await this.#victims.run(
+      { ...job, task, ...(at && { kill: at }) },
+      { streaming: async () => void (runs && (await ground.write())) },
+    )
+    if (kill?.recoverAt !== undefined)
+      await this.#victims.run({ ...job, task: { kind: 'recover' }, kill: this.#killAt(kill.recoverAt, kill) })
+    const outcome = await this.#settle(ground)
+
+    const published = (await backupIds(ground)).filter(id => !known.includes(id))
+    const restored = ground.backups.get(backup) ?? before
+    const isHalf = kill?.recoverAt !== undefined && !(await holdsEither(ground, [before, restored]))
+    if (task.kind === 'restore' && task.request.inPlace && (outcome === 'incomplete' || isHalf)) {
+      if (runs) expectSame('the state of a domain with half a disk', await ground.state(), 'shut off')
+      const { host, stateDir, storage } = ground
       await new RestorePipeline({ host, storage, stateDir }).run(task.request)
       await ground.start() // which a restore does not where it was off
-    }
-    const restored = ground.backups.get(backup) ?? before
+    } else if (outcome === 'incomplete') throw new Error(`${run} is incomplete`)
     const stored = await ground.stored()
-    if (run === 'backup') {
-      for (const id of published) ground.remember(id)
+    if (task.kind === 'backup') {
+      for (const id of published) ground.backups.set(id, before)
+      // Where recover() was killed too, the second one may have found nothing any more.
       if (outcome && (outcome === 'finished') !== (published.length === 1))
         throw new Error(`a backup is ${outcome} and ${published.length} were published`)
+      expectContent('the disks', stored, ground.content)
+    } else if (run === 'restore to copies') {
       expectContent('the disks', stored, before)
-    } else if (run === 'restore to new images') {
-      expectContent('the disks', stored, before)
-      await this.#lookAtNewImages(restored, outcome)
+      await this.#lookAtCopies(ground, restored, outcome)
     } else {
       const isNew =
         outcome === undefined
@@ -114,39 +118,62 @@ export class KillCases implements AsyncDisposable {
       expectContent(`the disks after a restore that is ${outcome}`, stored, isNew ? restored : before)
       ground.content = copied(isNew ? restored : before)
     }
-    await this.#expectClean()
-    await this.#expectGoesOn(published)
+    await this.#expectClean(ground)
+    await this.#expectGoesOn(ground, published)
     return end
   }
 
-  async #lookAtNewImages(restored: Content, outcome: string | undefined): Promise<void> {
-    const { site } = this.#ground
-    const there = (await this.#ground.images()).filter(name => name.startsWith('copy-'))
-    if (outcome === 'finished' && there.length < 2) throw new Error(`only ${there} of the new images`)
-    if (outcome === 'undone' && there.length > 0) throw new Error(`${there} were left`)
-    for (const disk of DISKS) {
-      const image = NEW_IMAGES[disk]
-      if (!there.includes(image.slice(4))) continue
-      const found = { [disk]: await site.bytes(image) }
-      expectContent('the new images', found, restored)
-      await site.cluster.removeImage(image)
+  #killAt(at: number, { scope }: KillCase, label?: string): NonNullable<Job['kill']> {
+    return { at, scope, diary: join(this.#lab.folder, 'diary'), ...(label !== undefined && { label }) }
+  }
+
+  /** What came of the run that was cut short; undefined where none was. */
+  async #settle({ host, stateDir, storage }: KillGround): Promise<string | undefined> {
+    const rbd = new CephConnector(this.#lab.ceph)
+    const { runs } = await recover({ stateDir, host, storages: [storage], rbd })
+    const [outcome, ...others] = runs.map(({ outcome, error }) => {
+      if (error) throw error
+      if (outcome === 'running') throw new Error('a run that was killed is said to go on')
+      return outcome
+    })
+    if (others.length > 0) throw new Error(`${runs.length} runs were cut short`)
+    return outcome
+  }
+
+  async #lookAtCopies(ground: KillGround, restored: Content, outcome: string | undefined): Promise<void> {
+    const there = [...(await this.#lab.images()), ...(await ground.files())]
+    const copies = DISKS.filter(disk => {
+      const path = ground.copyPath(disk)
+      return there.includes(path.slice(path.lastIndexOf('/') + 1))
+    })
+    if (outcome === 'finished' && copies.length < 2) throw new Error(`only ${copies} of the copies`)
+    if (outcome === 'undone' && copies.length > 0) throw new Error(`${copies} were left`)
+    for (const disk of copies) {
+      const path = ground.copyPath(disk)
+      expectContent('the copies', { [disk]: await ground.bytes(path) }, restored)
+      if (path.startsWith('rbd:')) await this.#lab.site.cluster.removeImage(path.slice(4))
+      else await rm(path)
     }
   }
 
-  /** Nothing is left but the disks and the snapshots of backups that are there. */
-  async #expectClean(): Promise<void> {
-    const ground = this.#ground
-    const ids = await this.#ids()
-    expectSame('the images', await ground.images(), DISKS.map(imageName))
-    for (const disk of DISKS) {
-      const stray = (await ground.snapshots(disk)).filter(name => !ids.includes(name.replace('varve-', '')))
-      expectSame(`the stray snapshots of ${disk}`, stray, [])
-    }
+  /** Nothing is left but the disks, and the bitmaps and snapshots of backups that are there. */
+  async #expectClean(ground: KillGround): Promise<void> {
+    const ids = await backupIds(ground)
+    const images = [...this.#grounds.values()].flatMap(({ images }) => images)
+    const files = DISKS.map(disk => ground.path(disk)).filter(path => !path.startsWith('rbd:'))
+    expectSame('the images', await this.#lab.images(), images.sort())
+    expectSame('the files', (await ground.files()).length, files.length)
+    const marked = await ground.marked()
+    const stray = marked.filter(id => !ids.includes(id))
+    expectSame('the stray bitmaps and snapshots', stray, [])
     expectSame('the journals', await readdir(join(ground.stateDir, 'runs')), [])
-    expectSame('the temporary files', await readdir(ground.temporary), [])
-    const servers = processesWith('qemu-nbd --format').filter(line => line.includes(ground.temporary))
+    expectSame('the temporary files', await readdir(this.#lab.temporary), [])
+    const servers = processesWith('qemu-nbd --format').filter(line => line.includes(this.#lab.folder))
     expectSame('the servers', servers, [])
-    expectSame('the state of the domain', await ground.state(), 'running')
+    const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
+    expectSame('the guest agent', agent, 'thawed')
+    const state = await ground.state()
+    if (state !== undefined) expectSame('the state of the domain', state, 'running')
     const keys: string[] = []
     for await (const { key } of ground.storage.list('')) keys.push(key)
     const partial = keys.filter(key => !ids.some(id => key.includes(`/${id}/`)))
@@ -154,42 +181,40 @@ export class KillCases implements AsyncDisposable {
   }
 
   /** The next backup is an increment, and it and what the victim published hold what they must. */
-  async #expectGoesOn(published: readonly string[]): Promise<void> {
-    const ground = this.#ground
+  async #expectGoesOn(ground: KillGround, published: readonly string[]): Promise<void> {
     await ground.write()
     const next = await ground.backup()
+    const kinds = next.disks.map(({ name, kind, fallback }) => [name, kind, fallback])
     expectSame(
       'the kinds',
-      next.disks.map(({ kind }) => kind),
-      ['incremental', 'incremental'],
+      kinds,
+      DISKS.map(disk => [disk, 'incremental', undefined]),
     )
-    for (const id of [...published, next.id]) {
+    const looks = [...published, next.id].map(async id => {
       const wanted = ground.backups.get(id)
       if (wanted) expectContent(`the backup ${id}`, await ground.restored(id), wanted)
-    }
-  }
-
-  async #ids(): Promise<string[]> {
-    const { backups, damaged } = await new ChainManager({ storage: this.#ground.storage }).list()
-    expectSame('the damaged manifests', damaged, [])
-    return backups.map(({ manifest }) => manifest.id)
+    })
+    await Promise.all(looks)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#victims[Symbol.asyncDispose]()
-    await this.#ground[Symbol.asyncDispose]()
+    for (const ground of this.#grounds.values()) await ground[Symbol.asyncDispose]()
+    await this.#lab[Symbol.asyncDispose]()
   }
 }
 
-function taskOf(run: RunName, backup: string): Task {
-  if (run === 'backup') return { kind: 'backup', request: { instance: INSTANCE } }
-  if (run === 'restore to new images') {
-    const disks = { vda: `rbd:${NEW_IMAGES.vda}`, vdb: `rbd:${NEW_IMAGES.vdb}` }
-    return { kind: 'restore', request: { backup, to: { disks } } }
-  }
-  const inPlace = run === 'restore in place'
-  const to = { instance: INSTANCE }
-  return { kind: 'restore', request: { backup, to, inPlace, powerOffTimeoutMs: 0 } }
+/** Whether a disk holds one of two contents; a domain that was not started holds neither. */
+async function holdsEither(ground: KillGround, contents: readonly Content[]): Promise<boolean> {
+  if ((await ground.state()) === 'shut off') return false
+  const stored = await ground.stored()
+  return contents.some(content => DISKS.every(disk => stored[disk].equals(content[disk])))
+}
+
+async function backupIds({ storage }: KillGround): Promise<string[]> {
+  const { backups, damaged } = await new ChainManager({ storage }).list()
+  expectSame('the damaged manifests', damaged, [])
+  return backups.map(({ manifest }) => manifest.id)
 }
 
 function expectSame(what: string, found: unknown, wanted: unknown): void {

@@ -1,163 +1,244 @@
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { BackupPipeline, LibvirtHost, RestorePipeline } from '@varve/core'
+import { BackupPipeline, type Host, ImageHost, RestorePipeline, type StorageDriver } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
-import { deviceIo, type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
-import { DISKS, type DiskName, domainXml, INSTANCE, randomChange } from '../../../core/test/torture/guest.ts'
-import { Random } from '../../../core/test/torture/random.ts'
-import { CephConnector, type CephOptions } from '../../src/index.ts'
-import { RbdSite } from '../rbd-site.ts'
+import { S3Driver } from '@varve/driver-s3'
+import { createQcow2, deviceIo, type LibvirtLab } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { DISKS, type DiskName, domainXml, randomChange } from '../../../core/test/torture/guest.ts'
+import { AgentHost, type StoragePlace } from '../../../core/test/torture/job.ts'
+import type { Random } from '../../../core/test/torture/random.ts'
+import { CephConnector } from '../../src/index.ts'
+import type { RbdSite } from '../rbd-site.ts'
+import type { KillLab } from './kill-lab.ts'
+
+/**
+ * What an instance is: a running domain on two RBD images; one on an RBD image and a qcow2 file; two RBD images that no
+ * libvirt knows, whose backups go to S3.
+ */
+export const INSTANCES = ['domain', 'mixed', 'images'] as const
+export type InstanceKind = (typeof INSTANCES)[number]
 
 export type Content = Readonly<Record<DiskName, Buffer>>
 
 /** Two objects and a part, which is no multiple of a cluster. */
 const DISK_BYTES = 2 * 1024 * 1024 + 3 * 512
 
-/** A libvirt domain with two RBD images, and beside each what it must hold: every write goes to a plain buffer too. */
-export class KillGround implements AsyncDisposable {
-  readonly site: RbdSite
-  readonly folder: string
+/** What a ground is made of. */
+interface Parts {
+  readonly lab: KillLab
+  readonly kind: InstanceKind
   readonly random: Random
+  /** The libvirt of a domain. */
+  readonly libvirt?: LibvirtLab
+  readonly storagePlace: StoragePlace
+}
+
+/** An instance with two disks, and beside each what it must hold: every write goes to a plain buffer too. */
+export class KillGround implements AsyncDisposable {
   /** What the disks must hold now. */
   content: Content = { vda: Buffer.alloc(DISK_BYTES), vdb: Buffer.alloc(DISK_BYTES) }
   /** What each backup must hold, by its id. */
   readonly backups = new Map<string, Content>()
-  readonly #lab: LibvirtLab
+  readonly host: Host
+  readonly storage: StorageDriver
+  readonly storagePlace: StoragePlace
+  readonly #lab: KillLab
+  readonly #kind: InstanceKind
+  readonly #random: Random
+  readonly #libvirt: LibvirtLab | undefined
 
-  private constructor(site: RbdSite, lab: LibvirtLab, folder: string, seed: number) {
-    this.site = site
+  private constructor({ lab, kind, random, libvirt, storagePlace }: Parts) {
     this.#lab = lab
-    this.folder = folder
-    this.random = new Random(seed)
+    this.#kind = kind
+    this.#random = random
+    this.#libvirt = libvirt
+    this.storagePlace = storagePlace
+    this.storage =
+      typeof storagePlace === 'string' ? new LocalDriver({ path: storagePlace }) : new S3Driver(storagePlace)
+    this.host = libvirt
+      ? new AgentHost(libvirt.uri, this.frozenFlag, lab.ceph)
+      : new ImageHost({
+          instance: this.instance,
+          disks: { vda: this.path('vda'), vdb: this.path('vdb') },
+          rbd: new CephConnector(lab.ceph),
+        })
   }
 
-  static async create(seed: number): Promise<KillGround> {
-    const site = await RbdSite.start()
-    const lab = await startLibvirt()
-    const ground = new KillGround(site, lab, await mkdtemp(join(tmpdir(), 'varve-rbd-kill-')), seed)
-    await mkdir(join(ground.folder, 'storage'))
-    await mkdir(ground.temporary)
-    for (const disk of DISKS) {
-      const size = ['--size', `${DISK_BYTES}B`, '--object-size', '1M']
-      await site.ceph.run('rbd', 'create', ground.image(disk), ...size)
-    }
-    const definition = join(ground.folder, 'domain.xml')
-    const secret = await lab.defineCephSecret(site.user.secret)
-    const disks = diskXml(site.ceph.monitor, site.user.user, secret)
-    await writeFile(definition, domainXml(disks))
-    await lab.virsh(['define', definition])
-    await ground.start()
+  /** Makes the instance, and its first backup. */
+  static async create(lab: KillLab, kind: InstanceKind, random: Random): Promise<KillGround> {
+    const folder = join(lab.folder, kind)
+    await mkdir(join(folder, 'disks'), { recursive: true })
+    const libvirt = kind === 'images' ? undefined : await lab.libvirt()
+    const storagePlace = kind === 'images' ? await lab.bucket() : join(folder, 'storage')
+    if (typeof storagePlace === 'string') await mkdir(storagePlace)
+    const ground = new KillGround({
+      lab,
+      kind,
+      random,
+      storagePlace,
+      ...(libvirt && { libvirt: libvirt.lab }),
+    })
+    for (const disk of DISKS) await ground.#createDisk(disk)
+    if (libvirt) await ground.#define(libvirt.secret)
+    await ground.write()
+    await ground.backup()
     return ground
   }
 
-  image(disk: DiskName): string {
-    return `vms/${imageName(disk)}`
+  /** With a digit: the points of commands are named by the words without one. */
+  get instance(): string {
+    return `web1-${this.#kind}`
   }
-  get temporary(): string {
-    return join(this.folder, 'tmp')
+  get folder(): string {
+    return join(this.#lab.folder, this.#kind)
   }
   get stateDir(): string {
     return join(this.folder, 'state')
   }
-  get storagePath(): string {
-    return join(this.folder, 'storage')
-  }
-  get storage(): LocalDriver {
-    return new LocalDriver({ path: this.storagePath })
-  }
-  /** How a host reaches images that no domain names. */
-  get ceph(): CephOptions {
-    const { ceph, user } = this.site
-    return { conf: ceph.conf, user: user.user, keyring: user.keyring }
-  }
-  get host(): LibvirtHost {
-    return new LibvirtHost({ uri: this.#lab.uri, rbd: new CephConnector(this.ceph) })
+  /** Where the stand-in for the guest agent keeps whether the guest is frozen. */
+  get frozenFlag(): string {
+    return join(this.folder, 'agent')
   }
 
-  async state(): Promise<string> {
-    return (await this.#lab.virsh(['domstate', INSTANCE])).trim()
+  /** The name of a disk's image in the pool: another one in each process, as a lock on it counts on the whole machine. */
+  imageName(disk: DiskName): string {
+    return `${this.instance}-${process.pid}-${disk}`
+  }
+
+  /** A disk's path, as hosts and manifests know it. */
+  path(disk: DiskName): string {
+    if (this.#kind === 'mixed' && disk === 'vdb') return join(this.folder, 'disks', 'vdb.qcow2')
+    return `rbd:vms/${this.imageName(disk)}`
+  }
+
+  /** The path of a copy of a disk, of its kind. */
+  copyPath(disk: DiskName): string {
+    const path = this.path(disk)
+    return path.startsWith('rbd:') ? `rbd:vms/copy-${this.imageName(disk)}` : `${path}.copy`
+  }
+
+  /** The names of its disks' images. */
+  get images(): string[] {
+    return DISKS.filter(disk => this.path(disk).startsWith('rbd:')).map(disk => this.imageName(disk))
+  }
+
+  /** Undefined for images, which do not run. */
+  async state(): Promise<string | undefined> {
+    return (await this.#libvirt?.virsh(['domstate', this.instance]))?.trim()
   }
 
   async start(): Promise<void> {
-    if ((await this.state()) === 'shut off') await this.#lab.virsh(['start', INSTANCE])
+    if ((await this.state()) === 'shut off') await this.#libvirt?.virsh(['start', this.instance])
   }
 
   /** The guest writes, zeroes and trims at random, and flushes. */
   async write(): Promise<void> {
-    for (const disk of DISKS) {
-      const commands = Array.from({ length: 3 }, () => randomChange(this.content[disk], this.random))
-      await deviceIo(this.#lab, INSTANCE, disk, [...commands, 'flush'])
-    }
+    const changes = DISKS.map(disk => {
+      const commands = Array.from({ length: 3 }, () => randomChange(this.content[disk], this.#random))
+      return { disk, commands }
+    })
+    await Promise.all(
+      changes.map(({ disk, commands }) =>
+        this.#libvirt
+          ? deviceIo(this.#libvirt, this.instance, disk, [...commands, 'flush'])
+          : this.#lab.site.write(`vms/${this.imageName(disk)}`, ...commands),
+      ),
+    )
   }
 
   /** Backs up in this process and remembers what the backup must hold. */
   async backup() {
     const { host, storage, stateDir } = this
-    const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: INSTANCE })
-    this.remember(manifest.id)
+    const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: this.instance })
+    this.backups.set(manifest.id, copied(this.content))
     return manifest
-  }
-
-  remember(id: string): void {
-    this.backups.set(id, copied(this.content))
   }
 
   /** What a restore of a backup gives. */
   async restored(id: string): Promise<Content> {
     const { host, storage, stateDir, folder } = this
-    const disks = Object.fromEntries(DISKS.map(disk => [disk, join(folder, `restored-${disk}`)]))
+    const path = (disk: DiskName) => join(folder, `restored-${id}-${disk}`)
     const pipeline = new RestorePipeline({ host, storage, stateDir })
+    const disks = { vda: path('vda'), vdb: path('vdb') }
     await pipeline.run({ backup: id, to: { disks, format: 'raw', overwrite: true } })
-    const [vda, vdb] = await Promise.all(DISKS.map(disk => readFile(disks[disk] ?? '')))
-    return { vda: vda ?? Buffer.alloc(0), vdb: vdb ?? Buffer.alloc(0) }
+    return { vda: await readFile(disks.vda), vdb: await readFile(disks.vdb) }
   }
 
-  /** What the images hold, by `rbd export`. */
+  /** What the disks hold. */
   async stored(): Promise<Content> {
-    return {
-      vda: await this.site.bytes(this.image('vda')),
-      vdb: await this.site.bytes(this.image('vdb')),
-    }
+    const [vda, vdb] = await Promise.all([this.bytes(this.path('vda')), this.bytes(this.path('vdb'))])
+    return { vda, vdb }
   }
 
-  async images(): Promise<string[]> {
-    return JSON.parse(await this.site.ceph.run('rbd', 'ls', 'vms', '--format', 'json'))
+  /** What an image holds, by `rbd export`, or a qcow2 file, by `qemu-img`; also while a domain runs on it. */
+  async bytes(path: string): Promise<Buffer> {
+    if (path.startsWith('rbd:')) return this.#lab.site.bytes(path.slice(4))
+    const raw = join(this.folder, 'raw')
+    await execa('qemu-img', ['convert', '-U', '-f', 'qcow2', '-O', 'raw', path, raw])
+    return readFile(raw)
   }
 
-  async snapshots(disk: DiskName): Promise<string[]> {
-    const list = await this.site.ceph.run('rbd', 'snap', 'ls', this.image(disk), '--format', 'json')
-    return JSON.parse(list).map(({ name }: { name: string }) => name)
+  /** The backups of which the disks have bitmaps or snapshots. */
+  async marked(): Promise<string[]> {
+    const marks = await Promise.all(DISKS.map(disk => this.#marks(disk)))
+    return marks.flat().map(name => name.replace('varve-', ''))
+  }
+
+  /** The files beside the disks. */
+  files(): Promise<string[]> {
+    return readdir(join(this.folder, 'disks'))
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.#lab.stop()
-    await this.site[Symbol.asyncDispose]()
-    await rm(this.folder, { recursive: true })
+    if (this.storage instanceof S3Driver) await this.storage[Symbol.asyncDispose]()
   }
-}
 
-/** A disk's image in the pool: another one in each process, as a lock on it counts on the whole machine. */
-export function imageName(disk: DiskName): string {
-  return `${INSTANCE}-${process.pid}-${disk}`
+  async #marks(disk: DiskName): Promise<string[]> {
+    const path = this.path(disk)
+    if (path.startsWith('rbd:')) {
+      const list = await this.#lab.site.ceph.run('rbd', 'snap', 'ls', path.slice(4), '--format', 'json')
+      return JSON.parse(list).map(({ name }: { name: string }) => name)
+    }
+    const { disks } = await this.host.instance(this.instance) // QEMU stores the newest bitmaps in the file when it ends
+    return disks.flatMap(disk => ('bitmaps' in disk ? disk.bitmaps.map(({ name }) => name) : []))
+  }
+
+  async #createDisk(disk: DiskName): Promise<void> {
+    const path = this.path(disk)
+    if (!path.startsWith('rbd:')) return createQcow2(path, DISK_BYTES)
+    const size = ['--size', `${DISK_BYTES}B`, '--object-size', '1M']
+    await this.#lab.site.ceph.run('rbd', 'create', path.slice(4), ...size)
+  }
+
+  async #define(secret: string): Promise<void> {
+    const { site } = this.#lab
+    const definition = join(this.folder, 'domain.xml')
+    const disks = DISKS.map(disk => diskXml(disk, this.path(disk), site, secret))
+    await writeFile(definition, domainXml(disks, this.instance))
+    await this.#libvirt?.virsh(['define', definition])
+    await this.start()
+  }
 }
 
 export function copied({ vda, vdb }: Content): Content {
   return { vda: Buffer.from(vda), vdb: Buffer.from(vdb) }
 }
 
-/** The disks of the domain. */
-function diskXml(monitor: string, user: string, secret: string): string[] {
-  const [host, port] = monitor.split(':')
-  return DISKS.map(
-    disk => `
-    <disk type='network' device='disk'>
-      <driver name='qemu' type='raw' discard='unmap'/>
-      <source protocol='rbd' name='vms/${imageName(disk)}'>
+/** A disk of a domain. */
+function diskXml(disk: DiskName, path: string, { ceph, user }: RbdSite, secret: string): string {
+  const isRbd = path.startsWith('rbd:')
+  const [host, port] = ceph.monitor.split(':')
+  const source = isRbd
+    ? `<source protocol='rbd' name='${path.slice(4)}'>
         <host name='${host}' port='${port}'/>
-        <auth username='${user}'><secret type='ceph' uuid='${secret}'/></auth>
-      </source>
+        <auth username='${user.user}'><secret type='ceph' uuid='${secret}'/></auth>
+      </source>`
+    : `<source file='${path}'/>`
+  return `
+    <disk type='${isRbd ? 'network' : 'file'}' device='disk'>
+      <driver name='qemu' type='${isRbd ? 'raw' : 'qcow2'}' discard='unmap'/>
+      ${source}
       <target dev='${disk}' bus='virtio'/>
-    </disk>`,
-  )
+    </disk>`
 }

@@ -9,9 +9,9 @@ export type DiskName = (typeof DISKS)[number]
  *
  * @param disks the `<disk>` elements
  */
-export function domainXml(disks: readonly string[]): string {
+export function domainXml(disks: readonly string[], name: string = INSTANCE): string {
   return `<domain type='qemu'>
-  <name>${INSTANCE}</name>
+  <name>${name}</name>
   <memory unit='MiB'>32</memory>
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>

@@ -1,5 +1,6 @@
 import { writeFileSync } from 'node:fs'
 import { CephConnector, type CephOptions } from '@varve/ceph'
+import type { S3DriverOptions } from '@varve/driver-s3'
 import type { BackupRequest } from '../../src/backup-pipeline.ts'
 import type { Host, HostReference } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
@@ -20,7 +21,8 @@ export type Task =
 export interface Job {
   readonly task: Task
   readonly host: HostReference
-  readonly storagePath: string
+  /** Where the backups are: a folder, or a bucket. */
+  readonly storage: StoragePlace
   readonly stateDir: string
   /** Where the stand-in for the guest agent keeps whether the guest is frozen. */
   readonly frozenFlag: string
@@ -28,6 +30,9 @@ export interface Job {
   readonly ceph?: CephOptions
   readonly kill?: Kill
 }
+
+/** The path of a folder, or what an S3 driver is made with. */
+export type StoragePlace = string | S3DriverOptions
 
 /** What a victim says: that it waits for the guest's writes, and how it ended where it was not killed. */
 export type Message =
@@ -53,12 +58,15 @@ export class AgentHost extends LibvirtHost {
     writeFileSync(this.#flag, 'frozen')
   }
 
-  override async thawFilesystems(): Promise<void> {
+  override async thawFilesystems(instance: string): Promise<void> {
+    if (await this.isPaused(instance))
+      throw new Error('The agent of a guest that stands still does not answer.')
     writeFileSync(this.#flag, 'thawed')
   }
 }
 
 /** The host that a job means. */
 export function hostOf({ host, frozenFlag, ceph }: Job): Host {
-  return host.kind === 'libvirt' ? new AgentHost(host.uri, frozenFlag, ceph) : new ImageHost(host)
+  if (host.kind === 'libvirt') return new AgentHost(host.uri, frozenFlag, ceph)
+  return new ImageHost({ ...host, ...(ceph && { rbd: new CephConnector(ceph) }) })
 }

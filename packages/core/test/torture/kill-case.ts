@@ -109,7 +109,7 @@ async function runVictim(
   const job: Job = {
     task,
     host: ground.host.reference,
-    storagePath: ground.storagePath('first'),
+    storage: ground.storagePath('first'),
     stateDir: ground.stateDir,
     frozenFlag: ground.frozenFlag,
     ...(kill && {
@@ -133,7 +133,7 @@ async function settle(
     await victims.run({
       task: { kind: 'recover' },
       host: ground.host.reference,
-      storagePath: ground.storagePath('first'),
+      storage: ground.storagePath('first'),
       stateDir: ground.stateDir,
       frozenFlag: ground.frozenFlag,
       kill: { at: recoverKill, scope, diary: join(ground.folder, 'diary') },

@@ -1,26 +1,40 @@
 // Run as a process of its own, which is killed in the middle of what it is told to do.
+import { CephConnector } from '@varve/ceph'
 import { LocalDriver } from '@varve/driver-local'
+import type { S3DriverOptions } from '@varve/driver-s3'
 import { BackupPipeline } from '../../src/backup-pipeline.ts'
 import { ChainManager } from '../../src/chain-manager.ts'
 import { errorMessage, isVarveError } from '../../src/errors.ts'
 import { recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
-import type { StoredObject } from '../../src/storage.ts'
-import { hostOf, type Job, type Message } from './job.ts'
+import type { StorageDriver } from '../../src/storage.ts'
+import { hostOf, type Job, type Message, type StoragePlace } from './job.ts'
 import { KillPoints } from './kill-points.ts'
 
-class StreamedStorage extends LocalDriver {
-  #streaming = false
+/** The objects that hold what a disk held. */
+const IMAGE = /\.(qcow2|rbd-diff)$/
 
-  override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
-    if (args[0].endsWith('.qcow2') && !this.#streaming) {
-      this.#streaming = true
+/** A storage where each stored object is a point, and where the guest writes once the first image is to be stored. */
+async function openStorage(place: StoragePlace): Promise<StorageDriver> {
+  const storage = typeof place === 'string' ? new LocalDriver({ path: place }) : await openBucket(place)
+  const put = storage.put.bind(storage)
+  let streaming = false
+  storage.put = async (...args) => {
+    if (IMAGE.test(args[0]) && !streaming) {
+      streaming = true
       await guestWrites()
     }
-    const stored = await super.put(...args)
+    const stored = await put(...args)
     points.reach(`stored ${args[0].slice(args[0].lastIndexOf('/') + 1)}`)
     return stored
   }
+  return storage
+}
+
+/** Loaded for those only that need it: it is large. */
+async function openBucket(options: S3DriverOptions): Promise<StorageDriver> {
+  const { S3Driver } = await import('@varve/driver-s3')
+  return new S3Driver(options)
 }
 
 const points = new KillPoints()
@@ -38,8 +52,8 @@ function say(message: Message): void {
 
 /** Does a job; resolves with the id of the backup that it took. */
 async function run(job: Job): Promise<string | undefined> {
-  const { task, storagePath, stateDir } = job
-  const storage = new StreamedStorage({ path: storagePath })
+  const { task, stateDir, ceph } = job
+  const storage = await openStorage(job.storage)
   const host = hostOf(job)
   switch (task.kind) {
     case 'backup':
@@ -54,7 +68,8 @@ async function run(job: Job): Promise<string | undefined> {
       await new ChainManager({ storage }).prune(task.policy)
       return undefined
     case 'recover': {
-      const { runs } = await recover({ host, storages: [storage], stateDir })
+      const rbd = ceph && new CephConnector(ceph)
+      const { runs } = await recover({ host, storages: [storage], stateDir, ...(rbd && { rbd }) })
       for (const { error } of runs) if (error) throw error
       return undefined
     }
