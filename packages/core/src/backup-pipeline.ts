@@ -119,7 +119,10 @@ export class BackupPipeline {
 
     stage(run, 'plan', `Looking at ${request.instance}`)
     const selection = request.disks ?? 'all'
-    const places = chooseDisks(await host.disks(request.instance, run), selection).map(({ path }) => path)
+    const known = await host.disks(request.instance, run)
+    chooseDisks(known, selection) // refused before anything is held
+    // All of them: a second run on other disks of the instance would find these on overlays, and its definition changed.
+    const places = known.disks.map(({ path }) => path)
     await using _lock = await DiskLock.acquire(places)
     // The disks are held now: what is read from here on stays true.
     const instance = await host.instance(request.instance, run)

@@ -38,6 +38,8 @@ export interface DomainDisk {
   readonly backed: boolean
   readonly shareable: boolean
   readonly encrypted: boolean
+  /** Whether what the guest sees is a part of the source. */
+  readonly sliced: boolean
 }
 
 /** What Varve reads in libvirt's XML of a domain (libvirt's "Domain XML format"). */
@@ -218,6 +220,7 @@ function readDisk(element: Element): DomainDisk {
     encrypted:
       child(element, 'encryption') !== undefined ||
       (source ? child(source, 'encryption') !== undefined : false),
+    sliced: source ? child(source, 'slices') !== undefined : false,
   }
 }
 

@@ -12,6 +12,7 @@ export function unsupportedReason(
     return `its type is ${disk.type}`
   if (disk.encrypted) return 'libvirt encrypts it'
   if (disk.shareable) return 'it is shared between instances'
+  if (disk.sliced) return 'it is a slice of its source'
   if (disk.format !== 'qcow2' && disk.format !== 'raw') return `its format is ${disk.format}`
   return undefined
 }
@@ -24,6 +25,7 @@ function unsupportedRbdReason(
   if (!connector) return 'it is an RBD image, and this host was made without @varve/ceph (option rbd)'
   if (disk.encrypted) return 'libvirt encrypts it'
   if (disk.shareable) return 'it is shared between instances'
+  if (disk.sliced) return 'it is a slice of its source'
   if (source.snapshot !== undefined) return `it is the snapshot ${source.snapshot} of an RBD image`
   if (disk.format !== 'raw') return `its format within the RBD image is ${disk.format}`
   return isRbdImage(source.image) ? undefined : `${source.image} is no name of an RBD image`

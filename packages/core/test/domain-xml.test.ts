@@ -21,6 +21,7 @@ const XML = `<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qe
     <disk type='volume' device='disk'><driver type='qcow2'/><source pool='default' volume='v1'/><target dev='vdd'/></disk>
     <disk type='file' device='cdrom'><source file='/iso/x.iso'/><target dev='sda'/><readonly/></disk>
     <disk type='file' device='disk'><driver type='qcow2'/><source file='/c.qcow2'><encryption format='luks'/></source><target dev='vde'/><shareable/></disk>
+    <disk type='file' device='disk'><driver type='raw'/><source file='/s.raw'><slices><slice type='storage' offset='1048576' size='1048576'/></slices></source><target dev='vdf'/></disk>
     <interface type='network'><mac address='52:54:00:00:00:01'/></interface>
   </devices>
 </domain>`
@@ -41,10 +42,12 @@ test('disks are read with their own source, not that of their backing chain', ()
     ['vdd', 'disk', 'volume', 'qcow2', undefined],
     ['sda', 'cdrom', 'file', 'raw', '/iso/x.iso'],
     ['vde', 'disk', 'file', 'qcow2', '/c.qcow2'],
+    ['vdf', 'disk', 'file', 'raw', '/s.raw'],
   ])
   expect(disks[3]?.volume).toEqual({ pool: 'default', name: 'v1' })
   expect(disks[5]).toMatchObject({ encrypted: true, shareable: true })
-  expect(disks[0]).toMatchObject({ encrypted: false, shareable: false })
+  expect(disks[0]).toMatchObject({ encrypted: false, shareable: false, sliced: false })
+  expect(disks[6]).toMatchObject({ sliced: true })
 })
 
 test('a disk is backed where the definition names a backing file, and not where it says that there is none', () => {
@@ -191,7 +194,7 @@ test('a disk that has become an RBD image, or that of another cluster, is define
 test('a disk is put back on its base and all else stays', () => {
   const back = rewriteDomainXml(XML, { disks: { vda: { path: '/img/base.qcow2', format: 'qcow2' } } })
   const { name, uuid, disks } = readDomainXml(back)
-  expect([name, uuid, disks.length]).toEqual(['web-1', 'b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e', 6])
+  expect([name, uuid, disks.length]).toEqual(['web-1', 'b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e', 7])
   expect(disks[0]?.source).toBe('/img/base.qcow2')
   expect(back).toContain('52:54:00:00:00:01')
 })

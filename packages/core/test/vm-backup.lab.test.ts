@@ -2,7 +2,14 @@ import { createHash } from 'node:crypto'
 import { mkdir, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
-import { createQcow2, type GuestWriter, qemuIo, sha256Content, writerBlockSize } from '@varve/testkit/lab'
+import {
+  createQcow2,
+  createRaw,
+  type GuestWriter,
+  qemuIo,
+  sha256Content,
+  writerBlockSize,
+} from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
@@ -216,19 +223,37 @@ test('a missing bitmap makes a full backup and says so in the words that operato
 
 test('the guest agent freezes the file systems around the snapshot and thaws them', async () => {
   const vm = await createVm([{ target: 'vda', size: 64 * MiB }], { guest: true, agent: true })
+  const raw = join(site.folder, 'raw')
+  await createRaw(raw, 64 * MiB)
+  await execa('mke2fs', ['-q', '-t', 'ext4', raw])
+  await execa('qemu-img', ['convert', '-O', 'qcow2', raw, site.image('vda')])
   await vm.boot()
-  await vm.run('mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
+  await vm.run('mount -t ext4 /dev/vda /mnt && echo hello > /mnt/hello')
   const manifest = await backup({ freeze: 'require' })
   expect(manifest.consistency).toBe('filesystem')
-  const { stdout } = await execa('virsh', [
-    '-c',
-    site.lab.uri,
-    'qemu-agent-command',
-    vm.name,
-    '{"execute":"guest-fsfreeze-status"}',
-  ])
-  expect(JSON.parse(stdout)).toEqual({ return: 'thawed' })
-  await vm.run('echo more > /mnt/more && sync')
+  const expectThawed = async () => {
+    const status = await site.lab.virsh([
+      'qemu-agent-command',
+      vm.name,
+      '{"execute":"guest-fsfreeze-status"}',
+    ])
+    expect(JSON.parse(status)).toEqual({ return: 'thawed' })
+    await vm.run('echo more >> /mnt/more && sync')
+  }
+  await expectThawed()
+  // A mounted ext4 has its journal to be replayed, but not while it is frozen.
+  const isFrozen = async (backup: BackupManifest) => {
+    await execa('qemu-img', ['convert', '-O', 'raw', await site.restored(backup), raw])
+    return !(await execa('dumpe2fs', ['-h', raw])).stdout.includes('needs_recovery')
+  }
+  expect(await isFrozen(manifest)).toBe(true)
+  expect(await isFrozen(await backup())).toBe(false)
+
+  // Somebody else's block job: libvirt takes no snapshot beside it.
+  const copy = ['blockcopy', vm.name, 'vda', '--dest', join(site.folder, 'copy'), '--format', 'qcow2']
+  await site.lab.virsh([...copy, '--transient-job', '--wait'])
+  await expect(backup({ freeze: 'require' })).rejects.toMatchObject({ code: 'SNAPSHOT_FAILED' })
+  await expectThawed()
 })
 
 test('without an agent a required freeze ends the backup and leaves no trace, a tried one is a warning', async () => {

@@ -105,6 +105,21 @@ test('an overlay under a snapshot that somebody made meanwhile is never removed'
   await expectCleanHost([`varve-${error.context.published}`])
 })
 
+test('while one disk is backed up the others of its instance are busy', async () => {
+  const vm = await createVm([
+    { target: 'vda', size: MiB },
+    { target: 'vdb', size: MiB },
+  ])
+  await vm.start()
+  let other: unknown
+  before('manifest.json', async () => {
+    other = await backup({ disks: ['vdb'] }).catch(error => error)
+  })
+  await backup({ disks: ['vda'] })
+  expect(other).toMatchObject({ code: 'DISK_BUSY', retryable: true })
+  await backup({ disks: ['vdb'] })
+})
+
 test('a disk that is to be on another file after the next start is refused, as its last writes could be left behind', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.start()

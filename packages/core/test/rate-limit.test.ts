@@ -1,0 +1,61 @@
+import { expect, test } from 'vitest'
+import { type Clock, RateLimit } from '../src/rate-limit.ts'
+
+/** A clock whose time passes only while all that use it wait. */
+class TestClock implements Clock {
+  #time = 0
+  readonly #waiting: { until: number; resolve: () => void }[] = []
+
+  now(): number {
+    return this.#time
+  }
+
+  sleep(ms: number): Promise<void> {
+    return new Promise(resolve => this.#waiting.push({ until: this.#time + ms, resolve }))
+  }
+
+  /** Lets time pass until nobody waits any more. */
+  async run(): Promise<void> {
+    for (;;) {
+      await new Promise(setImmediate)
+      const next = this.#waiting.sort((a, b) => a.until - b.until).shift()
+      if (!next) return
+      this.#time = Math.max(this.#time, next.until)
+      next.resolve()
+    }
+  }
+}
+
+/** Takes `bytes` in pieces of 100, and tells when that was done. */
+async function drain(limit: RateLimit, clock: Clock, bytes: number): Promise<number> {
+  for (let taken = 0; taken < bytes; taken += 100) await limit.take(100)
+  return clock.now()
+}
+
+test('all that share a limit get its bytes a second together, no more and no fewer', async () => {
+  const clock = new TestClock()
+  const limit = new RateLimit(1000, clock)
+  const streams = Promise.all([drain(limit, clock, 3000), drain(limit, clock, 2000)])
+  await clock.run()
+  expect(Math.max(...(await streams))).toBe(4900) // the last piece goes before it is paid for
+})
+
+test('what was not used is not saved up', async () => {
+  const clock = new TestClock()
+  const limit = new RateLimit(1000, clock)
+  const idle = clock.sleep(60_000)
+  await clock.run()
+  await idle
+  const stream = drain(limit, clock, 2000)
+  await clock.run()
+  expect(await stream).toBe(61_900)
+})
+
+test('a wait is given up with the run', async () => {
+  const limit = new RateLimit(1)
+  await limit.take(100)
+  const controller = new AbortController()
+  const wait = limit.take(1, controller.signal)
+  controller.abort()
+  await expect(wait).rejects.toMatchObject({ name: 'AbortError' })
+})
