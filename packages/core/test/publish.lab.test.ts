@@ -2,6 +2,7 @@ import { readdirSync, rmSync } from 'node:fs'
 import { mkdir, mkdtemp, open, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, createRaw, qemuIo } from '@varve/testkit/lab'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
@@ -179,6 +180,28 @@ test('a raw disk that is written to while it is read as one that is off is not p
   const error = await raw.run({ instance: 'web-1' }).catch((reason: unknown) => reason)
   expect(error).toMatchObject({ code: 'DISK_BUSY', context: { disk: 'vda' }, retryable: true })
   expect((await left()).filter(name => name.endsWith('manifest.json'))).toHaveLength(1)
+})
+
+test.each([1, 2, 3])('with a limit of %d as many disks are uploaded at once, and no more', async limit => {
+  const disks = Object.fromEntries(['vda', 'vdb', 'vdc'].map(name => [name, join(folder, `${name}.raw`)]))
+  for (const path of Object.values(disks)) await writeFile(path, Buffer.alloc(1024 * 1024, 1))
+  const all = Promise.withResolvers<void>()
+  const counts: number[] = []
+  let running = 0
+  class CountingStorage extends LocalDriver {
+    override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+      if (!args[0].endsWith('.qcow2')) return super.put(...args)
+      counts.push(++running)
+      if (running === limit) all.resolve()
+      await all.promise
+      return super.put(...args).finally(() => running--)
+    }
+  }
+  const host = new ImageHost({ instance: 'web-1', disks })
+  const counting = new CountingStorage({ path: join(folder, 'storage') })
+  const raw = new BackupPipeline({ host, storage: counting, stateDir: join(folder, 'state') })
+  await raw.run({ instance: 'web-1', concurrency: limit })
+  expect(Math.max(...counts)).toBe(limit)
 })
 
 test.each([
