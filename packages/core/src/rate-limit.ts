@@ -18,7 +18,7 @@ export class RateLimit {
   /** When all the bytes let through so far have been paid for, in milliseconds. */
   #paidUntil = 0
 
-  constructor(bytesPerSecond: number, clock = SYSTEM_CLOCK) {
+  constructor(bytesPerSecond: number, clock: Clock = SYSTEM_CLOCK) {
     this.#bytesPerSecond = bytesPerSecond
     this.#clock = clock
   }
