@@ -1,5 +1,5 @@
 import { mkdir, rm } from 'node:fs/promises'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { type CephLab, startCeph } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import type { Setting } from './cases.ts'
@@ -16,11 +16,16 @@ const LAYERS = 10
 /** Runs of Varve (a) and of the programs of Ceph and rclone (b). */
 type Pairs = { a: Run[]; b: Run[] }
 
-/** Full backups of an RBD image that is written all over, and restores of a chain of ten, on a one-node cluster. */
+/**
+ * Full backups of an RBD image that is written all over, and of a large one, and restores of a chain of ten, on a one-node
+ * cluster.
+ */
 export async function measureRbd({ folder, pairs, dataBytes }: Setting): Promise<{
   bytes: number
   toFolder: Pairs
   throughRclone: Pairs
+  /** Of `dataBytes`: what a backup costs whatever its size shows less. */
+  largeToFolder: Pairs
   chain: Pairs
 }> {
   const bytes = Math.min(dataBytes, MOST_BYTES)
@@ -28,33 +33,36 @@ export async function measureRbd({ folder, pairs, dataBytes }: Setting): Promise
   await ceph.createRbdPool('bench')
   const { user, keyring } = await ceph.createUser('bench')
   const options = { conf: ceph.conf, user, keyring }
-  const image = 'bench/disk'
-  await ceph.run('rbd', 'create', '--size', `${bytes}B`, image)
-  await fill(ceph, image, bytes, join(folder, 'raw'))
+  const [image, large] = ['bench/disk', 'bench/large']
+  await create(ceph, image, bytes, folder)
 
-  const at = { stateDir: join(folder, 'state'), disk: `rbd:${image}`, ceph: options }
+  const at = { stateDir: join(folder, 'state'), ceph: options }
   const target = join(folder, 'peer')
   const script = `set -o pipefail; rbd --conf "$1" export --no-progress "$2" - | rclone rcat "$3"`
-  const peer = async () => {
+  const peer = (image: string) => async () => {
     const run = await timeCommand('bash', ['-c', script, 'bash', ceph.conf, image, target])
     await rm(target)
     return run
   }
-  const varve = (more: object, place: string) => async () => {
-    const run = await runTask('backup', { ...at, ...more, type: 'full' })
+  const varve = (image: string, more: object, place: string) => async () => {
+    const run = await runTask('backup', { ...at, ...more, disk: `rbd:${image}`, type: 'full' })
     await rm(place, { recursive: true })
     return run
   }
   const local = join(folder, 'local')
-  const toFolder = await alternate(pairs, varve({ storage: local }, local), peer)
+  const toFolder = await alternate(pairs, varve(image, { storage: local }, local), peer(image))
   const remote = join(folder, 'remote')
   await mkdir(remote)
   const rclone = { remoteName: 'bench', remotes: { bench: { type: 'alias', remote } } }
-  const throughRclone = await alternate(pairs, varve({ rclone }, join(remote, 'bench')), peer)
+  const throughRclone = await alternate(pairs, varve(image, { rclone }, join(remote, 'bench')), peer(image))
+  await create(ceph, large, dataBytes, folder)
+  const largeToFolder = await alternate(pairs, varve(large, { storage: local }, local), peer(large))
+  await remove(ceph, large)
   return {
     bytes,
     toFolder,
     throughRclone,
+    largeToFolder,
     chain: await measureChain(ceph, { ...at, storage: local }, Math.min(bytes, MOST_CHAIN_BYTES), pairs),
   }
 }
@@ -68,8 +76,7 @@ async function measureChain(
 ): Promise<Pairs> {
   const image = 'bench/chain'
   const at = { ...place, disk: `rbd:${image}` }
-  await ceph.run('rbd', 'create', '--size', `${bytes}B`, image)
-  await fill(ceph, image, bytes, `${place.storage}.raw`)
+  await create(ceph, image, bytes, dirname(place.storage))
   const manifests: (Run & Record<string, unknown>)[] = []
   for (let layer = 0; layer < LAYERS; layer++) {
     if (layer > 0) await rewriteOnePercent(ceph, image, bytes, layer)
@@ -80,8 +87,7 @@ async function measureChain(
     join(at.storage, 'bench', String(chain), String(id), 'vda.rbd-diff'),
   )
   const removed = async (run: Run, name: string) => {
-    await ceph.run('rbd', 'snap', 'purge', '--no-progress', name)
-    await ceph.run('rbd', 'rm', '--no-progress', name)
+    await remove(ceph, name)
     return run
   }
   const script = `set -e; conf=$1; image=$2; shift 2
@@ -109,7 +115,15 @@ async function rewriteOnePercent(ceph: CephLab, image: string, bytes: number, la
   await execa('qemu-io', ['-f', 'raw', ...commands, `rbd:${image}:conf=${ceph.conf}`])
 }
 
-async function fill(ceph: CephLab, image: string, bytes: number, file: string): Promise<void> {
+async function remove(ceph: CephLab, image: string): Promise<void> {
+  await ceph.run('rbd', 'snap', 'purge', '--no-progress', image)
+  await ceph.run('rbd', 'rm', '--no-progress', image)
+}
+
+/** An image that is written all over. */
+async function create(ceph: CephLab, image: string, bytes: number, folder: string): Promise<void> {
+  await ceph.run('rbd', 'create', '--size', `${bytes}B`, image)
+  const file = join(folder, 'raw')
   await createRaw(file, bytes)
   await execa('qemu-img', [
     ...['convert', '-n', '-f', 'raw', '-O', 'raw'],
