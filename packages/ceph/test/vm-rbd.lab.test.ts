@@ -261,6 +261,12 @@ test('no backup has a later write to one disk without the earlier one to another
   }
   await guest.run('touch /run/stop')
   expect((await writer.result).exitCode).toBe(0)
+
+  // A guest that sleeps stands still as well, and is not woken.
+  guest.spawn('echo mem > /sys/power/state').result.catch(() => undefined) // it does not answer any more
+  await expect.poll(() => guest.state(), { timeout: 30_000 }).toBe('pmsuspended')
+  await new BackupPipeline(pipelines()).run({ instance: 'web-1', disks: ['vda', 'vdc'] }, { onEvent })
+  expect(await guest.state()).toBe('pmsuspended')
 })
 
 test('a secret that libvirt does not hand out is an error that says what to do', async () => {

@@ -141,10 +141,10 @@ export interface Host {
   thawFilesystems(instance: string, run?: RunOptions): Promise<void>
   /**
    * Stops the processors of a running guest, once its writes in flight are done; they are waited for also after an abort.
-   * False where somebody has stopped them already.
+   * False where somebody has stopped them already, or the guest sleeps.
    */
   suspend(instance: string, run?: RunOptions): Promise<boolean>
-  /** Whether the processors of a running guest stand still. */
+  /** Whether the processors of a running guest stand still: it is suspended, or sleeps. */
   isPaused(instance: string, run?: RunOptions): Promise<boolean>
   /**
    * Lets a suspended guest go on, also where a `suspend` is under way still; no error when it runs, or not any more.

@@ -241,7 +241,7 @@ export class LibvirtHost implements Host {
   }
 
   async isPaused(instance: string, run: RunOptions = {}): Promise<boolean> {
-    return (await this.#domains.state(instance, run)) === 'paused'
+    return ['paused', 'pmsuspended'].includes(await this.#domains.state(instance, run))
   }
 
   async resume(instance: string, run: RunOptions = {}): Promise<void> {
@@ -253,7 +253,8 @@ export class LibvirtHost implements Host {
         return
       } catch (error) {
         const stderr = isVarveError(error) ? String(error.context.stderr) : ''
-        if (isVarveError(error, 'INSTANCE_NOT_FOUND') || /domain is not running/i.test(stderr)) return
+        if (isVarveError(error, 'INSTANCE_NOT_FOUND') || /domain is (not running|pmsuspended)/i.test(stderr))
+          return
         const waited = performance.now() - startedAt
         if (/domain is already running/i.test(stderr) && waited > SUSPEND_ARRIVAL_MS) return
         if (waited > SUSPEND_TIMEOUT_MS) {

@@ -8,7 +8,7 @@ import { createHash } from 'node:crypto'
 import { parseArgs } from 'node:util'
 import { errorMessage } from '../../../core/src/errors.ts'
 import { type KillCase, KillCases } from './kill-cases.ts'
-import { RUNS, stepsWithoutARun } from './kill-runs.ts'
+import { type KillRun, RUNS, stepsWithoutARun } from './kill-runs.ts'
 
 const { values } = parseArgs({
   options: {
@@ -26,16 +26,20 @@ let cases = await KillCases.prepare(seed)
 
 const without = stepsWithoutARun()
 if (without.length > 0) throw new Error(`No run has the steps ${without.join(', ')}`)
+const runs = RUNS.filter(({ name, kind }) => `${name} (${kind})`.includes(values.only))
 const replay: KillCase | undefined = values.replay && JSON.parse(values.replay)
-const all = replay ? [replay] : await allCases()
+const first = replay ? [replay] : inOrder(runs.flatMap(aroundSteps))
+let all = first
 const from = Number(values.from)
 let next = from
 let [kills, failures] = [0, 0]
-while (next < all.length && Date.now() < deadline) {
+while (Date.now() < deadline) {
+  if (!replay && all === first && next >= first.length) all = [...first, ...inOrder(await otherCases())]
   const one = all[next++]
   if (!one) break
   try {
     if (await cases.run(one)) kills++
+    else if (next <= first.length) throw new Error(`The run does not reach "${one.point}".`)
   } catch (error) {
     failures++
     console.log(`FAILED: ${errorMessage(error)}`)
@@ -45,37 +49,46 @@ while (next < all.length && Date.now() < deadline) {
     await cases[Symbol.asyncDispose]()
     cases = await KillCases.prepare(seed)
   }
-  if ((next - from) % 25 === 0)
+  if ((next - from) % 10 === 0)
     console.log(`${next} of ${all.length}; ${kills} kills survived; ${seconds()} s`)
 }
 await cases[Symbol.asyncDispose]()
+const others = all === first ? `, the ${first.length} around the steps` : ''
 console.log(
-  `points ${from} to ${next} of ${all.length}: ${kills} kills survived, ${failures} failed, in ${seconds()} s (seed ${seed})`,
+  `points ${from} to ${next} of ${all.length}${others}: ${kills} kills survived, ${failures} failed, in ${seconds()} s (seed ${seed})`,
 )
-if (next < all.length) console.log(`to go on: --seed ${seed} --from ${next}`)
+if (next < all.length || all === first) console.log(`to go on: --seed ${seed} --from ${next}`)
 process.exitCode = failures > 0 ? 1 : 0
 
-/** Around the steps of the journal first. */
-async function allCases(): Promise<KillCase[]> {
+/** Before and after each step of a run: those are known without a run. */
+function aroundSteps({ kind, name: run, steps }: KillRun): KillCase[] {
+  return steps.flatMap(step =>
+    ['before', 'after'].map(when =>
+      withChance({ kind, run, point: `${when} ${step}`, nth: 0, scope: 'process' }),
+    ),
+  )
+}
+
+/** All other points of the runs, by a run of each that nobody kills. */
+async function otherCases(): Promise<KillCase[]> {
+  const known = new Set(first.map(nameOf))
   const found: KillCase[] = []
-  for (const run of RUNS) {
-    const title = `${run.name} (${run.kind})`
-    if (!title.includes(values.only)) continue
+  for (const run of runs) {
     const points = await cases.points(run)
     const met = new Map<string, number>()
     for (const point of points) {
       const nth = met.get(point) ?? 0
       met.set(point, nth + 1)
-      found.push(withChance({ kind: run.kind, run: run.name, point, nth, scope: 'process' }))
+      const one = withChance({ kind: run.kind, run: run.name, point, nth, scope: 'process' })
+      if (!known.has(nameOf(one))) found.push(one)
     }
-    console.log(`${title}: ${points.length} points`)
+    console.log(`${run.name} (${run.kind}): ${points.length} points`)
   }
-  console.log(`${found.length} points, known after ${seconds()} s.`)
-  const rank = (one: KillCase) => (/^(before|after) /.test(one.point) ? 0 : 1) + chance(one, 'order')
   return found
-    .map(one => ({ one, at: rank(one) }))
-    .sort((a, b) => a.at - b.at)
-    .map(({ one }) => one)
+}
+
+function inOrder(found: readonly KillCase[]): KillCase[] {
+  return [...found].sort((a, b) => chance(a, 'order') - chance(b, 'order'))
 }
 
 /** How it dies, and whether who settles it dies as well. */
@@ -86,9 +99,13 @@ function withChance(one: KillCase): KillCase {
 }
 
 /** A number from 0 up to 1 that only the seed, the case and the question decide: so a run can be gone on with. */
-function chance({ kind, run, point, nth }: KillCase, question: string): number {
-  const text = JSON.stringify([seed, kind, run, point, nth, question])
+function chance(one: KillCase, question: string): number {
+  const text = `${seed} ${question} ${nameOf(one)}`
   return createHash('sha256').update(text).digest().readUInt32LE() / 2 ** 32
+}
+
+function nameOf({ kind, run, point, nth }: KillCase): string {
+  return JSON.stringify([kind, run, point, nth])
 }
 
 function seconds(): number {
