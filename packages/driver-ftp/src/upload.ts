@@ -253,7 +253,9 @@ export class Upload {
   async #discarded(failure: VarveError): Promise<VarveError> {
     if (!this.#begun) return failure
     const { pool, foldersInUse, settings } = this.#context
-    const timeout = AbortSignal.timeout(Math.min(GRACE_MS, settings.timeoutMs))
+    // a server that was silent mostly stays so; else a new connection may take longer than one answer
+    const graceMs = failure.code === 'TIMEOUT' ? Math.min(GRACE_MS, settings.timeoutMs) : GRACE_MS
+    const timeout = AbortSignal.timeout(graceMs)
     for (let failures = 1; ; failures++) {
       try {
         await pool.use('command', timeout, async connection => {
