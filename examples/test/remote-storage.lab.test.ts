@@ -12,6 +12,7 @@ import {
   type LibvirtLab,
   sha256Content,
   startLibvirt,
+  watchStaging,
   writerBlockSize,
 } from '@varve/testkit/lab'
 import { execa } from 'execa'
@@ -71,11 +72,23 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
     await site?.[Symbol.asyncDispose]()
   })
 
+  /** The local files that some work leaves data in, be it for a moment; those of a storage that is a folder are none. */
+  async function staged<T>(work: () => Promise<T>) {
+    const { value, temporary, written } = await watchStaging(work)
+    // sockets of qemu-nbd, and the caches of the example's TypeScript
+    const files = temporary.filter(name => !/^(varve-nbd|tsx|node)-/.test(name))
+    return { value, paths: [...files, ...written.filter(path => !path.startsWith(join(home, 'remote')))] }
+  }
+
   test("the example's backup of the running guest and two increments restore what it had, also without Varve", async () => {
     const script = fileURLToPath(new URL(`../store-remotely/${type}.ts`, import.meta.url))
     const stateDir = join(home, 'state')
     const args = ['--import', 'tsx', script, INSTANCE, ...site.args, stateDir, lab.uri]
-    const { stdout } = await execa(process.execPath, args, { ...(site.env && { env: site.env }) })
+    const example = await staged(async () =>
+      execa(process.execPath, args, { ...(site.env && { env: site.env }) }),
+    )
+    expect(example.paths, 'what a full backup has written to local files').toEqual([])
+    const { stdout } = example.value
     const [found, ...others] = (await new ChainManager({ storage: site.driver }).list()).backups
     expect(others).toEqual([])
     const full = found?.manifest ?? expect.fail('the storage has no backup')
@@ -108,7 +121,12 @@ describe.each(Object.entries(SITES))('on %s', (type, open) => {
     expect(second).toMatchObject({ kind: 'incremental', parent: first.id })
 
     const disks = { vda: join(home, 'vda.qcow2'), vdb: join(home, 'vdb.qcow2') }
-    await new RestorePipeline(pipelines).run({ backup: second.id, to: { disks } }, { onEvent })
+    const restores = new RestorePipeline(pipelines)
+    const { paths } = await staged(() => restores.run({ backup: second.id, to: { disks } }, { onEvent }))
+    const places = paths.map(path => path.replace(/\.varve-restore-.*$/, ''))
+    expect(places, 'what a restore has written to local files').toSatisfy(() =>
+      places.every(path => Object.values(disks).includes(path)),
+    )
     expect(ran.includes('cat')).toBe(type === 'rclone')
     const files = await site.files()
     for (const [name, path] of Object.entries(disks)) {

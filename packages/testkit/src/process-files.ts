@@ -2,16 +2,20 @@ import { readdir, readFile, readlink, stat } from 'node:fs/promises'
 
 const ACCESS_MODE = 3 // O_RDONLY is 0
 
-/** The paths of the regular files that a process has open for writing; Linux only. */
-export async function filesOpenForWriting(pid: number | 'self'): Promise<string[]> {
+/** The paths of the regular files, of so many bytes or more, that a process has open for writing; Linux only. */
+export async function filesOpenForWriting(pid: number | 'self', leastBytes = 0): Promise<string[]> {
   const paths = await namesIn(`/proc/${pid}/fd`)
   const open = paths.map(async fd => {
     try {
       const path = `/proc/${pid}/fd/${fd}`
+      const target = await readlink(path)
       const [, flags = '0'] =
         /^flags:\s*(\d+)/m.exec(await readFile(`/proc/${pid}/fdinfo/${fd}`, 'utf8')) ?? []
       const writing = (Number.parseInt(flags, 8) & ACCESS_MODE) !== 0
-      return writing && (await stat(path)).isFile() ? await readlink(path) : undefined
+      if (!writing) return undefined
+      const file = await stat(path)
+      if (!file.isFile() || file.size < leastBytes) return undefined
+      return (await readlink(path)) === target ? target : undefined // or the number is another file's by now
     } catch {
       return undefined // closed meanwhile
     }
