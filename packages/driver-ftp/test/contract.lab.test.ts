@@ -1,7 +1,7 @@
-import { writeFile } from 'node:fs/promises'
-import { join, relative } from 'node:path'
+import { mkdir, writeFile } from 'node:fs/promises'
+import { dirname, join, relative } from 'node:path'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
-import { describeDriver, type RemoteTarget } from '@varve/testkit'
+import { type ContractOptions, describeDriver, type RefusedDriver, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
@@ -9,39 +9,70 @@ import { openTunnel } from './ftp-tunnel.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 
-const capabilities = { rangeRead: true, atomicPublish: true, resume: true, parallelParts: false }
+/** With TLS, what is about the data: it goes another way. */
+const SCOPE: Record<'none' | 'explicit', Pick<ContractOptions, 'parts' | 'largeSize' | 'turns'>> = {
+  none: { largeSize: 12_000_011 },
+  explicit: {
+    parts: ['objects', 'publishing', 'reading', 'early ends'],
+    largeSize: 5_000_011,
+    turns: 5,
+  },
+}
+const REMOTE_SCOPE = { none: {}, explicit: { mostCuts: 4 } }
 
-describe('without TLS', () => {
+describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
   let disk: Tmpfs
   let lab: VsftpdLab
   beforeAll(async () => {
     disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
-    lab = await startVsftpd({ config: ['chroot_local_user=NO', 'delay_failed_login=0'] })
+    lab = await startVsftpd({ tls, config: ['chroot_local_user=NO', 'delay_failed_login=0'] })
   })
   afterAll(async () => {
     await lab[Symbol.asyncDispose]()
     await disk.dispose()
   })
   const refused = async (options: Partial<FtpDriverOptions>) =>
-    new FtpDriver({ ...(await optionsOf(lab, 'none')), ...options })
+    new FtpDriver({ ...(await optionsOf(lab, tls)), ...options })
+  const otherTls: RefusedDriver =
+    tls === 'none'
+      ? {
+          what: 'a server that offers no TLS',
+          code: 'STORAGE_UNREACHABLE',
+          create: () => refused({ tls: 'explicit' }),
+        }
+      : {
+          what: 'a login without the TLS that the server insists on',
+          code: 'STORAGE_ACCESS_DENIED',
+          create: async () => {
+            const { ca: _, ...options } = await optionsOf(lab, tls)
+            return new FtpDriver({ ...options, tls: 'none' })
+          },
+        }
 
   describeDriver('FtpDriver', {
-    capabilities,
-    create: async () => ftpTarget(lab, await optionsOf(lab, 'none')),
+    capabilities: { rangeRead: true, atomicPublish: true, resume: true, parallelParts: false },
+    create: async () => ftpTarget(lab, await optionsOf(lab, tls)),
     leaveUnfinished: ({ path }) => leaveUnfinished(lab, path),
     async neighbour({ path }) {
       await lab.makeFolder(`${path}2`)
-      return new FtpDriver({ ...(await optionsOf(lab, 'none')), pathPrefix: `${relative(lab.home, path)}2` })
+      return new FtpDriver({ ...(await optionsOf(lab, tls)), pathPrefix: `${relative(lab.home, path)}2` })
     },
     createFull: async () => ({
-      ...(await ftpTarget(lab, await optionsOf(lab, 'none'), disk.path)),
+      ...(await ftpTarget(lab, await optionsOf(lab, tls), disk.path)),
       capacity: CAPACITY,
     }),
-    largeSize: 12_000_011,
-    manyObjects: 200,
+    async fill({ path }, keys) {
+      for (const key of keys) {
+        await mkdir(join(path, dirname(key)), { recursive: true })
+        await writeFile(join(path, key), key)
+      }
+    },
+    manyObjects: 1100,
+    ...SCOPE[tls],
     remote: {
-      create: () => throughTunnel(lab, 'none'),
+      create: () => throughTunnel(lab, tls),
       restartServer: () => lab.restart(),
+      ...REMOTE_SCOPE[tls],
       refused: [
         {
           what: 'a wrong password',
@@ -58,36 +89,9 @@ describe('without TLS', () => {
           code: 'STORAGE_NOT_FOUND',
           create: () => refused({ pathPrefix: 'missing/folder' }),
         },
-        {
-          what: 'a server that offers no TLS',
-          code: 'STORAGE_UNREACHABLE',
-          create: () => refused({ tls: 'explicit' }),
-        },
+        otherTls,
       ],
       secrets: ['lab password 5d81c4', 'not the password'],
-    },
-  })
-})
-
-describe('with explicit TLS', () => {
-  let lab: VsftpdLab
-  beforeAll(async () => {
-    lab = await startVsftpd({ tls: 'explicit' })
-  })
-  afterAll(() => lab[Symbol.asyncDispose]())
-
-  describeDriver('FtpDriver', {
-    capabilities,
-    create: async () => ftpTarget(lab, await optionsOf(lab, 'explicit')),
-    parts: ['objects', 'publishing', 'reading', 'early ends'], // where the data goes another way
-    largeSize: 5_000_011,
-    turns: 5,
-    remote: {
-      create: () => throughTunnel(lab, 'explicit'),
-      restartServer: () => lab.restart(),
-      mostCuts: 4,
-      refused: [],
-      secrets: [],
     },
   })
 })

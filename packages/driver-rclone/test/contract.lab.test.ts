@@ -4,7 +4,7 @@ import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver } from '@varve/testkit'
 import { mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
-import { type FolderTarget, folderTarget } from './rclone-target.ts'
+import { type FolderTarget, fillFolder, folderTarget } from './rclone-target.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 
@@ -46,8 +46,9 @@ describeDriver('RcloneDriver on a folder', {
     return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup2' })
   },
   createFull: async () => ({ ...(await folderTarget(disk.path)), capacity: CAPACITY }),
+  fill: ({ path }, keys) => fillFolder(path, keys),
+  manyObjects: 1100,
   largeSize: 8_000_011,
-  manyObjects: 16,
   turns: 2,
   timeoutMs: 240_000, // each call starts a program
 })

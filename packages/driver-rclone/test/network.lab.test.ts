@@ -1,27 +1,37 @@
 import { randomBytes } from 'node:crypto'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
-import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll } from 'vitest'
-import { filesIn } from './rclone-target.ts'
+import { filesIn, fillFolder } from './rclone-target.ts'
 
 const WRONG = 'not the password'
 /** Long enough for the start of a program on a busy machine. */
 const IDLE_TIMEOUT_MS = 3000
+const CAPACITY = 8 * 1024 * 1024
 
+/** One whose folder is looked at. */
+interface FolderTarget extends RemoteTarget {
+  readonly path: string
+}
+
+let disk: Tmpfs
 let lab: SshdLab
 let folder: string
 /** Passwords as rclone's configuration has them, so that they are not obscured anew for each driver. */
 let obscured: { readonly right: string; readonly wrong: string }
 /** Targets that have been used. Their drivers know the server already, which saves three rclones of a dozen. */
-const free: RemoteTarget[] = []
+const free: FolderTarget[] = []
+/** What is left out without it also needs targets without folders. */
+const reuses = process.env.VARVE_THOROUGH !== '1'
 const proxies: NetworkProxy[] = []
 
 beforeAll(async () => {
+  disk = await mountTmpfs(`size=${CAPACITY}`) // before the server, which sees the mounts of its beginning
   lab = await startSshd()
   folder = await mkdtemp(join(tmpdir(), 'varve-rclone-network-'))
   obscured = { right: await obscure(lab.password), wrong: await obscure(WRONG) }
@@ -29,6 +39,7 @@ beforeAll(async () => {
 afterAll(async () => {
   for (const proxy of proxies) await proxy[Symbol.asyncDispose]()
   await lab[Symbol.asyncDispose]()
+  await disk.dispose()
   await rm(folder, { recursive: true })
 })
 
@@ -37,32 +48,33 @@ async function obscure(password: string): Promise<string> {
   return stdout.trim()
 }
 
+/** A driver on a folder: by its path, or by its name below where a login begins. */
 async function driverOn(
   name: string,
   { port = lab.port, pass = obscured.right }: { port?: number; pass?: string } = {},
 ): Promise<RcloneDriver> {
-  const configFile = join(folder, `${name}-${port}.conf`)
+  const configFile = join(folder, `${randomBytes(4).toString('hex')}.conf`)
   const server = `host = 127.0.0.1\nport = ${port}\nuser = ${lab.username}\npass = ${pass}\n`
   await writeFile(configFile, `[nas]\ntype = sftp\nshell_type = none\n${server}`)
-  const pathPrefix = join(lab.home, name)
+  const pathPrefix = resolve(lab.home, name)
   return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix, timeoutMs: IDLE_TIMEOUT_MS })
 }
 
-async function throughProxy(): Promise<RemoteTarget> {
-  const name = `storage-${randomBytes(4).toString('hex')}`
+async function throughProxy(above = lab.home): Promise<FolderTarget> {
+  const path = join(above, `storage-${randomBytes(4).toString('hex')}`)
   const proxy = await NetworkProxy.start({ port: lab.port })
   proxies.push(proxy)
-  const path = join(lab.home, name)
   await lab.makeFolder(path)
-  const target: RemoteTarget = {
-    driver: await driverOn(name, { port: proxy.port }),
+  const target: FolderTarget = {
+    path,
+    driver: await driverOn(path, { port: proxy.port }),
     proxy,
     inspect: () => filesIn(path),
     readRaw: key => readFile(join(path, key)),
     async dispose() {
       proxy.cutAll()
       for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well
-      free.push(target)
+      if (reuses && above === lab.home) free.push(target)
     },
   }
   return target
@@ -73,9 +85,20 @@ const create = async () => free.pop() ?? (await throughProxy())
 describeDriver('RcloneDriver over SFTP', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
   create,
-  // a connection of SSH that ends early is to rclone one that is cut
+  async leaveUnfinished({ path }) {
+    await lab.makeFolder(join(path, 'killed'))
+    await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
+  },
+  async neighbour({ path }) {
+    await lab.makeFolder(`${path}2`)
+    return driverOn(`${path}2`)
+  },
+  fill: ({ path }, keys) => fillFolder(path, keys),
+  createFull: async () => ({ ...(await throughProxy(disk.path)), capacity: CAPACITY }),
+  // the rest was tried on a folder; a connection of SSH that ends early is to rclone one that is cut
   parts: ['cuts', 'silence', 'refusal', 'restart', 'staging'],
   largeSize: 4_000_011,
+  turns: 2,
   timeoutMs: 240_000, // each call starts a program
   remote: {
     create,

@@ -1,6 +1,6 @@
 import { mkdir, mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join, relative } from 'node:path'
+import { dirname, join, relative } from 'node:path'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import type { DriverTarget, RawObject } from '@varve/testkit'
 
@@ -31,6 +31,14 @@ export async function folderTarget(
       await rm(path, { recursive: true })
       await rm(home, { recursive: true })
     },
+  }
+}
+
+/** Writes each key into a file of that name below a folder. */
+export async function fillFolder(path: string, keys: readonly string[]): Promise<void> {
+  for (const key of keys) {
+    await mkdir(join(path, dirname(key)), { recursive: true })
+    await writeFile(join(path, key), key)
   }
 }
 

@@ -61,6 +61,16 @@ export interface ContractOptions<T extends DriverTarget = DriverTarget> {
   createFull?(): Promise<DriverTarget & { capacity: number }>
   /** The size of a large object in bytes. Default: 48 MiB and some. */
   largeSize?: number
+  /**
+   * The longest name in a key that the storage takes, in bytes. Default: 255. Less is for a storage that makes names
+   * longer, as one that encrypts them; a longer name must be an error there.
+   */
+  longestName?: number
+  /**
+   * Stores each key's own text under it on the server, without the driver: for the long listing of a driver whose uploads
+   * cost much. Default: the driver's own `put`.
+   */
+  fill?(target: T, keys: readonly string[]): Promise<void>
   /** The number of objects in a long listing. Default: 2500, which is more than two pages of S3. */
   manyObjects?: number
   /**
@@ -72,7 +82,7 @@ export interface ContractOptions<T extends DriverTarget = DriverTarget> {
   timeoutMs?: number
   /**
    * The parts that are tried. Default: all; fewer for a further setting of a driver that has passed all of them in
-   * another one.
+   * another one. With `VARVE_THOROUGH=1` all are tried.
    */
   parts?: readonly ContractPart[]
   /** For a driver whose storage is reached over a network. Without it the tests of a bad network and server are left out. */

@@ -9,6 +9,11 @@ import { describeSources } from './contract-sources.ts'
 import { describeStorage } from './contract-storage.ts'
 import { type Contract, type ContractOptions, type DriverTarget, tries } from './contract-target.ts'
 
+/** More than a page of S3's listings, and of most others'. */
+const THOROUGH_OBJECTS = 1100
+/** For one test of a driver each of whose calls starts a program, over more than a page of objects. */
+const THOROUGH_TIMEOUT_MS = 1_800_000
+
 /**
  * Declares the tests of the storage driver contract for a driver, in a test file of Vitest. They belong
  * against a real server, with an `inspect` that does not trust the driver.
@@ -19,6 +24,9 @@ import { type Contract, type ContractOptions, type DriverTarget, tries } from '.
  *   create: async () => ({ driver: new MyDriver(…), inspect, readRaw, dispose }),
  * })
  * ```
+ *
+ * With `VARVE_THOROUGH=1` in the environment nothing is left out for the time that it takes: all parts are tried, and a
+ * long listing has at least 1100 objects.
  */
 export function describeDriver<T extends DriverTarget>(name: string, options: ContractOptions<T>): void {
   const contract: Contract = {
@@ -27,6 +35,11 @@ export function describeDriver<T extends DriverTarget>(name: string, options: Co
     turns: 25,
     timeoutMs: 60_000,
     ...options,
+  }
+  if (process.env.VARVE_THOROUGH === '1') {
+    delete contract.parts
+    contract.manyObjects = Math.max(contract.manyObjects, THOROUGH_OBJECTS)
+    contract.timeoutMs = Math.max(contract.timeoutMs, THOROUGH_TIMEOUT_MS)
   }
   describe(`${name} keeps the storage driver contract`, { timeout: contract.timeoutMs }, () => {
     if (tries(contract, 'objects')) describeObjects(contract)
