@@ -1,4 +1,5 @@
 // Run as a process of its own under strace: does what users do with storages that an attacker has written to.
+
 import { copyFile, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -9,6 +10,7 @@ import type { Instance } from '../../src/host.ts'
 import { ImageHost } from '../../src/image-host.ts'
 import { recover } from '../../src/recover.ts'
 import { RestorePipeline, type RestoreRequest } from '../../src/restore-pipeline.ts'
+import { adoptMarks } from '../adopt-marks.ts'
 import type { Attempt, Operation, Outcome } from './attempt.ts'
 
 /** An instance that is off and has a definition, as under libvirt. */
@@ -35,7 +37,10 @@ async function attempt({ operation, backup, target, disk, ...given }: Attempt): 
   const { storage: path, pristine, definition } = given
   const signal = AbortSignal.timeout(60_000)
   const stateDir = `${target}.state`
-  if (operation === 'over' || operation === 'backup') await copyFile(pristine, disk)
+  if (operation === 'over' || operation === 'backup') {
+    await copyFile(pristine, disk)
+    await adoptMarks(disk)
+  }
   await using storage = new LocalDriver({ path })
   const chains = new ChainManager({ storage })
   const host = new DefinedHost(disk, definition)
