@@ -18,7 +18,7 @@ const NETWORK_CODES: readonly ErrorCode[] = [
 ]
 
 /** How long a server may take to notice that a connection is gone, and to drop what it had of an upload. */
-const SETTLE_MS = 10_000
+const SETTLE_MS = 30_000
 
 /** A target for the test that runs, with a network that is well again when the test ends. */
 export async function beginRemote(remote: Remote): Promise<RemoteTarget> {
