@@ -309,8 +309,10 @@ function siblingOf(path: string, name: string): string {
   return path.slice(0, path.lastIndexOf('/') + 1) + name
 }
 
+/** With whole seconds: S3 tells of one object in those, and in a listing in parts of them. */
 function toObject(key: string, { size, modifiedAt }: RemoteFile): StoredObject {
-  return { key, size, ...(modifiedAt && { modifiedAt }) }
+  const seconds = modifiedAt && Math.floor(modifiedAt.getTime() / 1000)
+  return { key, size, ...(seconds !== undefined && { modifiedAt: new Date(seconds * 1000) }) }
 }
 
 /** What all calls have in common: a helper's have other options than a driver's. */
