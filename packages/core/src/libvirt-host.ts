@@ -1,7 +1,7 @@
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { twinOf } from './bitmap-twin.ts'
+import { fileMark, twinOf } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -113,15 +113,14 @@ export class LibvirtHost implements Host {
       for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
       return
     }
-    await qmp.transaction(
-      disks.flatMap(disk => {
-        const node = qmp.node(disk.path, disk.format)
-        return [bitmap, twinOf(bitmap, node.file)].map(name => ({
-          type: 'block-dirty-bitmap-add',
-          data: { node: node.name, name, granularity, persistent: true },
-        }))
-      }),
-    )
+    const additions = disks.map(async disk => {
+      const node = qmp.node(disk.path, disk.format).name
+      return [bitmap, twinOf(bitmap, await fileMark(disk.path))].map(name => ({
+        type: 'block-dirty-bitmap-add',
+        data: { node, name, granularity, persistent: true },
+      }))
+    })
+    await qmp.transaction((await Promise.all(additions)).flat())
   }
 
   async removeBitmaps(

@@ -32,8 +32,6 @@ const blockNodes = z.array(
 /** A block node of a running instance. */
 export interface BlockNode {
   readonly name: string
-  /** See {@link fileMark}. */
-  readonly file: string
   readonly virtualSize: number
   readonly bitmaps: readonly DiskBitmap[]
   readonly holdsBitmaps: boolean
@@ -81,7 +79,6 @@ export class Qmp {
     }
     return {
       name: node['node-name'],
-      file: node.mark,
       virtualSize: node.image['virtual-size'],
       holdsBitmaps: format === 'qcow2' && node.image['format-specific']?.data.compat !== '0.10',
       // QEMU counts the bitmaps of a node at one moment: no write falls between two of them.
