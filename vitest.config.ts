@@ -1,5 +1,6 @@
 import { fileURLToPath } from 'node:url'
 import { defineConfig } from 'vitest/config'
+import { BaseSequencer, type TestSpecification } from 'vitest/node'
 
 const packages = fileURLToPath(new URL('./packages/', import.meta.url))
 export const alias = [
@@ -9,9 +10,41 @@ export const alias = [
 // biome-ignore lint/suspicious/noUndeclaredEnvVars: turbo runs no tests
 const isThorough = process.env.VARVE_THOROUGH === '1'
 
+// The slowest first: the others fill the time beside the last of them.
+const slowest = [
+  'ceph/test/rbd-backup',
+  'driver-sftp/test/contract',
+  'driver-rclone/test/network',
+  'core/test/vm-backup',
+  'examples/test/remote-storage',
+  'driver-rclone/test/remotes',
+  'driver-s3/test/contract',
+  'driver-rclone/test/contract',
+  'ceph/test/vm-rbd',
+  'ceph/test/export-diff',
+  'core/test/vm-restore-mishaps',
+  'ceph/test/chain',
+  'core/test/vm-host-mishaps',
+  'driver-ftp/test/contract',
+  'ceph/test/kill',
+  'core/test/kill-matrix',
+  'ceph/test/ceph-cluster',
+]
+
+class SlowestFirst extends BaseSequencer {
+  override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
+    const rank = ({ moduleId }: TestSpecification) => {
+      const found = slowest.findIndex(name => moduleId.includes(`/${name}.lab.test.`))
+      return found === -1 ? slowest.length : found
+    }
+    return (await super.sort(files)).toSorted((one, other) => rank(one) - rank(other))
+  }
+}
+
 export default defineConfig({
   resolve: { alias },
   test: {
+    sequence: { sequencer: SlowestFirst },
     projects: [
       {
         extends: true,
@@ -35,7 +68,7 @@ export default defineConfig({
             'examples/test/**/*.lab.test.ts',
             ...(isThorough ? ['packages/*/test/**/*.thorough.test.ts'] : []),
           ],
-          maxWorkers: 3,
+          maxWorkers: 4,
           testTimeout: 300_000,
           hookTimeout: 120_000,
         },

@@ -84,7 +84,7 @@ while :; do
       kill) kill -KILL -- "-$(cat "/run/$id.pid")" ;;
     esac
   else
-    usleep 50000 # nobody is connected on the host's side
+    usleep 150000 # nobody is connected on the host's side
   fi
 done
 `
@@ -113,6 +113,6 @@ while [ ! -e "/run/$1.stop" ]; do
     dd of="$2" bs=65536 count=1 seek=$block iflag=fullblock conv=notrunc,fsync 2>/run/$1.error ||
     { cat "/run/$1.error" >&2; exit 1; }
   echo "$number $block" >> "/run/$1.log"
-  usleep 50000 # leaves the host's processor to others
+  usleep 150000 # leaves the host's processor to others
 done
 `
