@@ -68,7 +68,7 @@ export default defineConfig({
             'examples/test/**/*.lab.test.ts',
             ...(isThorough ? ['packages/*/test/**/*.thorough.test.ts'] : []),
           ],
-          maxWorkers: 4,
+          maxWorkers: 3,
           testTimeout: 300_000,
           hookTimeout: 120_000,
         },
