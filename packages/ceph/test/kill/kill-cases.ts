@@ -4,7 +4,7 @@ import { ChainManager, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
 import { DISKS } from '../../../core/test/torture/guest.ts'
 import type { Job } from '../../../core/test/torture/job.ts'
-import { processesWith } from '../../../core/test/torture/processes.ts'
+import { serversWith } from '../../../core/test/torture/processes.ts'
 import { Random } from '../../../core/test/torture/random.ts'
 import { type End, Victims } from '../../../core/test/torture/victims.ts'
 import { CephConnector } from '../../src/index.ts'
@@ -168,8 +168,7 @@ export class KillCases implements AsyncDisposable {
     expectSame('the stray bitmaps and snapshots', stray, [])
     expectSame('the journals', await readdir(join(ground.stateDir, 'runs')), [])
     expectSame('the temporary files', await readdir(this.#lab.temporary), [])
-    const servers = processesWith('qemu-nbd --format').filter(line => line.includes(this.#lab.folder))
-    expectSame('the servers', servers, [])
+    expectSame('the servers', serversWith(this.#lab.folder, ...images.map(image => `/${image}`)), [])
     const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
     expectSame('the guest agent', agent, 'thawed')
     const state = await ground.state()

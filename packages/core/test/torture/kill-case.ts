@@ -9,7 +9,7 @@ import { expectContent } from './expect-content.ts'
 import { DISKS, INSTANCE } from './guest.ts'
 import type { Job, Task } from './job.ts'
 import type { Kill } from './kill-points.ts'
-import { processesWith } from './processes.ts'
+import { serversWith } from './processes.ts'
 import type { Content, ProvingGround, StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
 import { aroundSteps, type Prepared, type Scenario } from './scenarios.ts'
@@ -208,11 +208,7 @@ async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<v
   expectSame('the files of the instance', await ground.files(), ['vda.qcow2', 'vdb.qcow2'])
   expectSame('the temporary files', await readdir(ground.temporary), [])
   expectSame('the journals', await readdir(join(ground.stateDir, 'runs')).catch(() => []), [])
-  expectSame(
-    'the servers',
-    processesWith(`qemu-nbd --format`).filter(line => line.includes(ground.folder)),
-    [],
-  )
+  expectSame('the servers', serversWith(ground.folder), [])
   const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
   expectSame('the guest agent', agent, 'thawed')
   const { disks } = await ground.host.instance(INSTANCE)

@@ -14,12 +14,12 @@ export function killDescendants(pid: number): void {
   for (const child of found) kill(child)
 }
 
-/** The command lines of the processes that have `text` in theirs. */
-export function processesWith(text: string): string[] {
+/** The command lines of the `qemu-nbd`s that have one of `texts` in theirs: of a socket's path, or of an image's. */
+export function serversWith(...texts: readonly string[]): string[] {
   return readdirSync('/proc')
-    .filter(name => /^\d+$/.test(name) && Number(name) !== process.pid)
+    .filter(name => /^\d+$/.test(name))
     .map(name => read(`/proc/${name}/cmdline`).replaceAll('\0', ' '))
-    .filter(line => line.includes(text))
+    .filter(line => /^\S*qemu-nbd /.test(line) && texts.some(text => line.includes(text)))
 }
 
 function kill(pid: number): void {
