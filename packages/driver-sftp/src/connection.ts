@@ -3,8 +3,12 @@ import { abortError, errorMessage, isVarveError, VarveError } from '@varve/core'
 import type { SFTPWrapper } from 'ssh2'
 import { STATUS, statusOf } from './sftp-error.ts'
 
-/** What every server takes in one request (draft-ietf-secsh-filexfer-02, section 3). */
-const SMALL_PACKET = 32 * 1024
+/** What a server that tells no limits takes in one request (draft-ietf-secsh-filexfer-02, section 3). */
+const UNTOLD_PACKET = 32 * 1024
+/** What a write has besides its data: numbers, and a handle of up to 256 bytes. */
+const WRITE_HEADER = 4 + 1 + 4 + (4 + 256) + 8 + 4
+/** For an ssh2 that does not tell what it sends at most in one request. */
+const SMALL_PACKET = 16 * 1024
 /** What ssh2 takes from a server in one answer is 256 KiB with its header; OpenSSH's own limit is the same. */
 const LARGEST_PACKET = 255 * 1024
 /** How long the flush of a file may take, while the server's other half answers keepalives. */
@@ -186,11 +190,14 @@ export class SftpConnection {
 }
 
 /**
- * ssh2 asks for the limits (`limits@openssh.com`) by itself and says so by `maxOpenHandles`; the sizes it keeps
- * in fields that its types do not name.
+ * ssh2 asks for the limits (`limits@openssh.com`) by itself and says so by `maxOpenHandles`. What it puts into one
+ * request at most, which without limits is less than servers take, it keeps in fields that its types do not name;
+ * of a larger request it sends the rest when the first part is answered.
  */
 function packetSizeOf(sftp: SFTPWrapper): number {
-  if (Reflect.get(sftp, 'maxOpenHandles') === undefined) return SMALL_PACKET
-  const sizes = ['_maxReadLen', '_maxWriteLen'].map(name => Number(Reflect.get(sftp, name)))
-  return sizes.every(size => size >= 1024) ? Math.min(LARGEST_PACKET, ...sizes) : SMALL_PACKET
+  const isTold = Reflect.get(sftp, 'maxOpenHandles') !== undefined
+  const field = (name: string) => Number(Reflect.get(sftp, name))
+  const sizes = [field('_maxReadLen'), field('_maxWriteLen'), field('_maxOutPktLen') - WRITE_HEADER]
+  if (sizes.some(Number.isNaN)) return SMALL_PACKET
+  return Math.max(1, Math.min(isTold ? LARGEST_PACKET : UNTOLD_PACKET, ...sizes))
 }

@@ -27,6 +27,23 @@ export interface WriteWindowOptions {
   onKept: (position: number) => void
 }
 
+/** A chunk of a body, which is given back when all of it is written. */
+interface Lent {
+  readonly chunk: Uint8Array
+  /** The same memory. */
+  readonly bytes: Buffer
+  unwritten: number
+}
+
+/** A write that is under way, or acknowledged before one in front of it. */
+interface Request {
+  /** The position behind it. */
+  readonly end: number
+  readonly lent: Lent
+  readonly length: number
+  done: boolean
+}
+
 /**
  * Writes a body into an open file by many positioned writes under way at once and returns its length. When it returns
  * or throws, no write is under way any more.
@@ -45,7 +62,7 @@ export async function writeWindow(
   let written = start
   let weight = 0
   let requests = 0
-  const unacknowledged: { end: number; done: boolean }[] = []
+  const unacknowledged: Request[] = []
   const durability = new Durability(connection, handle, start, onKept)
 
   const fail = (error: unknown) => {
@@ -55,8 +72,8 @@ export async function writeWindow(
   }
   const giveUp = () => signal && fail(abortError(signal))
 
-  function write(chunk: Buffer, offset: number, length: number): void {
-    const request = { end: position + length, done: false }
+  function write(lent: Lent, offset: number, length: number): void {
+    const request: Request = { end: position + length, done: false, lent, length }
     const requestWeight = Math.max(length, LEAST_WEIGHT)
     const at = position
     position += length
@@ -64,23 +81,26 @@ export async function writeWindow(
     requests++
     unacknowledged.push(request)
     connection.send(
-      (sftp, done) => sftp.write(handle, chunk, offset, length, at, done),
+      (sftp, done) => sftp.write(handle, lent.bytes, offset, length, at, done),
       error => {
         weight -= requestWeight
         requests--
         request.done = true
         if (error !== undefined) fail(error)
-        else if (!failure) acknowledge()
+        else if (!failure) acknowledge(request)
         wake()
       },
     )
   }
 
-  function acknowledge(): void {
+  function acknowledge({ lent, length }: Request): void {
     const before = written
     while (unacknowledged[0]?.done) written = unacknowledged.shift()?.end ?? written
-    if (written === before) return
+    lent.unwritten -= length
     try {
+      // not sooner: ssh2 may copy a part of a request only later, and its memory is used again at once
+      if (lent.unwritten === 0) body.recycle?.(lent.chunk)
+      if (written === before) return
       onWritten(written)
     } catch (error) {
       fail(error) // not to be thrown at ssh2, which is calling
@@ -102,16 +122,18 @@ export async function writeWindow(
     if (start === 0 || start !== body.size) {
       const range = start > 0 ? { start, end: sizeOf(body) } : undefined
       for await (const chunk of readUpload(body, { key, signal: broken.signal, ...(range && { range }) })) {
-        const bytes = Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength)
-        for (let offset = 0; offset < bytes.byteLength && !failure; ) {
-          const length = Math.min(connection.packetSize, bytes.byteLength - offset)
+        const { byteLength } = chunk
+        const bytes = Buffer.from(chunk.buffer, chunk.byteOffset, byteLength)
+        const lent = { chunk, bytes, unwritten: byteLength }
+        for (let offset = 0; offset < byteLength && !failure; ) {
+          const length = Math.min(connection.packetSize, byteLength - offset)
           await until(() => weight < WINDOW || failure !== undefined)
           if (failure) break
-          write(bytes, offset, length) // ssh2 copies them into its packet
+          write(lent, offset, length)
           offset += length
         }
         if (failure) break
-        body.recycle?.(chunk)
+        if (byteLength === 0) body.recycle?.(chunk)
       }
     }
   } catch (error) {

@@ -48,6 +48,19 @@ test('a process that was held up itself reads what has come before it calls the 
   await expect(call).resolves.toBe('there')
 })
 
+test.each([
+  ['limits of OpenSSH', 262_144, 261_120, 261_120, Number.POSITIVE_INFINITY, 261_120],
+  ['larger limits than ssh2 takes', 2 ** 30, 2 ** 20, 2 ** 20, 100, 261_120],
+  ['small limits', 262_144, 8000, 512, 100, 512],
+  ['only a limit of whole packets', 4096, 260_096, 260_096, 100, 4096 - 281],
+  ['no limits, by OpenSSH', 34_000, 260_096, 260_096, undefined, 32_768],
+  ['no limits, by others', 34_000, 31_952, 31_952, undefined, 31_952],
+  ['limits, to an ssh2 that keeps them elsewhere', undefined, undefined, undefined, 100, 16_384],
+])('packets to a server that tells %s', (_, packet, read, write, maxOpenHandles, size) => {
+  const fields = { _maxOutPktLen: packet, _maxReadLen: read, _maxWriteLen: write, maxOpenHandles }
+  expect(connect(true, fields).connection.packetSize).toBe(size)
+})
+
 function beginCall(flush = false) {
   const { connection, socket } = connect()
   let isSettled = false
@@ -60,7 +73,7 @@ function beginCall(flush = false) {
   return { call, socket, settled }
 }
 
-function connect(fakeTimers = true) {
+function connect(fakeTimers = true, fields: object = {}) {
   if (fakeTimers) vi.useFakeTimers()
   const socket = Object.assign(new EventEmitter(), {
     bytesRead: 0,
@@ -69,7 +82,7 @@ function connect(fakeTimers = true) {
   })
   const connection = new SftpConnection({
     socket: socket as unknown as Socket,
-    sftp: new EventEmitter() as SFTPWrapper,
+    sftp: Object.assign(new EventEmitter(), fields) as SFTPWrapper,
     fingerprint: 'SHA256:x',
     address: 'sftp://host:22',
     timeoutMs: TIMEOUT_MS,

@@ -291,19 +291,22 @@ describe('over distance', () => {
   })
 })
 
-test('an object is durable before it gets its name, in one step, and the name is durable after it', async () => {
+test('an object is written in large packets, is durable before it gets its name, in one step, and so is the name', async () => {
   const folder = await temporaryFolder()
   await chmod(folder, 0o711)
   const log = join(folder, 'log')
   await writeFile(log, '')
   await chmod(log, 0o666)
-  const server = `/usr/lib/openssh/sftp-server -l VERBOSE -e 2>>${log}` // the usual one tells only a syslog
+  const server = `/usr/lib/openssh/sftp-server -l DEBUG1 -e 2>>${log}` // the usual one tells only a syslog
   await using lab = await startSshd({ config: [`ForceCommand ${server}`] })
   const { driver, path, dispose } = await sftpTarget(lab)
   await driver.put('object', X())
-  await driver.put('object', X())
+  await driver.put('object', new PatternBody({ size: MIB, chunkSize: MIB }))
   await dispose()
-  const steps = (await readFile(log, 'utf8')).match(/(?<=^|: )(fsync|posix-rename|rename|remove) .*$/gm)
+  const said = await readFile(log, 'utf8')
+  const writes = [...said.matchAll(/: write .* len (\d+)$/gm)].map(([, length]) => Number(length))
+  expect(writes).toEqual([1, ...new Array(4).fill(255 * 1024), 4 * 1024])
+  const steps = said.match(/(?<=^|: )(fsync|posix-rename|rename|remove) .*$/gm)
   const replaced = [
     expect.stringMatching(`^fsync "${path}/.varve-part-.*"$`),
     expect.stringMatching(`^posix-rename old "${path}/.varve-part-.*" new "${path}/object"$`),

@@ -1,0 +1,180 @@
+import { once } from 'node:events'
+import type { AddressInfo } from 'node:net'
+import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
+import ssh2, { type Attributes, type Connection, type SFTPWrapper } from 'ssh2'
+import { onTestFinished } from 'vitest'
+
+const { OPEN_MODE, STATUS_CODE } = ssh2.utils.sftp
+const HOST_KEY = ssh2.utils.generateKeyPairSync('ed25519').private
+
+/** What a {@link FakeServer} does in place of a request: a status, no answer at all, or nothing for the usual. */
+export type Twist = (...paths: string[]) => number | 'silence' | undefined
+
+/** An SFTP server without any extension and with all in memory, for what a real one cannot be made to do. */
+export class FakeServer {
+  readonly files = new Map<string, Buffer>()
+  readonly folders = new Set<string>(['/'])
+  /** By request, such as `RENAME`: what it does otherwise. */
+  readonly twists: Partial<Record<'RENAME' | 'REMOVE' | 'LSTAT' | 'WRITE', Twist>> = {}
+  /** Every request that changes a name, with its paths. */
+  readonly changes: string[] = []
+  /** How many bytes each write had, as they came. */
+  readonly writes: number[] = []
+  readonly #clients = new Set<Connection>()
+  readonly #server = new ssh2.Server({ hostKeys: [HOST_KEY], ident: 'other' }, client => this.#serve(client))
+
+  /** A server and a driver of it, for the test that runs. */
+  static async begin(
+    options: Partial<SftpDriverOptions> = {},
+  ): Promise<{ server: FakeServer; driver: SftpDriver }> {
+    const server = new FakeServer()
+    const listening = server.#server.listen(0, '127.0.0.1')
+    await once(listening, 'listening')
+    const { port } = listening.address() as AddressInfo
+    const login = { host: '127.0.0.1', port, username: 'user', password: 'pa55word' }
+    const driver = new SftpDriver({ ...login, timeoutMs: 5000, ...options })
+    onTestFinished(async () => {
+      await driver[Symbol.asyncDispose]()
+      server.cut()
+      listening.close()
+    })
+    return { server, driver }
+  }
+
+  /** Breaks all connections. */
+  cut(): void {
+    for (const client of this.#clients) client.end()
+  }
+
+  /** Gives a file another name, as the usual answer to a RENAME does. */
+  rename(from: string, to: string): number {
+    const file = this.files.get(from)
+    if (!file) return STATUS_CODE.NO_SUCH_FILE
+    if (this.files.has(to) || this.folders.has(to)) return STATUS_CODE.FAILURE
+    this.files.delete(from)
+    this.files.set(to, file)
+    return STATUS_CODE.OK
+  }
+
+  #serve(client: Connection): void {
+    this.#clients.add(client)
+    client.on('close', () => this.#clients.delete(client))
+    client.on('error', () => undefined) // a connection that was cut
+    client.on('authentication', login => login.accept())
+    client.on('session', accept => {
+      accept().on('sftp', accept => this.#session(accept()))
+    })
+  }
+
+  #session(sftp: SFTPWrapper): void {
+    const handles: { path: string; read?: boolean }[] = []
+    const open = (path: string) => Buffer.of(handles.push({ path }) - 1)
+    const at = (handle: Buffer) => handles[handle[0] ?? 0] ?? { path: '' }
+    const answer = (id: number, status: number) => sftp.status(id, status)
+    const attributes = (path: string): Attributes | undefined => {
+      const file = this.files.get(path)
+      if (!file && !this.folders.has(path)) return undefined
+      const mode = file ? 0o100600 : 0o40700
+      return { mode, size: file?.length ?? 0, uid: 0, gid: 0, atime: 1e9, mtime: 1e9 }
+    }
+    const tell = (id: number, path: string) => {
+      const found = attributes(path)
+      if (found) sftp.attrs(id, found)
+      else answer(id, STATUS_CODE.NO_SUCH_FILE)
+    }
+    /** Answers as a twist wants it, or else as `usual` does. */
+    const twisted = (
+      name: keyof FakeServer['twists'],
+      id: number,
+      paths: string[],
+      usual: () => number | undefined,
+    ) => {
+      if (name !== 'LSTAT' && name !== 'WRITE') this.changes.push(`${name} ${paths.join(' ')}`)
+      const status = this.twists[name]?.(...paths) ?? usual()
+      if (typeof status === 'number') answer(id, status)
+    }
+    const put = (path: string, offset: number, data: Buffer) => {
+      const former = this.files.get(path) ?? Buffer.alloc(0)
+      const size = Math.max(former.length, offset + data.length)
+      let { buffer } = former
+      if (former.byteOffset > 0 || buffer.byteLength < size) {
+        buffer = new ArrayBuffer(2 * size) // room to grow, so that not every write copies all
+        former.copy(Buffer.from(buffer))
+      }
+      data.copy(Buffer.from(buffer), offset)
+      this.files.set(path, Buffer.from(buffer, 0, size))
+    }
+
+    sftp.on('REALPATH', (id, path) => {
+      const real = path === '.' ? '/' : path
+      const found = attributes(real)
+      if (found) sftp.name(id, [{ filename: real, longname: real, attrs: found }])
+      else answer(id, STATUS_CODE.NO_SUCH_FILE)
+    })
+    sftp.on('STAT', tell)
+    sftp.on('LSTAT', (id, path) =>
+      twisted('LSTAT', id, [path], () => {
+        tell(id, path)
+        return undefined
+      }),
+    )
+    sftp.on('FSTAT', (id, handle) => tell(id, at(handle).path))
+    sftp.on('FSETSTAT', (id, handle, { size }) => {
+      const { path } = at(handle)
+      if (size !== undefined) this.files.set(path, this.files.get(path)?.subarray(0, size) ?? Buffer.alloc(0))
+      answer(id, STATUS_CODE.OK)
+    })
+    sftp.on('OPEN', (id, path, flags) => {
+      if (!this.files.has(path) && flags & OPEN_MODE.CREAT) this.files.set(path, Buffer.alloc(0))
+      if (this.files.has(path)) sftp.handle(id, open(path))
+      else answer(id, this.folders.has(path) ? STATUS_CODE.FAILURE : STATUS_CODE.NO_SUCH_FILE)
+    })
+    sftp.on('CLOSE', id => answer(id, STATUS_CODE.OK))
+    sftp.on('WRITE', (id, handle, offset, data) => {
+      const { path } = at(handle)
+      this.writes.push(data.length)
+      twisted('WRITE', id, [path], () => {
+        put(path, offset, data)
+        return STATUS_CODE.OK
+      })
+    })
+    sftp.on('READ', (id, handle, offset, length) => {
+      const bytes = this.files.get(at(handle).path)?.subarray(offset, offset + length)
+      if (bytes?.length) sftp.data(id, bytes)
+      else answer(id, STATUS_CODE.EOF)
+    })
+    sftp.on('OPENDIR', (id, path) => {
+      if (this.folders.has(path)) sftp.handle(id, open(path))
+      else answer(id, STATUS_CODE.NO_SUCH_FILE)
+    })
+    sftp.on('READDIR', (id, handle) => {
+      const folder = at(handle)
+      const base = folder.path === '/' ? '/' : `${folder.path}/`
+      const names = [...this.files.keys(), ...this.folders]
+        .filter(path => path !== '/' && path.startsWith(base) && !path.slice(base.length).includes('/'))
+        .flatMap(path => {
+          const attrs = attributes(path)
+          const filename = path.slice(base.length)
+          return attrs ? [{ filename, longname: filename, attrs }] : []
+        })
+      if (folder.read || names.length === 0) return answer(id, STATUS_CODE.EOF)
+      folder.read = true
+      sftp.name(id, names)
+    })
+    sftp.on('REMOVE', (id, path) =>
+      twisted('REMOVE', id, [path], () =>
+        this.files.delete(path) ? STATUS_CODE.OK : STATUS_CODE.NO_SUCH_FILE,
+      ),
+    )
+    sftp.on('RENAME', (id, from, to) => twisted('RENAME', id, [from, to], () => this.rename(from, to)))
+    sftp.on('MKDIR', (id, path) => {
+      if (this.folders.has(path) || this.files.has(path)) return answer(id, STATUS_CODE.FAILURE)
+      this.folders.add(path)
+      answer(id, STATUS_CODE.OK)
+    })
+    sftp.on('RMDIR', (id, path) => {
+      const inside = [...this.files.keys(), ...this.folders].some(name => name.startsWith(`${path}/`))
+      answer(id, !inside && this.folders.delete(path) ? STATUS_CODE.OK : STATUS_CODE.FAILURE)
+    })
+  }
+}
