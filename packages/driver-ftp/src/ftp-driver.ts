@@ -180,8 +180,8 @@ export class FtpDriver implements StorageDriver {
     return unlessMissing(connection, { names, wanted: 'object', doing: `Reading ${key}` }, async () => {
       const path = connection.pathOf(names)
       const size = await askSize(connection, path)
-      const start = range?.start ?? 0
       const end = Math.min(range?.end ?? size, size)
+      const start = Math.min(range?.start ?? 0, end)
       if (start >= end && size > 0) return Readable.from([])
       return new Download(await Transfer.begin(connection, `RETR ${path}`, start), {
         key,
