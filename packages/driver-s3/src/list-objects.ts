@@ -19,7 +19,7 @@ export async function* listObjects(
     })
     const page = await bucket.call(action, options => bucket.client.send(command, options), rules)
     for (const { Key = '', Size: size = 0, LastModified: modifiedAt } of page.Contents ?? []) {
-      const key = bucket.keyOf(decodeName(Key) ?? '')
+      const key = bucket.keyOf(readName(Key, page.EncodingType))
       if (key === undefined || !isKey(key)) continue
       yield { key, size, ...(modifiedAt && { modifiedAt: wholeSeconds(modifiedAt) }) }
     }
@@ -34,12 +34,13 @@ export async function* listObjects(
   } while (token !== undefined)
 }
 
-/** A name as `EncodingType: 'url'` writes it; undefined for one that is no text. */
-export function decodeName(encoded: string): string | undefined {
+/** A name of a listing, which says whether it encodes them: not every server does. */
+export function readName(name: string, encoding: 'url' | undefined): string {
+  if (encoding !== 'url') return name
   try {
-    return decodeURIComponent(encoded.replaceAll('+', ' '))
+    return decodeURIComponent(name.replaceAll('+', ' '))
   } catch {
-    return undefined
+    return '' // it is no text, and so no key
   }
 }
 

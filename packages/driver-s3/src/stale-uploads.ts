@@ -1,7 +1,8 @@
+import { isDeepStrictEqual } from 'node:util'
 import { ListMultipartUploadsCommand, ListPartsCommand } from '@aws-sdk/client-s3'
-import { isKey } from '@varve/core'
+import { isKey, VarveError } from '@varve/core'
 import type { Bucket, CallRules } from './bucket.ts'
-import { decodeName } from './list-objects.ts'
+import { readName } from './list-objects.ts'
 
 /** An upload in parts that was neither completed nor aborted. */
 export interface FoundUpload {
@@ -17,8 +18,8 @@ export async function* foundUploads(
   rules: CallRules,
 ): AsyncGenerator<FoundUpload> {
   const action = { doing: 'Listing unfinished uploads', permission: 's3:ListBucketMultipartUploads' }
-  let place: { KeyMarker?: string; UploadIdMarker?: string } | undefined = {}
-  while (place) {
+  let place: { KeyMarker?: string; UploadIdMarker?: string } = {}
+  for (;;) {
     const command: ListMultipartUploadsCommand = new ListMultipartUploadsCommand({
       Bucket: bucket.settings.bucket,
       Prefix: bucket.settings.prefix + prefix,
@@ -27,16 +28,17 @@ export async function* foundUploads(
     })
     const page = await bucket.call(action, options => bucket.client.send(command, options), rules)
     for (const { Key, UploadId, Initiated } of page.Uploads ?? []) {
-      const key = bucket.keyOf(decodeName(Key ?? '') ?? '')
+      const key = bucket.keyOf(readName(Key ?? '', page.EncodingType))
       if (key === undefined || !isKey(key) || UploadId === undefined || Initiated === undefined) continue
       yield { key, uploadId: UploadId, begunAt: Initiated }
     }
-    place = page.IsTruncated
-      ? {
-          KeyMarker: decodeName(page.NextKeyMarker ?? '') ?? '',
-          ...(page.NextUploadIdMarker !== undefined && { UploadIdMarker: page.NextUploadIdMarker }),
-        }
-      : undefined
+    if (!page.IsTruncated) return
+    const next: typeof place = {
+      KeyMarker: readName(page.NextKeyMarker ?? '', page.EncodingType),
+      ...(page.NextUploadIdMarker !== undefined && { UploadIdMarker: page.NextUploadIdMarker }),
+    }
+    if (next.KeyMarker === '' || isDeepStrictEqual(next, place)) throw endless(bucket)
+    place = next
   }
 }
 
@@ -64,9 +66,20 @@ export async function hasPartsSince(
       rules,
     )
     if (page?.Parts?.some(part => part.LastModified && part.LastModified >= time)) return true
-    marker = page?.IsTruncated ? page.NextPartNumberMarker : undefined
+    const next = page?.IsTruncated ? page.NextPartNumberMarker : undefined
+    if (page?.IsTruncated && (next === undefined || next === marker)) throw endless(bucket)
+    marker = next
   } while (marker !== undefined)
   return false
+}
+
+/** The error of a listing that says that it goes on, but not where, or where it was before. */
+function endless({ location }: Bucket): VarveError {
+  return new VarveError(
+    'STORAGE_FAILED',
+    `The listing of unfinished uploads in ${location} does not go on after its first pages.`,
+    { context: { location } },
+  )
 }
 
 function unlessGone(error: unknown): undefined {

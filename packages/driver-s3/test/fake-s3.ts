@@ -45,6 +45,10 @@ export class FakeS3 implements AsyncDisposable {
   readonly bodies: Buffer[] = []
   /** What becomes of the next calls of a kind, one after the other. */
   readonly faults = new Map<Call, Fault[]>()
+  /** Whether listings encode names, as they are asked to. */
+  encodesNames = true
+  /** Whether listings say that they go on, but not where. */
+  endless = false
   /** How many bytes a `get` sends before its connection is cut, once. */
   cutDownloadAfter: number | undefined
   #begun = 0
@@ -130,11 +134,12 @@ export class FakeS3 implements AsyncDisposable {
           else this.#fail(response, 404, 'NoSuchUpload')
         }
       case 'uploads':
-        return response => response.end(listOf(this.uploads))
+        return response => response.end(this.#listing('ListMultipartUploadsResult', this.#uploadItems()))
       case 'parts':
-        return response => response.end(partsOf(upload?.parts ?? new Map()))
+        return response =>
+          response.end(this.#listing('ListPartsResult', partItems(upload?.parts ?? new Map())))
       case 'list':
-        return response => response.end('<ListBucketResult></ListBucketResult>')
+        return response => response.end(this.#listing('ListBucketResult', this.#objectItems()))
       default: {
         if (!object) return response => this.#fail(response, 404, 'NoSuchKey')
         if (request.headers['if-match'] && request.headers['if-match'] !== etag(object.bytes)) {
@@ -165,6 +170,30 @@ export class FakeS3 implements AsyncDisposable {
     else response.write(part.subarray(0, cut), () => response.destroy())
   }
 
+  #listing(name: string, items: string[]): string {
+    const encoding = this.encodesNames ? '<EncodingType>url</EncodingType>' : ''
+    const truncated = this.endless ? '<IsTruncated>true</IsTruncated>' : ''
+    return `<${name}>${encoding}${truncated}${items.join('')}</${name}>`
+  }
+
+  #objectItems(): string[] {
+    return [...this.objects].map(
+      ([key, { bytes }]) =>
+        `<Contents><Key>${this.#written(key)}</Key><Size>${bytes.length}</Size></Contents>`,
+    )
+  }
+
+  #uploadItems(): string[] {
+    return [...this.uploads].map(
+      ([id, { key, begunAt }]) =>
+        `<Upload><Key>${this.#written(key)}</Key><UploadId>${id}</UploadId><Initiated>${begunAt.toISOString()}</Initiated></Upload>`,
+    )
+  }
+
+  #written(key: string): string {
+    return this.encodesNames ? encodeURIComponent(key).replaceAll('%20', '+') : key
+  }
+
   #fail(response: ServerResponse, status: number, code: string): void {
     response.statusCode = status
     response.end(`<?xml version="1.0"?><Error><Code>${code}</Code><Message>as told</Message></Error>`)
@@ -175,20 +204,11 @@ function etag(bytes: Buffer): string {
   return `"${createHash('md5').update(bytes).digest('hex')}"`
 }
 
-function listOf(uploads: ReadonlyMap<string, FakeUpload>): string {
-  const items = [...uploads].map(
-    ([id, { key, begunAt }]) =>
-      `<Upload><Key>${encodeURIComponent(key)}</Key><UploadId>${id}</UploadId><Initiated>${begunAt.toISOString()}</Initiated></Upload>`,
-  )
-  return `<ListMultipartUploadsResult>${items.join('')}</ListMultipartUploadsResult>`
-}
-
-function partsOf(parts: ReadonlyMap<number, Buffer>): string {
+function partItems(parts: ReadonlyMap<number, Buffer>): string[] {
   const time = new Date().toISOString()
-  const items = [...parts.keys()].map(
+  return [...parts.keys()].map(
     number => `<Part><PartNumber>${number}</PartNumber><LastModified>${time}</LastModified></Part>`,
   )
-  return `<ListPartsResult>${items.join('')}</ListPartsResult>`
 }
 
 function callOf(method: string, { searchParams, pathname }: URL): Call {
