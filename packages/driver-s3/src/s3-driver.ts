@@ -90,6 +90,7 @@ export class S3Driver implements StorageDriver {
       return new DownloadStream(first.stream, {
         range: first.range,
         open: async start => {
+          if (first.etag === undefined) throw this.#unnamed(key)
           const rest = { start, end: first.range.end }
           return (await this.#open(key, rest, { signal, etag: first.etag })).stream
         },
@@ -190,16 +191,17 @@ export class S3Driver implements StorageDriver {
       abortBy(signal),
     )
     const { Body: stream, ContentLength: length, ContentRange: sent } = answer
-    const start = range?.start ?? 0
+    const given = range ? rangeOf(sent) : { start: 0, end: length ?? -1, size: length }
     if (
       !(stream instanceof Readable) ||
-      length === undefined ||
-      (range && !sent?.startsWith(`bytes ${start}-`))
+      given?.start !== (range?.start ?? 0) ||
+      given.end !== Math.min(range?.end ?? given.end, given.size ?? -1) ||
+      given.end - given.start !== length
     ) {
       if (stream instanceof Readable) stream.destroy()
       throw new Error('the storage answered with something else than the bytes that were asked for')
     }
-    return { stream, range: { start, end: start + length }, etag: answer.ETag }
+    return { stream, range: given, etag: answer.ETag }
   }
 
   #assertKey(key: string): void {
@@ -212,9 +214,24 @@ export class S3Driver implements StorageDriver {
     )
   }
 
+  /** The error of a download that broke off, and that nothing tells to be of the same object when it goes on. */
+  #unnamed(key: string): VarveError {
+    return new VarveError(
+      'STORAGE_UNREACHABLE',
+      `The connection was cut while ${key} was read. ${this.location} gives no ETag of it, so it cannot be read on from there: it may have been replaced. Read it again.`,
+      { context: { key }, retryable: true },
+    )
+  }
+
   #missing(key: string): VarveError {
     return new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
       context: { key },
     })
   }
+}
+
+/** What a Content-Range says; undefined where it does not say all. */
+function rangeOf(sent: string | undefined): (ByteRange & { size: number }) | undefined {
+  const [, first, last, size] = /^bytes (\d+)-(\d+)\/(\d+)$/.exec(sent ?? '') ?? []
+  return last === undefined ? undefined : { start: Number(first), end: Number(last) + 1, size: Number(size) }
 }

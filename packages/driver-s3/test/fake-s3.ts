@@ -47,6 +47,10 @@ export class FakeS3 implements AsyncDisposable {
   readonly faults = new Map<Call, Fault[]>()
   /** Whether listings encode names, as they are asked to. */
   encodesNames = true
+  /** Whether objects have an ETag. */
+  sendsEtag = true
+  /** How many bytes of a range a `get` sends at most. */
+  mostOfRange = Number.POSITIVE_INFINITY
   /** Whether listings say that they go on, but not where. */
   endless = false
   /** How many bytes a `get` sends before its connection is cut, once. */
@@ -155,13 +159,16 @@ export class FakeS3 implements AsyncDisposable {
     response: ServerResponse,
     { bytes, tag }: { bytes: Buffer; tag: string | undefined },
   ): void {
-    const [, start] = /bytes=(\d+)-/.exec(request.headers.range ?? '') ?? []
-    const part = bytes.subarray(Number(start ?? 0))
-    if (start !== undefined) {
+    const [, first, last] = /bytes=(\d+)-(\d+)/.exec(request.headers.range ?? '') ?? []
+    const start = Number(first ?? 0)
+    const wanted = last === undefined ? bytes.length : Math.min(Number(last) + 1, start + this.mostOfRange)
+    const part = bytes.subarray(start, wanted)
+    if (first !== undefined) {
       response.statusCode = 206
-      response.setHeader('content-range', `bytes ${start}-${bytes.length - 1}/${bytes.length}`)
+      response.setHeader('content-range', `bytes ${start}-${start + part.length - 1}/${bytes.length}`)
     }
-    response.setHeader('etag', etag(bytes)).setHeader('content-length', part.length)
+    if (this.sendsEtag) response.setHeader('etag', etag(bytes))
+    response.setHeader('content-length', part.length)
     if (tag !== undefined) response.setHeader('x-amz-meta-varve-upload', tag)
     const cut = this.cutDownloadAfter
     this.cutDownloadAfter = undefined

@@ -348,6 +348,31 @@ test('a download whose object is replaced while the connection is cut fails', as
   await expect(buffer(download)).rejects.toMatchObject({ code: 'STORAGE_FAILED', retryable: true })
 })
 
+test('a range of which the storage sends only a part, and says so, fails', async () => {
+  const { fake, driver } = await begin({ retries: 0 })
+  fake.objects.set('a', { bytes: patternBytes(19, 0, 10_000), tag: undefined })
+  fake.mostOfRange = 1000
+  const error = { code: 'STORAGE_FAILED', message: expect.stringContaining('something else than the bytes') }
+  await expect(driver.get('a', { range: { start: 0, end: 5000 } })).rejects.toMatchObject(error)
+  await expect(driver.get('a', { range: { start: 8500, end: 20_000 } })).rejects.toMatchObject(error)
+  const rest = await buffer(await driver.get('a', { range: { start: 9500, end: 20_000 } }))
+  expect(rest.equals(patternBytes(19, 9500, 500))).toBe(true)
+})
+
+test('a download that is cut does not go on where nothing tells that the object is the same', async () => {
+  const { fake, driver } = await begin()
+  fake.sendsEtag = false
+  fake.objects.set('a', { bytes: patternBytes(9, 0, 300_000), tag: undefined })
+  fake.cutDownloadAfter = 100_000
+  const download = await driver.get('a')
+  fake.objects.set('a', { bytes: patternBytes(10, 0, 300_000), tag: undefined })
+  await expect(buffer(download)).rejects.toMatchObject({
+    code: 'STORAGE_UNREACHABLE',
+    message: expect.stringContaining('ETag'),
+    retryable: true,
+  })
+})
+
 test.each([
   ['encodes', true],
   ['does not encode', false],
