@@ -2,6 +2,7 @@ import { readdir, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ChainManager, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
+import { expectNoOtherObjects } from '../../../core/test/torture/expect-objects.ts'
 import { DISKS } from '../../../core/test/torture/guest.ts'
 import type { Job } from '../../../core/test/torture/job.ts'
 import { serversWith } from '../../../core/test/torture/processes.ts'
@@ -173,10 +174,8 @@ export class KillCases implements AsyncDisposable {
     expectSame('the guest agent', agent, 'thawed')
     const state = await ground.state()
     if (state !== undefined) expectSame('the state of the domain', state, 'running')
-    const keys: string[] = []
-    for await (const { key } of ground.storage.list('')) keys.push(key)
-    const partial = keys.filter(key => !ids.some(id => key.includes(`/${id}/`)))
-    expectSame('the objects of unfinished backups', partial, [])
+    const { storage, storagePlace } = ground
+    await expectNoOtherObjects(storage, typeof storagePlace === 'string' ? storagePlace : undefined)
   }
 
   /** The next backup is an increment, and it and what the victim published hold what they must. */

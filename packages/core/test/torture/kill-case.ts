@@ -6,6 +6,7 @@ import { isVarveError } from '../../src/errors.ts'
 import { type RecoveredRun, recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
+import { expectNoOtherObjects, pruneLater } from './expect-objects.ts'
 import { DISKS, INSTANCE } from './guest.ts'
 import type { Job, Task } from './job.ts'
 import type { Kill } from './kill-points.ts'
@@ -194,13 +195,7 @@ async function removeAgain(ground: ProvingGround, task: Task): Promise<void> {
       if (!isVarveError(error, 'BACKUP_NOT_FOUND')) throw error
     })
   } else if (task.kind === 'prune') await manager.prune(task.policy)
-  const { now } = Date
-  Date.now = () => now() + 25 * 60 * 60 * 1000
-  try {
-    await manager.prune({ instance: INSTANCE, keepLast: 100 })
-  } finally {
-    Date.now = now
-  }
+  await pruneLater(ground.storage('first'))
 }
 
 /** Nothing is left of the run but the backup. */
@@ -225,18 +220,7 @@ async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<v
     const own = names.filter(id => ids.includes(id))
     if (own.length > 1) throw new Error(`${name} has bitmaps of ${own.length} backups: ${own}`)
   }
-  await expectNoPartialObjects(ground)
-}
-
-async function expectNoPartialObjects(ground: ProvingGround): Promise<void> {
-  const ids = await backupIds(ground)
-  const keys: string[] = []
-  for await (const { key } of ground.storage('first').list('')) keys.push(key)
-  expectSame(
-    'the objects of unfinished backups',
-    keys.filter(key => !ids.some(id => key.includes(`/${id}/`))),
-    [],
-  )
+  await expectNoOtherObjects(ground.storage('first'), ground.storagePath('first'))
 }
 
 /** The instance runs or starts, every backup restores to what it held, and so does the next one. */

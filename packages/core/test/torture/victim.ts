@@ -14,18 +14,28 @@ import { KillPoints } from './kill-points.ts'
 /** The objects that hold what a disk held. */
 const IMAGE = /\.(qcow2|rbd-diff)$/
 
-/** A storage where each stored object is a point, and where the guest writes once the first image is to be stored. */
+/**
+ * A storage where each object is a point when it is stored in part, and one when it is stored, and where the guest writes
+ * once the first image is to be stored.
+ */
 async function openStorage(place: StoragePlace): Promise<StorageDriver> {
   const storage = typeof place === 'string' ? new LocalDriver({ path: place }) : await openBucket(place)
   const put = storage.put.bind(storage)
   let streaming = false
-  storage.put = async (...args) => {
-    if (IMAGE.test(args[0]) && !streaming) {
+  storage.put = async (key, body, options = {}) => {
+    if (IMAGE.test(key) && !streaming) {
       streaming = true
       await guestWrites()
     }
-    const stored = await put(...args)
-    points.reach(`stored ${args[0].slice(args[0].lastIndexOf('/') + 1)}`)
+    const name = key.slice(key.lastIndexOf('/') + 1)
+    let begun = false
+    const onProgress = (bytes: number) => {
+      options.onProgress?.(bytes)
+      if (!begun) points.reach(`storing ${name}`)
+      begun = true
+    }
+    const stored = await put(key, body, { ...options, onProgress })
+    points.reach(`stored ${name}`)
     return stored
   }
   return storage
