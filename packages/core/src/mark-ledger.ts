@@ -4,8 +4,13 @@ import { z } from 'zod'
 import { isBackupId } from './backup-id.ts'
 import type { StorageReference } from './journal.ts'
 import { makeFolders } from './make-folders.ts'
+import { statIfThere } from './stat-if-there.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 import { instanceFolder } from './storage-layout.ts'
+
+const TEMPORARY = '.json.tmp'
+/** A file that takes milliseconds to write, and has not got its name after so many, was left by a process that died. */
+const LEFT_AFTER_MS = 60 * 60 * 1000
 
 const storageReference = z.object({ type: z.string(), location: z.string() })
 
@@ -25,9 +30,10 @@ export class MarkLedger {
   /** To be called before the mark is made. */
   async add(backup: string, { type, location }: StorageReference): Promise<void> {
     const path = this.#path(backup)
-    const temporary = `${path}.tmp`
+    const temporary = join(this.#folder, `${backup}${TEMPORARY}`)
     await inStateFolder(path, async () => {
       await makeFolders(this.#folder)
+      await this.#removeLeft()
       try {
         await writeFile(temporary, JSON.stringify({ type, location }), { mode: 0o600, flush: true })
         await rename(temporary, path)
@@ -67,6 +73,16 @@ export class MarkLedger {
       return text === undefined ? undefined : storageReference.parse(JSON.parse(text))
     } catch {
       return undefined // what cannot be read tells nothing, and the mark stays
+    }
+  }
+
+  /** Of a process that was killed before its file had a name. Another one may be writing its own right now. */
+  async #removeLeft(): Promise<void> {
+    for (const name of await namesIn(this.#folder)) {
+      const path = join(this.#folder, name)
+      if (!name.endsWith(TEMPORARY)) continue
+      const { mtimeMs } = (await statIfThere(path)) ?? { mtimeMs: Number.POSITIVE_INFINITY }
+      if (Date.now() - mtimeMs > LEFT_AFTER_MS) await rm(path, { force: true })
     }
   }
 

@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, rename, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rename, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -8,6 +8,7 @@ import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
+import { MarkLedger } from '../src/mark-ledger.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 
 let folder: string
@@ -91,4 +92,19 @@ test('the bitmap of a backup that was restored and then deleted goes too', async
   expect(next).toMatchObject({ kind: 'full' })
   expect(await marks()).toEqual([markOf(next)])
   expect(a1.chain).toBe(a2.chain)
+})
+
+test('what a process left that died while it remembered a backup goes with a backup an hour later', async () => {
+  const marks = join(stateDir(), 'marks', 'web-1')
+  await mkdir(marks, { recursive: true })
+  const [old, young, next] = [
+    '20260101-000000-000-aaaaaa',
+    '20260101-000000-000-bbbbbb',
+    '20260101-000000-000-cccccc',
+  ]
+  for (const id of [old, young]) await writeFile(join(marks, `${id}.json.tmp`), '{"type":')
+  const anHourAgo = new Date(Date.now() - 61 * 60 * 1000)
+  await utimes(join(marks, `${old}.json.tmp`), anHourAgo, anHourAgo)
+  await new MarkLedger(stateDir(), 'web-1').add(next, storage('a'))
+  expect((await readdir(marks)).sort()).toEqual([`${young}.json.tmp`, `${next}.json`])
 })

@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { ChainManager, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
 import { expectNoOtherObjects } from '../../../core/test/torture/expect-objects.ts'
+import { expectCleanState, expectNoTemporaryState } from '../../../core/test/torture/expect-state.ts'
 import { DISKS } from '../../../core/test/torture/guest.ts'
 import type { Job } from '../../../core/test/torture/job.ts'
 import { serversWith } from '../../../core/test/torture/processes.ts'
@@ -167,7 +168,7 @@ export class KillCases implements AsyncDisposable {
     const marked = await ground.marked()
     const stray = marked.filter(id => !ids.includes(id))
     expectSame('the stray bitmaps and snapshots', stray, [])
-    expectSame('the journals', await readdir(join(ground.stateDir, 'runs')), [])
+    await expectCleanState(ground.stateDir)
     expectSame('the temporary files', await readdir(this.#lab.temporary), [])
     expectSame('the servers', serversWith(this.#lab.folder, ...images.map(image => `/${image}`)), [])
     const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
@@ -182,6 +183,7 @@ export class KillCases implements AsyncDisposable {
   async #expectGoesOn(ground: KillGround, published: readonly string[]): Promise<void> {
     await ground.write()
     const next = await ground.backup()
+    await expectNoTemporaryState(ground.stateDir)
     const kinds = next.disks.map(({ name, kind, fallback }) => [name, kind, fallback])
     expectSame(
       'the kinds',

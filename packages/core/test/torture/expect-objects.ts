@@ -1,9 +1,9 @@
-import { readdir } from 'node:fs/promises'
-import { basename, join, relative } from 'node:path'
+import { basename } from 'node:path'
 import { objectsOf } from '../../src/chain.ts'
 import { ChainManager } from '../../src/chain-manager.ts'
 import { type StorageDriver, TEMPORARY_PREFIX } from '../../src/storage.ts'
 import { MANIFEST_FILE } from '../../src/storage-layout.ts'
+import { filesIn } from './files-in.ts'
 
 const DAY_MS = 24 * 60 * 60 * 1000
 
@@ -53,13 +53,6 @@ async function keysOf(storage: StorageDriver): Promise<string[]> {
   const keys: string[] = []
   for await (const { key } of storage.list('')) keys.push(key)
   return keys
-}
-
-async function filesIn(folder: string): Promise<string[]> {
-  const entries = await readdir(folder, { recursive: true, withFileTypes: true })
-  return entries
-    .filter(entry => !entry.isDirectory())
-    .map(entry => relative(folder, join(entry.parentPath, entry.name)))
 }
 
 function expectSameNames(what: string, found: readonly string[], wanted: readonly string[]): void {

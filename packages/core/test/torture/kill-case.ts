@@ -7,6 +7,7 @@ import { type RecoveredRun, recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
 import { expectNoOtherObjects, pruneLater } from './expect-objects.ts'
+import { expectCleanState, expectNoTemporaryState } from './expect-state.ts'
 import { DISKS, INSTANCE } from './guest.ts'
 import type { Job, Task } from './job.ts'
 import type { Kill } from './kill-points.ts'
@@ -202,7 +203,7 @@ async function removeAgain(ground: ProvingGround, task: Task): Promise<void> {
 async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<void> {
   expectSame('the files of the instance', await ground.files(), ['vda.qcow2', 'vdb.qcow2'])
   expectSame('the temporary files', await readdir(ground.temporary), [])
-  expectSame('the journals', await readdir(join(ground.stateDir, 'runs')).catch(() => []), [])
+  await expectCleanState(ground.stateDir)
   expectSame('the servers', serversWith(ground.folder), [])
   const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
   expectSame('the guest agent', agent, 'thawed')
@@ -234,6 +235,7 @@ async function expectGoesOn(
   await ground.write(random)
   const had = (await backupIds(ground)).length > 0
   const next = await ground.backup('first')
+  await expectNoTemporaryState(ground.stateDir)
   const harsh = mishap === 'QEMU killed' || scope === 'group' || scenario.name.startsWith('deletion')
   if (!harsh) expectSame('the kind of the next backup', next.kind, had ? 'incremental' : 'full')
   for (const { name, kind, fallback } of next.disks) {
