@@ -51,7 +51,7 @@ export async function findOrphans(
   for (const storage of storages) {
     catalogs.push(await readCatalog(tellCommands(storage, run.onEvent), '', run.signal))
   }
-  const unsettled = new Set((await RunJournal.unsettled(stateDir)).map(({ header }) => header.id))
+  const unsettled = new Set(await RunJournal.unsettled(stateDir))
   const stored = new Set(
     catalogs.flatMap(({ objects }) => [...objects.keys()].map(key => backupOfKey(key)?.backup)),
   )

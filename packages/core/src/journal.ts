@@ -159,7 +159,7 @@ export class RunJournal {
    */
   static async begin(stateDir: string, header: JournalHeader): Promise<RunJournal> {
     const folder = runsFolder(stateDir)
-    const path = join(folder, `${header.id}.jsonl`)
+    const path = join(folder, header.id + SUFFIX)
     return inStateFolder(path, async () => {
       await makeFolders(folder)
       await (await open(path, 'ax', 0o600)).close()
@@ -175,21 +175,47 @@ export class RunJournal {
   }
 
   /**
-   * The journals of runs that have not been settled: of those that go on, and of those that died.
+   * The ids of the runs that have not been settled: of those that go on, and of those that died.
+   *
+   * @throws STATE_DIR_FAILED
+   */
+  static async unsettled(stateDir: string): Promise<string[]> {
+    const names = await namesIn(runsFolder(stateDir))
+    return names
+      .filter(name => name.endsWith(SUFFIX))
+      .map(name => name.slice(0, -SUFFIX.length))
+      .filter(isBackupId)
+      .sort()
+  }
+
+  /**
+   * Reads the journal of a run; undefined where it has none any more, or died before its first step.
    *
    * @throws STATE_DIR_FAILED, RUN_UNRESOLVED
    */
-  static async unsettled(stateDir: string): Promise<RunJournal[]> {
-    const folder = runsFolder(stateDir)
-    const names = await namesIn(folder)
-    const journals: RunJournal[] = []
-    for (const name of names.sort()) {
-      if (!name.endsWith('.jsonl') || !isBackupId(name.slice(0, -'.jsonl'.length))) continue
-      const journal = await readJournal(join(folder, name))
-      if (journal)
-        journals.push(new RunJournal(join(folder, name), journal.header, journal.steps, journal.length))
+  static async read(stateDir: string, id: string): Promise<RunJournal | undefined> {
+    const path = join(runsFolder(stateDir), id + SUFFIX)
+    const { lines, length } = await readLines(path)
+    return readable(path, () => {
+      const [header, ...steps]: unknown[] = lines.map(line => JSON.parse(line))
+      if (header === undefined) return undefined
+      return new RunJournal(path, parseHeader(header), steps.map(parseStep), length)
+    })
+  }
+
+  /**
+   * What the runs are about that have not been settled, whatever their steps are.
+   *
+   * @throws STATE_DIR_FAILED, RUN_UNRESOLVED
+   */
+  static async headers(stateDir: string): Promise<JournalHeader[]> {
+    const headers: JournalHeader[] = []
+    for (const id of await RunJournal.unsettled(stateDir)) {
+      const path = join(runsFolder(stateDir), id + SUFFIX)
+      const [line] = (await readLines(path)).lines
+      if (line !== undefined) headers.push(readable(path, () => parseHeader(JSON.parse(line))))
     }
-    return journals
+    return headers
   }
 
   /** What was recorded so far, in order. */
@@ -222,6 +248,8 @@ export class RunJournal {
   }
 }
 
+const SUFFIX = '.jsonl'
+
 function runsFolder(stateDir: string): string {
   return join(stateDir, 'runs')
 }
@@ -249,28 +277,23 @@ async function syncFolder(folder: string): Promise<void> {
   }
 }
 
-async function readJournal(
-  path: string,
-): Promise<{ header: JournalHeader; steps: JournalStep[]; length: number } | undefined> {
-  const text = (await textOf(path)) ?? '' // settled in between
+/** The whole lines of a journal and their length in bytes; none where it was settled in between. */
+async function readLines(path: string): Promise<{ lines: string[]; length: number }> {
+  const text = (await textOf(path)) ?? ''
   // A last line without its end was cut short, so its step was never begun.
-  const lines = text.split('\n').slice(0, -1)
+  const whole = text.slice(0, text.lastIndexOf('\n') + 1)
+  return { lines: whole.split('\n').slice(0, -1), length: Buffer.byteLength(whole) }
+}
+
+/** @throws RUN_UNRESOLVED */
+function readable<T>(path: string, parse: () => T): T {
   try {
-    const [header, ...steps]: unknown[] = lines.map(line => JSON.parse(line))
-    if (header === undefined) return undefined // died before its first step
-    return {
-      header: parseHeader(header),
-      steps: steps.map(parseStep),
-      length: Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1)),
-    }
-  } catch (error) {
+    return parse()
+  } catch (cause) {
     throw new VarveError(
       'RUN_UNRESOLVED',
       `The run journal ${path} cannot be read. Look at the instance's disks for an overlay or a bitmap of Varve's, put them right and move the file away.`,
-      {
-        context: { path },
-        cause: error,
-      },
+      { context: { path }, cause },
     )
   }
 }

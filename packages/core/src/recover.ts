@@ -26,8 +26,9 @@ export interface RecoverOptions {
 /** A run that was cut short, and what became of it. */
 export interface RecoveredRun {
   readonly id: string
-  readonly kind: 'backup' | 'restore'
-  readonly instance: string
+  /** Absent, as the instance is, where the run's journal cannot be read: see `error`. */
+  readonly kind?: 'backup' | 'restore'
+  readonly instance?: string
   /**
    * `finished`: it had reached the point from which it is carried through. `undone`: everything is as
    * before it. `incomplete`: a restore in place was cut short; the disk must be restored again.
@@ -55,45 +56,61 @@ export interface RecoverReport {
 export async function recover(options: RecoverOptions, run: RunOptions = {}): Promise<RecoverReport> {
   const { signal, ...settling } = run
   const runs: RecoveredRun[] = []
-  for (const journal of await RunJournal.unsettled(options.stateDir)) {
+  for (const id of await RunJournal.unsettled(options.stateDir)) {
     if (signal?.aborted) throw abortError(signal)
-    const { id, kind, instance } = journal.header
-    const outcome = await recoverRun(journal, options, settling)
-    runs.push({ id, kind, instance, ...outcome })
+    const recovered = await recoverRun(id, options, settling)
+    if (recovered) runs.push(recovered)
   }
   return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
 }
 
+/** Undefined where the run has settled itself. */
 async function recoverRun(
-  journal: RunJournal,
+  id: string,
   options: RecoverOptions,
   run: Omit<RunOptions, 'signal'>,
-): Promise<Pick<RecoveredRun, 'outcome' | 'error'>> {
-  const { header } = journal
+): Promise<RecoveredRun | undefined> {
+  const { stateDir } = options
+  let about: Pick<RecoveredRun, 'id' | 'kind' | 'instance'> = { id }
   try {
-    await using lock = await lockOf(header)
-    if (!lock) return { outcome: 'running' }
-    const host = options.host ?? hostOf(header.host, options.rbd)
-    if (header.kind === 'restore') {
-      const { finished, incomplete } = await settleRestore(journal, host, run)
-      return { outcome: incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone' }
-    }
-    const used = options.storages.find(
-      ({ type, location }) => type === header.storage.type && location === header.storage.location,
-    )
-    const storage = used && tellCommands(used, run.onEvent)
-    const { published } = await settleBackup(journal, { host, storage, run })
-    return { outcome: published ? 'finished' : 'undone' }
+    const found = await RunJournal.read(stateDir, id)
+    if (!found) return undefined
+    const { kind, instance, disks } = found.header
+    about = { id, kind, instance }
+    await using lock = await lockOf(disks)
+    if (!lock) return { ...about, outcome: 'running' }
+    // Until its disks were held the run may have gone on: what it did meanwhile counts, and it may be settled.
+    const journal = await RunJournal.read(stateDir, id)
+    return journal && { ...about, outcome: await settle(journal, options, run) }
   } catch (error) {
     const reason = isVarveError(error)
       ? error
       : new VarveError('RUN_UNRESOLVED', errorMessage(error), { cause: error })
-    return { outcome: 'unresolved', error: reason }
+    return { ...about, outcome: 'unresolved', error: reason }
   }
 }
 
+async function settle(
+  journal: RunJournal,
+  options: RecoverOptions,
+  run: Omit<RunOptions, 'signal'>,
+): Promise<RecoveredRun['outcome']> {
+  const { header } = journal
+  const host = options.host ?? hostOf(header.host, options.rbd)
+  if (header.kind === 'restore') {
+    const { finished, incomplete } = await settleRestore(journal, host, run)
+    return incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
+  }
+  const used = options.storages.find(
+    ({ type, location }) => type === header.storage.type && location === header.storage.location,
+  )
+  const storage = used && tellCommands(used, run.onEvent)
+  const { published } = await settleBackup(journal, { host, storage, run })
+  return published ? 'finished' : 'undone'
+}
+
 /** None where a process holds the disks: the run goes on. */
-async function lockOf({ disks }: JournalHeader): Promise<DiskLock | undefined> {
+async function lockOf(disks: JournalHeader['disks']): Promise<DiskLock | undefined> {
   return DiskLock.acquire(disks.map(({ path }) => path)).catch(error => {
     if (isVarveError(error, 'DISK_BUSY')) return undefined
     throw error

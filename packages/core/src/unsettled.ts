@@ -15,7 +15,7 @@ export async function assertNoUnsettledRun(
 ): Promise<void> {
   const paths = new Set(disks.map(({ path }) => path))
   const names = new Set(disks.map(({ name }) => name))
-  for (const { header } of await RunJournal.unsettled(stateDir)) {
+  for (const header of await RunJournal.headers(stateDir)) {
     const ofInstance = header.kind === 'backup' && header.instance === instance
     const disk = header.disks.find(({ name, path }) => paths.has(path) || (ofInstance && names.has(name)))
     if (!disk) continue

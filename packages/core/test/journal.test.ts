@@ -15,6 +15,12 @@ beforeEach(async () => {
 })
 afterEach(() => rm(stateDir, { recursive: true }))
 
+/** The journals that another process finds. */
+async function unsettled(): Promise<(RunJournal | undefined)[]> {
+  const ids = await RunJournal.unsettled(stateDir)
+  return Promise.all(ids.map(id => RunJournal.read(stateDir, id)))
+}
+
 function header(path = '/img/a.qcow2'): JournalHeader {
   return {
     version: 1,
@@ -33,7 +39,7 @@ test('another process reads every step that was recorded, in order', async () =>
   const journal = await RunJournal.begin(stateDir, head)
   await journal.record({ step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] })
   await journal.record({ step: 'export', folder: '/tmp/x' })
-  const [found] = await RunJournal.unsettled(stateDir)
+  const [found] = await unsettled()
   expect(found?.header).toEqual(head)
   expect(found?.steps).toEqual([
     { step: 'bitmap-add', bitmap: 'varve-x', disks: ['vda'] },
@@ -90,7 +96,7 @@ test('every kind of step is read with all that it tells', async () => {
   ] as const) {
     const journal = await RunJournal.begin(stateDir, { ...header(), host })
     for (const step of steps) await journal.record(step)
-    const [found] = await RunJournal.unsettled(stateDir)
+    const [found] = await unsettled()
     expect(found?.header).toEqual(journal.header)
     expect(found?.steps).toEqual(steps)
     await journal.settled()
@@ -106,11 +112,11 @@ test('a step whose record was cut short at any byte was never begun', async () =
   const firstLine = whole.indexOf('\n') + 1
   for (let length = whole.length - 1; length >= firstLine; length--) {
     await truncate(file, length)
-    const [found] = await RunJournal.unsettled(stateDir)
+    const [found] = await unsettled()
     expect(found?.steps).toEqual([])
   }
   await truncate(file, firstLine - 1)
-  expect(await RunJournal.unsettled(stateDir)).toEqual([])
+  expect(await unsettled()).toEqual([undefined])
 })
 
 test('a step that is recorded after one that was cut short is read all the same', async () => {
@@ -119,9 +125,9 @@ test('a step that is recorded after one that was cut short is read all the same'
   await journal.record({ step: 'export', folder: '/tmp/x' })
   const file = join(stateDir, 'runs', `${head.id}.jsonl`)
   await appendFile(file, '{"step":"finish","renames":[{"tempo')
-  const [found] = await RunJournal.unsettled(stateDir)
+  const [found] = await unsettled()
   await found?.record({ step: 'undo' })
-  const [again] = await RunJournal.unsettled(stateDir)
+  const [again] = await unsettled()
   expect(again?.steps).toEqual([{ step: 'export', folder: '/tmp/x' }, { step: 'undo' }])
 })
 
@@ -150,7 +156,10 @@ test('a journal that cannot be read is an error and not an empty list', async ()
   const head = header()
   await RunJournal.begin(stateDir, head)
   await appendFile(join(stateDir, 'runs', `${head.id}.jsonl`), 'not json\n')
-  await expect(RunJournal.unsettled(stateDir)).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  await expect(unsettled()).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  const check = (path: string) => assertNoUnsettledRun(stateDir, undefined, [{ name: 'vda', path }])
+  await expect(check('/img/a.qcow2')).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  await check('/img/b.qcow2') // what it is about can be read
 })
 
 test('a mangled journal is refused, or every step of it is one', { timeout: FUZZ_TIMEOUT_MS }, async () => {
@@ -176,11 +185,10 @@ test('a mangled journal is refused, or every step of it is one', { timeout: FUZZ
   await fc.assert(
     fc.asyncProperty(mangled, async text => {
       await writeFile(path, text)
-      const found = await RunJournal.unsettled(stateDir).catch(error => {
+      const found = await RunJournal.read(stateDir, journal.header.id).catch(error => {
         expect(error).toMatchObject({ name: 'VarveError', code: 'RUN_UNRESOLVED' })
-        return []
       })
-      for (const { header, steps } of found) {
+      for (const { header, steps } of found ? [found] : []) {
         expect(
           header.disks.every(({ name, path }) => typeof name === 'string' && typeof path === 'string'),
         ).toBe(true)
@@ -206,7 +214,7 @@ test('files that are no journals are left alone', async () => {
 test('recover that is given up settles what it has begun and nothing after it', async () => {
   for (const _ of [1, 2, 3])
     await RunJournal.begin(stateDir, { ...header(`/img/${newBackupId()}`), kind: 'restore' })
-  const [first] = await RunJournal.unsettled(stateDir)
+  const [first] = await unsettled()
   await first?.record({ step: 'finish', renames: [] })
   const given = new AbortController()
   const recovered = recover(

@@ -123,8 +123,8 @@ export function recoverText({ runs }: RecoverReport): string {
     [{ title: 'RUN' }, { title: 'KIND' }, { title: 'INSTANCE' }, { title: 'OUTCOME' }],
     runs.map(({ id, kind, instance, outcome, error }) => [
       id,
-      kind,
-      instance,
+      kind ?? '?',
+      instance ?? '?',
       error ? `${OUTCOMES[outcome]}: ${error.message}` : OUTCOMES[outcome],
     ]),
   )

@@ -1,0 +1,88 @@
+import { appendFile, mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { newBackupId } from '../src/backup-id.ts'
+import { ImageHost } from '../src/image-host.ts'
+import { type JournalHeader, RunJournal } from '../src/journal.ts'
+import { recover } from '../src/recover.ts'
+import { bytesBody } from '../src/storage.ts'
+import { MemoryStorage } from './memory-storage.ts'
+
+let stateDir: string
+let storage: MemoryStorage
+beforeEach(async () => {
+  stateDir = await mkdtemp(join(tmpdir(), 'varve-recover-'))
+  storage = new MemoryStorage()
+})
+afterEach(() => rm(stateDir, { recursive: true }))
+
+function begin(instance: string, id = newBackupId()): Promise<RunJournal> {
+  const header: JournalHeader = {
+    version: 1,
+    id,
+    kind: 'backup',
+    instance,
+    host: { kind: 'image', instance, disks: {} },
+    storage: { type: storage.type, location: storage.location },
+    disks: [{ name: 'vda', path: join(stateDir, `${instance}.qcow2`) }],
+    startedAt: new Date().toISOString(),
+  }
+  return RunJournal.begin(stateDir, header)
+}
+
+/** A host on which something happens while a guest that was suspended is resumed. */
+class BusyHost extends ImageHost {
+  onResume: () => Promise<void> = async () => undefined
+
+  override resume(): Promise<void> {
+    return this.onResume()
+  }
+}
+
+test('a run that is settled while another one is recovered keeps its backup', async () => {
+  const dead = await begin('web-1')
+  await dead.record({ step: 'suspend' })
+  const live = await begin('web-2')
+  const folder = `web-2/${live.header.id}/${live.header.id}`
+  await live.record({ step: 'upload', folder })
+  await storage.put(`${folder}/vda.qcow2`, bytesBody(Buffer.from('image')))
+  const host = new BusyHost({ instance: 'web-1', disks: {} })
+  host.onResume = async () => {
+    await storage.put(`${folder}/manifest.json`, bytesBody(Buffer.from('{}')))
+    await live.settled()
+  }
+  const { runs } = await recover({ stateDir, storages: [storage], host })
+  expect(runs).toEqual([{ id: dead.header.id, kind: 'backup', instance: 'web-1', outcome: 'undone' }])
+  expect([...storage.objects.keys()].sort()).toEqual([`${folder}/manifest.json`, `${folder}/vda.qcow2`])
+})
+
+test('a run that did more while another one was recovered, and died, is settled with all that it did', async () => {
+  const dead = await begin('web-1')
+  await dead.record({ step: 'suspend' })
+  const late = await begin('web-2')
+  const folder = `web-2/${late.header.id}/${late.header.id}`
+  const host = new BusyHost({ instance: 'web-1', disks: {} })
+  host.onResume = async () => {
+    await late.record({ step: 'upload', folder })
+    await storage.put(`${folder}/vda.qcow2`, bytesBody(Buffer.from('image')))
+  }
+  const { runs } = await recover({ stateDir, storages: [storage], host })
+  expect(runs).toMatchObject([{ outcome: 'undone' }, { outcome: 'undone' }])
+  expect([...storage.objects.keys()]).toEqual([])
+})
+
+test('a journal that cannot be read is told of, and keeps no other run from being settled', async () => {
+  const unreadable = await begin('web-1')
+  await appendFile(join(stateDir, 'runs', `${unreadable.header.id}.jsonl`), 'not json\n')
+  const other = await begin('web-2')
+  const report = await recover({ stateDir, storages: [storage] })
+  expect(report).toMatchObject({
+    ok: false,
+    runs: [
+      { id: unreadable.header.id, outcome: 'unresolved', error: { code: 'RUN_UNRESOLVED' } },
+      { id: other.header.id, instance: 'web-2', outcome: 'undone' },
+    ],
+  })
+  expect(await RunJournal.unsettled(stateDir)).toEqual([unreadable.header.id])
+})
