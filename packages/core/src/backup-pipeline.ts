@@ -13,13 +13,13 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { type Frozen, freeze, mark, stream } from './backup-stages.ts'
+import { freeze, mark, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
 import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { RunJournal } from './journal.ts'
-import type { BackupManifest, ManifestDisk } from './manifest.ts'
+import type { BackupManifest } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { OverlayWatch } from './overlay-space.ts'
 import { DEFAULT_MAX_INCREMENTAL_CHAIN } from './parent-check.ts'
@@ -193,9 +193,13 @@ export class BackupPipeline {
       const definition = await storeDefinition(backup)
       await mark(backup)
       const frozen = await freeze(backup)
-      const images = await streamWatched(backup, frozen)
-      manifest = await describe(backup, frozen, { definition, disks: images })
-      await publish(backup, manifest, {
+      // While the guest's overlays have room.
+      await using watch = new OverlayWatch(frozen.overlays, request.overlayReserve, run)
+      const signal = run.signal ? AbortSignal.any([run.signal, watch.signal]) : watch.signal
+      const watched = { ...backup, run: { ...run, signal } }
+      const images = await stream(watched, frozen)
+      manifest = await describe(watched, frozen, { definition, disks: images })
+      await publish(watched, manifest, {
         bitmaps: bitmapsToRetire(disks, backups, id, gone),
         snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),
       })
@@ -206,7 +210,6 @@ export class BackupPipeline {
     const { published } = await settleBackup(journal, {
       host,
       storage,
-      published: failure === undefined,
       run: onEvent ? { onEvent } : {},
     }).catch(error => {
       throw settleError(error, failure, failure === undefined ? id : undefined)
@@ -241,14 +244,6 @@ async function warnOfOddSizes(disks: readonly HostDisk[], run: RunOptions): Prom
       message: `The raw disk ${name} (${path}) has ${size} bytes, which is no multiple of ${SECTOR_SIZE}: it is backed up, and will be restored, with ${SECTOR_SIZE - rest} zero bytes more. To have the file back as it is, cut the restored one (truncate --size=${size}).`,
     })
   }
-}
-
-/** Streams the disks while the guest's overlays have room. */
-async function streamWatched(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
-  const { run, request } = backup
-  await using watch = new OverlayWatch(frozen.overlays, request.overlayReserve, run)
-  const signal = run.signal ? AbortSignal.any([run.signal, watch.signal]) : watch.signal
-  return await stream({ ...backup, run: { ...run, signal } }, frozen)
 }
 
 /** Forgets backups whose mark was on no disk. Those that are newer than what is published may be under way. */

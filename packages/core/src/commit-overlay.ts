@@ -1,7 +1,9 @@
-import { realpath, rm } from 'node:fs/promises'
+import { realpath, rm, stat } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { DiskOverlay } from './host.ts'
+import type { DiskOverlay, MergeRecord } from './host.ts'
+import { assertUnused } from './image-lock.ts'
 import type { LibvirtDomains } from './libvirt-domains.ts'
 import { readImageInfo } from './qemu-img.ts'
 import type { RunOptions } from './run-options.ts'
@@ -10,39 +12,48 @@ import { statIfThere } from './stat-if-there.ts'
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
 const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
 
-/**
- * Brings what was written to an overlay back into its base, and the domain back onto the base.
- *
- * @throws BLOCK_COMMIT_FAILED; the overlay is there then, and the domain goes on with it
- */
+/** How often a snapshot is looked for that is still to come, in milliseconds. */
+const ARRIVAL_INTERVAL_MS = 250
+
+/** What is to be merged. */
+export interface OverlayMerge {
+  readonly instance: string
+  readonly overlay: DiskOverlay
+  readonly merge: MergeRecord
+}
+
+/** See {@link Host.commitOverlay}. */
 export async function commitOverlay(
   domains: LibvirtDomains,
-  instance: string,
-  overlay: DiskOverlay,
+  { instance, overlay, merge }: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
   try {
-    const state = await domains.diskState(instance, overlay.disk, run)
+    const state = await settledState(domains, { instance, overlay, merge }, run)
     if (state === undefined || (!state.running && state.path === overlay.overlay)) {
-      if (state && (await domains.hasSavedMemory(instance, run))) {
-        // The saved state names the overlay, and the guest could not go on without it.
+      if (state) await assertNoSavedMemory(domains, instance, run)
+      await merge.begin()
+      await commitOffline(domains, instance, overlay, run)
+    } else if (state.path === overlay.overlay) {
+      await merge.begin()
+      await commitLive(domains, instance, overlay, run)
+    } else if (await statIfThere(overlay.overlay)) {
+      if (state.path !== overlay.base) {
+        // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
         throw new VarveError(
           'OVERLAY_LEFT_OVER',
-          'the memory of the instance was saved (virsh managedsave) while it wrote to the overlay; start the instance first',
+          `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
         )
       }
-      await commitOffline(domains, instance, overlay, run)
-    } else if (state.path === overlay.overlay) await commitLive(domains, instance, overlay, run)
-    else if (state.path !== overlay.base && (await statIfThere(overlay.overlay))) {
-      // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
-      throw new VarveError(
-        'OVERLAY_LEFT_OVER',
-        `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
-      )
-    } else if (state.running && (await statIfThere(overlay.overlay)))
-      await assertUnused(domains, instance, overlay, run)
+      if (state.running) await assertNotTaken(domains, instance, overlay, run)
+      if (!merge.isBegun) await mergeAbandoned(domains, { instance, overlay, merge }, state.running, run)
+    }
     await rm(overlay.overlay, { force: true })
-  } catch (error) {
+  } catch (failure) {
+    const error = await recordFailure(domains, { instance, overlay, merge }, run).then(
+      () => failure,
+      more => new AggregateError([failure, more], errorMessage(failure)),
+    )
     throw new VarveError(
       'BLOCK_COMMIT_FAILED',
       `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. The instance ${instance} goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
@@ -55,11 +66,90 @@ export async function commitOverlay(
   }
 }
 
+async function recordFailure(
+  domains: LibvirtDomains,
+  { instance, overlay, merge }: OverlayMerge,
+  run: RunOptions,
+): Promise<void> {
+  if (!merge.isBegun) return
+  const state = await domains.diskState(instance, overlay.disk, run)
+  if (state?.path === overlay.overlay) await merge.failed()
+}
+
+/** Where the disk is once a snapshot that is under way has come; undefined where the domain or the disk is gone. */
+async function settledState(
+  domains: LibvirtDomains,
+  { instance, overlay, merge: { arrivesBy = 0 } }: OverlayMerge,
+  run: RunOptions,
+): ReturnType<LibvirtDomains['diskState']> {
+  for (;;) {
+    const state = await domains.diskState(instance, overlay.disk, run)
+    const mayCome = state?.running && state.path === overlay.base && performance.now() < arrivesBy
+    if (!mayCome || (await statIfThere(overlay.overlay))) return state
+    await sleep(ARRIVAL_INTERVAL_MS)
+  }
+}
+
+/**
+ * The disk is on its base, and no merge put it there: somebody changed the domain's definition, or libvirtd died before
+ * it had. What the guest wrote to the overlay is merged as long as the base is as it was then.
+ */
+async function mergeAbandoned(
+  domains: LibvirtDomains,
+  { instance, overlay, merge }: OverlayMerge,
+  running: boolean,
+  run: RunOptions,
+): Promise<void> {
+  await assertUnused(overlay.overlay, run) // by a QEMU that this libvirt knows nothing of
+  if (!(await hasData(overlay.overlay, run))) return // it was never in use
+  const [base, above] = await Promise.all([overlay.base, overlay.overlay].map(path => stat(path)))
+  if (running || !base || !above || base.mtimeMs >= above.mtimeMs) {
+    throw new VarveError(
+      'OVERLAY_LEFT_OVER',
+      `the definition was changed: the disk is on ${overlay.base}, without what the guest wrote to the overlay since the snapshot, and that file may have been written to since. Decide which of the two holds: define the disk on the overlay while the instance is off and run "varve recover", or move the overlay away`,
+    )
+  }
+  await assertNoSavedMemory(domains, instance, run)
+  // Back onto the overlay first: from there on this is like any other, also when it is cut short.
+  await domains.redefine(
+    instance,
+    { disks: { [overlay.disk]: { path: overlay.overlay, format: 'qcow2' } } },
+    run,
+  )
+  await merge.begin()
+  await commitOffline(domains, instance, overlay, run)
+}
+
+/** Whether an overlay that is not in use holds anything; its base may be. */
+async function hasData(overlay: string, run: RunOptions): Promise<boolean> {
+  let found = false
+  await runCommand('qemu-img', ['map', '--force-share', '--output=json', '-f', 'qcow2', overlay], {
+    ...run,
+    onLine: line => {
+      found ||= /"depth": 0\b/.test(line) && !/"present": false/.test(line)
+    },
+  })
+  return found
+}
+
+/** The saved state names the overlay, and the guest could not go on without it. */
+async function assertNoSavedMemory(
+  domains: LibvirtDomains,
+  instance: string,
+  run: RunOptions,
+): Promise<void> {
+  if (!(await domains.hasSavedMemory(instance, run))) return
+  throw new VarveError(
+    'OVERLAY_LEFT_OVER',
+    'the memory of the instance was saved (virsh managedsave) while it wrote to the overlay; start the instance first',
+  )
+}
+
 /**
  * The definition says that the disk is on its base. libvirt may all the same be about to put the overlay on
  * top, for a snapshot that nobody waits for any more: QEMU itself knows, and answers when that is done.
  */
-async function assertUnused(
+async function assertNotTaken(
   domains: LibvirtDomains,
   instance: string,
   overlay: DiskOverlay,

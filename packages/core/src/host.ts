@@ -101,6 +101,17 @@ export type HostReference =
   | { readonly kind: 'libvirt'; readonly uri: string }
   | { readonly kind: 'image'; readonly instance: string; readonly disks: Readonly<Record<string, ImageDisk>> }
 
+/** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
+export interface MergeRecord {
+  /** Whether it was begun, and not seen failing: an overlay that its disk is not on any more was merged then. */
+  readonly isBegun: boolean
+  /** Until when the snapshot may still come that puts the disk on the overlay, in milliseconds of `performance.now()`. */
+  readonly arrivesBy?: number
+  begin(): Promise<void>
+  /** The disk is still on the overlay. */
+  failed(): Promise<void>
+}
+
 /**
  * Where instances live. Everything that changes the host can be called again after it was cut short: it
  * looks at the state first.
@@ -129,8 +140,12 @@ export interface Host {
   overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */
   snapshot(instance: string, overlays: readonly DiskOverlay[], run?: RunOptions): Promise<void>
-  /** Brings what was written to an overlay back into its base, and the instance back onto the base. */
-  commitOverlay(instance: string, overlay: DiskOverlay, run?: RunOptions): Promise<void>
+  /**
+   * Brings what was written to an overlay back into its base, and the instance back onto the base; then removes it.
+   *
+   * @throws BLOCK_COMMIT_FAILED; the overlay is there then, and the instance goes on with it
+   */
+  commitOverlay(instance: string, overlay: DiskOverlay, merge: MergeRecord, run?: RunOptions): Promise<void>
   /**
    * Has the guest agent flush and freeze the file systems.
    *

@@ -49,6 +49,9 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
     retire: z.record(text, texts),
     retireSnapshots: z.record(text, texts).exactOptional(),
   }),
+  published: nothing,
+  merge: z.object({ overlay: text }),
+  'merge-failed': z.object({ overlay: text }),
   define: z.object({ instance: text, xml: text }),
   'drop-backing': z.object({ instance: text, disks: texts }),
   'power-off': z.object({

@@ -41,6 +41,9 @@ export const JOURNAL_STEPS = [
   'export',
   'upload',
   'publish',
+  'published',
+  'merge',
+  'merge-failed',
   // restore
   'define',
   'drop-backing',
@@ -83,6 +86,12 @@ interface StepDetails {
     /** The snapshots to remove, by disk, of the images in `rbd-snapshot`. */
     readonly retireSnapshots?: Readonly<Record<string, readonly string[]>>
   }
+  /** The manifest was read back from the storage, with all that the backup rests on. */
+  published: object
+  /** An overlay is about to be merged into its base, and to be removed then. */
+  merge: { readonly overlay: string }
+  /** The last try has failed: the disk was still on the overlay. */
+  'merge-failed': { readonly overlay: string }
   define: { readonly instance: string; readonly xml: string }
   'drop-backing': { readonly instance: string; readonly disks: readonly string[] }
   'power-off': {

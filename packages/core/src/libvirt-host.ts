@@ -13,6 +13,7 @@ import type {
   HostReference,
   Instance,
   InstanceDisks,
+  MergeRecord,
   RbdDisk,
 } from './host.ts'
 import { isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
@@ -187,8 +188,13 @@ export class LibvirtHost implements Host {
     }
   }
 
-  commitOverlay(instance: string, overlay: DiskOverlay, run: RunOptions = {}): Promise<void> {
-    return commitOverlay(this.#domains, instance, overlay, run)
+  commitOverlay(
+    instance: string,
+    overlay: DiskOverlay,
+    merge: MergeRecord,
+    run: RunOptions = {},
+  ): Promise<void> {
+    return commitOverlay(this.#domains, { instance, overlay, merge }, run)
   }
 
   async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {

@@ -119,6 +119,7 @@ export async function publish(
   await journal.record({ step: 'publish', ...publication })
   await storage.put(key, bytesBody(bytes), { signal })
   await assertPublished(storage, publication, signal)
+  await journal.record({ step: 'published' })
 }
 
 async function qemuVersion(run: RunOptions): Promise<string> {

@@ -105,7 +105,7 @@ async function settle(
     ({ type, location }) => type === header.storage.type && location === header.storage.location,
   )
   const storage = used && tellCommands(used, run.onEvent)
-  const { published } = await settleBackup(journal, { host, storage, run })
+  const { published } = await settleBackup(journal, { host, storage, died: true, run })
   return published ? 'finished' : 'undone'
 }
 

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { Host } from './host.ts'
+import type { DiskOverlay, Host, MergeRecord } from './host.ts'
 import type { JournalStepOf, RunJournal } from './journal.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { removeFolder } from './remove-folder.ts'
@@ -11,13 +11,19 @@ import type { StorageDriver } from './storage.ts'
 /** How long the storage may take for each call of a clean-up, in milliseconds. */
 const STORAGE_TIMEOUT_MS = 60_000
 
+/**
+ * How long a snapshot may take to come that a process asked for before it died, in milliseconds: libvirt makes it as soon
+ * as nothing else is being done to the domain.
+ */
+const SNAPSHOT_ARRIVAL_MS = 5_000
+
 /** What {@link settleBackup} works with. */
 export interface SettleOptions {
   readonly host: Host
   /** The storage of the backup. Without it the instance is brought back onto its disks all the same. */
   readonly storage: StorageDriver | undefined
-  /** Whether this process has seen that the backup is published. Default: false; the storage is asked then. */
-  readonly published?: boolean
+  /** Whether the backup's process died, so that what it had begun may be under way. Default: false. */
+  readonly died?: boolean
   /** Without a signal: a clean-up is not given up half-way. */
   readonly run: Omit<RunOptions, 'signal'>
 }
@@ -32,27 +38,29 @@ export async function settleBackup(
   journal: RunJournal,
   options: SettleOptions,
 ): Promise<{ published: boolean }> {
-  const { host, storage, run } = options
+  const { host, storage, died = false, run } = options
   const { instance, disks } = journal.header
   const names = disks.map(({ name }) => name)
 
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
+  const failures: unknown[] = []
+  // Whatever fails is no reason to leave overlays to grow.
+  const attempt = (work: Promise<void>) => work.catch(error => void failures.push(error))
   // The agent of a guest that stands still does not answer.
-  if (journal.of('suspend').length > journal.of('resumed').length) await host.resume(instance, run)
+  if (journal.of('suspend').length > journal.of('resumed').length) await attempt(host.resume(instance, run))
   const frozen = journal.of('filesystem-freeze').length > journal.of('filesystem-thawed').length
-  if (frozen) await host.thawFilesystems(instance, run)
+  if (frozen) await attempt(host.thawFilesystems(instance, run))
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
-  const failures: unknown[] = []
-  for (const overlay of overlays) {
-    // One that cannot be merged is no reason to leave the others to grow.
-    await commitWithRetry(host, instance, overlay, run).catch(error => failures.push(error))
-  }
+  const mayCome = died && journal.steps.at(-1)?.step === 'snapshot'
+  const arrivesBy = mayCome ? performance.now() + SNAPSHOT_ARRIVAL_MS : 0
+  for (const overlay of overlays) await attempt(commitWithRetry(journal, host, { overlay, arrivesBy }, run))
   if (failures.length > 0) throw failures[0]
 
   const publish = journal.of('publish').at(-1)
   const published =
-    options.published || (publish !== undefined && (await isPublished(journal, storage, publish)))
+    journal.of('published').length > 0 ||
+    (publish !== undefined && (await isPublished(journal, storage, publish)))
   if (publish && published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     for (const [disk, bitmaps] of Object.entries(publish.retire))
@@ -75,17 +83,27 @@ export async function settleBackup(
 }
 
 async function commitWithRetry(
+  journal: RunJournal,
   host: Host,
-  instance: string,
-  overlay: Parameters<Host['commitOverlay']>[1],
+  { overlay, arrivesBy }: { overlay: DiskOverlay; arrivesBy: number },
   run: RunOptions,
 ): Promise<void> {
+  const { instance } = journal.header
+  const merge: MergeRecord = {
+    get isBegun() {
+      const last = journal.steps.findLast(step => 'overlay' in step && step.overlay === overlay.overlay)
+      return last?.step === 'merge'
+    },
+    arrivesBy,
+    begin: () => journal.record({ step: 'merge', overlay: overlay.overlay }),
+    failed: () => journal.record({ step: 'merge-failed', overlay: overlay.overlay }),
+  }
   try {
-    await host.commitOverlay(instance, overlay, run)
+    await host.commitOverlay(instance, overlay, merge, run)
   } catch (error) {
     emit(run, { type: 'warning', message: `${errorMessage(error)} Trying once more.` })
     await sleep(1_000) // QEMU may still be ending the job that failed
-    await host.commitOverlay(instance, overlay, run)
+    await host.commitOverlay(instance, overlay, merge, run)
   }
 }
 

@@ -6,7 +6,7 @@ import { execa } from 'execa'
 import { expect, test } from 'vitest'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
-import type { DiskOverlay } from '../src/host.ts'
+import type { DiskOverlay, MergeRecord } from '../src/host.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -18,6 +18,20 @@ const overlayOf = (name: string): DiskOverlay => ({
   baseFormat: 'qcow2',
   overlay: join(site.folder, name),
 })
+
+/** As a run's journal keeps it. */
+function mergeRecord(isBegun = false): MergeRecord {
+  const record = {
+    isBegun,
+    begin: async () => {
+      record.isBegun = true
+    },
+    failed: async () => {
+      record.isBegun = false
+    },
+  }
+  return record
+}
 
 function createOverlay({ base, overlay }: DiskOverlay): void {
   execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b', base, overlay])
@@ -97,7 +111,7 @@ test('a snapshot is seen through although the run is given up, so that its overl
   })
   expect(giveUp.signal.aborted).toBe(true)
   expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(overlay.overlay)
-  await site.host.commitOverlay(vm.name, overlay)
+  await site.host.commitOverlay(vm.name, overlay, mergeRecord())
   expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(image('vda'))
   await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
 })
@@ -109,13 +123,52 @@ test("an overlay that QEMU has open is not removed, whatever the domain's defini
   createOverlay(overlay)
   const node = { driver: 'qcow2', 'node-name': 'soon', file: { driver: 'file', filename: overlay.overlay } }
   await vm.qmp('blockdev-add', { ...node, 'read-only': true, backing: null })
-  await expect(site.host.commitOverlay(vm.name, overlay)).rejects.toMatchObject({
+  await expect(site.host.commitOverlay(vm.name, overlay, mergeRecord())).rejects.toMatchObject({
     code: 'BLOCK_COMMIT_FAILED',
   })
   await stat(overlay.overlay)
   await vm.qmp('blockdev-del', { 'node-name': 'soon' })
-  await site.host.commitOverlay(vm.name, overlay)
+  await site.host.commitOverlay(vm.name, overlay, mergeRecord())
   await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+})
+
+test('what the guest wrote to an overlay is kept, whatever somebody defines meanwhile', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const definition = join(site.folder, 'theirs.xml')
+  const overlay = overlayOf('overlay')
+  await vm.start()
+  await vm.io('vda', 'write -P 1 0 128k')
+  await writeFile(definition, await site.lab.virsh(['dumpxml', '--inactive', vm.name]))
+  const defineOnTheBase = async () => {
+    await site.lab.virsh(['define', definition])
+    await vm.destroy()
+    expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(overlay.base)
+  }
+  await site.host.snapshot(vm.name, [overlay])
+  await vm.io('vda', 'write -P 2 64k 64k')
+  await defineOnTheBase()
+  await site.host.commitOverlay(vm.name, overlay, mergeRecord())
+  await qemuIo(overlay.base, 'qcow2', ['read -P 1 0 64k', 'read -P 2 64k 64k'])
+  expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(overlay.base)
+  await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+
+  // Where the guest has gone on on the base, nobody but its owner knows which of the two holds.
+  await vm.start()
+  await site.host.snapshot(vm.name, [overlay])
+  await vm.io('vda', 'write -P 3 64k 64k')
+  await defineOnTheBase()
+  await vm.start()
+  await vm.io('vda', 'write -P 4 0 64k')
+  const merging = () => site.host.commitOverlay(vm.name, overlay, mergeRecord())
+  const refused = {
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining('definition was changed'),
+  }
+  await expect(merging()).rejects.toMatchObject(refused)
+  await vm.destroy()
+  await expect(merging()).rejects.toMatchObject(refused)
+  await qemuIo(overlay.overlay, 'qcow2', ['read -P 3 64k 64k'])
+  await qemuIo(overlay.base, 'qcow2', ['read -P 4 0 64k', 'read -P 2 64k 64k'])
 })
 
 test('an instance that is started while its overlay is merged back keeps what it writes to it', async () => {
@@ -130,12 +183,14 @@ test('an instance that is started while its overlay is merged back keeps what it
     if (event.type === 'command' && event.args[0] === 'commit')
       execFileSync('virsh', ['--quiet', '--connect', site.lab.uri, ...start])
   }
-  await expect(site.host.commitOverlay(vm.name, overlay, { onEvent: startOnce })).rejects.toMatchObject({
+  await expect(
+    site.host.commitOverlay(vm.name, overlay, mergeRecord(), { onEvent: startOnce }),
+  ).rejects.toMatchObject({
     code: 'BLOCK_COMMIT_FAILED',
     message: expect.stringContaining('was started on it meanwhile'),
   })
   await vm.io('vda', 'write -P 2 64k 64k')
-  await site.host.commitOverlay(vm.name, overlay)
+  await site.host.commitOverlay(vm.name, overlay, mergeRecord())
   await vm.destroy()
   const { stdout } = await execa('qemu-io', [
     '-r',
@@ -173,7 +228,9 @@ test("the password of an instance's console stays when an overlay is merged back
   createOverlay(overlay)
   const events: unknown[] = []
   await site.host.define(withPassword)
-  await site.host.commitOverlay(vm.name, overlay, { onEvent: event => void events.push(event) })
+  await site.host.commitOverlay(vm.name, overlay, mergeRecord(), {
+    onEvent: event => void events.push(event),
+  })
   const after = await site.lab.virsh(['dumpxml', '--inactive', '--security-info', vm.name])
   expect(after).toContain("passwd='console7'")
   expect(after).toContain(overlay.base)

@@ -40,8 +40,8 @@ const over = (backupId: string, more: object = {}): Task => ({
   request: { backup: backupId, to: { instance: INSTANCE }, powerOffTimeoutMs: 0, ...more },
 })
 
-const BACKUP = ['bitmap-add', 'export', 'upload', 'publish'] as const
-const RUNNING_BACKUP = [...BACKUP, 'snapshot'] as const
+const BACKUP = ['bitmap-add', 'export', 'upload', 'publish', 'published'] as const
+const RUNNING_BACKUP = [...BACKUP, 'snapshot', 'merge'] as const
 const RESTORE = ['power-off', 'powered-off', 'target-create', 'finish'] as const
 const IN_PLACE = ['power-off', 'powered-off', 'export', 'write-in-place', 'written-in-place'] as const
 
