@@ -29,8 +29,9 @@ export async function assertParent(
   folder: string,
   signal: AbortSignal,
 ): Promise<void> {
-  const isThere = await storage.stat(`${folder}/${MANIFEST_FILE}`, { signal })
+  // In this order: a deletion takes the manifest away before its mark, so that between the two looks it cannot go unseen.
   const isGoing = await isBeingDeleted(storage, folder, { signal })
+  const isThere = await storage.stat(`${folder}/${MANIFEST_FILE}`, { signal })
   if (isThere && !isGoing) return
   const id = folder.slice(folder.lastIndexOf('/') + 1)
   throw new VarveError(

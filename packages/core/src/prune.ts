@@ -101,9 +101,17 @@ async function carryOut(
 ): Promise<PruneReport> {
   const removed: StoredBackup[] = []
   const spared: KeptBackup[] = []
+  const sparedChains = new Set<string>()
   for (const backup of plan.removed) {
-    if (await removeBackup(storage, backup.folder, catalog.objects, signal)) removed.push(backup)
-    else spared.push({ backup, reasons: ['ancestor'] }) // of one that was published meanwhile
+    const { folder } = backup
+    const chain = chainOf(folder)
+    if (!sparedChains.has(chain) && (await removeBackup(storage, folder, catalog.objects, signal))) {
+      removed.push(backup)
+      continue
+    }
+    // For one that was published meanwhile, which may be gone again: what is spared needs its ancestors all the same.
+    sparedChains.add(chain)
+    spared.push({ backup, reasons: ['ancestor'] })
   }
   const garbage: GarbageFolder[] = []
   for (const leftover of plan.garbage) {

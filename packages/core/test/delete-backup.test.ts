@@ -1,4 +1,5 @@
 import { beforeEach, describe, expect, it } from 'vitest'
+import { assertParent } from '../src/assert-published.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
 import { dayId, storeFake, storeFakeChain } from './fake-backup.ts'
@@ -69,6 +70,34 @@ describe('deleting a backup', () => {
     })
     expect(storage.objects).toEqual(new Map([...before, ...elsewhere.objects]))
     expect((await chains.resolve(dayId(2))).length).toBe(2)
+  })
+
+  it('is seen by who publishes an increment, at whatever moment that looks', async () => {
+    const [folder = ''] = await storeFakeChain(storage, [1])
+    const whole = new Map(storage.objects)
+    const mark = `${folder}/deleting-0123`
+    const { signal } = new AbortController()
+    const deletion = [
+      () => storage.objects.set(mark, Buffer.alloc(0)),
+      () => storage.objects.delete(`${folder}/manifest.json`),
+      () => storage.drop(folder),
+    ]
+    for (let begun = 0; begun <= deletion.length; begun++) {
+      for (let between = begun; between <= deletion.length; between++) {
+        storage.objects.clear()
+        for (const [key, bytes] of whole) storage.objects.set(key, bytes)
+        for (const step of deletion.slice(0, begun)) step()
+        let looks = 0
+        storage.intercept = () => {
+          looks += 1
+          if (looks === 2) for (const step of deletion.slice(begun, between)) step()
+        }
+        const isGone = begun > 0 || between > 1 // what is only marked now is looked for after the increment's manifest
+        const seen = assertParent(storage, folder, signal)
+        if (isGone) await expect(seen).rejects.toMatchObject({ code: 'PARENT_MISSING' })
+        else await seen
+      }
+    }
   })
 
   it('says so on the storage before it looks for new increments, and before the manifest goes', async () => {

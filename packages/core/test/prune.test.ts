@@ -132,6 +132,22 @@ describe('pruning', () => {
     expect(await chains.resolve(dayId(4))).toHaveLength(2)
   })
 
+  it('keeps what a backup rests on that it spared for another one, though that one is gone again', async () => {
+    const [, folder = ''] = await storeFakeChain(storage, [1, 2])
+    await storeFakeChain(storage, [3])
+    const elsewhere = new WatchedStorage()
+    await storeFake(elsewhere, { id: dayId(4), parent: dayId(2), chain: dayId(1) })
+    storage.intercept = call => {
+      if (call.startsWith(`put ${folder}/deleting-`))
+        for (const [key, bytes] of elsewhere.objects) storage.objects.set(key, bytes)
+      if (call.startsWith(`delete ${folder}/deleting-`))
+        for (const key of elsewhere.keys) storage.objects.delete(key) // it saw the mark
+    }
+    const report = await chains.prune({ keepLast: 1 })
+    expect(told(report)).toEqual({ kept: [dayId(3), dayId(2), dayId(1)], removed: [], damaged: [] })
+    expect(await chains.resolve(dayId(2))).toHaveLength(2)
+  })
+
   it('ends when it is given up', async () => {
     for (const day of [1, 2, 3]) await storeFakeChain(storage, [day])
     const controller = new AbortController()
