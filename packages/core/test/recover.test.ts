@@ -3,6 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
+import { VarveError } from '../src/errors.ts'
+import type { Host } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { type JournalHeader, RunJournal } from '../src/journal.ts'
 import { recover } from '../src/recover.ts'
@@ -31,12 +33,19 @@ function begin(instance: string, id = newBackupId()): Promise<RunJournal> {
   return RunJournal.begin(stateDir, header)
 }
 
-/** A host on which something happens while a guest that was suspended is resumed. */
-class BusyHost extends ImageHost {
-  onResume: () => Promise<void> = async () => undefined
+/** A host on which something happens in the middle. */
+class BusyHost {
+  readonly merged: string[] = []
+  onResume = async (): Promise<void> => undefined
+  onThaw = async (): Promise<void> => undefined
 
-  override resume(): Promise<void> {
-    return this.onResume()
+  /** What is not told here, it does as the host of plain images does. */
+  asHost(): Host {
+    const host: Host = new ImageHost({ instance: 'web-1', disks: {} })
+    host.resume = () => this.onResume()
+    host.thawFilesystems = () => this.onThaw()
+    host.commitOverlay = async (_, { overlay }) => void this.merged.push(overlay)
+    return host
   }
 }
 
@@ -47,12 +56,12 @@ test('a run that is settled while another one is recovered keeps its backup', as
   const folder = `web-2/${live.header.id}/${live.header.id}`
   await live.record({ step: 'upload', folder })
   await storage.put(`${folder}/vda.qcow2`, bytesBody(Buffer.from('image')))
-  const host = new BusyHost({ instance: 'web-1', disks: {} })
+  const host = new BusyHost()
   host.onResume = async () => {
     await storage.put(`${folder}/manifest.json`, bytesBody(Buffer.from('{}')))
     await live.settled()
   }
-  const { runs } = await recover({ stateDir, storages: [storage], host })
+  const { runs } = await recover({ stateDir, storages: [storage], host: host.asHost() })
   expect(runs).toEqual([{ id: dead.header.id, kind: 'backup', instance: 'web-1', outcome: 'undone' }])
   expect([...storage.objects.keys()].sort()).toEqual([`${folder}/manifest.json`, `${folder}/vda.qcow2`])
 })
@@ -62,12 +71,12 @@ test('a run that did more while another one was recovered, and died, is settled 
   await dead.record({ step: 'suspend' })
   const late = await begin('web-2')
   const folder = `web-2/${late.header.id}/${late.header.id}`
-  const host = new BusyHost({ instance: 'web-1', disks: {} })
+  const host = new BusyHost()
   host.onResume = async () => {
     await late.record({ step: 'upload', folder })
     await storage.put(`${folder}/vda.qcow2`, bytesBody(Buffer.from('image')))
   }
-  const { runs } = await recover({ stateDir, storages: [storage], host })
+  const { runs } = await recover({ stateDir, storages: [storage], host: host.asHost() })
   expect(runs).toMatchObject([{ outcome: 'undone' }, { outcome: 'undone' }])
   expect([...storage.objects.keys()]).toEqual([])
 })
@@ -85,4 +94,36 @@ test('a journal that cannot be read is told of, and keeps no other run from bein
     ],
   })
   expect(await RunJournal.unsettled(stateDir)).toEqual([unreadable.header.id])
+})
+
+test('a guest that cannot be resumed or thawed is told of, and its overlays are merged all the same', async () => {
+  const dead = await begin('web-1')
+  await dead.record({ step: 'filesystem-freeze' })
+  await dead.record({ step: 'suspend' })
+  const overlay = { disk: 'vda', base: '/img/vda', baseFormat: 'qcow2', overlay: '/img/vda.overlay' } as const
+  await dead.record({ step: 'snapshot', overlays: [overlay] })
+  await dead.record({ step: 'export', folder: join(stateDir, 'none') })
+  const host = new BusyHost()
+  host.onThaw = () => Promise.reject(new VarveError('FREEZE_FAILED', 'The agent does not answer.'))
+  host.onResume = () => Promise.reject(new VarveError('RESUME_FAILED', 'Stands still.'))
+  const recovering = () => recover({ stateDir, storages: [storage], host: host.asHost() })
+  expect((await recovering()).runs).toMatchObject([
+    { outcome: 'unresolved', error: { code: 'RESUME_FAILED' } },
+  ])
+  expect(host.merged).toEqual([overlay.overlay])
+  host.onResume = async () => undefined
+  expect((await recovering()).runs).toMatchObject([
+    { outcome: 'unresolved', error: { code: 'FREEZE_FAILED' } },
+  ])
+  host.onThaw = async () => undefined
+  expect((await recovering()).runs).toMatchObject([{ outcome: 'undone' }])
+})
+
+test('a backup that its own run has seen published is one, whatever became of what it rests on', async () => {
+  const dead = await begin('web-1')
+  const publication = { manifest: 'web-1/x/y/manifest.json', size: 7, blake3: 'b', parent: 'web-1/x/x' }
+  await dead.record({ step: 'publish', ...publication, retire: {} })
+  expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'unresolved' }])
+  await dead.record({ step: 'published' })
+  expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'finished' }])
 })
