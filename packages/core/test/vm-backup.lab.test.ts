@@ -325,40 +325,45 @@ test('one instance keeps a chain on each of two storages', async () => {
   expect(await sha256Content(target, 'qcow2')).toBe(wanted)
 })
 
-test('a run whose process died is settled by recover, and until then no backup starts', async () => {
-  const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
-  await vm.start()
-  await vm.io('vda', 'write -P 1 0 16M')
-  const child = execa(
-    process.execPath,
-    ['--import', 'tsx', new URL('./die-mid-backup.ts', import.meta.url).pathname],
-    {
-      env: {
-        VARVE_TEST: JSON.stringify({
-          uri: site.lab.uri,
-          storagePath: site.storagePath,
-          stateDir: site.stateDir,
-          instance: vm.name,
-        }),
+test.each(['process', 'host'])(
+  'a run whose %s died is settled by recover, and until then no backup starts',
+  async died => {
+    const vm = await createVm([{ target: 'vda', size: 32 * MiB }])
+    await vm.start()
+    await vm.io('vda', 'write -P 1 0 16M')
+    const child = execa(
+      process.execPath,
+      ['--import', 'tsx', new URL('./die-mid-backup.ts', import.meta.url).pathname],
+      {
+        env: {
+          VARVE_TEST: JSON.stringify({
+            uri: site.lab.uri,
+            storagePath: site.storagePath,
+            stateDir: site.stateDir,
+            instance: vm.name,
+          }),
+        },
+        reject: false,
       },
-      reject: false,
-    },
-  )
-  expect((await child).signal).toBe('SIGKILL')
-  expect((await readdir(site.folder)).some(name => name.includes('.varve-'))).toBe(true)
-  await vm.io('vda', 'write -P 2 7M 2M') // to the overlay
-  await expect(backup()).rejects.toMatchObject({
-    code: expect.stringMatching(/RUN_UNRESOLVED|OVERLAY_LEFT_OVER/),
-  })
+    )
+    expect((await child).signal).toBe('SIGKILL')
+    expect((await readdir(site.folder)).some(name => name.includes('.varve-'))).toBe(true)
+    await vm.io('vda', 'write -P 2 7M 2M') // to the overlay
+    if (died === 'host') await site.lab.powerCycle()
+    await expect(backup()).rejects.toMatchObject({
+      code: expect.stringMatching(/RUN_UNRESOLVED|OVERLAY_LEFT_OVER/),
+    })
 
-  const report = await recover({ stateDir: site.stateDir, storages: [site.storage] })
-  expect(report).toMatchObject({ ok: true, runs: [{ kind: 'backup', outcome: 'undone' }] })
-  await expectCleanHost([])
-  const wanted = await content('vda')
-  expect(await restoredSums(await backup())).toEqual({ vda: wanted })
-  await vm.destroy()
-  const expected = join(site.folder, 'expected')
-  await createQcow2(expected, 32 * MiB)
-  await qemuIo(expected, 'qcow2', ['write -P 1 0 16M', 'write -P 2 7M 2M'])
-  expect(await sha256Content(expected, 'qcow2')).toBe(wanted)
-})
+    const report = await recover({ stateDir: site.stateDir, storages: [site.storage] })
+    expect(report).toMatchObject({ ok: true, runs: [{ kind: 'backup', outcome: 'undone' }] })
+    await expectCleanHost([])
+    if (died === 'host') await vm.start()
+    const wanted = await content('vda')
+    expect(await restoredSums(await backup())).toEqual({ vda: wanted })
+    await vm.destroy()
+    const expected = join(site.folder, 'expected')
+    await createQcow2(expected, 32 * MiB)
+    await qemuIo(expected, 'qcow2', ['write -P 1 0 16M', 'write -P 2 7M 2M'])
+    expect(await sha256Content(expected, 'qcow2')).toBe(wanted)
+  },
+)
