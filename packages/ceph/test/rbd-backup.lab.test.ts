@@ -10,6 +10,8 @@ import {
   findOrphans,
   type Host,
   ImageHost,
+  type RbdCluster,
+  type RbdConnector,
   RestorePipeline,
   type RestoreRequest,
   recover,
@@ -49,8 +51,33 @@ afterEach(() => rm(folder, { recursive: true }))
 const run = { onEvent: (event: VarveEvent) => void events.push(event) }
 const stateDir = () => join(folder, 'state')
 
-function hostOf(disks: Record<string, string>): Host {
-  return new ImageHost({ instance: 'web-1', disks, rbd })
+function hostOf(disks: Record<string, string>, connector: RbdConnector = rbd): Host {
+  return new ImageHost({ instance: 'web-1', disks, rbd: connector })
+}
+
+/** The cluster, with something that happens around its calls. */
+function clusterWith(change: (cluster: RbdCluster) => Partial<RbdCluster>): RbdConnector {
+  return {
+    cluster(connection) {
+      const cluster = rbd.cluster(connection)
+      return Object.assign(cluster, change(rbd.cluster(connection)))
+    },
+  }
+}
+
+/** A client that has an image open for writing until the end, as a virtual machine has. */
+async function opened(image: string): Promise<AsyncDisposable> {
+  const client = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${site.ceph.conf}`], {
+    stdin: 'pipe',
+    buffer: false,
+  })
+  await once(client.stdout, 'data') // its prompt
+  return {
+    async [Symbol.asyncDispose]() {
+      client.stdin.end()
+      await client
+    },
+  }
 }
 
 function backup(
@@ -212,6 +239,47 @@ test('a restore in place rolls the image back and fetches only what is newer', a
   const next = await backup(disks)
   expect([next.kind, next.parent]).toEqual(['incremental', full.id])
   expectSame(await restoredBytes(next), await site.bytes(image))
+})
+
+test('an image that another client has open is not restored in place under it', async () => {
+  const image = await site.create(8 * MIB)
+  const disks = { vda: `rbd:${image}` }
+  await site.write(image, 'write -P 1 0 4M')
+  const { id } = await backup(disks)
+  await site.write(image, 'write -P 2 0 4M')
+  const now = await site.bytes(image)
+
+  /** Restores in place, and gives up once the image is seen open for the second time. */
+  const givenUp = async (connector: RbdConnector, isOpen: () => boolean) => {
+    const controller = new AbortController()
+    let looks = 0
+    const onEvent = (event: VarveEvent) => {
+      if (event.type === 'command' && event.args[0] === 'status' && isOpen() && ++looks > 1)
+        controller.abort()
+    }
+    const pipeline = new RestorePipeline({ host: hostOf(disks, connector), storage, stateDir: stateDir() })
+    const request = { backup: id, to: { instance: 'web-1' }, inPlace: true }
+    return pipeline.run(request, { signal: controller.signal, onEvent })
+  }
+  {
+    await using _machine = await opened(image)
+    await expect(givenUp(rbd, () => true)).rejects.toMatchObject({ code: 'ABORTED', context: {} })
+  }
+  expectSame(await site.bytes(image), now)
+
+  // One that opens it while it is written over.
+  let machine: AsyncDisposable | undefined
+  const late = clusterWith(cluster => ({
+    async rollback(...args) {
+      await cluster.rollback(...args)
+      machine = await opened(image)
+    },
+  }))
+  const incomplete = { code: 'ABORTED', context: { incomplete: ['vda'] } }
+  await expect(givenUp(late, () => machine !== undefined)).rejects.toMatchObject(incomplete)
+  await machine?.[Symbol.asyncDispose]()
+  await restore({ backup: id, to: { instance: 'web-1' }, inPlace: true }, disks)
+  expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
 })
 
 test('images and files restore to each other', async () => {
@@ -415,12 +483,8 @@ test('a snapshot that somebody removes while it is read fails the backup, and no
 test('an image that a virtual machine elsewhere has open is backed up as after a power cut, and several are not', async () => {
   const [image, other] = [await site.create(8 * MIB), await site.create(8 * MIB)]
   await site.write(image, 'write -P 1 0 1M')
-  const elsewhere = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${site.ceph.conf}`], {
-    stdin: 'pipe',
-    buffer: false,
-  })
-  try {
-    await once(elsewhere.stdout, 'data') // its prompt
+  {
+    await using _elsewhere = await opened(image)
     expect(await backup({ vda: `rbd:${image}` })).toMatchObject({ running: false, consistency: 'crash' })
     expect(events).toContainEqual({ type: 'warning', message: expect.stringContaining('crash-consistent') })
     await expect(backup({ vda: `rbd:${image}`, vdb: `rbd:${other}` })).rejects.toMatchObject({
@@ -429,9 +493,6 @@ test('an image that a virtual machine elsewhere has open is backed up as after a
       retryable: true,
     })
     expect(await snapshots(other)).toEqual([])
-  } finally {
-    elsewhere.stdin.end()
-    await elsewhere
   }
   expect(await backup({ vda: `rbd:${image}`, vdb: `rbd:${other}` })).toMatchObject({ consistency: 'offline' })
 })

@@ -4,6 +4,7 @@ import { RawFileTarget } from './raw-file-target.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { FileRestore } from './restore-plan.ts'
+import { assertImageUnused } from './restore-plan-rbd.ts'
 import type { RestoreTarget } from './restore-target.ts'
 import { takeOwnership } from './take-ownership.ts'
 import { writeExport } from './write-export.ts'
@@ -12,8 +13,9 @@ import { writeTarget } from './write-target.ts'
 
 /** Writes every disk, one after the other: each uses the whole of the storage's rate. */
 export async function writeTargets(restore: RestoreContext): Promise<RestoredDisk[]> {
-  const { plan, journal, run } = restore
+  const { plan, journal, request, run } = restore
   const restored: RestoredDisk[] = []
+  if (request.inPlace) await assertImagesUnused(restore)
   for (const disk of plan.disks) {
     stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
     if (disk.format === 'rbd') restored.push(await writeRbdImage(restore, disk))
@@ -24,8 +26,23 @@ export async function writeTargets(restore: RestoreContext): Promise<RestoredDis
       await takeOwnership(temporary, disk.target)
     } else restored.push(await writeInPlace(restore, disk))
   }
-  if (restore.request.inPlace) await journal.record({ step: 'written-in-place' })
+  if (request.inPlace) {
+    await assertImagesUnused(restore) // what was opened meanwhile may have been written to by others
+    await journal.record({ step: 'written-in-place' })
+  }
   return restored
+}
+
+/**
+ * An RBD image that others have open, such as a virtual machine of another host, can be written to all the same: its
+ * lock goes from one client to the other.
+ *
+ * @throws DISK_BUSY
+ */
+async function assertImagesUnused({ plan, run }: RestoreContext): Promise<void> {
+  for (const disk of plan.disks) {
+    if (disk.format === 'rbd') await assertImageUnused(disk.cluster, disk.image, run)
+  }
 }
 
 function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
