@@ -191,6 +191,7 @@ test('a restore makes a new image, or replaces one by a new one, and the chain g
   const copy = site.newImage()
   await restore({ backup: second.id, to: { disks: { vda: `rbd:${copy}` } } })
   expectSame(await site.bytes(copy), wanted)
+  expect(await snapshots(copy)).toEqual([]) // no backup of it would ever remove one
 
   await site.write(image, 'write -P 9 0 16M')
   await expect(restore({ backup: second.id, to: { disks } })).rejects.toMatchObject({ code: 'TARGET_EXISTS' })

@@ -20,8 +20,9 @@ import { markImage, targetImage } from './write-rbd-image.ts'
 
 /**
  * Gives each qcow2 target a fresh bitmap of the restored backup, so that the chain goes on from it; a disk of
- * another instance has no part in the chain. An RBD image gets a snapshot. In place, the bitmaps of the instance's other backups on this
- * storage go: all that they would tell is that everything was written.
+ * another instance has no part in the chain. An RBD image gets a snapshot; not a copy of one, as no backup of it would
+ * ever remove that. In place, the bitmaps of the instance's other backups on this storage go: all that they would tell is
+ * that everything was written.
  */
 export async function mark(
   { backup, plan, request, run }: RestoreContext,
@@ -37,7 +38,10 @@ export async function mark(
       : [],
   )
   const images = plan.disks.filter(
-    (disk): disk is RbdRestore => disk.format === 'rbd' && disk.disk.format === 'rbd-diff',
+    (disk): disk is RbdRestore =>
+      disk.format === 'rbd' &&
+      disk.disk.format === 'rbd-diff' &&
+      (plan.instance !== undefined || disk.image === disk.disk.source.path),
   )
   const what = [...(files.length > 0 ? ['bitmap'] : []), ...(images.length > 0 ? ['snapshot'] : [])]
   if (what.length > 0) stage(run, 'mark', `Adding the ${what.join(' and the ')} ${markName(manifest.id)}`)
