@@ -21,6 +21,7 @@ import {
   startLibvirt,
   writerBlockSize,
 } from '@varve/testkit/lab'
+import { execaSync } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
@@ -306,6 +307,34 @@ test('a stopped guest is backed up, and a running one is switched off hard for i
   )
   expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
   expect(await guest.state()).toBe('shut off')
+})
+
+test('a restored image does not take the place of one that a guest was started on and saved its memory for', async () => {
+  const image = await site.create(MIB)
+  const guest = await createVm(image, { withFile: false, guest: false })
+  await site.write(image, 'write -P 1 0 1M')
+  const { id } = await backup()
+  await site.write(image, 'write -P 2 0 1M')
+  await guest.start()
+  const virsh = (command: string) => execaSync('virsh', ['--connect', lab.uri, command, 'web-1'])
+  let swaps = 0
+  const onSwap = (event: VarveEvent) => {
+    if (event.type !== 'stage' || event.stage !== 'swap' || swaps++ > 0) return
+    virsh('start')
+    virsh('managedsave')
+  }
+  const unresolved = { code: 'RUN_UNRESOLVED', message: expect.stringContaining('managedsave-remove') }
+  const request = { backup: id, to: { instance: 'web-1' }, powerOffTimeoutMs: 0 }
+  await expect(new RestorePipeline(pipelines()).run(request, { onEvent: onSwap })).rejects.toMatchObject(
+    unresolved,
+  )
+  expect((await site.bytes(image))[0]).toBe(2)
+  const recoverNow = () => recover({ ...pipelines(), storages: [storage] })
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
+  virsh('managedsave-remove')
+  expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
+  expect(await guest.state()).toBe('running')
+  expect((await site.bytes(image))[0]).toBe(1)
 })
 
 test('a new instance gets new images in the cluster of the old one, and libvirt starts it on them', async () => {

@@ -6,22 +6,37 @@ import { emit, type RunOptions } from './run-options.ts'
 
 /**
  * Gives a complete image the name of the one that it replaces. Two renames: for a moment there is no image of that
- * name. May be cut short and called again.
+ * name. May be cut short and called again, as long as the image has its temporary name.
  */
 export async function replaceImage(
   cluster: RbdCluster,
-  { image, target, isNew }: ImageRename,
+  rename: ImageRename,
   runId: string,
   run: RunOptions,
 ): Promise<void> {
-  if (await isThere(cluster, image, run)) {
-    if (await isThere(cluster, target, run)) {
-      if (isNew) throw notReplaced(image, target)
-      await assertImageOff(cluster, target, run)
-      await cluster.renameImage(target, replacedName(target, runId), run)
-    }
-    await cluster.renameImage(image, target, run)
-  }
+  const { image, target } = rename
+  if (await assertReplaceable(cluster, rename, run))
+    await cluster.renameImage(target, replacedName(target, runId), run)
+  await cluster.renameImage(image, target, run)
+}
+
+/**
+ * Refuses what {@link replaceImage} would. Returns whether there is an image to put aside.
+ *
+ * @throws RUN_UNRESOLVED
+ */
+export async function assertReplaceable(
+  cluster: RbdCluster,
+  { image, target, isNew }: ImageRename,
+  run: RunOptions,
+): Promise<boolean> {
+  if (!(await isThere(cluster, target, run))) return false
+  if (isNew) throw notReplaced(image, target)
+  await assertImageUnused(cluster, target, run).catch(error => {
+    if (!isVarveError(error, 'DISK_BUSY')) throw error
+    throw stillInUse(`${RBD_PREFIX}${target}`, error)
+  })
+  return true
 }
 
 /** Removes the image that {@link replaceImage} has put aside; one that cannot be removed is a warning. */
@@ -52,21 +67,15 @@ function notReplaced(image: string, target: string): VarveError {
   )
 }
 
-async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {
-  return cluster.image(image, run).then(
+/** Whether there is an image of this name. */
+export async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {
+  return cluster.snapshots(image, run).then(
     () => true,
     error => {
       if (isVarveError(error, 'DISK_NOT_FOUND')) return false
       throw error
     },
   )
-}
-
-async function assertImageOff(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
-  await assertImageUnused(cluster, image, run).catch(error => {
-    if (!isVarveError(error, 'DISK_BUSY')) throw error
-    throw stillInUse(`${RBD_PREFIX}${image}`, error)
-  })
 }
 
 /** The error of a restored disk whose place is taken by somebody who started the instance again. */

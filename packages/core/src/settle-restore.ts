@@ -2,11 +2,11 @@ import { rm } from 'node:fs/promises'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import type { JournalStepOf, Rename, RunJournal } from './journal.ts'
+import type { ImageRename, JournalStepOf, Rename, RunJournal } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import type { RbdCluster } from './rbd.ts'
-import { removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
+import { assertReplaceable, isThere, removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -111,18 +111,24 @@ async function finishSwap(
   emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
   const left: Rename[] = []
   for (const step of renames) if (await statIfThere(step.temporary)) left.push(step)
-  if (left.length > 0) await assertNoSavedMemory(journal, host, run)
+  const leftImages: { rename: ImageRename; cluster: RbdCluster }[] = []
+  for (const rename of images) {
+    const cluster = await host.rbd(rename.of, run)
+    if (await isThere(cluster, rename.image, run)) leftImages.push({ rename, cluster })
+  }
+  if (left.length + leftImages.length > 0) await assertNoSavedMemory(journal, host, run)
   for (const step of left) {
     await assertOff(step.target, run)
     if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
   }
+  for (const { rename, cluster } of leftImages) await assertReplaceable(cluster, rename, run)
   const refusal = await changeDefinition(journal, host, run)
   if (refusal) {
     await journal.record({ step: 'undo' })
     return refusal
   }
   for (const step of left) await putInPlace(step).catch(error => throwUnresolved(step, error))
-  for (const step of images) await replaceImage(await host.rbd(step.of, run), step, journal.header.id, run)
+  for (const { rename, cluster } of leftImages) await replaceImage(cluster, rename, journal.header.id, run)
   return undefined
 }
 
