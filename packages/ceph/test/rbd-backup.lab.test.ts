@@ -498,6 +498,43 @@ test('an image that a virtual machine elsewhere has open is backed up as after a
   expect(await backup({ vda: `rbd:${image}`, vdb: `rbd:${other}` })).toMatchObject({ consistency: 'offline' })
 })
 
+test('disks of an instance that was started while they were frozen are not backed up as those of one that is off', async () => {
+  const [image, other] = [await site.create(8 * MIB), await site.create(8 * MIB)]
+  const file = join(folder, 'vdb.qcow2')
+  await createQcow2(file, MIB)
+  const machine: AsyncDisposable[] = []
+  const started = clusterWith(cluster => ({
+    async createSnapshot(name, ...args) {
+      if (name === image) machine.push(await opened(image))
+      return cluster.createSnapshot(name, ...args)
+    },
+  }))
+  const stopped = clusterWith(cluster => ({
+    async createSnapshot(...args) {
+      const snapshot = await cluster.createSnapshot(...args)
+      await qemuIo(file, 'qcow2', ['write -P 2 0 64k'])
+      return snapshot
+    },
+  }))
+  const run = (disks: Record<string, string>, connector: RbdConnector) =>
+    new BackupPipeline({ host: hostOf(disks, connector), storage, stateDir: stateDir() }).run({
+      instance: 'web-1',
+    })
+  // It runs still, or has stopped again.
+  await expect(run({ vda: `rbd:${image}`, vdb: `rbd:${other}` }, started)).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { images: [image] },
+  })
+  for (const client of machine) await client[Symbol.asyncDispose]()
+  await expect(run({ vda: `rbd:${image}`, vdb: file }, stopped)).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { disk: 'vdb' },
+    retryable: true,
+  })
+  expect(await snapshots(image)).toEqual([])
+  expect((await new ChainManager({ storage }).list()).backups).toEqual([])
+})
+
 test('an image in a group is not replaced by one that is in none', async () => {
   const image = await site.create(8 * MIB)
   const disks = { vda: `rbd:${image}` }

@@ -11,7 +11,7 @@ import { newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
-import { streamFileDisk } from './stream-file-disk.ts'
+import { type ServedDisk, serveDisk, streamFileDisk } from './stream-file-disk.ts'
 import { streamRbdDisk } from './stream-rbd-disk.ts'
 
 function fileDisks({ disks }: BackupPlan): FileDisk[] {
@@ -36,6 +36,8 @@ export interface Frozen {
   readonly overlays: readonly SizedOverlay[]
   /** The snapshots of RBD images, by the name of their disk. */
   readonly snapshots: ReadonlyMap<string, RbdSnapshot>
+  /** Of an instance that is off: what shows a write to its files since then; see {@link fileStates}. */
+  readonly files: ReadonlyMap<string, string>
   /** The UEFI variables at that moment. */
   readonly nvram?: Buffer
 }
@@ -66,21 +68,27 @@ async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]):
       message: `${instance.name} is off with its memory saved (virsh managedsave), which is not in the backup: the backup is crash-consistent.`,
     })
   }
-  const open = await openImages(images, run)
-  if (open.length > 0) admitOpenImages(backup, open)
+  const files = await fileStates(backup)
+  const isOpen = await admitOpenImages(backup, images)
   const snapshots = await snapshotImages(backup, images)
-  const consistency = saved || open.length > 0 ? 'crash' : 'offline'
-  return { at: new Date(), consistency, overlays: [], snapshots }
+  // Again: it may have been started in between.
+  const consistency = saved || isOpen || (await admitOpenImages(backup, images)) ? 'crash' : 'offline'
+  return { at: new Date(), consistency, overlays: [], snapshots, files }
 }
 
-/** The images that a client has open although their instance does not run here, by name. */
-async function openImages(images: readonly RbdDisk[], run: RunOptions): Promise<string[]> {
+/**
+ * Whether a client has one of the images open although their instance does not run here, with a warning that the backup
+ * is crash-consistent.
+ *
+ * @throws DISK_BUSY where there are other disks, which nothing freezes at the same moment
+ */
+async function admitOpenImages(
+  { instance, plan, run }: BackupContext,
+  images: readonly RbdDisk[],
+): Promise<boolean> {
   const looks = images.map(async ({ image, cluster }) => ((await cluster.isOpen(image, run)) ? [image] : []))
-  return (await Promise.all(looks)).flat()
-}
-
-/** Warns that the backup is crash-consistent. @throws DISK_BUSY where there are other disks, which nothing freezes at the same moment */
-function admitOpenImages({ instance, plan, run }: BackupContext, open: readonly string[]): void {
+  const open = (await Promise.all(looks)).flat()
+  if (open.length === 0) return false
   const where = `${open.join(' and ')} of ${instance.name} ${open.length > 1 ? 'are' : 'is'} open in another program, or in a virtual machine of another host ("rbd status" shows where)`
   if (plan.disks.length > 1) {
     throw new VarveError(
@@ -90,6 +98,7 @@ function admitOpenImages({ instance, plan, run }: BackupContext, open: readonly 
     )
   }
   emit(run, { type: 'warning', message: `${where}: the backup is crash-consistent.` })
+  return true
 }
 
 async function freezeRunning(
@@ -120,7 +129,13 @@ async function freezeRunning(
       }
       return snapshotImages(backup, images)
     })
-    return { at: new Date(), consistency: frozen ? 'filesystem' : 'crash', overlays, snapshots }
+    return {
+      at: new Date(),
+      consistency: frozen ? 'filesystem' : 'crash',
+      overlays,
+      snapshots,
+      files: new Map(),
+    }
   } finally {
     if (frozen) await thaw(backup)
   }
@@ -208,31 +223,81 @@ async function thaw({ host, instance, journal, run: { onEvent } }: BackupContext
 }
 
 /**
- * What shows that somebody wrote to the raw disks of an instance that is off with a program that does not ask QEMU's
- * locks, such as `dd`. A block device shows nothing.
+ * What shows that somebody wrote to the disks of an instance that is off: it was started and stopped again before
+ * `qemu-nbd` kept others from them, or a program does not ask QEMU's locks, such as `dd`. A block device shows nothing.
  */
-async function rawDiskTimes({ instance, plan }: BackupContext): Promise<ReadonlyMap<string, bigint>> {
-  const times = new Map<string, bigint>()
-  for (const disk of fileDisks(plan)) {
-    if (instance.running || disk.format !== 'raw' || disk.blockDevice) continue
-    times.set(disk.name, (await stat(disk.path, { bigint: true })).mtimeNs)
+async function fileStates({ plan }: BackupContext): Promise<ReadonlyMap<string, string>> {
+  const states = new Map<string, string>()
+  for (const { name, path, blockDevice } of fileDisks(plan)) {
+    if (blockDevice) continue
+    const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true })
+    states.set(name, [dev, ino, size, mtimeNs].join(' '))
   }
-  return times
+  return states
 }
 
-/** Streams the image of every disk to the storage, several at once; the first failure ends the others. */
-export async function stream(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
-  const { plan, journal, run, request } = backup
-  let sockets = ''
-  if (fileDisks(plan).length > 0) {
-    stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
-    sockets = newExportFolder()
-    await journal.record({ step: 'export', folder: sockets })
-    await mkdir(sockets, { mode: 0o700 })
+/** @throws DISK_BUSY */
+async function assertNotWritten(backup: BackupContext, { files }: Frozen): Promise<void> {
+  if (files.size === 0) return
+  for (const [disk, state] of await fileStates(backup)) {
+    if (state === files.get(disk)) continue
+    throw new VarveError(
+      'DISK_BUSY',
+      `The disk ${disk} was written to while it was backed up as that of an instance that is off. Nothing was published; back up again while it stays off, or as a running libvirt domain.`,
+      { context: { disk }, retryable: true },
+    )
   }
-  stage(run, 'stream', 'Reading what is to be stored')
-  const before = await rawDiskTimes(backup)
+}
 
+/**
+ * Streams the image of every disk to the storage, several at once; the first failure ends the others. Those that are
+ * files are all served before one is read: nothing of QEMU's can write to those of an instance that is off from here on,
+ * so that they show one moment.
+ */
+export async function stream(backup: BackupContext, frozen: Frozen): Promise<ManifestDisk[]> {
+  const served = new Map<string, ServedDisk>()
+  try {
+    await serveDisks(backup, served)
+    await assertNotWritten(backup, frozen)
+    const images = await streamDisks(backup, frozen, served)
+    await assertNotWritten(backup, frozen)
+    return images
+  } finally {
+    await Promise.all([...served.values()].map(disk => disk[Symbol.asyncDispose]()))
+  }
+}
+
+/** Serves each disk that is a file, and adds it to `served` by its name. */
+async function serveDisks(backup: BackupContext, served: Map<string, ServedDisk>): Promise<void> {
+  const { plan, journal, run } = backup
+  if (fileDisks(plan).length === 0) return
+  stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
+  const folder = newExportFolder()
+  await journal.record({ step: 'export', folder })
+  await mkdir(folder, { mode: 0o700 })
+  const outcomes = await Promise.allSettled(
+    plan.disks.map(async diskPlan => {
+      const { disk } = diskPlan
+      if (!isFileDisk(disk)) return
+      served.set(
+        disk.name,
+        await serveDisk(backup, disk, diskPlan, folder).catch(error => {
+          throw diskError(disk.name, error)
+        }),
+      )
+    }),
+  )
+  const failed = outcomes.find(outcome => outcome.status === 'rejected')
+  if (failed) throw run.signal?.aborted ? abortError(run.signal) : failed.reason
+}
+
+async function streamDisks(
+  backup: BackupContext,
+  frozen: Frozen,
+  served: ReadonlyMap<string, ServedDisk>,
+): Promise<ManifestDisk[]> {
+  const { plan, run, request } = backup
+  stage(run, 'stream', 'Reading what is to be stored')
   const failed = new AbortController()
   const signal = run.signal ? AbortSignal.any([run.signal, failed.signal]) : failed.signal
   const limit = request.bandwidth === undefined ? undefined : new RateLimit(request.bandwidth)
@@ -244,7 +309,7 @@ export async function stream(backup: BackupContext, frozen: Frozen): Promise<Man
         try {
           const context = { ...backup, run: { ...run, signal } }
           return await (isFileDisk(disk)
-            ? streamFileDisk(context, disk, diskPlan, sockets, limit)
+            ? streamFileDisk(context, disk, diskPlan, served, limit)
             : streamRbdDisk(context, disk, diskPlan, frozen.snapshots, limit))
         } catch (error) {
           const failure = diskError(disk.name, error)
@@ -255,14 +320,6 @@ export async function stream(backup: BackupContext, frozen: Frozen): Promise<Man
     ),
   )
   if (failed.signal.aborted) throw run.signal?.aborted ? abortError(run.signal) : failed.signal.reason
-  for (const [disk, time] of await rawDiskTimes(backup)) {
-    if (time === before.get(disk)) continue
-    throw new VarveError(
-      'DISK_BUSY',
-      `The raw disk ${disk} was written to while it was read as that of an instance that is off. Nothing was published; back up again while it stays off, or as a running libvirt domain.`,
-      { context: { disk }, retryable: true },
-    )
-  }
   return results.flatMap(result => (result.status === 'fulfilled' ? [result.value] : []))
 }
 

@@ -18,40 +18,70 @@ import { readDataMap } from './read-data-map.ts'
 import { bytesBody } from './storage.ts'
 import { uploadOf, verifyUploads } from './verify-upload.ts'
 
-/** Serves one disk and uploads its image; a server that dies ends the upload at once. */
-export async function streamFileDisk(
-  backup: BackupContext,
+/** A frozen disk that is served, and the client that has it. The server ends with the client, also where this process dies. */
+export interface ServedDisk extends AsyncDisposable {
+  readonly client: NbdClient
+  /** Aborted when the server ends without having been told to. */
+  readonly died: AbortSignal
+}
+
+/** Serves a frozen disk. */
+export async function serveDisk(
+  { instance, run }: BackupContext,
   disk: FileDisk,
   plan: DiskPlan,
-  sockets: string,
-  limit: RateLimit | undefined,
-): Promise<Qcow2ManifestDisk> {
-  const { run } = backup
-  const { signal: given = new AbortController().signal } = run
-  given.throwIfAborted()
-  await using server = await exportDisk({
+  folder: string,
+): Promise<ServedDisk> {
+  const server = await exportDisk({
     ...run,
     disk: disk.name,
     path: disk.path,
     format: disk.format,
     writable: false,
     // A running instance writes to its overlay, and keeps others from the disk itself.
-    refuseWriters: !backup.instance.running,
-    folder: sockets,
+    refuseWriters: !instance.running,
+    folder,
     ...(plan.kind === 'incremental' && { bitmap: plan.since }),
   })
-  const signal = AbortSignal.any([given, server.died])
-  await using client = await NbdClient.connect(
-    { socketPath: server.socketPath },
-    {
-      metaContexts: ['base:allocation', ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : [])],
-      signal,
-    },
-  )
+  const { died } = server
   try {
+    const metaContexts = [
+      'base:allocation',
+      ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : []),
+    ]
+    const signal = run.signal ? AbortSignal.any([run.signal, died]) : died
+    const client = await NbdClient.connect({ socketPath: server.socketPath }, { metaContexts, signal })
+    const dispose = async () => {
+      await client.close()
+      await server.stop()
+    }
+    return { client, died, [Symbol.asyncDispose]: dispose }
+  } catch (error) {
+    await server.stop()
+    throw died.aborted && !run.signal?.aborted ? died.reason : error
+  }
+}
+
+/** Uploads the image of a disk, which is served no more then; a server that dies ends the upload at once. */
+export async function streamFileDisk(
+  backup: BackupContext,
+  disk: FileDisk,
+  plan: DiskPlan,
+  served: ReadonlyMap<string, ServedDisk>,
+  limit: RateLimit | undefined,
+): Promise<Qcow2ManifestDisk> {
+  const found = served.get(disk.name)
+  if (!found) throw new VarveError('NBD_FAILED', `The disk ${disk.name} was not served. Back up again.`)
+  await using server = found
+  const { client, died } = server
+  const { run } = backup
+  const { signal: given = new AbortController().signal } = run
+  const signal = AbortSignal.any([given, died])
+  try {
+    signal.throwIfAborted()
     return await uploadDisk({ ...backup, run: { ...run, signal } }, disk, plan, client, limit, signal)
   } catch (error) {
-    throw server.died.aborted && !given.aborted ? server.died.reason : error
+    throw died.aborted && !given.aborted ? died.reason : error
   }
 }
 

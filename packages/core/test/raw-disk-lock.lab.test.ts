@@ -1,8 +1,8 @@
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readdir, rename, rm, symlink } from 'node:fs/promises'
+import { appendFile, mkdir, mkdtemp, readdir, rename, rm, symlink } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { createRaw, qemuIo } from '@varve/testkit/lab'
+import { createQcow2, createRaw, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
@@ -83,4 +83,31 @@ test('a disk that moves to another file while its lock is taken is not read with
     retryable: true,
   })
   expect(await readdir(join(folder, 'storage'))).toEqual([])
+})
+
+test('a disk that waits for its turn is not written to meanwhile, or the backup fails', async () => {
+  const disks = { vda: join(folder, 'vda.qcow2'), vdb: join(folder, 'vdb.qcow2') }
+  for (const path of Object.values(disks)) await createQcow2(path, 4 * 1024 * 1024)
+  const host = new ImageHost({ instance: 'web-1', disks })
+  const pipeline = new BackupPipeline({ host, storage, stateDir: join(folder, 'state') })
+  const run = () => pipeline.run({ instance: 'web-1', concurrency: 1 })
+  let refusal: unknown
+  storage.beforePut = async key => {
+    if (key.endsWith('vda.qcow2'))
+      refusal = await qemuIo(disks.vdb, 'qcow2', ['write 0 1M']).catch((reason: unknown) => reason)
+  }
+  const full = await run()
+  expect(refusal).toMatchObject({ stderr: expect.stringContaining('lock') })
+
+  // A program that does not ask for QEMU's locks.
+  storage.beforePut = async key => {
+    if (key.endsWith('vda.qcow2')) await appendFile(disks.vdb, 'x')
+  }
+  await expect(run()).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { disk: 'vdb' },
+    retryable: true,
+  })
+  storage.beforePut = undefined
+  expect(await run()).toMatchObject({ parent: full.id, consistency: 'offline' })
 })
