@@ -63,6 +63,7 @@ class DiffOutput extends Readable {
   constructor(options: DiffExportOptions) {
     super({ highWaterMark: 1024 * 1024 })
     this.#options = options
+    this.on('error', () => undefined) // one without a listener ends the process, and it may come before anybody reads
     const child = execa('rbd', options.args, {
       stdin: 'ignore',
       env: { LC_ALL: 'C', ...options.env },

@@ -2,7 +2,7 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { buffer } from 'node:stream/consumers'
-import { ExtentKind, type RbdDiff } from '@varve/core'
+import { ExtentKind, type RbdDiff, type VarveEvent } from '@varve/core'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { RbdSite } from './rbd-site.ts'
@@ -315,3 +315,14 @@ test.for<[string, string[]]>([
     }
   },
 )
+
+test('an export that fails before it is read ends nothing, and tells why once it is', async () => {
+  const image = await site.create(MIB)
+  await site.cluster.createSnapshot(image, 'one')
+  const ended = Promise.withResolvers<void>()
+  const onEvent = ({ type }: VarveEvent) => type === 'command' && ended.resolve()
+  const { stream } = site.cluster.exportDiff(image, { snapshot: 'one', from: 'gone' }, { onEvent })
+  await ended.promise
+  await new Promise(resolve => setImmediate(resolve))
+  await expect(buffer(stream)).rejects.toMatchObject({ code: 'RBD_SNAPSHOT_NOT_FOUND' })
+})

@@ -535,6 +535,24 @@ test('disks of an instance that was started while they were frozen are not backe
   expect((await new ChainManager({ storage }).list()).backups).toEqual([])
 })
 
+test('a storage that fails before it reads fails the backup, and nothing else', async () => {
+  class Failing extends LocalDriver {
+    override async put(...args: Parameters<LocalDriver['put']>) {
+      if (args[0].endsWith('.rbd-diff')) throw new Error('is full')
+      return super.put(...args)
+    }
+  }
+  const image = await site.create(8 * MIB)
+  await site.write(image, 'write -P 1 0 8M')
+  const pipeline = new BackupPipeline({
+    host: hostOf({ vda: `rbd:${image}` }),
+    storage: new Failing({ path: join(folder, 'storage'), create: true }),
+    stateDir: stateDir(),
+  })
+  await expect(pipeline.run({ instance: 'web-1' })).rejects.toThrow('is full')
+  expect(await snapshots(image)).toEqual([])
+})
+
 test('an image in a group is not replaced by one that is in none', async () => {
   const image = await site.create(8 * MIB)
   const disks = { vda: `rbd:${image}` }

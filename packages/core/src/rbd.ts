@@ -101,7 +101,8 @@ export interface RbdDiff {
 export interface RbdDiffStream {
   /**
    * The bytes. Fails as the command does, such as with RBD_SNAPSHOT_NOT_FOUND, and with RBD_STREAM_INVALID where they
-   * are not what was asked for, are no such stream, or end early. Destroying it ends the command.
+   * are not what was asked for, are no such stream, or end early; where nobody reads it yet, whoever does then gets
+   * the error. Destroying it ends the command.
    */
   readonly stream: Readable
   /** How far into the image the records are that have passed, in bytes. */

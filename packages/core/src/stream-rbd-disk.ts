@@ -36,9 +36,12 @@ export async function streamRbdDisk(
   const source = disk.cluster.exportDiff(disk.image, { snapshot: snapshot.name, ...since }, run)
   const digester = new BlockDigester()
   const body = digested(source, { digester, limit, signal, onPosition: at => progress.update(at) })
-  await storage.put(`${folder}/${image}`, Readable.from(body, { objectMode: false, highWaterMark: 1 }), {
-    signal,
-  })
+  const upload = Readable.from(body, { objectMode: false, highWaterMark: 1 })
+  try {
+    await storage.put(`${folder}/${image}`, upload, { signal })
+  } finally {
+    source.stream.destroy() // also where the storage failed before it began to read
+  }
   await assertSnapshotsStood(disk, [snapshot, ...parentSnapshot(disk, plan)], run)
   const diff = source.diff()
   const { size, digest, blocks: blockList } = digester.finish()
