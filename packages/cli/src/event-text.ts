@@ -26,6 +26,6 @@ function commandText({ command, args, exitCode, stderr, durationMs }: CommandEve
 }
 
 /** An argument as a shell would need it. */
-function quote(argument: string): string {
+export function quote(argument: string): string {
   return /^[\w@%+=:,./-]+$/.test(argument) ? argument : `'${argument.replaceAll("'", String.raw`'\''`)}'`
 }

@@ -11,6 +11,7 @@ import {
 } from '@varve/core'
 import type { Command } from 'commander'
 import { openStorage } from '../config.ts'
+import { quote } from '../event-text.ts'
 import { EXIT } from '../exit-code.ts'
 import { libvirtUriOption, stateDirOption } from '../options.ts'
 import type { Session } from '../session.ts'
@@ -107,8 +108,8 @@ export function orphansText(orphans: readonly RbdOrphan[]): string {
   if (orphans.length === 0) return 'No snapshot or RBD image of Varve is without a run or a backup.'
   const commands = orphans.map(({ image, snapshot }) =>
     snapshot === undefined
-      ? `rbd snap purge ${image} && rbd rm ${image}`
-      : `rbd snap rm ${image}@${snapshot}`,
+      ? `rbd snap purge ${quote(image)} && rbd rm ${quote(image)}`
+      : `rbd snap rm ${quote(`${image}@${snapshot}`)}`,
   )
   return [
     'These belong to no run of this machine and to no backup on its storages. Unless another machine or storage has them, remove them:',
