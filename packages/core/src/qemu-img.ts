@@ -5,6 +5,7 @@ import { runCommand } from './command.ts'
 import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { DiskBitmap, FileDisk } from './host.ts'
+import { saysLocked } from './image-lock.ts'
 import type { RunOptions } from './run-options.ts'
 
 const imageInfo = z.object({
@@ -82,7 +83,7 @@ function imageError(path: string, error: unknown): unknown {
   if (!isVarveError(error, 'COMMAND_FAILED')) return error
   const stderr = String(error.context.stderr ?? '')
   const context = { path, stderr }
-  if (stderr.includes('lock')) {
+  if (saysLocked(stderr)) {
     return new VarveError(
       'DISK_BUSY',
       `The image ${path} is in use by another process. Stop the virtual machine that uses it, or back it up by its libvirt name.`,

@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { execa } from 'execa'
 import { errorMessage, VarveError } from './errors.ts'
+import { saysLocked } from './image-lock.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
 const SOCKET_TIMEOUT_MS = 15_000
@@ -120,7 +121,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
   } catch (error) {
     await stop()
     if (options.signal?.aborted) throw error
-    if (errorMessage(error).includes('lock')) {
+    if (saysLocked(errorMessage(error))) {
       throw new VarveError(
         'DISK_BUSY',
         `The disk ${disk} (${path}) was opened by a virtual machine or another program. Stop that, or back the machine up by its libvirt name while it runs.`,
