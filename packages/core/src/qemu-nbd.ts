@@ -128,9 +128,12 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
         { context: { disk, path }, cause: error, retryable: true },
       )
     }
+    const remedy = errorMessage(error).includes("Unknown protocol 'rbd'")
+      ? "QEMU's driver of RBD images is not installed: install it (Debian package qemu-block-extra) and try again."
+      : 'Check that the image is there, whole and readable, and that no other process writes to it.'
     throw new VarveError(
       'NBD_SOCKET_MISSING',
-      `NBD socket did not appear: qemu-nbd could not serve ${path}: ${errorMessage(error)}. Check that the image is there, whole and readable, and that no other process writes to it.`,
+      `NBD socket did not appear: qemu-nbd could not serve ${path}: ${errorMessage(error)}. ${remedy}`,
       {
         context: { disk, path },
         cause: error,
