@@ -11,6 +11,8 @@ import { writeWindow } from './write-window.ts'
 
 /** How often a folder may vanish between its making and the first file in it, before that is an error. */
 const ATTEMPTS = 100
+/** How often a file is given a name that others give to theirs as well, before that is an error. */
+const REPLACEMENTS = 20
 /** A file system with less room than that is full for a write that failed. */
 const LITTLE_ROOM = 1024 * 1024
 
@@ -19,13 +21,20 @@ export class PendingFile {
   /** How many bytes of the body need not be sent again. Always 0 where its size is unknown: it cannot be opened in the middle. */
   kept = 0
   readonly #folders: readonly string[]
-  readonly #temporary = TEMPORARY_PREFIX + randomBytes(8).toString('hex')
+  readonly #name: string
+  readonly #temporary = temporaryName()
+  /** What an object is called that is to be replaced where the server cannot do that in one step. */
+  readonly #former = temporaryName()
   #created = false
   #whole: Stats | undefined
   #published = false
+  /** Whether there may be a former object under that name. */
+  #isAside = false
 
-  constructor(folders: readonly string[]) {
-    this.#folders = folders
+  constructor(key: string) {
+    const names = key.split('/')
+    this.#name = names.pop() ?? ''
+    this.#folders = names
   }
 
   /** Whether there may be something of it on the server. */
@@ -79,15 +88,14 @@ export class PendingFile {
    * Gives the file its final name and makes that durable, where the server can. May be called again after a connection
    * that broke.
    */
-  async publish(root: StorageRoot, name: string, signal?: AbortSignal): Promise<Stats> {
+  async publish(root: StorageRoot, signal?: AbortSignal): Promise<Stats> {
     if (this.#whole === undefined) throw new TypeError('A file is published when it is whole.')
     if (signal?.aborted) throw abortError(signal)
     const { connection } = root
-    const temporary = pathIn(root, ...this.#folders, this.#temporary)
-    const path = pathIn(root, ...this.#folders, name)
-    if (!this.#published || (await look(connection, temporary))) {
+    const path = this.#pathIn(root, this.#name)
+    if (!this.#published || (await look(connection, this.#pathIn(root, this.#temporary)))) {
       this.#published = true
-      await replace(connection, temporary, path)
+      await this.#rename(root)
     } else if ((await look(connection, path))?.size !== this.#whole.size) {
       throw new VarveError(
         'STORAGE_FAILED',
@@ -95,6 +103,8 @@ export class PendingFile {
         { context: { path, size: this.#whole.size }, retryable: true },
       )
     }
+    if (this.#isAside) await remove(connection, this.#pathIn(root, this.#former))
+    this.#isAside = false
     const depths = Array.from({ length: this.#folders.length + 1 }, (_, depth) => depth)
     await Promise.all(
       depths.map(depth => syncFolder(connection, pathIn(root, ...this.#folders.slice(0, depth)))),
@@ -102,15 +112,67 @@ export class PendingFile {
     return this.#whole
   }
 
-  /** Removes the file and the folders that are empty without it. */
+  /** Where a former object is, as a key, that was to be replaced and has not got its name back. */
+  get former(): string | undefined {
+    return this.#isAside ? [...this.#folders, this.#former].join('/') : undefined
+  }
+
+  /** Removes the file and the folders that are empty without it. An object that was to be replaced gets its name back. */
   async discard(root: StorageRoot, signal?: AbortSignal): Promise<void> {
-    const temporary = pathIn(root, ...this.#folders, this.#temporary)
-    try {
-      await root.connection.call((sftp, done) => sftp.unlink(temporary, done), { signal })
-    } catch (error) {
-      if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
-    }
+    await remove(root.connection, this.#pathIn(root, this.#temporary), signal)
+    if (this.#isAside) await this.#bringBack(root, signal)
     await removeEmptyFolders(root, this.#folders, { signal })
+  }
+
+  #pathIn(root: StorageRoot, name: string): string {
+    return pathIn(root, ...this.#folders, name)
+  }
+
+  /** Gives the file its name, also over another one. */
+  async #rename(root: StorageRoot): Promise<void> {
+    const { connection } = root
+    const from = this.#pathIn(root, this.#temporary)
+    const to = this.#pathIn(root, this.#name)
+    try {
+      await connection.call((sftp, done) => sftp.ext_openssh_rename(from, to, done))
+      return
+    } catch (error) {
+      if (!isStatus(error, STATUS.OP_UNSUPPORTED)) throw error
+    }
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await rename(connection, from, to)
+        return
+      } catch (error) {
+        // the plain rename of version 3 does not replace: an object is gone for a moment while it is replaced
+        if (!isStatus(error, STATUS.FAILURE) || attempt === REPLACEMENTS) throw error
+        const there = await look(connection, to)
+        if (there?.isFile() === false) throw error
+        if (there) await this.#setAside(root)
+      }
+    }
+  }
+
+  /** Keeps the object that has the name of this one until this one has it. */
+  async #setAside(root: StorageRoot): Promise<void> {
+    const { connection } = root
+    const former = this.#pathIn(root, this.#former)
+    if (this.#isAside) await remove(connection, former) // others have replaced it by now
+    this.#isAside = true
+    await rename(connection, this.#pathIn(root, this.#name), former).catch(unlessMissing)
+  }
+
+  async #bringBack(root: StorageRoot, signal: AbortSignal | undefined): Promise<void> {
+    const { connection } = root
+    const path = this.#pathIn(root, this.#name)
+    const former = this.#pathIn(root, this.#former)
+    try {
+      await rename(connection, former, path).catch(unlessMissing)
+    } catch (error) {
+      if (!(await look(connection, path, { signal }))?.isFile()) throw error
+      await remove(connection, former, signal) // others have stored the object meanwhile
+    }
+    this.#isAside = false
   }
 
   async #open(root: StorageRoot, signal: AbortSignal | undefined): Promise<Buffer> {
@@ -123,7 +185,7 @@ export class PendingFile {
           await makeKeyFolders(root, this.#folders, { signal })
         }
         this.#created = true
-        return await openToWrite(connection, pathIn(root, ...this.#folders, this.#temporary), signal)
+        return await openToWrite(connection, this.#pathIn(root, this.#temporary), signal)
       } catch (error) {
         // whoever deletes the last object of a folder removes the folder; make it again
         if (!isStatus(error, STATUS.NO_SUCH_FILE) || attempt === ATTEMPTS) throw error
@@ -154,22 +216,22 @@ export class PendingFile {
   }
 }
 
-/** Renames a file over another one. */
-async function replace(connection: SftpConnection, from: string, to: string): Promise<void> {
-  try {
-    await connection.call((sftp, done) => sftp.ext_openssh_rename(from, to, done))
-    return
-  } catch (error) {
-    if (!isStatus(error, STATUS.OP_UNSUPPORTED)) throw error
-  }
-  try {
-    await connection.call((sftp, done) => sftp.rename(from, to, done))
-  } catch (error) {
-    // the plain rename of version 3 does not replace: an object is gone for a moment while it is replaced
-    if (!isStatus(error, STATUS.FAILURE) || !(await look(connection, to))?.isFile()) throw error
-    await connection.call((sftp, done) => sftp.unlink(to, done))
-    await connection.call((sftp, done) => sftp.rename(from, to, done))
-  }
+function temporaryName(): string {
+  return TEMPORARY_PREFIX + randomBytes(8).toString('hex')
+}
+
+/** Renames a file; fails where something has the name. */
+function rename(connection: SftpConnection, from: string, to: string): Promise<void> {
+  return connection.call((sftp, done) => sftp.rename(from, to, done))
+}
+
+/** Removes a file; one that is not there is no error. */
+async function remove(connection: SftpConnection, path: string, signal?: AbortSignal): Promise<void> {
+  await connection.call<void>((sftp, done) => sftp.unlink(path, done), { signal }).catch(unlessMissing)
+}
+
+function unlessMissing(error: unknown): void {
+  if (!isStatus(error, STATUS.NO_SUCH_FILE)) throw error
 }
 
 /**

@@ -17,14 +17,12 @@ export async function storeObject(
   options: PutOptions,
 ): Promise<StoredObject> {
   const { signal } = options
-  const folders = key.split('/')
-  const name = folders.pop() ?? ''
-  const file = new PendingFile(folders)
+  const file = new PendingFile(key)
   const source = new WatchedBody(body)
   const attempt = async (): Promise<StoredObject> => {
     using lease = await session.lease(signal)
     if (!file.isWhole) await file.write(lease.root, key, source, options)
-    const { size, mtime } = await file.publish(lease.root, name, signal)
+    const { size, mtime } = await file.publish(lease.root, signal)
     return { key, size, modifiedAt: new Date(mtime * 1000) }
   }
   let failures = 0
@@ -41,12 +39,17 @@ export async function storeObject(
     }
   } catch (error) {
     const failure = signal?.aborted ? abortError(signal) : sftpError(error, 'Writing', key)
-    throw await discarded(session, file, failure)
+    throw await discarded(session, key, file, failure)
   }
 }
 
 /** Discards what there is of an upload and returns the error to throw, which tells if something stays. */
-async function discarded(session: SftpSession, file: PendingFile, failure: VarveError): Promise<VarveError> {
+async function discarded(
+  session: SftpSession,
+  key: string,
+  file: PendingFile,
+  failure: VarveError,
+): Promise<VarveError> {
   if (!file.isCreated) return failure
   const signal = AbortSignal.timeout(DISCARD_MS)
   try {
@@ -54,7 +57,11 @@ async function discarded(session: SftpSession, file: PendingFile, failure: Varve
     return failure
   } catch {
     const { code, message, context, cause, retryable } = failure
-    const left = 'What was written so far could not be removed; prune removes it later.'
+    const { former } = file
+    const left =
+      former === undefined
+        ? 'What was written so far could not be removed; prune removes it later.'
+        : `The former ${key} may have lost its name, and is then kept as ${former}: give it back by hand, before prune removes it.`
     return new VarveError(code, `${message} ${left}`, { context, cause, retryable })
   }
 }
