@@ -28,6 +28,7 @@ export class PendingFile {
   #created = false
   #whole: Stats | undefined
   #published = false
+  #removalAsked = false
   /** Whether there may be a former object under that name. */
   #isAside = false
 
@@ -92,11 +93,19 @@ export class PendingFile {
     if (this.#whole === undefined) throw new TypeError('A file is published when it is whole.')
     if (signal?.aborted) throw abortError(signal)
     const { connection } = root
-    const path = this.#pathIn(root, this.#name)
-    if (!this.#published || (await look(connection, this.#pathIn(root, this.#temporary)))) {
+    const temporary = this.#pathIn(root, this.#temporary)
+    const again = this.#published
+    if (!again || (await look(connection, temporary))) {
       this.#published = true
-      await this.#rename(root)
-    } else if ((await look(connection, path))?.size !== this.#whole.size) {
+      try {
+        await this.#rename(root)
+      } catch (error) {
+        // a request of the connection that broke may be carried out only now
+        if (!again || (await look(connection, temporary))) throw error
+      }
+    }
+    if (again && !(await this.#isStored(root))) {
+      const path = this.#pathIn(root, this.#name)
       throw new VarveError(
         'STORAGE_FAILED',
         `${path} is not there, or another one, although it was given its name. Does somebody else change the storage?`,
@@ -117,11 +126,33 @@ export class PendingFile {
     return this.#isAside ? [...this.#folders, this.#former].join('/') : undefined
   }
 
-  /** Removes the file and the folders that are empty without it. An object that was to be replaced gets its name back. */
-  async discard(root: StorageRoot, signal?: AbortSignal): Promise<void> {
-    await remove(root.connection, this.#pathIn(root, this.#temporary), signal)
+  /** Whether the object may be stored although nothing says so. */
+  get mayBeStored(): boolean {
+    return this.#published
+  }
+
+  /**
+   * Removes the file and the folders that are empty without it; an object that was to be replaced gets its name back.
+   * A file that turns out to have its final name already stays, and is what this returns.
+   */
+  async discard(root: StorageRoot, signal?: AbortSignal): Promise<Stats | undefined> {
+    const asked = this.#removalAsked
+    this.#removalAsked = true
+    const removed = await remove(root.connection, this.#pathIn(root, this.#temporary), signal)
+    if (!removed && this.#published && (await this.#isStored(root))) {
+      // a removal whose answer was lost may be why the file is gone, and the object that of somebody else
+      if (!asked) return this.publish(root, signal)
+      throw new VarveError('STORAGE_FAILED', 'The server does not say whether a file was renamed or removed.')
+    }
     if (this.#isAside) await this.#bringBack(root, signal)
     await removeEmptyFolders(root, this.#folders, { signal })
+    return undefined
+  }
+
+  /** Whether the object is there, by its size. */
+  async #isStored(root: StorageRoot): Promise<boolean> {
+    const stats = await look(root.connection, this.#pathIn(root, this.#name))
+    return stats?.size === this.#whole?.size
   }
 
   #pathIn(root: StorageRoot, name: string): string {
@@ -134,7 +165,7 @@ export class PendingFile {
     const from = this.#pathIn(root, this.#temporary)
     const to = this.#pathIn(root, this.#name)
     try {
-      await connection.call((sftp, done) => sftp.ext_openssh_rename(from, to, done))
+      await connection.call((sftp, done) => sftp.ext_openssh_rename(from, to, done), { flush: true })
       return
     } catch (error) {
       if (!isStatus(error, STATUS.OP_UNSUPPORTED)) throw error
@@ -146,8 +177,8 @@ export class PendingFile {
       } catch (error) {
         // the plain rename of version 3 does not replace: an object is gone for a moment while it is replaced
         if (!isStatus(error, STATUS.FAILURE) || attempt === REPLACEMENTS) throw error
-        const there = await look(connection, to)
-        if (there?.isFile() === false) throw error
+        const [source, there] = await Promise.all([look(connection, from), look(connection, to)])
+        if (!source || there?.isFile() === false) throw error
         if (there) await this.#setAside(root)
       }
     }
@@ -222,12 +253,18 @@ function temporaryName(): string {
 
 /** Renames a file; fails where something has the name. */
 function rename(connection: SftpConnection, from: string, to: string): Promise<void> {
-  return connection.call((sftp, done) => sftp.rename(from, to, done))
+  return connection.call((sftp, done) => sftp.rename(from, to, done), { flush: true })
 }
 
-/** Removes a file; one that is not there is no error. */
-async function remove(connection: SftpConnection, path: string, signal?: AbortSignal): Promise<void> {
-  await connection.call<void>((sftp, done) => sftp.unlink(path, done), { signal }).catch(unlessMissing)
+/** Removes a file; false where it was not there. */
+async function remove(connection: SftpConnection, path: string, signal?: AbortSignal): Promise<boolean> {
+  try {
+    await connection.call((sftp, done) => sftp.unlink(path, done), { signal })
+    return true
+  } catch (error) {
+    unlessMissing(error)
+    return false
+  }
 }
 
 function unlessMissing(error: unknown): void {

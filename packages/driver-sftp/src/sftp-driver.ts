@@ -30,7 +30,7 @@ import { assertRoot, isPlain, look, pathIn, removeEmptyFolders } from './remote-
 import { type Lease, SftpSession, type StorageRoot } from './session.ts'
 import { isStatus, STATUS, sftpError } from './sftp-error.ts'
 import { type SftpDriverOptions, type SftpSettings, sftpSettings } from './sftp-options.ts'
-import { storeObject } from './store-object.ts'
+import { storeObject, toObject } from './store-object.ts'
 import { type FoundFile, walkFiles } from './walk-files.ts'
 
 /**
@@ -261,8 +261,4 @@ export class SftpDriver implements StorageDriver {
       throw sftpError(error, 'Listing', folder)
     }
   }
-}
-
-function toObject(key: string, { size, mtime }: Stats): StoredObject {
-  return { key, size, modifiedAt: new Date(mtime * 1000) }
 }

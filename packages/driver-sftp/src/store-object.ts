@@ -1,4 +1,5 @@
 import { abortError, type PutOptions, type StoredObject, type UploadBody, VarveError } from '@varve/core'
+import type { Stats } from 'ssh2'
 import { PendingFile } from './pending-file.ts'
 import type { SftpSession } from './session.ts'
 import { isLost, sftpError } from './sftp-error.ts'
@@ -22,8 +23,7 @@ export async function storeObject(
   const attempt = async (): Promise<StoredObject> => {
     using lease = await session.lease(signal)
     if (!file.isWhole) await file.write(lease.root, key, source, options)
-    const { size, mtime } = await file.publish(lease.root, signal)
-    return { key, size, modifiedAt: new Date(mtime * 1000) }
+    return toObject(key, await file.publish(lease.root, signal))
   }
   let failures = 0
   try {
@@ -39,31 +39,48 @@ export async function storeObject(
     }
   } catch (error) {
     const failure = signal?.aborted ? abortError(signal) : sftpError(error, 'Writing', key)
-    throw await discarded(session, key, file, failure)
+    return await discarded(session, key, file, failure)
   }
 }
 
-/** Discards what there is of an upload and returns the error to throw, which tells if something stays. */
+/**
+ * Discards what there is of an upload and throws `failure`, which tells if something stays; or returns the object that
+ * is stored all the same: the answer to the last request may be what got lost.
+ */
 async function discarded(
   session: SftpSession,
   key: string,
   file: PendingFile,
   failure: VarveError,
-): Promise<VarveError> {
-  if (!file.isCreated) return failure
+): Promise<StoredObject> {
+  if (!file.isCreated) throw failure
   const signal = AbortSignal.timeout(DISCARD_MS)
+  let stored: Stats | undefined
   try {
-    await session.use(root => file.discard(root, signal), signal)
-    return failure
+    stored = await session.use(root => file.discard(root, signal), signal)
   } catch {
     const { code, message, context, cause, retryable } = failure
-    const { former } = file
-    const left =
-      former === undefined
-        ? 'What was written so far could not be removed; prune removes it later.'
-        : `The former ${key} may have lost its name, and is then kept as ${former}: give it back by hand, before prune removes it.`
-    return new VarveError(code, `${message} ${left}`, { context, cause, retryable })
+    throw new VarveError(code, `${message} ${leftOf(key, file)}`, { context, cause, retryable })
   }
+  if (stored) return toObject(key, stored)
+  throw failure
+}
+
+/** What may be on the server of a file that could not be discarded, in words. */
+function leftOf(key: string, { former, mayBeStored }: PendingFile): string {
+  const stored = mayBeStored
+    ? `Whether ${key} is stored all the same is not known: look for it, or write it again. `
+    : ''
+  const kept =
+    former === undefined
+      ? 'What was written so far could not be removed; prune removes it later.'
+      : `The former ${key} may have lost its name, and is then kept as ${former}: give it back by hand, before prune removes it.`
+  return stored + kept
+}
+
+/** A file as the object that it is. */
+export function toObject(key: string, { size, mtime }: Stats): StoredObject {
+  return { key, size, modifiedAt: new Date(mtime * 1000) }
 }
 
 /** A body that knows whether it can be opened again. */

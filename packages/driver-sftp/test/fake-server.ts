@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import type { AddressInfo } from 'node:net'
+import { type AddressInfo, createServer } from 'node:net'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import ssh2, { type Attributes, type Connection, type SFTPWrapper } from 'ssh2'
 import { onTestFinished } from 'vitest'
@@ -8,7 +8,8 @@ const { OPEN_MODE, STATUS_CODE } = ssh2.utils.sftp
 const HOST_KEY = ssh2.utils.generateKeyPairSync('ed25519').private
 
 /** What a {@link FakeServer} does in place of a request: a status, no answer at all, or nothing for the usual. */
-export type Twist = (...paths: string[]) => number | 'silence' | undefined
+export type Twist = (...paths: string[]) => Twisted | Promise<Twisted>
+type Twisted = number | 'silence' | undefined
 
 /** An SFTP server without any extension and with all in memory, for what a real one cannot be made to do. */
 export class FakeServer {
@@ -16,12 +17,15 @@ export class FakeServer {
   readonly folders = new Set<string>(['/'])
   /** By request, such as `RENAME`: what it does otherwise. */
   readonly twists: Partial<Record<'RENAME' | 'REMOVE' | 'LSTAT' | 'WRITE', Twist>> = {}
+  /** Whether it ends every connection at once. */
+  refuses = false
   /** Every request that changes a name, with its paths. */
   readonly changes: string[] = []
   /** How many bytes each write had, as they came. */
   readonly writes: number[] = []
   readonly #clients = new Set<Connection>()
-  readonly #server = new ssh2.Server({ hostKeys: [HOST_KEY], ident: 'other' }, client => this.#serve(client))
+  readonly #ssh = new ssh2.Server({ hostKeys: [HOST_KEY], ident: 'other' }, client => this.#serve(client))
+  readonly #server = createServer({ noDelay: true }, socket => this.#ssh.injectSocket(socket))
 
   /** A server and a driver of it, for the test that runs. */
   static async begin(
@@ -58,6 +62,7 @@ export class FakeServer {
 
   #serve(client: Connection): void {
     this.#clients.add(client)
+    if (this.refuses) client.end()
     client.on('close', () => this.#clients.delete(client))
     client.on('error', () => undefined) // a connection that was cut
     client.on('authentication', login => login.accept())
@@ -83,14 +88,14 @@ export class FakeServer {
       else answer(id, STATUS_CODE.NO_SUCH_FILE)
     }
     /** Answers as a twist wants it, or else as `usual` does. */
-    const twisted = (
+    const twisted = async (
       name: keyof FakeServer['twists'],
       id: number,
       paths: string[],
       usual: () => number | undefined,
     ) => {
       if (name !== 'LSTAT' && name !== 'WRITE') this.changes.push(`${name} ${paths.join(' ')}`)
-      const status = this.twists[name]?.(...paths) ?? usual()
+      const status = (await this.twists[name]?.(...paths)) ?? usual()
       if (typeof status === 'number') answer(id, status)
     }
     const put = (path: string, offset: number, data: Buffer) => {
