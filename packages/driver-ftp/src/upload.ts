@@ -43,8 +43,10 @@ export class Upload {
   readonly #temporary: readonly string[]
   /** Whether there may be something of it on the server. */
   #begun = false
-  /** Whether the file may have its own name already. */
-  #renaming = false
+  /** The size of the file once it may have its own name. */
+  #renamed: number | undefined
+  /** Whether the server was asked to remove the file. */
+  #removalAsked = false
   /** Whether the server lets a file be continued. */
   #resumes = true
   /** The most that the server was ever seen to hold. */
@@ -74,7 +76,7 @@ export class Upload {
     } catch (error) {
       letGo()
       kept = false
-      throw await this.#discarded(ftpError(error, `Writing ${this.#key}`, this.#context.settings))
+      return await this.#discarded(ftpError(error, `Writing ${this.#key}`, this.#context.settings))
     } finally {
       if (kept) letGo()
     }
@@ -125,7 +127,7 @@ export class Upload {
 
   async #attempt(connection: FtpConnection): Promise<void> {
     const cursor = this.#cursor
-    if (this.#renaming && (await this.#isPublished(connection))) return
+    if (await this.#isPublished(connection)) return
     const offset = this.#begun ? await this.#resumeAt(connection) : 0
     const complete = cursor.ended && cursor.position === offset && offset > 0
     if (!complete) await this.#send(connection, offset)
@@ -227,7 +229,7 @@ export class Upload {
     this.#options.signal?.throwIfAborted()
     try {
       await connection.command(`RNFR ${connection.pathOf(this.#temporary)}`)
-      this.#renaming = true
+      this.#renamed = size
       await connection.command(`RNTO ${connection.pathOf(this.#names)}`)
     } catch (error) {
       if (!isRefusal(error)) throw error
@@ -245,24 +247,26 @@ export class Upload {
 
   /** Whether a rename whose reply was lost has come about. Nobody else knows the temporary name. */
   async #isPublished(connection: FtpConnection): Promise<boolean> {
+    if (this.#renamed === undefined) return false
     if ((await sizeOf(connection, connection.pathOf(this.#temporary))) !== undefined) return false
-    return (await sizeOf(connection, connection.pathOf(this.#names))) === this.#cursor.position
+    return (await sizeOf(connection, connection.pathOf(this.#names))) === this.#renamed
   }
 
-  /** Removes what there is on the server and returns the error to throw, which tells if something stays. */
-  async #discarded(failure: VarveError): Promise<VarveError> {
-    if (!this.#begun) return failure
-    const { pool, foldersInUse, settings } = this.#context
+  /**
+   * Removes what there is on the server and throws `failure`, which tells if something stays; or returns the object that
+   * is stored all the same.
+   */
+  async #discarded(failure: VarveError): Promise<StoredObject> {
+    if (!this.#begun) throw failure
+    const { pool, settings } = this.#context
     // a server that was silent mostly stays so; else a new connection may take longer than one answer
     const graceMs = failure.code === 'TIMEOUT' ? Math.min(GRACE_MS, settings.timeoutMs) : GRACE_MS
     const timeout = AbortSignal.timeout(graceMs)
     for (let failures = 1; ; failures++) {
       try {
-        await pool.use('command', timeout, async connection => {
-          await removeFile(connection, connection.pathOf(this.#temporary))
-          await removeEmptyFolders(connection, this.#folders, names => foldersInUse.isFree(names))
-        })
-        return failure
+        const size = await pool.use('command', timeout, connection => this.#discard(connection))
+        if (size !== undefined) return { key: this.#key, size }
+        break
       } catch (error) {
         const left = ftpError(error, 'Removing what was written so far', settings)
         if (left.retryable && !timeout.aborted && failures < settings.attempts) {
@@ -270,20 +274,43 @@ export class Upload {
           continue
         }
         const { code, message, context, cause, retryable } = failure
-        return new VarveError(
+        const unknown =
+          this.#renamed === undefined
+            ? ''
+            : ` Whether ${this.#key} is stored all the same is not known: look for it, or write it again.`
+        throw new VarveError(
           code,
-          `${message} An unfinished upload may be left as ${this.#temporary.join('/')}, until the storage is cleaned up: ${left.message}`,
+          `${message}${unknown} An unfinished upload may be left as ${this.#temporary.join('/')}, until the storage is cleaned up: ${left.message}`,
           { context, cause, retryable },
         )
       }
     }
+    throw failure
+  }
+
+  /** Removes what there is on the server, or returns the size of the object that is stored all the same. */
+  async #discard(connection: FtpConnection): Promise<number | undefined> {
+    const asked = this.#removalAsked
+    this.#removalAsked = true
+    const removed = await removeFile(connection, connection.pathOf(this.#temporary))
+    if (!removed && (await this.#isPublished(connection))) {
+      // a removal whose reply was lost may be why the file is gone, and the object that of somebody else
+      if (!asked) return this.#renamed
+      throw new VarveError('STORAGE_FAILED', 'the server does not say whether it was renamed or removed.')
+    }
+    const { foldersInUse } = this.#context
+    await removeEmptyFolders(connection, this.#folders, names => foldersInUse.isFree(names))
+    return undefined
   }
 }
 
-async function removeFile(connection: FtpConnection, path: string): Promise<void> {
+/** Removes a file; false where it is not there. */
+async function removeFile(connection: FtpConnection, path: string): Promise<boolean> {
   try {
     await connection.command(`DELE ${path}`)
+    return true
   } catch (error) {
     if (!isRefusal(error) || (await sizeOf(connection, path)) !== undefined) throw error
+    return false
   }
 }

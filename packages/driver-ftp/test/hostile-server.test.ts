@@ -164,6 +164,67 @@ test('a rename that is lost with its reply is made again', async () => {
   expect([...server.files]).toEqual([['/a', Buffer.from('once')]])
 })
 
+test('a rename whose reply is lost is a success if the object is there and no attempt is left', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  loseRename(server)
+  expect(await driver.put('a/b', bytesBody(Buffer.from('once')))).toMatchObject({ key: 'a/b', size: 4 })
+  expect([...server.files]).toEqual([['/a/b', Buffer.from('once')]])
+})
+
+test('a rename whose reply is lost is a failure if the object is another one', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  loseRename(server, path => server.files.set(path, Buffer.from('of somebody else')))
+  const upload = driver.put('a/b', bytesBody(Buffer.from('once')))
+  await expect(upload).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+  expect([...server.files.values()]).toEqual([Buffer.from('of somebody else')])
+})
+
+test('a rename whose reply is lost is told to be unknown where the server takes no more connections', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 1 })
+  loseRename(server, () => {
+    server.twists.USER = () => '421 Not now.'
+  })
+  await expect(driver.put('a/b', bytesBody(Buffer.from('once')))).rejects.toMatchObject({
+    code: 'STORAGE_UNREACHABLE',
+    message: expect.stringContaining('Whether a/b is stored all the same is not known'),
+  })
+})
+
+test('an upload that was removed is no success because a former object has its size', async () => {
+  const { server, driver } = await FakeServer.begin({ attempts: 2 })
+  server.files.set('/a/b', Buffer.from('four'))
+  server.folders.add('/a')
+  server.twists.RNTO = () => '550 Permission denied.'
+  const upload = () => driver.put('a/b', bytesBody(Buffer.from('once')))
+  await expect(upload()).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+
+  let lost = 0
+  server.twists.DELE = (_, session) => {
+    if (lost++ > 0) return undefined
+    for (const path of server.files.keys()) if (path.includes('.varve-part-')) server.files.delete(path)
+    session.control.resetAndDestroy()
+    return ''
+  }
+  await expect(upload()).rejects.toMatchObject({
+    code: 'STORAGE_ACCESS_DENIED',
+    message: expect.stringContaining('Whether a/b is stored all the same is not known'),
+  })
+  expect([...server.files]).toEqual([['/a/b', Buffer.from('four')]])
+})
+
+/** Gives a file its name, and breaks the connection before it says so. */
+function loseRename(server: FakeServer, after: (path: string) => void = () => undefined): void {
+  server.twists.RNTO = (argument, session) => {
+    const [from = ''] = server.files.keys()
+    const path = argument.startsWith('/') ? argument : `/${argument}`
+    server.files.set(path, server.files.get(from) ?? Buffer.alloc(0))
+    server.files.delete(from)
+    after(path)
+    session.control.resetAndDestroy()
+    return ''
+  }
+}
+
 test.each([
   ['shorter', 90],
   ['longer', 110],
