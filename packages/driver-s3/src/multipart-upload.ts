@@ -7,9 +7,9 @@ import {
   UploadPartCommand,
 } from '@aws-sdk/client-s3'
 import { abortError, type ByteRange, isVarveError, type UploadBody } from '@varve/core'
-import { type Bucket, UPLOAD_TAG } from './bucket.ts'
+import { type Bucket, type CallRules, UPLOAD_TAG } from './bucket.ts'
 import { abortBy, GRACE_MS, withGrace } from './grace.ts'
-import { objectOptions, type Upload } from './put-object.ts'
+import { notKnown, objectOptions, type Upload } from './put-object.ts'
 import { backOff, isTransient, statusOf, withRetries } from './retrying.ts'
 import { withNote } from './s3-error.ts'
 import { type FoundUpload, foundUploads, hasPartsSince, isGone } from './stale-uploads.ts'
@@ -28,6 +28,9 @@ export class MultipartUpload {
   readonly #tag: string
   readonly #parts: CompletedPart[] = []
   #sent = 0
+  #size = 0
+  /** Whether the storage was asked to make the object. */
+  #mayBeStored = false
 
   private constructor(upload: Upload, id: string, tag: string) {
     this.#upload = upload
@@ -130,13 +133,17 @@ export class MultipartUpload {
       MultipartUpload: { Parts: parts },
     })
     if (signal?.aborted) throw abortError(signal)
+    this.#size = size
+    this.#mayBeStored = true
     for (let failures = 0; ; failures++) {
       try {
         await withGrace(signal, late => bucket.client.send(command, abortBy(late)))
         break
       } catch (error) {
         // It may have succeeded although an error came back; the second attempt then finds no upload.
-        if (await this.#isStored(size)) break
+        const rules = signal?.aborted ? { retries: 0 } : {}
+        const asked = withGrace(signal, late => this.#isStored({ ...rules, signal: late }))
+        if (await asked.catch(() => false)) break
         if (signal?.aborted) throw abortError(signal)
         if (failures >= bucket.settings.retries || !isTransient(error)) throw bucket.error(error, action)
         await backOff(failures, signal)
@@ -145,27 +152,35 @@ export class MultipartUpload {
     count(this.#upload, -1)
   }
 
-  /** Removes the parts. What was thrown before is `error`; it is given back, with a word on what could not be removed. */
-  async abort(error: unknown): Promise<unknown> {
+  /**
+   * Removes the parts and throws `error`, with a word on what could not be removed. Returns where the upload is gone since
+   * its object is stored all the same.
+   */
+  async abort(error: unknown): Promise<void> {
     const { bucket, key } = this.#upload
+    const signal = AbortSignal.timeout(GRACE_MS)
+    const notes = this.#mayBeStored ? [notKnown(key)] : []
+    const noted = () => (isVarveError(error) && notes.length > 0 ? withNote(error, notes.join(' ')) : error)
+    let removed: boolean
     try {
-      await removeUpload(bucket, { key, uploadId: this.#id })
-      return error
+      removed = await removeUpload(bucket, { key, uploadId: this.#id }, signal)
     } catch {
-      const note = `The unfinished upload of ${key} could not be removed and takes space; cleanUp removes it.`
-      return isVarveError(error) ? withNote(error, note) : error
+      notes.push(`The unfinished upload of ${key} could not be removed and takes space; cleanUp removes it.`)
+      throw noted()
     } finally {
       count(this.#upload, -1)
     }
+    if (removed || !this.#mayBeStored) throw error
+    const isStored = await this.#isStored({ signal }).catch(() => {
+      throw noted()
+    })
+    if (!isStored) throw error
   }
 
-  async #isStored(size: number): Promise<boolean> {
-    const { bucket, key, signal } = this.#upload
-    const rules = signal?.aborted ? { retries: 0 } : {}
-    const head = await withGrace(signal, late => bucket.head(key, { ...rules, signal: late })).catch(
-      () => undefined,
-    )
-    return head?.upload === this.#tag && head.size === size
+  async #isStored(rules: CallRules): Promise<boolean> {
+    const { bucket, key } = this.#upload
+    const head = await bucket.head(key, rules)
+    return head?.upload === this.#tag && head.size === this.#size
   }
 
   #progress(bytes: number): void {
@@ -174,12 +189,12 @@ export class MultipartUpload {
   }
 }
 
-/** Removes an unfinished upload; one that is not there is no error. Default of `signal`: after {@link GRACE_MS}. */
+/** Removes an unfinished upload; false where it is not there. Default of `signal`: after {@link GRACE_MS}. */
 export async function removeUpload(
   bucket: Bucket,
   { key, uploadId }: Pick<FoundUpload, 'key' | 'uploadId'>,
   signal: AbortSignal = AbortSignal.timeout(GRACE_MS),
-): Promise<void> {
+): Promise<boolean> {
   const action = { doing: `Removing the unfinished upload of ${key}`, permission: 's3:AbortMultipartUpload' }
   const command = new AbortMultipartUploadCommand({ ...bucket.at(key), UploadId: uploadId })
   try {
@@ -187,8 +202,9 @@ export async function removeUpload(
       retries: bucket.settings.retries,
       signal,
     })
+    return true
   } catch (error) {
-    if (isGone(error)) return
+    if (isGone(error)) return false
     throw bucket.error(error, action)
   }
 }

@@ -81,6 +81,11 @@ async function isStored({ bucket, key }: Upload, tag: string, failure: VarveErro
     const head = await bucket.head(key, { signal: AbortSignal.timeout(GRACE_MS) })
     return head?.upload === tag
   } catch {
-    throw withNote(failure, `Whether the storage has ${key} all the same is not known; write it again.`)
+    throw withNote(failure, notKnown(key))
   }
+}
+
+/** A word on an upload that failed, and may be stored. */
+export function notKnown(key: string): string {
+  return `Whether the storage has ${key} all the same is not known; write it again.`
 }

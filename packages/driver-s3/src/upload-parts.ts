@@ -21,7 +21,7 @@ export async function uploadInParts(upload: Upload, body: UploadBody, size: numb
     })
     await multipart.complete(size)
   } catch (error) {
-    throw await multipart.abort(error)
+    await multipart.abort(error)
   }
 }
 
@@ -92,10 +92,11 @@ export async function uploadStream(upload: Upload, body: UploadBody): Promise<nu
   try {
     if (failure) throw signal?.aborted ? abortError(signal) : failure.error
     await multipart?.complete(size)
-    return size
   } catch (error) {
-    throw multipart ? await multipart.abort(error) : error
+    if (!multipart) throw error
+    await multipart.abort(error)
   }
+  return size
 }
 
 /** Runs a number of workers until all are done; when one fails the others are given up. */

@@ -88,6 +88,27 @@ test.each<[string, Fault['answer']]>([
   expect(fake.objects.get('a')?.bytes.equals(patternBytes(4, 0, SIZE))).toBe(true)
 })
 
+test.each([true, false])(
+  'a completion whose answer, and the question after it, are lost is a success where no upload is left: replayable %s',
+  async replayable => {
+    const lost: Fault = { when: 'after', answer: 'cut' }
+    const { fake, driver } = await begin({ retries: 0 }, { complete: [lost], head: [slowDown] })
+    const size = 9 * MIB
+    await driver.put('a', new PatternBody({ size, seed: 4, replayable }))
+    expect(fake.calls.slice(-4)).toEqual(['complete', 'head', 'abort', 'head'])
+    expect(fake.objects.get('a')?.bytes.equals(patternBytes(4, 0, size))).toBe(true)
+  },
+)
+
+test('an object is told to be unknown whose completion, and every question, are lost', async () => {
+  const lost: Fault = { when: 'after', answer: 'cut' }
+  const notKnown = { retryable: true, message: expect.stringContaining('a all the same is not known') }
+  const unasked = await begin({ retries: 0 }, { complete: [lost], head: [slowDown, slowDown] })
+  await expect(unasked.driver.put('a', new PatternBody({ size: SIZE }))).rejects.toMatchObject(notKnown)
+  const unreached = await begin({ retries: 0 }, { complete: [lost], head: [slowDown], abort: [slowDown] })
+  await expect(unreached.driver.put('a', new PatternBody({ size: SIZE }))).rejects.toMatchObject(notKnown)
+})
+
 test('a completion that fails for good is no success because a former object is there', async () => {
   const refusal: Fault = { when: 'before', answer: { status: 400, code: 'InvalidPart' } }
   const { fake, driver } = await begin({}, { complete: [refusal] })
