@@ -1,5 +1,5 @@
 import { type FileHandle, open, rm } from 'node:fs/promises'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
 import type { DiskOverlay, HostReference } from './host.ts'
@@ -170,7 +170,7 @@ export class RunJournal {
     const folder = runsFolder(stateDir)
     const path = join(folder, header.id + SUFFIX)
     return inStateFolder(path, async () => {
-      await makeFolders(folder)
+      for (const made of await makeFolders(folder)) await syncFolder(dirname(made))
       await (await open(path, 'ax', 0o600)).close()
       try {
         const length = await writeLine(path, header, 0)
@@ -253,7 +253,10 @@ export class RunJournal {
    * @throws STATE_DIR_FAILED
    */
   async settled(): Promise<void> {
-    await inStateFolder(this.#path, () => rm(this.#path, { force: true }))
+    await inStateFolder(this.#path, async () => {
+      await rm(this.#path, { force: true })
+      await syncFolder(dirname(this.#path)) // one that a power cut brings back would be settled again
+    })
   }
 }
 

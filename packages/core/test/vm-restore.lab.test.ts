@@ -2,6 +2,7 @@ import { mkdir, open, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { expect, test } from 'vitest'
+import { DiskLock } from '../src/disk-lock.ts'
 import { readDomainXml } from '../src/domain-xml.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
@@ -143,7 +144,12 @@ test('one disk of two is backed up and restored, and the other is left alone', a
 
   await vm.destroy()
   const untouched = await sha256File(image('vdb'))
-  await restore({ backup: both.id, to: { instance: vm.name }, disks: ['vda'] })
+  const one = { backup: both.id, to: { instance: vm.name }, disks: ['vda'] }
+  {
+    await using _other = await DiskLock.acquire([image('vdb')]) // as a restore of it does, which switches the instance
+    await expect(restore(one)).rejects.toMatchObject({ code: 'DISK_BUSY', context: { path: image('vdb') } })
+  }
+  await restore(one)
   expect(await sha256File(image('vdb'))).toBe(untouched)
   expect(await sha256Content(image('vda'), 'qcow2')).toBe(wanted)
 
