@@ -15,13 +15,14 @@ afterAll(() => small.dispose())
 
 const site = useVmSite()
 
-/** The guest writes a lot while the image is stored, which takes until the backup is given up. */
+/** The guest writes a lot while an object is stored, which takes until the backup is given up. */
 class SlowStorage extends PausingStorage {
   vm: LabDomain | undefined
+  slow = ''
 
   override async put(...args: Parameters<PausingStorage['put']>): Promise<StoredObject> {
     const [key, , { signal } = {}] = args
-    if (key.endsWith('.qcow2') && signal) {
+    if (key.endsWith(this.slow) && signal) {
       await this.vm?.io('vda', 'write -P 0x22 1M 12M')
       if (!signal.aborted) await once(signal, 'abort')
     }
@@ -29,30 +30,33 @@ class SlowStorage extends PausingStorage {
   }
 }
 
-test('a backup is given up before its overlay has no room left, and the guest goes on with all it wrote', async () => {
-  const vm = await site.createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.start()
-  await vm.io('vda', 'write -P 0x11 0 2M')
-  const storage = new SlowStorage({ path: site.storagePath })
-  storage.vm = vm
-  const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder: small.path })
-  const pipeline = new BackupPipeline({ host, storage, stateDir: site.stateDir })
-  await expect(pipeline.run({ instance: vm.name, overlayReserve: 16 * MiB })).rejects.toMatchObject({
-    code: 'OVERLAY_SPACE_LOW',
-    message: expect.stringMatching(/merged back.*overlayFolder/s),
-    context: { folder: small.path },
-    retryable: true,
-  })
-  expect(await vm.state()).toBe('running')
-  await site.expectCleanHost([])
+test.each(['vda.qcow2', 'manifest.json'])(
+  'a backup is given up before its overlay has no room left, also while %s is stored, and the guest goes on with all it wrote',
+  async slow => {
+    const vm = await site.createVm([{ target: 'vda', size: 16 * MiB }])
+    await vm.start()
+    await vm.io('vda', 'write -P 0x11 0 2M')
+    const storage = new SlowStorage({ path: site.storagePath })
+    Object.assign(storage, { vm, slow })
+    const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder: small.path })
+    const pipeline = new BackupPipeline({ host, storage, stateDir: site.stateDir })
+    await expect(pipeline.run({ instance: vm.name, overlayReserve: 16 * MiB })).rejects.toMatchObject({
+      code: 'OVERLAY_SPACE_LOW',
+      message: expect.stringMatching(/merged back.*overlayFolder/s),
+      context: { folder: small.path },
+      retryable: true,
+    })
+    expect(await vm.state()).toBe('running')
+    await site.expectCleanHost([])
 
-  // Without the need to keep so much there is room, and the next backup has it all.
-  const manifest = await site.backup({ overlayReserve: MiB })
-  const restored = await site.restored(manifest)
-  await vm.destroy()
-  await qemuIo(restored, 'qcow2', ['read -P 0x11 0 1M', 'read -P 0x22 1M 12M'])
-  expect(await sha256Content(restored, 'qcow2')).toBe(await sha256Content(site.image('vda'), 'qcow2'))
-})
+    // Without the need to keep so much there is room, and the next backup has it all.
+    const manifest = await site.backup({ overlayReserve: MiB })
+    const restored = await site.restored(manifest)
+    await vm.destroy()
+    await qemuIo(restored, 'qcow2', ['read -P 0x11 0 1M', 'read -P 0x22 1M 12M'])
+    expect(await sha256Content(restored, 'qcow2')).toBe(await sha256Content(site.image('vda'), 'qcow2'))
+  },
+)
 
 test('a backup does not begin where its overlay would have too little room', async () => {
   const vm = await site.createVm([{ target: 'vda', size: 16 * MiB }])
