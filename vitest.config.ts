@@ -12,6 +12,7 @@ const isThorough = process.env.VARVE_THOROUGH === '1'
 
 // The slowest first: the others fill the time beside the last of them.
 const slowest = [
+  'testkit/test/contract-remote',
   'ceph/test/rbd-backup',
   'driver-sftp/test/contract',
   'driver-rclone/test/network',
@@ -34,7 +35,7 @@ const slowest = [
 class SlowestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
     const rank = ({ moduleId }: TestSpecification) => {
-      const found = slowest.findIndex(name => moduleId.includes(`/${name}.lab.test.`))
+      const found = slowest.findIndex(name => moduleId.includes(`/${name}.`))
       return found === -1 ? slowest.length : found
     }
     return (await super.sort(files)).toSorted((one, other) => rank(one) - rank(other))
@@ -53,9 +54,10 @@ export default defineConfig({
           include: ['packages/*/test/**/*.test.ts', 'examples/test/**/*.test.ts'],
           exclude: ['**/*.lab.test.ts', '**/*.thorough.test.ts'],
           testTimeout: 60_000, // property tests on a busy machine
-          // A process for each core and not for each file: starting them would take longer than the tests.
+          // Few processes and not one for each file: starting them would take longer than the tests. One more than the
+          // cores of a small machine, as some wait for time to pass.
           isolate: false,
-          maxWorkers: '100%',
+          maxWorkers: 3,
         },
       },
       // Real programs, as root. Each file has servers and a libvirt of its own, and waits for them much of its time.
