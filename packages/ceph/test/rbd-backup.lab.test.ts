@@ -453,6 +453,14 @@ test('snapshots and images that no run and no backup knows are found, and left a
   ])
   expect(await snapshots(image)).toHaveLength(5)
   expect(await snapshots(image)).toContain(`varve-${stored.id}`)
+
+  // No backup names the image any more, but it is a disk of an instance that backups were taken of here.
+  await new ChainManager({ storage }).delete(stored.id)
+  expect(await findOrphans(options)).toContainEqual({
+    image,
+    snapshot: `varve-${stored.id}`,
+    run: stored.id,
+  })
 })
 
 test('a snapshot that somebody removes while it is read fails the backup, and nothing is published', async () => {

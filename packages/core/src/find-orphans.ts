@@ -6,7 +6,8 @@ import { DEFAULT_GARBAGE_AGE_MS } from './garbage.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import type { BackupManifest } from './manifest.ts'
-import type { RbdCluster } from './rbd.ts'
+import { MarkLedger } from './mark-ledger.ts'
+import { type RbdCluster, rbdImageOf } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { backupOfKey } from './storage-layout.ts'
@@ -37,7 +38,7 @@ export interface FindOrphansOptions {
 
 /**
  * Looks for snapshots and images that no run and no backup knows: on the RBD images that the backups on the storages
- * were taken of, and beside them. It removes nothing, as it cannot tell what belongs to a storage that it is not given.
+ * were taken of, on those that their instances, and those of the state folder's records, have by now, and beside them. It removes nothing, as it cannot tell what belongs to a storage that it is not given.
  * What a journal of this machine knows is left to {@link recover}; what is younger than a day is left out, as another
  * machine may be at it. Reads every manifest.
  *
@@ -62,8 +63,13 @@ export async function findOrphans(
     Date.now() - backupTime(id).getTime() > DEFAULT_GARBAGE_AGE_MS
   const orphans: RbdOrphan[] = []
   const pools = new Set<string>()
-  for (const [image, manifest] of sources(catalogs)) {
-    const cluster = await host.rbd(clusterOf(manifest, image), run)
+  const instances = new Set([
+    ...catalogs.flatMap(({ backups }) => backups.map(({ manifest }) => manifest.instance.name)),
+    ...(await MarkLedger.instances(stateDir)),
+  ])
+  const images = new Map([...sources(catalogs), ...(await currentImages(host, instances, run))])
+  for (const [image, disk] of images) {
+    const cluster = await host.rbd(disk, run)
     for (const snapshot of await snapshotsOf(cluster, image, run)) {
       const id = backupOfMark(snapshot) ?? ''
       if (isOrphan(id)) orphans.push({ image, snapshot, run: id })
@@ -80,8 +86,11 @@ export async function findOrphans(
   return orphans
 }
 
-/** The RBD images that were backed up, each with its newest backup. */
-function sources(catalogs: readonly Catalog[]): Map<string, BackupManifest> {
+/** What tells the cluster of an image; undefined where it is that of the connector. */
+type DiskOf = Parameters<Host['rbd']>[0]
+
+/** The RBD images that were backed up, each with the disk of its newest backup. */
+function sources(catalogs: readonly Catalog[]): Map<string, DiskOf> {
   const newest = new Map<string, BackupManifest>()
   for (const { manifest } of catalogs.flatMap(({ backups }) => backups)) {
     for (const { source } of manifest.disks) {
@@ -89,13 +98,33 @@ function sources(catalogs: readonly Catalog[]): Map<string, BackupManifest> {
       newest.set(source.path, manifest)
     }
   }
-  return newest
+  return new Map([...newest].map(([image, manifest]) => [image, clusterOf(manifest, image)]))
 }
 
 /** Without a definition an image was backed up by its name alone. */
-function clusterOf({ definition, disks, instance }: BackupManifest, image: string) {
+function clusterOf({ definition, disks, instance }: BackupManifest, image: string): DiskOf {
   const disk = disks.find(({ source }) => source.path === image)
   return definition && disk ? { instance: instance.name, disk: disk.name } : undefined
+}
+
+/** The RBD images that instances have by now, which need not be those of any backup that is left. */
+async function currentImages(
+  host: Host,
+  instances: ReadonlySet<string>,
+  run: RunOptions,
+): Promise<Map<string, DiskOf>> {
+  const images = new Map<string, DiskOf>()
+  for (const instance of instances) {
+    const found = await host.disks(instance, run).catch(error => {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    })
+    for (const { name, path } of found?.disks ?? []) {
+      const image = rbdImageOf(path)
+      if (image !== undefined) images.set(image, { instance, disk: name })
+    }
+  }
+  return images
 }
 
 async function snapshotsOf(cluster: RbdCluster, image: string, run: RunOptions): Promise<string[]> {

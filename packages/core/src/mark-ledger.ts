@@ -6,7 +6,7 @@ import type { StorageReference } from './journal.ts'
 import { makeFolders } from './make-folders.ts'
 import { statIfThere } from './stat-if-there.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
-import { instanceFolder } from './storage-layout.ts'
+import { instanceFolder, instanceOfFolder } from './storage-layout.ts'
 
 const TEMPORARY = '.json.tmp'
 /** A file that takes milliseconds to write, and has not got its name after so many, was left by a process that died. */
@@ -25,6 +25,12 @@ export class MarkLedger {
 
   constructor(stateDir: string, instance: string) {
     this.#folder = join(stateDir, 'marks', instanceFolder(instance))
+  }
+
+  /** The instances that a state folder has a ledger of. */
+  static async instances(stateDir: string): Promise<string[]> {
+    const folders = await namesIn(join(stateDir, 'marks'))
+    return folders.map(instanceOfFolder).filter(instance => instance !== undefined)
   }
 
   /** To be called before the mark is made. */
