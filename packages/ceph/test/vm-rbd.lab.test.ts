@@ -309,6 +309,16 @@ test('a stopped guest is backed up, and a running one is switched off hard for i
   expect(await guest.state()).toBe('shut off')
 })
 
+test('where no disk tells its cluster any more, that of the configuration is taken, and told of', async () => {
+  const gone = { instance: 'web-0', disk: 'vda' }
+  const own = new LibvirtHost({ uri: lab.uri, rbd: new CephConnector({ conf: site.ceph.conf }) })
+  const cluster = await own.rbd(gone, { onEvent })
+  expect(await cluster.imagesBeside('vms/any')).toEqual(await site.cluster.imagesBeside('vms/any'))
+  await own.rbd(gone, { onEvent })
+  const warnings = events.filter(({ type }) => type === 'warning')
+  expect(warnings).toEqual([{ type: 'warning', message: expect.stringContaining('web-0/vda') }])
+})
+
 test('a restored image does not take the place of one that a guest was started on and saved its memory for', async () => {
   const image = await site.create(MIB)
   const guest = await createVm(image, { withFile: false, guest: false })

@@ -22,7 +22,7 @@ import type { Qmp } from './qmp.ts'
 import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
-import type { RunOptions } from './run-options.ts'
+import { emit, type RunOptions } from './run-options.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
 
@@ -57,6 +57,8 @@ export class LibvirtHost implements Host {
   readonly #domains: LibvirtDomains
   readonly #overlayFolder: string | undefined
   readonly #rbd: RbdConnector | undefined
+  /** The disks, as `<instance>/<disk>`, that were warned of since libvirt does not tell their cluster. */
+  readonly #unplaced = new Set<string>()
 
   constructor(options: LibvirtHostOptions = {}) {
     const { uri = 'qemu:///system' } = options
@@ -278,7 +280,16 @@ export class LibvirtHost implements Host {
     const connector = this.#rbd
     if (!connector) throw noConnector()
     const source = disk && (await this.#rbdSource(disk.instance, disk.disk, run))
+    if (disk && !source) this.#warnOfCluster(`${disk.instance}/${disk.disk}`, run)
     return connector.cluster(source && (await rbdConnection(this.#virsh, source, run)))
+  }
+
+  /** Nobody can tell the cluster of a disk that is gone, and in another one nothing of it is found. */
+  #warnOfCluster(disk: string, run: RunOptions): void {
+    if (this.#unplaced.has(disk)) return
+    this.#unplaced.add(disk)
+    const message = `libvirt has no RBD disk ${disk} by now, which would tell its Ceph cluster, so that of the configuration is taken. What Varve has made in another one is not found: for that, define the domain again and repeat.`
+    emit(run, { type: 'warning', message })
   }
 
   /** The RBD image of a disk; undefined where the domain or the disk is gone. */

@@ -115,6 +115,7 @@ async function finishSwap(
   for (const rename of images) {
     const cluster = await host.rbd(rename.of, run)
     if (await isThere(cluster, rename.image, run)) leftImages.push({ rename, cluster })
+    else if (!(await isThere(cluster, rename.target, run))) throw neitherThere(journal, rename)
   }
   if (left.length + leftImages.length > 0) await assertNoSavedMemory(journal, host, run)
   for (const step of left) {
@@ -156,6 +157,15 @@ async function hasSavedMemory(instance: string, host: Host, run: RunOptions): Pr
     if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return false // one that is to be defined anew
     throw error
   })
+}
+
+/** As in another cluster, which is asked where the domain that names the right one is gone. */
+function neitherThere({ header }: RunJournal, { image, target }: ImageRename): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored RBD image was complete as ${image}, and there is neither that nor ${target} in the Ceph cluster that was asked. Where a domain tells the cluster, define it again, then run "varve recover". If both were removed on purpose, remove runs/${header.id}.jsonl in the state folder.`,
+    { context: { image, target } },
+  )
 }
 
 function throwUnresolved({ temporary, target }: Rename, error: unknown): never {

@@ -16,20 +16,29 @@ beforeEach(async () => {
 })
 afterEach(() => rm(folder, { recursive: true }))
 
-test('nothing is defined and no file is replaced where an image is in use again', async () => {
+/** A restore of an RBD image and a file that is complete, and what is done to its host. */
+async function completeRestore(options: {
+  images: string[]
+  isOpen?: boolean
+  /** Why libvirt does not take the definition. */
+  refusal?: VarveError
+}) {
   const done: string[] = []
-  const images = new Set(['vms/a', 'vms/a.new'])
   const cluster: Partial<RbdCluster> = {
     async snapshots(image) {
-      if (!images.has(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
+      if (!options.images.includes(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
       return []
     },
     async isOpen(image) {
       // What a look at an image that stays open ends with.
-      throw new VarveError('DISK_BUSY', `${image} is open`)
+      if (options.isOpen) throw new VarveError('DISK_BUSY', `${image} is open`)
+      return false
     },
     async renameImage(from, to) {
       done.push(`rename ${from} ${to}`)
+    },
+    async removeImage(image) {
+      done.push(`remove ${image}`)
     },
   }
   class Domain extends ImageHost {
@@ -37,6 +46,7 @@ test('nothing is defined and no file is replaced where an image is in use again'
       return cluster as RbdCluster
     }
     override async define() {
+      if (options.refusal) throw options.refusal
       done.push('define')
     }
   }
@@ -54,10 +64,20 @@ test('nothing is defined and no file is replaced where an image is in use again'
   const [temporary, target] = [join(folder, 'vdb.new'), join(folder, 'vdb')]
   await writeFile(temporary, 'restored')
   await journal.record({ step: 'define', instance: 'web-1', xml: '<domain/>' })
+  await journal.record({ step: 'target-create', temporary })
+  await journal.record({ step: 'image-create', image: 'vms/a.new' })
   await journal.record({
     step: 'finish',
     renames: [{ temporary, target }],
     images: [{ image: 'vms/a.new', target: 'vms/a' }],
+  })
+  return { journal, host, target, done }
+}
+
+test('nothing is defined and no file is replaced where an image is in use again', async () => {
+  const { journal, host, target, done } = await completeRestore({
+    images: ['vms/a', 'vms/a.new'],
+    isOpen: true,
   })
   await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
     code: 'RUN_UNRESOLVED',
@@ -66,4 +86,25 @@ test('nothing is defined and no file is replaced where an image is in use again'
   expect(done).toEqual([])
   expect(await statIfThere(target)).toBeUndefined()
   expect(await RunJournal.unsettled(folder)).toHaveLength(1)
+})
+
+test('an image that is not in the cluster, under neither name, is not said to be restored', async () => {
+  const { journal, host, target, done } = await completeRestore({ images: [] })
+  await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
+    code: 'RUN_UNRESOLVED',
+    message: expect.stringContaining(`runs/${journal.header.id}.jsonl`),
+    context: { image: 'vms/a.new', target: 'vms/a' },
+  })
+  expect(done).toEqual([])
+  expect(await statIfThere(target)).toBeUndefined()
+})
+
+test('where libvirt refuses the definition the new image is removed, and no other is touched', async () => {
+  const refusal = new VarveError('COMMAND_FAILED', 'no such machine type')
+  const { journal, host, target, done } = await completeRestore({ images: ['vms/a', 'vms/a.new'], refusal })
+  const settled = await settleRestore(journal, host, {})
+  expect(settled).toMatchObject({ finished: false, refusal: { code: 'COMMAND_FAILED', cause: refusal } })
+  expect(done).toEqual(['remove vms/a.new'])
+  expect(await statIfThere(target)).toBeUndefined()
+  expect(await RunJournal.unsettled(folder)).toEqual([])
 })
