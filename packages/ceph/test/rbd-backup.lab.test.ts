@@ -18,12 +18,14 @@ import {
   type VarveEvent,
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
-import { checkQcow2, createQcow2, qemuIo } from '@varve/testkit/lab'
+import { SftpDriver } from '@varve/driver-sftp'
+import { checkQcow2, createQcow2, qemuIo, startSshd } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test, vi } from 'vitest'
 import { newBackupId } from '../../core/src/backup-id.ts'
 import { DiskLock } from '../../core/src/disk-lock.ts'
 import { RunJournal } from '../../core/src/journal.ts'
+import { login } from '../../driver-sftp/test/sftp-target.ts'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 
@@ -290,6 +292,13 @@ test('images and files restore to each other', async () => {
   const manifest = await backup({ vda: file })
   const copy = site.newImage()
   await restore({ backup: manifest.id, to: { disks: { vda: `rbd:${copy}` } } })
+  expectSame(await site.bytes(copy), await rawOf(file))
+  // A chain, over an image that has other data.
+  await qemuIo(file, 'qcow2', ['write -P 5 4M 1M', 'write -z 3M 64k', 'discard 15M 1M'])
+  const second = await backup({ vda: file })
+  expect(second.kind).toBe('incremental')
+  await site.write(copy, 'write -P 9 0 16M')
+  await restore({ backup: second.id, to: { disks: { vda: `rbd:${copy}` } }, inPlace: true })
   expectSame(await site.bytes(copy), await rawOf(file))
   // The disk is an image from here on: a full one, and told why.
   const moved = await backup({ vda: `rbd:${copy}` })
@@ -559,6 +568,24 @@ test('a storage that fails before it reads fails the backup, and nothing else', 
   })
   await expect(pipeline.run({ instance: 'web-1' })).rejects.toThrow('is full')
   expect(await snapshots(image)).toEqual([])
+})
+
+test('the streams, whose size nobody knows before, go to an SFTP server and come back', async () => {
+  await using lab = await startSshd()
+  const pathPrefix = join(lab.home, 'storage')
+  await lab.makeFolder(pathPrefix)
+  await using sftp = new SftpDriver({ ...(await login(lab)), pathPrefix })
+  const image = await site.create(16 * MIB)
+  const host = hostOf({ vda: `rbd:${image}` })
+  const options = { host, storage: sftp, stateDir: stateDir() }
+  await site.write(image, 'write -P 1 0 9M')
+  await new BackupPipeline(options).run({ instance: 'web-1' })
+  await site.write(image, 'write -P 2 8M 4M', 'discard 0 1M')
+  const { id, kind } = await new BackupPipeline(options).run({ instance: 'web-1' })
+  expect(kind).toBe('incremental')
+  const path = join(folder, 'restored')
+  await new RestorePipeline(options).run({ backup: id, to: { disks: { vda: path }, format: 'raw' } })
+  expectSame(await readFile(path), await site.bytes(image))
 })
 
 test('an image in a group is not replaced by one that is in none', async () => {
