@@ -121,6 +121,11 @@ export function saysMissing({ exitCode, unredacted }: RcloneExit): boolean {
   return exitCode === 3 || exitCode === 4 || / is a directory or doesn't exist$/m.test(unredacted)
 }
 
+/** Whether rclone says of a folder below the one that was listed that it could not be. */
+export function saysPartial({ unredacted }: RcloneExit): boolean {
+  return / ERROR : (?!: error listing: ).*: error listing: /m.test(unredacted)
+}
+
 /** Whether rclone says that the backend has no such command. */
 export function saysNoCommand({ exitCode, unredacted }: RcloneExit): boolean {
   return exitCode !== 0 && /: command not found$|does not support backend commands$/m.test(unredacted)

@@ -4,9 +4,9 @@ import { CatStream } from './cat-stream.ts'
 import { feed } from './feed.ts'
 import { parseObject, type Redact } from './json-output.ts'
 import { parseLine, parseStat, type RemoteFile, readLines } from './lsjson.ts'
-import { rcloneError, saysMissing, saysNoCommand } from './rclone-error.ts'
+import { rcloneError, saysMissing, saysNoCommand, saysPartial } from './rclone-error.ts'
 import { assertHelperOptions, type RcloneHelperOptions } from './rclone-options.ts'
-import type { RcloneProcess } from './rclone-process.ts'
+import type { RcloneExit, RcloneProcess } from './rclone-process.ts'
 import { RcloneRunner } from './rclone-runner.ts'
 import { parseFeatures, type RemoteFeatures } from './remote-features.ts'
 import { parseUploads, type UnfinishedUpload } from './unfinished-uploads.ts'
@@ -162,11 +162,13 @@ export class RcloneHelper {
     const target = this.target(path)
     const args = ['lsjson', '-R', '--files-only', '--no-mimetype', '--use-server-modtime', target]
     const process = await this.#rclone.start(args, options, false)
+    let found = false
     try {
       for await (const line of linesOf(process, this.#rclone.redact)) {
         process.watch.progress()
         const file = parseLine(line, this.#rclone.redact)
         if (!file) continue
+        found = true
         const held = process.watch.hold() // while who reads the listing does something else
         try {
           yield file
@@ -182,8 +184,11 @@ export class RcloneHelper {
     }
     const exit = await process.exited
     if (process.stopped) throw process.stopped
-    if (saysMissing(exit)) options.onMissing?.()
-    else if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
+    if (saysMissing(exit)) {
+      // it says so of any folder in it as well
+      if (found || saysPartial(exit)) throw partial(exit, target)
+      options.onMissing?.()
+    } else if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
   }
 
   /**
@@ -297,6 +302,14 @@ export class RcloneHelper {
     const { free } = parseObject(stdout, 'about', this.#rclone.redact)
     return typeof free === 'number' ? free : undefined
   }
+}
+
+/** The error of a listing that lacks something. */
+function partial(exit: RcloneExit, target: string): VarveError {
+  const { code, message, context } = rcloneError(exit, { target })
+  const why =
+    'Only a part of it was listed: a folder in it went away meanwhile, or the remote failed. List it again.'
+  return new VarveError(code, `${message} ${why}`, { context, retryable: true })
 }
 
 /** The lines that an rclone prints, as they come. @throws why it was stopped, if it was */
