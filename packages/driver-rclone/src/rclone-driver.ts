@@ -31,6 +31,8 @@ import { checkedPathPrefix, type RcloneDriverOptions } from './rclone-options.ts
 /** How often a call is made that fails by what may go away. */
 const ATTEMPTS = 3
 const FIRST_PAUSE_MS = 500
+/** How long a folder of the storage that was seen counts as there, so that not every upload has to look. */
+const SEEN_MS = 30_000
 /** For the removal of what there is of an upload that failed or was given up. */
 const REMOVAL_TIMEOUT_MS = 15_000
 
@@ -53,7 +55,8 @@ export class RcloneDriver implements StorageDriver {
   readonly #rclone: RcloneHelper
   readonly #path: string
   readonly #create: boolean
-  #isThere = false
+  /** When the folder of the storage was last seen, by `performance.now()`. */
+  #seenAt = Number.NEGATIVE_INFINITY
   /** Folders that have been made or found. */
   readonly #folders = new Set<string>()
 
@@ -71,7 +74,6 @@ export class RcloneDriver implements StorageDriver {
       assertKey(key)
       const upload = toUploadBody(body)
       if (options.signal?.aborted) throw abortError(options.signal)
-      if (!this.#isThere) await this.#mustBeThere(options)
       if (upload.size === undefined) await this.#mustStream(key, options)
       const attempts = upload.replayable ? ATTEMPTS : 1
       return await failsWithProgress(options, options =>
@@ -149,6 +151,8 @@ export class RcloneDriver implements StorageDriver {
     const { onProgress } = options
     const call = callOptions(options)
     const temporary = siblingOf(this.#pathOf(key), TEMPORARY_PREFIX + randomBytes(8).toString('hex'))
+    // an upload makes every folder that is missing, also that of a disk which is not mounted any more
+    if (performance.now() - this.#seenAt > SEEN_MS) await this.#mustBeThere(call)
     await this.#makeFolderOf(temporary, call)
     let size = 0
     let former: RemoteFile | undefined
@@ -170,6 +174,7 @@ export class RcloneDriver implements StorageDriver {
       await this.#publish(temporary, key, size, { ...call, onRemoving })
       return toObject(key, file)
     } catch (error) {
+      this.#seenAt = Number.NEGATIVE_INFINITY // a server that was started anew may lack a disk
       // of the former object and the new one, one has to stay
       if (former && !(await this.#isUnchanged(key, former, call))) throw this.#kept(temporary, key, error)
       throw await this.#discarded(temporary, error, call)
@@ -261,11 +266,12 @@ export class RcloneDriver implements StorageDriver {
   async #mustBeThere(options: CallOptions): Promise<void> {
     const call = callOptions(options)
     if (!(await retrying(() => this.#rclone.hasFolder(this.#path, call), call))) {
-      this.#isThere = false
+      this.#seenAt = Number.NEGATIVE_INFINITY
+      this.#folders.clear()
       if (!this.#create) throw this.#missing()
       await this.#rclone.makeFolder(this.#path, call)
     }
-    this.#isThere = true
+    this.#seenAt = performance.now()
   }
 
   #missing(): VarveError {

@@ -1,4 +1,4 @@
-import { access, chmod, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
+import { access, chmod, mkdir, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
@@ -493,6 +493,52 @@ describe('the remote', () => {
     })
     await made.put('a', bytesBody(Buffer.from('x')))
     expect(await filesIn(path)).toEqual([{ name: 'missing/a', size: 1 }])
+  })
+
+  test.each([
+    ['after a file was given', '', 'a: error listing: directory not found'],
+    ['of another folder than the listed one', 'b/', 'c: error listing: directory not found'],
+  ])('a listing that ends with "not found" %s is no whole one', async (_, prefix, said) => {
+    const { driver } = await beginWithScript(
+      `case "$1 $2" in "lsjson -R") rclone "$@"; echo "2026/01/01 00:00:00 ERROR : ${said}" >&2; exit 3;; esac`,
+    )
+    await driver.put('a/b', bytesBody(Buffer.from('x')))
+    await expect(listed(driver, prefix)).rejects.toMatchObject({
+      code: 'STORAGE_FAILED',
+      retryable: true,
+      context: { stderr: expect.stringContaining(said) },
+    })
+  })
+
+  test('whose folder goes away is not made again by a later upload', async () => {
+    const { driver, path, commands } = await begin()
+    const uploads = async () => {
+      const before = commands.length
+      await driver.put('a', bytesBody(Buffer.from('x')))
+      return commands.slice(before).map(({ args }) => args[0])
+    }
+    expect(await uploads()).toContain('lsf')
+    expect(await uploads(), 'an upload that follows soon looks for nothing').not.toContain('lsf')
+    await rm(path, { recursive: true })
+    const later = performance.now() + 60_000
+    vi.spyOn(performance, 'now').mockReturnValue(later)
+    onTestFinished(() => void vi.restoreAllMocks())
+    for (const key of ['b', 'c/d']) {
+      const upload = driver.put(key, bytesBody(Buffer.from('x')))
+      await expect(upload).rejects.toMatchObject({ code: 'STORAGE_NOT_FOUND' })
+    }
+    await mkdir(path) // it was not there
+  })
+
+  test('whose folder is gone when an upload is made again is not made by that', async () => {
+    const command = await scriptFile(
+      `case "$1" in rcat) rm -r "$(cat "$0.path")"; echo "Failed: connection reset" >&2; exit 1;; esac`,
+    )
+    const { driver, path } = await begin({ command })
+    await writeFile(`${command}.path`, path)
+    const upload = driver.put('a', bytesBody(Buffer.from('x')))
+    await expect(upload).rejects.toMatchObject({ code: 'STORAGE_NOT_FOUND' })
+    await mkdir(path) // it was not there
   })
 
   test('a prefix that is a file lists nothing', async () => {
