@@ -45,6 +45,7 @@ describeDriver('S3Driver', {
     return { ...(await small.target({ parallelParts: 1 })), capacity: CAPACITY }
   },
   largeSize: 24 * MIB + 12_345,
+  streamSize: 18_000_000, // the first part, of 8 MiB, is in its first half
   manyObjects: 1100, // more than a page
   remote: {
     async create() {

@@ -41,7 +41,7 @@ export class FakeS3 implements AsyncDisposable {
   readonly calls: Call[] = []
   /** The heads of the requests that came. */
   readonly requests: IncomingMessage[] = []
-  /** The bodies of `put` and `part`, as they came. */
+  /** The bodies of `put`, `part` and `complete`, as they came. */
   readonly bodies: Buffer[] = []
   /** What becomes of the next calls of a kind, one after the other. */
   readonly faults = new Map<Call, Fault[]>()
@@ -84,7 +84,7 @@ export class FakeS3 implements AsyncDisposable {
     this.calls.push(call)
     this.requests.push(request)
     const body = await buffer(request)
-    if (call === 'put' || call === 'part') this.bodies.push(body)
+    if (call === 'put' || call === 'part' || call === 'complete') this.bodies.push(body)
     const fault = this.faults.get(call)?.shift()
     if (fault?.when === 'before') await this.#spoil(response, fault)
     if (response.writableEnded || response.destroyed) return
@@ -122,7 +122,11 @@ export class FakeS3 implements AsyncDisposable {
       }
       case 'part':
         upload?.parts.set(Number(url.searchParams.get('partNumber')), body)
-        return response => response.setHeader('etag', etag(body)).end()
+        return response => {
+          const [, checksum] = /x-amz-checksum-crc32:(\S+)/.exec(body.subarray(-100).toString('latin1')) ?? []
+          if (checksum !== undefined) response.setHeader('x-amz-checksum-crc32', checksum)
+          response.setHeader('etag', etag(body)).end()
+        }
       case 'complete': {
         if (!upload) return response => this.#fail(response, 404, 'NoSuchUpload')
         const numbers = [...upload.parts.keys()].sort((a, b) => a - b)

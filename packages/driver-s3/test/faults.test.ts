@@ -5,7 +5,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { crc32 } from 'node:zlib'
 import { type UploadBody, VarveError } from '@varve/core'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
-import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
+import { PatternBody, patternBytes, type Trouble, troubledSource } from '@varve/testkit'
 import { expect, onTestFinished, test, vi } from 'vitest'
 import { DownloadStream } from '../src/download-stream.ts'
 import { type Call, FakeS3, type Fault } from './fake-s3.ts'
@@ -46,7 +46,7 @@ test('a part that fails is read again, alone', async () => {
   const { fake, driver } = await begin({ parallelParts: 1 }, { part: [slowDown, cut] })
   const body = new PatternBody({ size: SIZE, seed: 2 })
   await driver.put('a', body)
-  expect(fake.bodies.map(bytes => bytes.length)).toEqual([5 * MIB, 5 * MIB, 5 * MIB, MIB + 1])
+  expect(fake.bodies.slice(0, -1).map(bytes => bytes.length)).toEqual([5 * MIB, 5 * MIB, 5 * MIB, MIB + 1])
   expect(fake.objects.get('a')?.bytes.equals(patternBytes(2, 0, SIZE))).toBe(true)
 })
 
@@ -62,7 +62,7 @@ test('a stream of unknown size has parts of one size where they must be, and of 
   const sizes = async (options: Partial<S3DriverOptions>) => {
     const { fake, driver } = await begin({ parallelParts: 1, ...options })
     await driver.put('a', Readable.from(new Array(34).fill(Buffer.alloc(MIB))))
-    return fake.bodies.map(bytes => bytes.length / MIB)
+    return fake.bodies.slice(0, -1).map(bytes => bytes.length / MIB) // without the completion
   }
   expect(await sizes({ equalParts: true })).toEqual([32, 2])
   expect(await sizes({ maxParts: 20 })).toEqual([8, 16, 10])
@@ -436,6 +436,58 @@ test('with WHEN_SUPPORTED an upload ends with its CRC32, and memory is used agai
   const sent = fake.bodies[0]?.subarray(-100).toString('latin1')
   expect(sent).toContain(`\r\n0\r\nx-amz-checksum-crc32:${checksum.toString('base64')}\r\n\r\n`)
   expect(fake.requests[0]?.headers).toMatchObject({ 'x-amz-decoded-content-length': String(body.size) })
+})
+
+test('with WHEN_SUPPORTED an upload in parts is completed with the CRC32 of each of them', async () => {
+  const { fake, driver } = await begin({ checksums: 'WHEN_SUPPORTED' })
+  await driver.put('a', new PatternBody({ size: SIZE, seed: 20 }))
+  const request = (call: Call) => fake.requests[fake.calls.indexOf(call)]
+  expect(request('create')?.headers).toMatchObject({ 'x-amz-checksum-algorithm': 'CRC32' })
+  expect(request('part')?.headers).toMatchObject({ 'x-amz-trailer': 'x-amz-checksum-crc32' })
+  const checksums = [patternBytes(20, 0, 5 * MIB), patternBytes(20, 5 * MIB, MIB + 1)].map(part => {
+    const checksum = Buffer.alloc(4)
+    checksum.writeUInt32BE(crc32(part))
+    return checksum.toString('base64')
+  })
+  const completion = fake.bodies.at(-1)?.toString() ?? ''
+  const completed = [...completion.matchAll(/<Part>.*?<\/Part>/g)].map(([part]) => [
+    /<PartNumber>(\d+)</.exec(part)?.[1],
+    /<ChecksumCRC32>([^<]+)</.exec(part)?.[1],
+  ])
+  expect(completed).toEqual([
+    ['1', checksums[0]],
+    ['2', checksums[1]],
+  ])
+})
+
+test.each<[string, Trouble]>([
+  ['fails', { kind: 'fail', error: new Error('boom') }],
+  ['is cut off', { kind: 'vanish' }],
+])('a stream that %s after its first part leaves nothing', async (_, trouble) => {
+  const { fake, driver } = await begin()
+  const source = troubledSource(trouble, { bytes: 9 * MIB })
+  await expect(driver.put('a', source)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+  expect(count(fake, 'create')).toBe(1)
+  expect(count(fake, 'abort')).toBe(1)
+  expect(fake.uploads.size).toBe(0)
+  expect(fake.objects.size).toBe(0)
+})
+
+test('a stream one of whose parts is refused fails with that and leaves nothing', async () => {
+  const refusal: Fault = { when: 'before', answer: { status: 403, code: 'AccessDenied' } }
+  const { fake, driver } = await begin({}, { part: [refusal] })
+  const source = troubledSource({ kind: 'wait', resumed: never, size: 20 * MIB }, { bytes: 9 * MIB })
+  await expect(driver.put('a', source)).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  expect(source.destroyed).toBe(true)
+  expect(fake.uploads.size).toBe(0)
+})
+
+test.each([10, SIZE])('a request of %d bytes that is not answered in time is made again', async size => {
+  const silent: Fault = { when: 'before', answer: () => never }
+  const { fake, driver } = await begin({ timeoutMs: 300 }, { put: [silent], part: [silent] })
+  await driver.put('a', new PatternBody({ size, seed: 21 }))
+  expect(count(fake, 'put') + count(fake, 'part')).toBe(size === 10 ? 2 : 3)
+  expect(fake.objects.get('a')?.bytes.equals(patternBytes(21, 0, size))).toBe(true)
 })
 
 test('settings of new objects go with each way of making one', async () => {

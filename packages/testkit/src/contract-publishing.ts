@@ -7,18 +7,17 @@ import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { troubledSource } from './troubled-source.ts'
 
-const SIZE = 3_000_000
-
 /** When an object is seen, and by whom. */
 export function describePublishing(contract: Contract): void {
   describe('publishing', () => {
+    const size = contract.streamSize
     test('nothing is seen of an object before its upload is done', async () => {
       const { driver, upload, target } = await beginUpload('a/new')
       expect(await driver.stat('a/new')).toBeUndefined()
       await expect(driver.get('a/new')).rejects.toMatchObject(errorOf('OBJECT_NOT_FOUND'))
       expect(await listed(driver)).toEqual([])
       await upload.finish()
-      await expectStored(target, 'a/new', patternBytes(0, 0, SIZE))
+      await expectStored(target, 'a/new', patternBytes(0, 0, size))
     })
 
     if (contract.capabilities.atomicPublish) {
@@ -29,7 +28,7 @@ export function describePublishing(contract: Contract): void {
         expect(await driver.stat('a/object')).toMatchObject({ size: former.byteLength })
         expect(await listed(driver)).toEqual(['a/object'])
         await upload.finish()
-        await expectStored(target, 'a/object', patternBytes(0, 0, SIZE))
+        await expectStored(target, 'a/object', patternBytes(0, 0, size))
       })
     }
 
@@ -49,7 +48,7 @@ export function describePublishing(contract: Contract): void {
       const { driver, upload, target } = await beginUpload('a/object', Buffer.from('former'))
       await driver.delete('a/object')
       await upload.finish()
-      await expectStored(target, 'a/object', patternBytes(0, 0, SIZE))
+      await expectStored(target, 'a/object', patternBytes(0, 0, size))
     })
 
     /** An upload that has come half the way, over a former object where one is given. */
@@ -60,8 +59,8 @@ export function describePublishing(contract: Contract): void {
       const taken = Promise.withResolvers<void>()
       const resumed = Promise.withResolvers<void>()
       const source = troubledSource(
-        { kind: 'wait', resumed: resumed.promise, size: SIZE },
-        { bytes: SIZE / 2, onTaken: taken.resolve },
+        { kind: 'wait', resumed: resumed.promise, size },
+        { bytes: size / 2, onTaken: taken.resolve },
       )
       const put = driver.put(key, source)
       await Promise.race([taken.promise, put])

@@ -19,7 +19,7 @@ import {
 } from './remote-target.ts'
 import { troubledSource } from './troubled-source.ts'
 
-const SIZE = 3_000_000
+const DOWNLOAD_SIZE = 9_000_000
 /**
  * The kernel takes up to 12 MB on the way to a slow server, at once: of so much more a driver sees that it is slow, for
  * longer than a server may be silent.
@@ -30,6 +30,7 @@ const SILENT = ['TIMEOUT', 'STORAGE_UNREACHABLE'] as const
 /** Servers that go silent end a call; sources and readers that do, do not. */
 export function describeSilence(contract: Contract, remote: Remote): void {
   describe('silence', () => {
+    const size = contract.streamSize
     for (const warm of remote.keepsConnections ? [false, true] : [false]) {
       test(`a server that is silent ${warm ? 'later' : 'when it is first spoken to'} fails every call, and none hangs`, async () => {
         const target = await beginRemote(remote)
@@ -92,19 +93,19 @@ export function describeSilence(contract: Contract, remote: Remote): void {
 
     test('a source that is silent for longer than a server may be does not fail its upload', async () => {
       const target = await beginRemote(remote)
-      const known: UploadBody = { size: SIZE, replayable: false, open: () => pausingSource() }
+      const known: UploadBody = { size, replayable: false, open: () => pausingSource() }
       await Promise.all([
         target.driver.put('a/unknown', pausingSource()),
         target.driver.put('a/known', known),
         target.driver.put('a/first', pausingSource(0)),
       ])
-      const bytes = patternBytes(0, 0, SIZE)
+      const bytes = patternBytes(0, 0, size)
       for (const key of ['a/unknown', 'a/known', 'a/first']) await expectStored(target, key, bytes)
     })
 
     test('a server that is slow for longer than it may be silent does not fail a download', async () => {
       const target = await beginRemote(remote)
-      const body = new PatternBody({ size: 3 * SIZE, seed: 33 })
+      const body = new PatternBody({ size: DOWNLOAD_SIZE, seed: 33 })
       await target.driver.put('a/b', body)
       target.proxy.bytesPerSecond = body.size / ((2 * remote.idleTimeoutMs) / 1000)
       expect((await read(target.driver, 'a/b')).equals(bytesOf(body))).toBe(true)
@@ -144,17 +145,14 @@ export function describeSilence(contract: Contract, remote: Remote): void {
         onStalled?.()
         stalled.resolve()
       }
-      return troubledSource(
-        { kind: 'wait', resumed: stalled.promise, size: SIZE },
-        { bytes: SIZE / 2, onTaken },
-      )
+      return troubledSource({ kind: 'wait', resumed: stalled.promise, size }, { bytes: size / 2, onTaken })
     }
 
     /** A source that is silent for twice the time that a server may be. */
-    function pausingSource(bytes = SIZE / 2): Readable {
+    function pausingSource(bytes = size / 2): Readable {
       const over = Promise.withResolvers<void>()
       const onTaken = () => void setTimeout(over.resolve, 2 * remote.idleTimeoutMs)
-      return troubledSource({ kind: 'wait', resumed: over.promise, size: SIZE }, { bytes, onTaken })
+      return troubledSource({ kind: 'wait', resumed: over.promise, size }, { bytes, onTaken })
     }
 
     async function expectWellAgain(target: RemoteTarget): Promise<void> {

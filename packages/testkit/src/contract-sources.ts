@@ -6,19 +6,19 @@ import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { type Trouble, troubledSource } from './troubled-source.ts'
 
-const GOOD_BYTES = 1_500_000
 const never = new Promise<never>(() => undefined)
 
 /** Sources that fail, lie about their size, stall, or are given up: nothing of them may stay. */
 export function describeSources(contract: Contract): void {
   describe('sources', () => {
+    const goodBytes = contract.streamSize / 2
     const boom = new Error('the source broke')
     const troubles: [string, Trouble][] = [
       ['fails', { kind: 'fail', error: boom }],
       ['is cut off', { kind: 'vanish' }],
     ]
     describe.each(troubles)('a source that %s', (_, trouble) => {
-      test.each([0, 1, GOOD_BYTES])('after %d bytes is a failed upload and leaves nothing', async bytes => {
+      test.each([0, 1, goodBytes])('after %d bytes is a failed upload and leaves nothing', async bytes => {
         const target = await begin(contract.create)
         const source = troubledSource(trouble, { bytes })
         await expect(target.driver.put('a/b', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
@@ -27,7 +27,7 @@ export function describeSources(contract: Contract): void {
 
       test('after all of the promised bytes is a failed upload too', async () => {
         const target = await begin(contract.create)
-        const body = bodyOf(GOOD_BYTES, () => troubledSource(trouble, { bytes: GOOD_BYTES }))
+        const body = bodyOf(goodBytes, () => troubledSource(trouble, { bytes: goodBytes }))
         await expect(target.driver.put('a/b', body)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
         await expectNothing(target)
       })
@@ -36,7 +36,7 @@ export function describeSources(contract: Contract): void {
         const target = await begin(contract.create)
         const former = patternBytes(9, 0, 5000)
         await target.driver.put('a/b', bytesBody(former))
-        const source = troubledSource(trouble, { bytes: GOOD_BYTES })
+        const source = troubledSource(trouble, { bytes: goodBytes })
         await expect(target.driver.put('a/b', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
         await expectStored(target, 'a/b', former)
       })
@@ -51,7 +51,7 @@ export function describeSources(contract: Contract): void {
     test("a VarveError of the source comes through as it is, with the driver's hands clean", async () => {
       const target = await begin(contract.create)
       const error = new VarveError('NBD_FAILED', 'The export is gone.')
-      const source = troubledSource({ kind: 'fail', error }, { bytes: GOOD_BYTES })
+      const source = troubledSource({ kind: 'fail', error }, { bytes: goodBytes })
       await expect(target.driver.put('a', source)).rejects.toBe(error)
       await expectNothing(target)
     })
@@ -81,14 +81,14 @@ export function describeSources(contract: Contract): void {
     })
 
     test.each([
-      ['shorter by one byte', GOOD_BYTES + 1],
-      ['much shorter', 100 * GOOD_BYTES],
-      ['longer by one byte', GOOD_BYTES - 1],
+      ['shorter by one byte', goodBytes + 1],
+      ['much shorter', 100 * goodBytes],
+      ['longer by one byte', goodBytes - 1],
       ['longer by a lot', 10],
       ['not empty, as it should be,', 0],
     ])('a source that is %s than its size is a failed upload', async (_, size) => {
       const target = await begin(contract.create)
-      const body = bodyOf(size, () => troubledSource({ kind: 'end' }, { bytes: GOOD_BYTES }))
+      const body = bodyOf(size, () => troubledSource({ kind: 'end' }, { bytes: goodBytes }))
       await expect(target.driver.put('a/b', body)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
       await expectNothing(target)
     })
@@ -96,7 +96,7 @@ export function describeSources(contract: Contract): void {
     test('a source that never ends fails when it runs over its size', async () => {
       const target = await begin(contract.create)
       const endless = bodyOf(
-        GOOD_BYTES,
+        goodBytes,
         () =>
           new Readable({
             read: function () {
@@ -110,7 +110,7 @@ export function describeSources(contract: Contract): void {
 
     test('an upload that is given up before it begins reads nothing and leaves nothing', async () => {
       const target = await begin(contract.create)
-      const source = troubledSource({ kind: 'end' }, { bytes: GOOD_BYTES })
+      const source = troubledSource({ kind: 'end' }, { bytes: goodBytes })
       const reason = new Error('not now')
       const upload = target.driver.put('a/b', source, { signal: AbortSignal.abort(reason) })
       await expect(upload).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
@@ -119,13 +119,13 @@ export function describeSources(contract: Contract): void {
       await expectNothing(target)
     })
 
-    test.each([0, GOOD_BYTES])(
+    test.each([0, goodBytes])(
       'an upload whose source stalls after %d bytes can be given up and leaves nothing',
       async bytes => {
         const target = await begin(contract.create)
         const controller = new AbortController()
         const source = troubledSource(
-          { kind: 'wait', resumed: never, size: 2 * GOOD_BYTES },
+          { kind: 'wait', resumed: never, size: 2 * goodBytes },
           { bytes, onTaken: () => controller.abort() },
         )
         const upload = target.driver.put('a/b', source, { signal: controller.signal })
@@ -151,10 +151,10 @@ export function describeSources(contract: Contract): void {
 
     test.each([
       ['at first', 1, boom],
-      ['when all is written', GOOD_BYTES, new VarveError('STORAGE_UNREACHABLE', 'boom', { retryable: true })],
+      ['when all is written', goodBytes, new VarveError('STORAGE_UNREACHABLE', 'boom', { retryable: true })],
     ])('an upload whose onProgress throws %s fails with that and leaves nothing', async (_, least, error) => {
       const target = await begin(contract.create)
-      const body = new PatternBody({ size: GOOD_BYTES, seed: 3 })
+      const body = new PatternBody({ size: goodBytes, seed: 3 })
       let thrown = false
       const onProgress = (bytes: number) => {
         if (thrown || bytes < least) return
@@ -176,7 +176,7 @@ export function describeSources(contract: Contract): void {
 
     test('after a failed upload the same key takes the next one', async () => {
       const target = await begin(contract.create)
-      const source = troubledSource({ kind: 'fail', error: boom }, { bytes: GOOD_BYTES })
+      const source = troubledSource({ kind: 'fail', error: boom }, { bytes: goodBytes })
       await expect(target.driver.put('again', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
       await target.driver.put('again', toUploadBody(Readable.from([Buffer.from('whole')])))
       await expectStored(target, 'again', Buffer.from('whole'))

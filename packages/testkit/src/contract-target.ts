@@ -62,6 +62,11 @@ export interface ContractOptions<T extends DriverTarget = DriverTarget> {
   /** The size of a large object in bytes. Default: 48 MiB and some. */
   largeSize?: number
   /**
+   * The size in bytes of a body that opens once, half of which comes before what goes wrong with it. Default: 3000000. Twice
+   * the first part and some, where a driver uploads in parts: else it has sent none by then.
+   */
+  streamSize?: number
+  /**
    * The longest name in a key that the storage takes, in bytes. Default: 255. Less is for a storage that makes names
    * longer, as one that encrypts them; a longer name must be an error there.
    */
@@ -142,7 +147,7 @@ export interface RemoteOptions {
 
 /** {@link ContractOptions} with their defaults. */
 export type Contract = ContractOptions &
-  Required<Pick<ContractOptions, 'largeSize' | 'manyObjects' | 'turns' | 'timeoutMs'>>
+  Required<Pick<ContractOptions, 'largeSize' | 'streamSize' | 'manyObjects' | 'turns' | 'timeoutMs'>>
 
 /** Whether a part is to be tried. */
 export function tries({ parts }: Contract, part: ContractPart): boolean {

@@ -31,6 +31,7 @@ const THOROUGH_TIMEOUT_MS = 1_800_000
 export function describeDriver<T extends DriverTarget>(name: string, options: ContractOptions<T>): void {
   const contract: Contract = {
     largeSize: 48 * 1024 * 1024 + 12345,
+    streamSize: 3_000_000,
     manyObjects: 2500,
     turns: 25,
     timeoutMs: 60_000,
