@@ -42,6 +42,8 @@ const cases = Array.from({ length: CASES }, (_, index) => {
 test.each(cases.map(one => [one.scenario.name, one.kill.label, one] as const))(
   '%s, killed %s',
   async (_name, _at, killCase) => {
-    expect((await matrix.run(killCase)).end.killed).toBe(true)
+    const { end, recoverKilled } = await matrix.run(killCase)
+    expect(end.killed).toBe(true)
+    expect(recoverKilled).toBe(killCase.recoverKill !== undefined)
   },
 )

@@ -4,9 +4,9 @@
  *
  *   npm run test:torture:rbd -- [--seconds 600] [--seed 1] [--from 0] [--only 'restore in place (domain)'] [--replay '<case>']
  */
-import { createHash } from 'node:crypto'
 import { parseArgs } from 'node:util'
 import { errorMessage } from '../../../core/src/errors.ts'
+import { chanceOf } from '../../../core/test/torture/random.ts'
 import { type KillCase, KillCases } from './kill-cases.ts'
 import { type KillRun, RUNS, stepsWithoutARun } from './kill-runs.ts'
 
@@ -32,13 +32,15 @@ const first = replay ? [replay] : inOrder(runs.flatMap(aroundSteps))
 let all = first
 const from = Number(values.from)
 let next = from
-let [kills, failures] = [0, 0]
+let [kills, recoverKills, failures] = [0, 0, 0]
 while (Date.now() < deadline) {
   if (!replay && all === first && next >= first.length) all = [...first, ...inOrder(await otherCases())]
   const one = all[next++]
   if (!one) break
   try {
-    if (await cases.run(one)) kills++
+    const { killed, recoverKilled } = await cases.run(one)
+    if (recoverKilled) recoverKills++
+    if (killed) kills++
     else if (next <= first.length) throw new Error(`The run does not reach "${one.point}".`)
   } catch (error) {
     failures++
@@ -55,7 +57,7 @@ while (Date.now() < deadline) {
 await cases[Symbol.asyncDispose]()
 const others = all === first ? `, the ${first.length} around the steps` : ''
 console.log(
-  `points ${from} to ${next} of ${all.length}${others}: ${kills} kills survived, ${failures} failed, in ${seconds()} s (seed ${seed})`,
+  `points ${from} to ${next} of ${all.length}${others}: ${kills} kills survived, ${recoverKills} of them with recover killed too, ${failures} failed, in ${seconds()} s (seed ${seed})`,
 )
 if (next < all.length || all === first) console.log(`to go on: --seed ${seed} --from ${next}`)
 process.exitCode = failures > 0 ? 1 : 0
@@ -100,8 +102,7 @@ function withChance(one: KillCase): KillCase {
 
 /** A number from 0 up to 1 that only the seed, the case and the question decide: so a run can be gone on with. */
 function chance(one: KillCase, question: string): number {
-  const text = `${seed} ${question} ${nameOf(one)}`
-  return createHash('sha256').update(text).digest().readUInt32LE() / 2 ** 32
+  return chanceOf(`${seed} ${question} ${nameOf(one)}`)
 }
 
 function nameOf({ kind, run, point, nth }: KillCase): string {

@@ -8,7 +8,7 @@ import { DISKS } from '../../../core/test/torture/guest.ts'
 import type { Job } from '../../../core/test/torture/job.ts'
 import { serversWith } from '../../../core/test/torture/processes.ts'
 import { Random } from '../../../core/test/torture/random.ts'
-import { type End, Victims } from '../../../core/test/torture/victims.ts'
+import { Victims } from '../../../core/test/torture/victims.ts'
 import { CephConnector } from '../../src/index.ts'
 import { type Content, copied, type InstanceKind, KillGround } from './kill-ground.ts'
 import { KillLab } from './kill-lab.ts'
@@ -50,7 +50,7 @@ export class KillCases implements AsyncDisposable {
   /** The points that a run reaches which nobody kills. Rejects where it does not record the steps that it names. */
   async points({ kind, name, steps }: KillRun): Promise<readonly string[]> {
     const ground = await this.#ground(kind)
-    const end = await this.#attempt(ground, name, undefined)
+    const { end } = await this.#attempt(ground, name, undefined)
     if (end.killed || end.failure) throw new Error(`${name} (${kind}) ended with ${JSON.stringify(end)}`)
     const recorded = end.points.filter(point => /^after (?!settled)/.test(point))
     const wanted = steps.map(step => `after ${step}`)
@@ -58,9 +58,10 @@ export class KillCases implements AsyncDisposable {
     return end.points
   }
 
-  /** Runs a case and rejects where something is left of it, or wrong. Returns whether it was killed. */
-  async run(one: KillCase): Promise<boolean> {
-    return (await this.#attempt(await this.#ground(one.kind), one.run, one)).killed
+  /** Runs a case and rejects where something is left of it, or wrong. Tells whether it died, and who settled it. */
+  async run(one: KillCase): Promise<{ killed: boolean; recoverKilled: boolean }> {
+    const { end, recoverKilled } = await this.#attempt(await this.#ground(one.kind), one.run, one)
+    return { killed: end.killed, recoverKilled }
   }
 
   async #ground(kind: InstanceKind): Promise<KillGround> {
@@ -71,7 +72,7 @@ export class KillCases implements AsyncDisposable {
     return ground
   }
 
-  async #attempt(ground: KillGround, run: RunName, kill: KillCase | undefined): Promise<End> {
+  async #attempt(ground: KillGround, run: RunName, kill: KillCase | undefined) {
     await ground.write()
     const [before, known] = [copied(ground.content), await backupIds(ground)]
     const backup = this.#random.pick(known)
@@ -89,8 +90,13 @@ export class KillCases implements AsyncDisposable {
       { ...job, task, ...(at && { kill: at }) },
       { streaming: async () => void (runs && (await ground.write())) },
     )
-    if (kill?.recoverAt !== undefined)
-      await this.#victims.run({ ...job, task: { kind: 'recover' }, kill: this.#killAt(kill.recoverAt, kill) })
+    const recoverKilled =
+      kill?.recoverAt !== undefined &&
+      (await this.#recoverDies({
+        ...job,
+        task: { kind: 'recover' },
+        kill: this.#killAt(kill.recoverAt, kill),
+      }))
     const outcome = await this.#settle(ground)
 
     const published = (await backupIds(ground)).filter(id => !known.includes(id))
@@ -122,7 +128,14 @@ export class KillCases implements AsyncDisposable {
     }
     await this.#expectClean(ground)
     await this.#expectGoesOn(ground, published)
-    return end
+    return { end, recoverKilled }
+  }
+
+  /** Returns whether it died: it may reach its end before that point. */
+  async #recoverDies(job: Job): Promise<boolean> {
+    const end = await this.#victims.run(job)
+    if (!end.killed && end.failure) throw new Error(`recover that was to die failed: ${end.failure.message}`)
+    return end.killed
   }
 
   #killAt(at: number, { scope }: KillCase, label?: string): NonNullable<Job['kill']> {

@@ -37,6 +37,8 @@ export interface KillCase {
 export interface CaseResult {
   readonly end: End
   readonly settled: readonly RecoveredRun[]
+  /** Whether the first try to settle the run died, where it was to. */
+  readonly recoverKilled: boolean
 }
 
 /** The points that a run reaches when nobody kills it. Rejects where it does not record the steps that its scenario names. */
@@ -78,7 +80,8 @@ export async function runKillCase(
   if ((await ground.state()) === 'running' && task.kind === 'backup') await ground.write(random)
   if (mishap === 'switched off') await ground.stop()
   if (mishap === 'QEMU killed' && (await ground.state()) === 'running') await ground.killQemu()
-  const settled = await settle(ground, victims, killCase, task)
+  const recoverKilled = await recoverDies(ground, victims, killCase)
+  const settled = await settle(ground, task)
 
   const published = (await backupIds(ground)).filter(id => !known.includes(id))
   if (task.kind === 'backup') {
@@ -98,7 +101,7 @@ export async function runKillCase(
   if (task.kind === 'delete' || task.kind === 'prune') await removeAgain(ground, task)
   await expectClean(ground, scenario)
   await expectGoesOn(ground, killCase, random, published)
-  return { end, settled }
+  return { end, settled, recoverKilled }
 }
 
 async function runVictim(
@@ -125,22 +128,26 @@ async function runVictim(
   return victims.run(job, meanwhile)
 }
 
-async function settle(
+/** Returns whether recover() died: it may reach its end before that point. */
+async function recoverDies(
   ground: ProvingGround,
   victims: Victims,
   { recoverKill, scope = 'process' }: KillCase,
-  task: Task,
-): Promise<RecoveredRun[]> {
-  if (recoverKill !== undefined) {
-    await victims.run({
-      task: { kind: 'recover' },
-      host: ground.host.reference,
-      storage: ground.storagePath('first'),
-      stateDir: ground.stateDir,
-      frozenFlag: ground.frozenFlag,
-      kill: { at: recoverKill, scope, diary: join(ground.folder, 'diary') },
-    })
-  }
+): Promise<boolean> {
+  if (recoverKill === undefined) return false
+  const end = await victims.run({
+    task: { kind: 'recover' },
+    host: ground.host.reference,
+    storage: ground.storagePath('first'),
+    stateDir: ground.stateDir,
+    frozenFlag: ground.frozenFlag,
+    kill: { at: recoverKill, scope, diary: join(ground.folder, 'diary') },
+  })
+  if (!end.killed && end.failure) throw new Error(`recover that was to die failed: ${end.failure.message}`)
+  return end.killed
+}
+
+async function settle(ground: ProvingGround, task: Task): Promise<RecoveredRun[]> {
   const { stateDir, host } = ground
   const { runs, ok } = await recover({ stateDir, host, storages: [ground.storage('first')] })
   const incomplete = task.kind === 'restore' && task.request.inPlace === true

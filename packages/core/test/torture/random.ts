@@ -1,3 +1,5 @@
+import { createHash } from 'node:crypto'
+
 /** A repeatable source of chance: the same seed gives the same choices. */
 export class Random {
   #state: number
@@ -30,4 +32,9 @@ export class Random {
   oneIn(times: number): boolean {
     return this.below(times) === 0
   }
+}
+
+/** From 0 up to 1, without 1, as a text decides: a choice made by it stays when others are added or left out. */
+export function chanceOf(text: string): number {
+  return createHash('sha256').update(text).digest().readUInt32LE() / 2 ** 32
 }

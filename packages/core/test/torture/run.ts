@@ -10,6 +10,7 @@ import { errorMessage } from '../../src/errors.ts'
 import type { KillCase } from './kill-case.ts'
 import { KillMatrix, scenarioOf, stepsWithoutACase } from './kill-matrix.ts'
 import { ModelWalk } from './model-walk.ts'
+import { planCases } from './plan-cases.ts'
 import { ProvingGround } from './proving-ground.ts'
 import { Random } from './random.ts'
 import { SCENARIOS, type Scenario } from './scenarios.ts'
@@ -42,50 +43,42 @@ const onlyImages = scenarios.every(({ instance }) => instance === 'images')
 await using lab = onlyImages ? undefined : await startLibvirt()
 await using matrix = await KillMatrix.prepare(lab)
 
-async function attempt(killCase: KillCase): Promise<boolean> {
+const failures: KillCase[] = []
+let [kills, ofGroups, atMoments, ofRecover] = [0, 0, 0, 0]
+
+async function attempt(killCase: KillCase): Promise<void> {
   try {
-    const { end } = await matrix.run(killCase)
-    if (values.replay) console.log(end)
-    return end.killed
+    const { end, recoverKilled } = await matrix.run(killCase)
+    if (values.replay) console.log(end, { recoverKilled })
+    if (!end.killed) return
+    kills++
+    if (killCase.scope === 'group') ofGroups++
+    if (killCase.kill && 'afterMs' in killCase.kill) atMoments++
+    if (recoverKilled) ofRecover++
   } catch (error) {
     failures.push(killCase)
     console.log(`FAILED: ${errorMessage(error)}`)
     if (error instanceof Error && error.cause) console.log(`  ${errorMessage(error.cause)}`)
     const replay = JSON.stringify({ ...killCase, scenario: killCase.scenario.name })
     console.log(`  npm run test:torture -- --replay '${replay}'`)
-    return true
   }
 }
 
-const failures: KillCase[] = []
-let kills = 0
-
 if (values.replay) {
   const { scenario, ...replay }: Replay = JSON.parse(values.replay)
-  if (await attempt({ ...replay, scenario: scenarioOf(scenario) })) kills++
+  await attempt({ ...replay, scenario: scenarioOf(scenario) })
 } else if (values.walk === undefined) {
-  const points = new Map<string, readonly string[]>()
-  for (const scenario of scenarios) points.set(scenario.name, await matrix.points(scenario))
+  const points = new Map<Scenario, readonly string[]>()
+  for (const scenario of scenarios) points.set(scenario, await matrix.points(scenario))
   const without = stepsWithoutACase()
   if (without.length > 0) throw new Error(`No scenario has the steps ${without.join(', ')}`)
   const total = [...points.values()].reduce((sum, { length }) => sum + length, 0)
   console.log(`${scenarios.length} scenarios with ${total} points, known after ${seconds()} s.`)
-
-  const plain = scenarios.flatMap(scenario =>
-    (points.get(scenario.name) ?? []).map((label, index) => ({ scenario, label, at: index + 1 })),
-  )
-  // Around the steps of the journal first, then everywhere, then everything at random.
-  const isStep = (label: string) => label.startsWith('before ') || label.startsWith('after ')
-  const inOrder = [
-    ...shuffled(plain.filter(({ label }) => isStep(label))),
-    ...shuffled(plain.filter(({ label }) => !isStep(label))),
-  ]
-  for (const { scenario, at } of inOrder) {
-    if (Date.now() > killingUntil) break
-    if (await attempt({ scenario, kill: { at }, seed: random.below(2 ** 31) })) kills++
-  }
-  while (Date.now() < killingUntil) {
-    if (await attempt(atRandom(random.pick(scenarios), points))) kills++
+  for (let round = 0; Date.now() < killingUntil; round++) {
+    for (const killCase of planCases(points, `${values.seed} ${round}`)) {
+      if (Date.now() > killingUntil) break
+      await attempt(killCase)
+    }
   }
 }
 let walks = 0
@@ -94,7 +87,9 @@ if (values.walk !== undefined) await walk(Number(values.walk))
 else if (!values.replay) while (Date.now() < deadline) await walk(random.below(2 ** 31))
 
 console.log(`walks that ended right: ${walks - failedWalks} of ${walks}, of ${WALK_STEPS} steps each`)
-console.log(`kills survived: ${kills - failures.length} of ${kills} in ${seconds()} s (seed ${values.seed})`)
+console.log(
+  `kills survived: ${kills}, failed: ${failures.length}, in ${seconds()} s (seed ${values.seed}); of the former ${ofGroups} with all that was started, ${atMoments} at a random moment, ${ofRecover} with recover killed too`,
+)
 process.exitCode = failures.length + failedWalks > 0 ? 1 : 0
 
 /** Every other one with plain images, the rest with a domain where there is a libvirt. */
@@ -112,25 +107,4 @@ async function walk(seed: number): Promise<void> {
 
 function seconds(): number {
   return Math.round((Date.now() - startedAt) / 1000)
-}
-
-function atRandom(scenario: Scenario, points: ReadonlyMap<string, readonly string[]>): KillCase {
-  const count = points.get(scenario.name)?.length ?? 1
-  return {
-    scenario,
-    kill: random.oneIn(3) ? { afterMs: random.below(2500) } : { at: 1 + random.below(count) },
-    scope: random.pick(['process', 'group']),
-    ...(random.oneIn(3) && { recoverKill: 1 + random.below(40) }),
-    ...(scenario.instance === 'running' &&
-      random.oneIn(3) && { mishap: random.pick(['switched off', 'QEMU killed'] as const) }),
-    second: random.oneIn(3),
-    seed: random.below(2 ** 31),
-  }
-}
-
-function shuffled<T>(items: readonly T[]): T[] {
-  return items
-    .map(item => ({ item, at: random.next() }))
-    .sort((one, other) => one.at - other.at)
-    .map(({ item }) => item)
 }
