@@ -74,6 +74,7 @@ export async function runKillCase(
   const task = scenario.task(prepared, ground)
   const before = ground.content
   const known = await backupIds(ground)
+  const others = await backupIds(ground, 'second')
 
   const end = await runVictim(ground, victims, killCase, task, random)
   // What the guest writes from here on is in the overlay, where there is one.
@@ -83,7 +84,19 @@ export async function runKillCase(
   const recoverKilled = await recoverDies(ground, victims, killCase)
   const settled = await settle(ground, task)
 
-  const published = (await backupIds(ground)).filter(id => !known.includes(id))
+  if (!end.killed && end.failure && scenario.from !== 'refused') throw new Error(end.failure.message)
+  const isRemoval = task.kind === 'delete' || task.kind === 'prune'
+  const kept = isRemoval ? await expectRemoved(ground, task, known) : known
+  const ids = await backupIds(ground)
+  expectSame(
+    'the backups of before',
+    ids.filter(id => known.includes(id)),
+    kept,
+  )
+  expectSame('the backups on the other storage', await backupIds(ground, 'second'), others)
+  const published = ids.filter(id => !known.includes(id))
+  if (published.length > (task.kind === 'backup' ? 1 : 0)) throw new Error(`${published} were published`)
+  if (!end.killed && end.backup !== undefined) expectSame('what was published', published, [end.backup])
   if (task.kind === 'backup') {
     for (const id of published) ground.backups.set(id, before)
     if (settled.length > 0) {
@@ -94,13 +107,12 @@ export async function runKillCase(
         [outcome],
       )
     }
-    if (scenario.instance === 'running' && mishap === undefined)
-      expectSame('the state of the instance', await ground.state(), 'running')
+    if (mishap === undefined && scenario.instance !== 'images')
+      expectSame('the state of the instance', await ground.state(), scenario.instance)
   }
-  if (task.kind === 'restore') await expectRestored(ground, task, before, settled, end)
-  if (task.kind === 'delete' || task.kind === 'prune') await removeAgain(ground, task)
+  if (task.kind === 'restore') await expectRestored(ground, killCase, task, { before, settled, end })
   await expectClean(ground, scenario)
-  await expectGoesOn(ground, killCase, random, published)
+  await expectGoesOn(ground, killCase, { random, published, looksAtAll: isRemoval })
   return { end, settled, recoverKilled }
 }
 
@@ -159,51 +171,80 @@ async function settle(ground: ProvingGround, task: Task): Promise<RecoveredRun[]
   return [...runs]
 }
 
-/** The disks hold either all of the old or all of the new; where they hold neither, a second restore does it. */
+/**
+ * The disks hold either all of the old or all of the new, and the instance runs as it did; where they hold neither, it is
+ * off, and a second restore does it.
+ */
 async function expectRestored(
   ground: ProvingGround,
+  { scenario, mishap, recoverKill }: KillCase,
   task: Task & { kind: 'restore' },
-  before: Content,
-  settled: readonly RecoveredRun[],
-  end: End,
+  { before, settled, end }: { before: Content; settled: readonly RecoveredRun[]; end: End },
 ): Promise<void> {
   const restored = ground.backups.get(task.request.backup) ?? {}
-  const wasRunning = (await ground.state()) === 'running'
-  if (wasRunning) await ground.stop()
+  const state = await ground.state()
+  await ground.stop()
   const content = await ground.stored()
-  if (settled.some(({ outcome }) => outcome === 'incomplete')) {
+  const found = [before, restored].find(one => DISKS.every(disk => sameBytes(one[disk], content[disk])))
+  const outcome = settled[0]?.outcome
+  // Where recover() was killed after it had removed the journal of a restore in place, the second one finds nothing any more:
+  // the disks may be half written, or be about to be, and the instance is off.
+  const isLost = task.request.inPlace && recoverKill !== undefined && outcome === undefined
+  if (outcome === 'incomplete' || (isLost && (!found || state === 'off'))) {
     const { stateDir, host } = ground
-    expectSame('whether it runs on half a disk', wasRunning, false)
+    expectSame('the state of an instance with half a disk', state, 'off')
     await new RestorePipeline({ host, stateDir, storage: ground.storage('first') }).run(task.request)
     await ground.stop()
     ground.content = restored
     expectContent('the disks after a second restore', await ground.stored(), restored)
-  } else {
-    const failed = !end.killed && end.failure !== undefined
-    const isNew = settled.length > 0 ? settled.some(({ outcome }) => outcome === 'finished') : undefined
-    const wanted = isNew === true ? restored : isNew === false || failed ? before : undefined
-    if (wanted) {
-      expectContent('the disks after the restore', content, wanted)
-      ground.content = wanted
-    } else {
-      // It was killed before its journal began, or after that was gone.
-      const found = [before, restored].find(one => DISKS.every(disk => sameBytes(one[disk], content[disk])))
-      if (!found) throw new Error('the disks hold neither the old nor the restored content')
-      ground.content = found
-    }
+    return
   }
-  if (wasRunning) await ground.start()
+  const failed = !end.killed && end.failure !== undefined
+  const isNew = outcome === undefined ? (failed ? false : undefined) : outcome === 'finished'
+  // Undefined: it was killed before its journal began, or after that was gone.
+  const wanted = isNew === undefined ? found : isNew ? restored : before
+  if (!wanted) throw new Error('the disks hold neither the old nor the restored content')
+  expectContent('the disks after the restore', content, wanted)
+  ground.content = wanted
+  if (mishap === undefined) {
+    if (scenario.instance === 'running') expectSame('the state of the instance', state, 'running')
+    if (scenario.instance === 'off' && isNew !== undefined)
+      expectSame('the state of the instance', state, isNew && task.request.start ? 'running' : 'off')
+  }
+  if (state === 'running') await ground.start()
 }
 
-/** A removal that was cut short is done again; what the first try left is garbage a day later. */
-async function removeAgain(ground: ProvingGround, task: Task): Promise<void> {
+/**
+ * A removal that was cut short has removed nothing that was to be kept, and what it left is whole. It is done again: then
+ * exactly what was to go is gone. What the first try left besides is garbage a day later.
+ *
+ * @returns what was to be kept
+ */
+async function expectRemoved(
+  ground: ProvingGround,
+  task: Task & { kind: 'delete' | 'prune' },
+  known: readonly string[],
+): Promise<string[]> {
   const manager = new ChainManager({ storage: ground.storage('first') })
-  if (task.kind === 'delete') {
+  // The policy keeps the newest one, which is a full backup.
+  const kept = task.kind === 'delete' ? known.filter(id => id !== task.backup) : known.slice(-1)
+  if (kept.length === 0 || kept.length === known.length)
+    throw new Error('nothing to keep, or nothing to remove')
+  const there = await backupIds(ground)
+  expectSame(
+    'what was to be kept',
+    there.filter(id => kept.includes(id)),
+    kept,
+  )
+  for (const id of there) expectSame(`the problems of ${id}`, (await manager.verify(id)).problems, [])
+  if (task.kind === 'prune') await manager.prune(task.policy)
+  else {
     await manager.delete(task.backup).catch(error => {
       if (!isVarveError(error, 'BACKUP_NOT_FOUND')) throw error
     })
-  } else if (task.kind === 'prune') await manager.prune(task.policy)
+  }
   await pruneLater(ground.storage('first'))
+  return kept
 }
 
 /** Nothing is left of the run but the backup. */
@@ -235,12 +276,12 @@ async function expectClean(ground: ProvingGround, scenario: Scenario): Promise<v
 async function expectGoesOn(
   ground: ProvingGround,
   { scenario, mishap, scope, second }: KillCase,
-  random: Random,
-  published: readonly string[],
+  { random, published, looksAtAll }: { random: Random; published: readonly string[]; looksAtAll: boolean },
 ): Promise<void> {
   if (scenario.instance !== 'images') await ground.start()
   await ground.write(random)
-  const had = (await backupIds(ground)).length > 0
+  const there = await backupIds(ground)
+  const had = there.length > 0
   const next = await ground.backup('first')
   await expectNoTemporaryState(ground.stateDir)
   const harsh = mishap === 'QEMU killed' || scope === 'group' || scenario.name.startsWith('deletion')
@@ -261,10 +302,16 @@ async function expectGoesOn(
     )
   }
   const { backups } = await new ChainManager({ storage: ground.storage('first') }).list()
+  expectSame(
+    'the backups in the end',
+    backups.map(({ manifest }) => manifest.id),
+    [...there, next.id],
+  )
   const older = backups.filter(({ manifest }) => manifest.id !== next.id && !published.includes(manifest.id))
   const another = older.length > 0 ? random.pick(older).manifest.id : undefined
   for (const { manifest } of backups) {
-    if (older.some(one => one.manifest.id === manifest.id) && manifest.id !== another) continue
+    const isOlder = older.some(one => one.manifest.id === manifest.id)
+    if (isOlder && manifest.id !== another && !looksAtAll) continue
     const wanted = ground.backups.get(manifest.id)
     if (!wanted) throw new Error(`nobody took the backup ${manifest.id}`)
     expectContent(`the backup ${manifest.id}`, await ground.restored('first', manifest), wanted)

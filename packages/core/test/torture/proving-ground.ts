@@ -153,11 +153,12 @@ export class ProvingGround implements AsyncDisposable {
     await this.#define()
   }
 
-  async state(): Promise<'running' | 'off'> {
+  /** As libvirt tells it, such as `running` and `paused`; `off` also for plain images. */
+  async state(): Promise<string> {
     const lab = this.#lab
     if (!lab) return 'off'
     const state = (await lab.virsh(['domstate', INSTANCE])).trim()
-    return state === 'shut off' || state === 'crashed' ? 'off' : 'running'
+    return state === 'shut off' || state === 'crashed' ? 'off' : state
   }
 
   async start(): Promise<void> {
@@ -165,7 +166,7 @@ export class ProvingGround implements AsyncDisposable {
   }
 
   async stop(): Promise<void> {
-    if ((await this.state()) === 'running') await this.#lab?.virsh(['destroy', INSTANCE])
+    if ((await this.state()) !== 'off') await this.#lab?.virsh(['destroy', INSTANCE])
   }
 
   /** Ends QEMU with SIGKILL: its bitmaps are not stored. */
