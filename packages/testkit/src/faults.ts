@@ -1,4 +1,5 @@
 import { Transform } from 'node:stream'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { abortError } from '@varve/core'
 
 /**
@@ -7,6 +8,7 @@ import { abortError } from '@varve/core'
  * - `fail-before`: it fails and had no effect.
  * - `fail-after`: it does its work, and then fails: an answer that got lost.
  * - `stall`: nothing happens until the call is given up.
+ * - `late`: it does its work, and answers only so many milliseconds later; it fails where it is given up before.
  *
  * With the bytes of an object. An upload's bytes are changed before they are stored, so the storage then holds
  * them; a download's are changed on their way:
@@ -20,17 +22,21 @@ import { abortError } from '@varve/core'
  * With what is told of an object:
  *
  * - `resize`: `stat`, `list` or `put` tells a size that differs by so many bytes.
+ * - `stale`: `list` does not know the last so many changes that went through the driver: what they stored is missing, and
+ *   what they deleted is still shown. An eventually consistent listing.
  */
 export type Fault =
   | { readonly kind: 'fail-before'; readonly error: Error }
   | { readonly kind: 'fail-after'; readonly error: Error }
   | { readonly kind: 'stall' }
+  | { readonly kind: 'late'; readonly ms: number }
   | { readonly kind: 'fail-at'; readonly offset: number; readonly error: Error }
   | { readonly kind: 'stall-at'; readonly offset: number }
   | { readonly kind: 'end-at'; readonly offset: number }
   | { readonly kind: 'append'; readonly bytes: number }
   | { readonly kind: 'flip-bit'; readonly offset: number; readonly bit?: number }
   | { readonly kind: 'resize'; readonly by: number }
+  | { readonly kind: 'stale'; readonly changes: number }
 
 const BYTES_FAULTS: ReadonlySet<Fault['kind']> = new Set([
   'fail-at',
@@ -105,4 +111,13 @@ export function stalled(signal: AbortSignal | undefined): Promise<never> {
     if (signal?.aborted) reject(abortError(signal))
     signal?.addEventListener('abort', () => reject(abortError(signal)), { once: true })
   })
+}
+
+/** Resolves after so many milliseconds; rejects with `ABORTED` when the call is given up before. */
+export async function delayed(ms: number, signal: AbortSignal | undefined): Promise<void> {
+  try {
+    await sleep(ms, undefined, signal ? { signal } : {})
+  } catch {
+    if (signal) throw abortError(signal)
+  }
 }

@@ -11,10 +11,17 @@ import {
   toUploadBody,
   type UploadBody,
 } from '@varve/core'
-import { type BytesFault, bytesWithFault, type Fault, isBytesFault, stalled } from './faults.ts'
+import { type BytesFault, bytesWithFault, delayed, type Fault, isBytesFault, stalled } from './faults.ts'
 
 /** The methods of a driver that can go wrong. */
 export type StorageOperation = 'put' | 'get' | 'stat' | 'list' | 'delete' | 'check' | 'cleanUp'
+
+/** A change of what the storage holds. */
+interface Change {
+  readonly key: string
+  /** The object of that key before. */
+  readonly before: StoredObject | undefined
+}
 
 /** A call that a {@link FaultyDriver} was asked for. */
 export interface StorageCall {
@@ -56,6 +63,8 @@ export class FaultyDriver implements StorageDriver {
   readonly cleanUp?: (options: CleanUpOptions) => Promise<number>
   /** Every call so far, in order. */
   readonly calls: StorageCall[] = []
+  /** In order. */
+  readonly #changes: Change[] = []
   readonly #driver: StorageDriver
   readonly #decide: (call: StorageCall) => Fault | undefined
 
@@ -76,7 +85,8 @@ export class FaultyDriver implements StorageDriver {
     try {
       return await around(fault, options, async () => {
         const upload = isBytesFault(fault) ? bodyWithFault(toUploadBody(body), fault) : body
-        return resized(await this.#driver.put(key, upload, options), fault)
+        const stored = await this.#changing(key, options, () => this.#driver.put(key, upload, options))
+        return resized(stored, fault)
       })
     } finally {
       if (body instanceof Readable) body.destroy()
@@ -100,12 +110,18 @@ export class FaultyDriver implements StorageDriver {
     const fault = this.#begin('list', prefix)
     if (fault?.kind === 'fail-before') throw fault.error
     if (fault?.kind === 'stall') await stalled(options.signal)
-    for await (const object of this.#driver.list(prefix, options)) yield resized(object, fault)
+    const former = fault?.kind === 'stale' ? this.#former(fault.changes) : new Map<string, undefined>()
+    for await (const object of this.#driver.list(prefix, options))
+      if (!former.has(object.key)) yield resized(object, fault)
+    for (const [key, object] of former) if (object && key.startsWith(prefix)) yield object
+    if (fault?.kind === 'late') await delayed(fault.ms, options.signal)
     if (fault?.kind === 'fail-after') throw fault.error
   }
 
   async delete(key: string, options: CallOptions = {}): Promise<void> {
-    return around(this.#begin('delete', key), options, () => this.#driver.delete(key, options))
+    return around(this.#begin('delete', key), options, () =>
+      this.#changing(key, options, () => this.#driver.delete(key, options)),
+    )
   }
 
   async check(options: CallOptions = {}): Promise<StorageHealth> {
@@ -114,6 +130,21 @@ export class FaultyDriver implements StorageDriver {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#driver[Symbol.asyncDispose]()
+  }
+
+  /** Makes a change and remembers it. */
+  async #changing<T>(key: string, options: CallOptions, change: () => Promise<T>): Promise<T> {
+    const { signal } = options
+    const before = await this.#driver.stat(key, signal ? { signal } : {})
+    const result = await change()
+    this.#changes.push({ key, before })
+    return result
+  }
+
+  /** The objects of those keys that the last `count` changes were of, as they were before. */
+  #former(count: number): Map<string, StoredObject | undefined> {
+    const last = this.#changes.slice(Math.max(0, this.#changes.length - count))
+    return new Map(last.toReversed().map(({ key, before }) => [key, before]))
   }
 
   #begin(operation: StorageOperation, key: string): Fault | undefined {
@@ -146,6 +177,7 @@ async function around<T>(
   if (fault?.kind === 'fail-before') throw fault.error
   if (fault?.kind === 'stall') await stalled(signal)
   const result = await work()
+  if (fault?.kind === 'late') await delayed(fault.ms, signal)
   if (fault?.kind === 'fail-after') throw fault.error
   return result
 }

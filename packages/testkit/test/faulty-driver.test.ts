@@ -162,6 +162,45 @@ describe('FaultyDriver', () => {
     expect(await list.storage.list('').next()).toMatchObject({ value: { size: SIZE + 9 } })
   })
 
+  test('a listing that lags does not know the last changes', async () => {
+    const memory = new MemoryDriver()
+    let changes = 0
+    const storage = new FaultyDriver(memory, ({ operation }) =>
+      operation === 'list' ? { kind: 'stale', changes } : undefined,
+    )
+    const keys = async (known: number, prefix = '') => {
+      changes = known
+      const found: string[] = []
+      for await (const { key, size } of storage.list(prefix)) found.push(`${key} ${size}`)
+      return found.sort()
+    }
+    await storage.put('a', bytesBody(new Uint8Array(1)))
+    await storage.put('b', bytesBody(new Uint8Array(2)))
+    await storage.put('b', bytesBody(new Uint8Array(3)))
+    await storage.delete('a')
+    await storage.delete('never')
+    expect(await keys(0)).toEqual(['b 3'])
+    expect(await keys(1)).toEqual(['b 3'])
+    expect(await keys(2)).toEqual(['a 1', 'b 3'])
+    expect(await keys(2, 'b')).toEqual(['b 3'])
+    expect(await keys(3)).toEqual(['a 1', 'b 2'])
+    expect(await keys(4)).toEqual(['a 1'])
+    expect(await keys(Number.POSITIVE_INFINITY)).toEqual([])
+    expect(await storage.stat('b')).toMatchObject({ size: 3 }) // only listings lag
+  })
+
+  test('an answer that comes late comes after its effect, and fails where the call was given up', async () => {
+    const memory = new MemoryDriver()
+    const late = (ms: number) => new FaultyDriver(memory, () => ({ kind: 'late', ms }))
+    expect(await late(1).put('object', bytesBody(bytes))).toMatchObject({ size: SIZE })
+    const giveUp = new AbortController()
+    const deleted = late(1e6).delete('object', { signal: giveUp.signal })
+    const outcome = expect(deleted).rejects.toMatchObject({ code: 'ABORTED' })
+    while (memory.objects.size > 0) await new Promise(resolve => setImmediate(resolve))
+    giveUp.abort()
+    await outcome
+  })
+
   test('a rule counts the calls that match it', async () => {
     const storage = new FaultyDriver(new MemoryDriver(), [
       { on: 'put', key: /\.qcow2$/, call: 2, fault: { kind: 'fail-before', error } },
