@@ -135,6 +135,8 @@ afterAll(() => rm(folder, { recursive: true }))
 
 interface Task {
   readonly name: string
+  /** What it removes of the template's backups. Default: nothing. */
+  readonly removes?: () => readonly string[]
   run(place: string, storage: StorageDriver, signal: AbortSignal): Promise<unknown>
 }
 
@@ -163,10 +165,12 @@ const TASKS: readonly Task[] = [
   },
   {
     name: 'a deletion',
+    removes: () => ids.slice(1, 2),
     run: (_place, storage, signal) => new ChainManager({ storage }).delete(ids[1] ?? '', { signal }),
   },
   {
     name: 'a prune',
+    removes: () => ids.slice(0, 2),
     run: (_place, storage, signal) =>
       new ChainManager({ storage }).prune({ instance: INSTANCE, keepLast: 1 }, { signal }),
   },
@@ -185,15 +189,17 @@ async function runWith(task: Task, place: string, index: number, fault?: Fault) 
     if (fault?.kind.startsWith('stall')) setTimeout(() => giveUp.abort(), 20)
     return fault
   })
-  const error = await task.run(place, storage, giveUp.signal).then(
-    () => undefined,
-    (thrown: unknown) => thrown,
+  const outcome = await task.run(place, storage, giveUp.signal).then(
+    result => ({ result, error: undefined }),
+    (error: unknown) => ({ result: undefined, error }),
   )
-  return { calls: storage.calls, error }
+  return { calls: storage.calls, ...outcome }
 }
 
-/** Nothing of the run is left on the host, every backup is what it was, and the next one is right. */
-async function expectSound(place: string): Promise<void> {
+type Outcome = Pick<Awaited<ReturnType<typeof runWith>>, 'result' | 'error'>
+
+/** Nothing of the run is left on the host, every backup is there and what it was, and the next one is right. */
+async function expectSound(place: string, task: Task, outcome: Outcome): Promise<void> {
   const { storage: path, stateDir, disk } = at(place)
   const storage = new LocalDriver({ path })
   expect(await recover({ stateDir, storages: [storage] })).toMatchObject({ ok: true })
@@ -204,6 +210,8 @@ async function expectSound(place: string): Promise<void> {
   const next = await backup(place, storage)
   const { backups, damaged } = await new ChainManager({ storage }).list()
   expect(damaged).toEqual([])
+  const there = backups.map(({ manifest }) => manifest.id).filter(id => id !== next.id)
+  expectThere(there, task, outcome)
   for (const { manifest } of backups) {
     const wanted = contents.get(manifest.id) ?? now // those that were not in the template are of the disk as it is
     expect((await restore(place, storage, manifest.id)).equals(wanted), manifest.id).toBe(true)
@@ -213,6 +221,23 @@ async function expectSound(place: string): Promise<void> {
   const { bitmaps } = JSON.parse(stdout)['format-specific'].data
   const names = bitmaps.map(({ name }: { name: string }) => name).sort()
   expect(names).toEqual([`varve-${next.id}`, twinOf(`varve-${next.id}`, await fileMark(disk))])
+}
+
+/** What a task was to remove is gone, or where it failed may be; every other backup is there, and what it made. */
+function expectThere(there: readonly string[], { name, removes }: Task, { result, error }: Outcome): void {
+  const gone = removes?.() ?? []
+  const kept = ids.filter(id => !gone.includes(id))
+  expect(there).toEqual(expect.arrayContaining(kept))
+  const others = there.filter(id => !kept.includes(id))
+  if (error === undefined) expect(others).toEqual(isBackup(result) ? [result.id] : [])
+  else {
+    const made = others.filter(id => !gone.includes(id))
+    expect(made.length).toBeLessThanOrEqual(/full backup|increment/.test(name) ? 1 : 0)
+  }
+}
+
+function isBackup(result: unknown): result is { id: string } {
+  return result !== null && typeof result === 'object' && 'id' in result
 }
 
 test.each(TASKS)('whatever the storage does during $name, it is an error or it is right', async task => {
@@ -225,14 +250,14 @@ test.each(TASKS)('whatever the storage does during $name, it is an error or it i
   while (process.env.VARVE_FAULTS !== 'all' && cases.length > SAMPLE)
     cases.splice(random.below(cases.length), 1)
   for (const { call, index, fault } of cases) {
-    const { error: outcome } = await runWith(task, place, index, fault)
+    const outcome = await runWith(task, place, index, fault)
     try {
-      if (outcome !== undefined) expect(outcome).toBeInstanceOf(VarveError)
+      if (outcome.error !== undefined) expect(outcome.error).toBeInstanceOf(VarveError)
       else expect(damages(fault, call), 'damage that nobody noticed').toBe(false)
-      await expectSound(place)
+      await expectSound(place, task, outcome)
     } catch (cause) {
       const text = `${fault.kind} at call ${index}, ${call.operation} ${call.key} (VARVE_SEED=${seed}): ${cause instanceof Error ? cause.message : cause}`
-      throw new Error(text, { cause: outcome ?? cause })
+      throw new Error(text, { cause: outcome.error ?? cause })
     }
   }
 })

@@ -34,10 +34,18 @@ export interface Job {
 /** The path of a folder, or what an S3 driver is made with. */
 export type StoragePlace = string | S3DriverOptions
 
+/** What came of a task. */
+export interface Result {
+  /** The backup that it took. */
+  readonly backup?: string
+  /** The backups that it removed. */
+  readonly removed?: readonly string[]
+}
+
 /** What a victim says: that it waits for the guest's writes, and how it ended where it was not killed. */
 export type Message =
   | { readonly say: 'streaming' }
-  | { readonly say: 'done'; readonly points: readonly string[]; readonly backup?: string }
+  | ({ readonly say: 'done'; readonly points: readonly string[] } & Result)
   | {
       readonly say: 'failed'
       readonly code: string

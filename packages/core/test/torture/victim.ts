@@ -8,7 +8,7 @@ import { errorMessage, isVarveError } from '../../src/errors.ts'
 import { recover } from '../../src/recover.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import type { StorageDriver } from '../../src/storage.ts'
-import { hostOf, type Job, type Message, type StoragePlace } from './job.ts'
+import { hostOf, type Job, type Message, type Result, type StoragePlace } from './job.ts'
 import { KillPoints } from './kill-points.ts'
 
 /** The objects that hold what a disk held. */
@@ -60,28 +60,28 @@ function say(message: Message): void {
   process.send?.(message)
 }
 
-/** Does a job; resolves with the id of the backup that it took. */
-async function run(job: Job): Promise<string | undefined> {
+async function run(job: Job): Promise<Result> {
   const { task, stateDir, ceph } = job
   const storage = await openStorage(job.storage)
   const host = hostOf(job)
   switch (task.kind) {
     case 'backup':
-      return (await new BackupPipeline({ host, storage, stateDir }).run(task.request)).id
+      return { backup: (await new BackupPipeline({ host, storage, stateDir }).run(task.request)).id }
     case 'restore':
       await new RestorePipeline({ host, storage, stateDir }).run(task.request)
-      return undefined
+      return {}
     case 'delete':
       await new ChainManager({ storage }).delete(task.backup)
-      return undefined
-    case 'prune':
-      await new ChainManager({ storage }).prune(task.policy)
-      return undefined
+      return { removed: [task.backup] }
+    case 'prune': {
+      const { removed } = await new ChainManager({ storage }).prune(task.policy)
+      return { removed: removed.map(({ manifest }) => manifest.id) }
+    }
     case 'recover': {
       const rbd = ceph && new CephConnector(ceph)
       const { runs } = await recover({ host, storages: [storage], stateDir, ...(rbd && { rbd }) })
       for (const { error } of runs) if (error) throw error
-      return undefined
+      return {}
     }
   }
 }
@@ -90,8 +90,7 @@ process.once('disconnect', () => process.exit())
 process.once('message', async (job: Job) => {
   points.arm(job.kill)
   try {
-    const backup = await run(job)
-    say({ say: 'done', points: points.labels, ...(backup !== undefined && { backup }) })
+    say({ say: 'done', ...(await run(job)), points: points.labels })
   } catch (error) {
     const code = isVarveError(error) ? error.code : 'none'
     say({ say: 'failed', code, message: errorMessage(error), points: points.labels })

@@ -4,19 +4,17 @@ import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { build } from 'tsup'
-import type { Job, Message } from './job.ts'
+import type { Job, Message, Result } from './job.ts'
 import { killDescendants } from './processes.ts'
 
 /** How a victim ended. */
 export type End =
   | { readonly killed: true; readonly point: string }
-  | {
+  | ({
       readonly killed: false
       readonly points: readonly string[]
-      /** The backup that it took. */
-      readonly backup?: string
       readonly failure?: { readonly code: string; readonly message: string }
-    }
+    } & Result)
 
 /** What happens while a victim works. */
 export interface Meanwhile {
