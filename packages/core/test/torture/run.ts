@@ -101,7 +101,8 @@ async function walk(seed: number): Promise<void> {
   } catch (error) {
     failedWalks++
     console.log(`FAILED: ${errorMessage(error)}`)
-    console.log(`  npm run test:torture -- --walk ${seed}`)
+    // Whether there is a libvirt decides what is walked with.
+    console.log(`  npm run test:torture -- ${onlyImages ? '--only images ' : ''}--walk ${seed}`)
   }
 }
 
