@@ -41,7 +41,7 @@ function numbered(labels: readonly string[]): { at: number; label: string }[] {
   })
 }
 
-/** How it dies, what happens before it is settled, and whether who settles it dies as well. */
+/** How it dies, what happens before it is settled, and whether who settles it dies as well: early, as it has little to do. */
 function withChance(scenario: Scenario, kill: NonNullable<KillCase['kill']>, seed: string): KillCase {
   const chance = (question: string) =>
     chanceOf(`${seed} ${question} ${scenario.name} ${JSON.stringify(kill)}`)
@@ -50,7 +50,7 @@ function withChance(scenario: Scenario, kill: NonNullable<KillCase['kill']>, see
     scenario,
     kill,
     scope: chance('scope') < 1 / 2 ? 'process' : 'group',
-    ...(chance('recover') < 1 / 3 && { recoverKill: 1 + Math.floor(chance('recover at') * 40) }),
+    ...(chance('recover') < 1 / 3 && { recoverKill: 1 + Math.floor(chance('recover at') ** 2 * 40) }),
     ...(scenario.instance === 'running' &&
       mishap < 1 / 4 && { mishap: mishap < 1 / 8 ? ('switched off' as const) : ('QEMU killed' as const) }),
     second: chance('second') < 1 / 3,
