@@ -34,7 +34,7 @@ const cases = Array.from({ length: CASES }, (_, index) => {
     scenario,
     kill: { at: 1, label: random.pick(aroundSteps(scenario)) },
     scope: random.pick(['process', 'group'] as const),
-    ...(index % 3 === 0 && { recoverKill: 1 + random.below(4) }),
+    ...(index % 3 === 0 && { recoverKill: 1 + random.below(3) }),
     seed: random.below(2 ** 31),
   }
 })

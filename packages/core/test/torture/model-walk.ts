@@ -15,6 +15,7 @@ const STEPS = {
   backup: 6,
   'full backup': 1,
   'backup that fails': 2,
+  'backups behind a listing that lags': 1,
   'backup of one disk': 1,
   restore: 2,
   'restore in place': 1,
@@ -54,8 +55,10 @@ export class ModelWalk {
     if (this.#ground.hasDomain) await this.#ground.start()
     try {
       for (let step = 0; step < steps; step++) await this.#step(this.#choose())
-      for (const name of ['first', 'second'] as const)
+      for (const name of ['first', 'second'] as const) {
+        await this.#compareList(name)
         for (const backup of this.#there[name]) await this.#compare(name, backup)
+      }
       await this.#ground.stop()
       expectContent('the disks in the end', await this.#ground.stored(), this.#ground.content)
     } catch (error) {
@@ -83,6 +86,8 @@ export class ModelWalk {
         return this.#backup(storage, {})
       case 'full backup':
         return this.#backup(storage, { type: 'full' })
+      case 'backups behind a listing that lags':
+        return this.#lag(storage)
       case 'backup of one disk':
         return this.#backup(storage, { disks: [random.pick(DISKS)] })
       case 'backup that fails':
@@ -110,20 +115,18 @@ export class ModelWalk {
   }
 
   async #backup(storage: StorageName, request: object): Promise<void> {
-    const manifest = await this.#ground.backup(storage, request)
-    const kinds = manifest.disks.map(({ name, kind, fallback }) => `${name} ${kind} ${fallback ?? ''}`)
-    this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
-    this.#there[storage].push(manifest)
+    this.#add(storage, await this.#ground.backup(storage, request))
   }
 
   /** The storage fails at some call. */
   async #fail(storage: StorageName): Promise<void> {
     const { host, stateDir } = this.#ground
     const left = this.#random.below(6)
+    const kind = this.#random.pick(['fail-before', 'fail-after'] as const)
     let puts = 0
     const error = new VarveError('STORAGE_FULL', 'There is no room.')
     const faulty = new FaultyDriver(this.#ground.storage(storage), ({ operation }) =>
-      operation === 'put' && puts++ === left ? { kind: 'fail-before', error } : undefined,
+      operation === 'put' && puts++ === left ? { kind, error } : undefined,
     )
     const pipeline = new BackupPipeline({ host, stateDir, storage: faulty })
     const manifest = await pipeline.run({ instance: INSTANCE }).catch(found => {
@@ -131,8 +134,28 @@ export class ModelWalk {
       return undefined
     })
     if (!manifest) return
-    this.#ground.remember(manifest) // it needed fewer objects
-    this.log.push(`  made ${manifest.id} on ${storage}: ${manifest.disks.map(d => d.kind)}`)
+    this.#add(storage, manifest) // it needed fewer objects, or the manifest was stored
+  }
+
+  /** The second one does not see the first, or sees but a part of it. */
+  async #lag(storage: StorageName): Promise<void> {
+    const { host, stateDir } = this.#ground
+    const changes = 1 + this.#random.below(8)
+    let lags = false
+    const lagging = new FaultyDriver(this.#ground.storage(storage), ({ operation }) =>
+      lags && operation === 'list' ? { kind: 'stale', changes } : undefined,
+    )
+    const pipeline = new BackupPipeline({ host, stateDir, storage: lagging })
+    this.#add(storage, await pipeline.run({ instance: INSTANCE }))
+    await this.#ground.write(this.#random)
+    lags = true
+    this.#add(storage, await pipeline.run({ instance: INSTANCE }))
+  }
+
+  #add(storage: StorageName, manifest: BackupManifest): void {
+    this.#ground.remember(manifest)
+    const kinds = manifest.disks.map(({ name, kind, fallback }) => `${name} ${kind} ${fallback ?? ''}`)
+    this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
     this.#there[storage].push(manifest)
   }
 
@@ -169,6 +192,15 @@ export class ModelWalk {
   async #compare(storage: StorageName, manifest: BackupManifest): Promise<void> {
     const wanted = this.#ground.backups.get(manifest.id) ?? {}
     expectContent(`${manifest.id} on ${storage}`, await this.#ground.restored(storage, manifest), wanted)
+  }
+
+  async #compareList(name: StorageName): Promise<void> {
+    const { backups } = await new ChainManager({ storage: this.#ground.storage(name) }).list()
+    const [found, wanted] = [
+      backups.map(({ manifest }) => manifest.id),
+      this.#there[name].map(({ id }) => id),
+    ]
+    if (found.join() !== wanted.join()) throw new Error(`${name} holds ${found} and not ${wanted}`)
   }
 
   /** The newest, as others may rest on an older one. */
