@@ -168,9 +168,10 @@ class DiffOutput extends Readable {
   }
 
   #failure({ exitCode, signal }: { exitCode?: number; signal?: string }, stderr: string): VarveError {
-    const { image, snapshot } = this.#options
+    const { image, snapshot, from } = this.#options
+    const snapshots = from === undefined ? snapshot : `${from} or ${snapshot}` // rbd does not say which it misses
     const said = stderr.trim() || (signal === undefined ? '' : `nothing; it was ended by ${signal}`)
-    return rbdError({ label: 'rbd export-diff', image, snapshot, exitCode, stderr: said })
+    return rbdError({ label: 'rbd export-diff', image, snapshot: snapshots, exitCode, stderr: said })
   }
 
   #tell(ended: Pick<CommandEvent, 'exitCode' | 'stderr' | 'durationMs'>): void {

@@ -324,5 +324,8 @@ test('an export that fails before it is read ends nothing, and tells why once it
   const { stream } = site.cluster.exportDiff(image, { snapshot: 'one', from: 'gone' }, { onEvent })
   await ended.promise
   await new Promise(resolve => setImmediate(resolve))
-  await expect(buffer(stream)).rejects.toMatchObject({ code: 'RBD_SNAPSHOT_NOT_FOUND' })
+  await expect(buffer(stream)).rejects.toMatchObject({
+    code: 'RBD_SNAPSHOT_NOT_FOUND',
+    message: expect.stringContaining('no snapshot gone or one'),
+  })
 })
