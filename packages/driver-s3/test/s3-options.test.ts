@@ -1,5 +1,6 @@
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
-import { expect, test } from 'vitest'
+import { expect, onTestFinished, test, vi } from 'vitest'
+import { HttpHandler } from '../src/http-handler.ts'
 
 const good: S3DriverOptions = {
   endpoint: 'https://s3.example:9000',
@@ -9,10 +10,12 @@ const good: S3DriverOptions = {
   pathPrefix: 'vm/host-1',
 }
 
+const { endpoint: _, ...others } = good
+const aws: S3DriverOptions = { ...others, region: 'eu-central-1' }
+
 test('the location is the address, the bucket and the prefix, and no key', () => {
   expect(new S3Driver(good).location).toBe('https://s3.example:9000/backups/vm/host-1')
-  const { endpoint: _, ...aws } = good
-  expect(new S3Driver({ ...aws, region: 'eu-central-1' }).location).toBe('s3://backups/vm/host-1')
+  expect(new S3Driver(aws).location).toBe('s3://backups/vm/host-1')
   expect(new S3Driver({ ...good, pathPrefix: '/vm/' }).location).toBe('https://s3.example:9000/backups/vm')
 })
 
@@ -50,11 +53,32 @@ test.each<[string, Partial<S3DriverOptions>]>([
 
 test('without an endpoint a region is needed, and keys come in pairs', () => {
   const refused = (field: string) => expect.objectContaining({ code: 'INVALID_CONFIG', context: { field } })
-  const { endpoint: _, ...aws } = good
-  expect(() => new S3Driver(aws)).toThrow(refused('region'))
+  expect(() => new S3Driver(others)).toThrow(refused('region'))
   const { secretKey: __, ...half } = good
   expect(() => new S3Driver(half)).toThrow(refused('accessKey'))
   expect(() => new S3Driver({ bucket: 'b', region: 'r', sessionToken: 't' })).toThrow(refused('sessionToken'))
+})
+
+test.each<[string, S3DriverOptions, string, string]>([
+  ['in the path, with an endpoint', good, 's3.example', '/backups/vm/host-1/a'],
+  [
+    "in the host's name, where the option says so",
+    { ...good, pathStyle: false },
+    'backups.s3.example',
+    '/vm/host-1/a',
+  ],
+  ["in the host's name, at AWS", aws, 'backups.s3.eu-central-1.amazonaws.com', '/vm/host-1/a'],
+  [
+    'in the path, at AWS, where the option says so',
+    { ...aws, pathStyle: true },
+    's3.eu-central-1.amazonaws.com',
+    '/backups/vm/host-1/a',
+  ],
+])('the bucket is named %s', async (_, options, hostname, path) => {
+  const handle = vi.spyOn(HttpHandler.prototype, 'handle').mockRejectedValue(new Error('not sent'))
+  onTestFinished(() => handle.mockRestore())
+  await expect(new S3Driver(options).get('a')).rejects.toThrow('not sent')
+  expect(handle.mock.calls.map(([request]) => request)).toMatchObject([{ hostname, path }])
 })
 
 test('a key that is too long with the prefix before it is refused', async () => {

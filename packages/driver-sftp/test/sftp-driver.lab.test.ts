@@ -8,6 +8,7 @@ import { bytesBody, type UploadBody } from '@varve/core'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import { NetworkProxy, PatternBody, patternBytes } from '@varve/testkit'
 import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import ssh2 from 'ssh2'
 import { afterAll, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
 import { filesIn, login, sftpTarget } from './sftp-target.ts'
 
@@ -93,12 +94,21 @@ describe('a login', () => {
     await writeFile(file, `[127.0.0.1]:${lab.port} ${await lab.hostKey()}\n`)
     await expectWorks(known)
 
-    await writeFile(file, `other.example ${await lab.hostKey()}\n`)
     const refusal = {
       code: 'STORAGE_ACCESS_DENIED',
       message: expect.stringContaining(await lab.fingerprint()),
     }
     await using driver = new SftpDriver(known)
+    const [type] = (await lab.hostKey()).split(' ')
+    const another = ssh2.utils.generateKeyPairSync('ed25519').public
+    expect(another.startsWith(`${type} `), 'the same type of key').toBe(true)
+    const logins = lab.log.split('Accepted ').length
+    await writeFile(file, `[127.0.0.1]:${lab.port} ${another}\n`)
+    await expect(driver.stat('a')).rejects.toMatchObject(refusal)
+    await expect(driver.stat('a')).rejects.toThrow('has another one')
+    expect(lab.log.split('Accepted ').length, 'logins').toBe(logins)
+
+    await writeFile(file, `other.example ${await lab.hostKey()}\n`)
     await expect(driver.stat('a')).rejects.toMatchObject(refusal)
     await rm(file)
     await expect(driver.stat('a')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
