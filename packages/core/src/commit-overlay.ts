@@ -1,4 +1,4 @@
-import { realpath, rm, stat } from 'node:fs/promises'
+import { open, realpath, rm, stat } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -12,6 +12,8 @@ import { statIfThere } from './stat-if-there.ts'
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
 const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
 
+/** For the map of an overlay on a large disk in many pieces, in milliseconds. */
+const MAP_TIMEOUT_MS = 10 * 60_000
 /** How often a snapshot is looked for that is still to come, in milliseconds. */
 const ARRIVAL_INTERVAL_MS = 250
 
@@ -30,13 +32,10 @@ export async function commitOverlay(
 ): Promise<void> {
   try {
     const state = await settledState(domains, { instance, overlay, merge }, run)
-    if (state === undefined || (!state.running && state.path === overlay.overlay)) {
-      if (state) await assertNoSavedMemory(domains, instance, run)
-      await merge.begin()
-      await commitOffline(domains, instance, overlay, run)
-    } else if (state.path === overlay.overlay) {
-      await merge.begin()
-      await commitLive(domains, instance, overlay, run)
+    if (merge.state !== undefined && state?.path === overlay.overlay) await merge.record(undefined)
+    if (state === undefined) await commitForgotten(domains, { instance, overlay, merge }, run)
+    else if (state.path === overlay.overlay) {
+      await (state.running ? commitLive : commitOffline)(domains, { instance, overlay, merge }, run)
     } else if (await statIfThere(overlay.overlay)) {
       if (state.path !== overlay.base) {
         // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
@@ -46,14 +45,11 @@ export async function commitOverlay(
         )
       }
       if (state.running) await assertNotTaken(domains, instance, overlay, run)
-      if (!merge.isBegun) await mergeAbandoned(domains, { instance, overlay, merge }, state.running, run)
+      if (merge.state === undefined)
+        await mergeAbandoned(domains, { instance, overlay, merge }, state.running, run)
     }
     await rm(overlay.overlay, { force: true })
-  } catch (failure) {
-    const error = await recordFailure(domains, { instance, overlay, merge }, run).then(
-      () => failure,
-      more => new AggregateError([failure, more], errorMessage(failure)),
-    )
+  } catch (error) {
     throw new VarveError(
       'BLOCK_COMMIT_FAILED',
       `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. The instance ${instance} goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
@@ -64,16 +60,6 @@ export async function commitOverlay(
       },
     )
   }
-}
-
-async function recordFailure(
-  domains: LibvirtDomains,
-  { instance, overlay, merge }: OverlayMerge,
-  run: RunOptions,
-): Promise<void> {
-  if (!merge.isBegun) return
-  const state = await domains.diskState(instance, overlay.disk, run)
-  if (state?.path === overlay.overlay) await merge.failed()
 }
 
 /** Where the disk is once a snapshot that is under way has come; undefined where the domain or the disk is gone. */
@@ -90,6 +76,20 @@ async function settledState(
   }
 }
 
+/** The domain is gone, or the disk has another name by now. What it was on last is told by the journal alone. */
+async function commitForgotten(
+  domains: LibvirtDomains,
+  { instance, overlay, merge }: OverlayMerge,
+  run: RunOptions,
+): Promise<void> {
+  if (merge.state === 'merged') return
+  if (merge.state === undefined) return commitOffline(domains, { instance, overlay, merge }, run)
+  throw new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `the disk was about to be put back onto ${overlay.base}, and where it is cannot be told any more; if its instance has run since, it did so on that file, and the overlay can go`,
+  )
+}
+
 /**
  * The disk is on its base, and no merge put it there: somebody changed the domain's definition, or libvirtd died before
  * it had. What the guest wrote to the overlay is merged as long as the base is as it was then.
@@ -102,34 +102,52 @@ async function mergeAbandoned(
 ): Promise<void> {
   await assertUnused(overlay.overlay, run) // by a QEMU that this libvirt knows nothing of
   if (!(await hasData(overlay.overlay, run))) return // it was never in use
-  const [base, above] = await Promise.all([overlay.base, overlay.overlay].map(path => stat(path)))
-  if (running || !base || !above || base.mtimeMs >= above.mtimeMs) {
-    throw new VarveError(
-      'OVERLAY_LEFT_OVER',
-      `the definition was changed: the disk is on ${overlay.base}, without what the guest wrote to the overlay since the snapshot, and that file may have been written to since. Decide which of the two holds: define the disk on the overlay while the instance is off and run "varve recover", or move the overlay away`,
-    )
-  }
+  if (running || !(await isOlder(overlay.base, overlay.overlay))) throw changedDefinition(overlay)
   await assertNoSavedMemory(domains, instance, run)
   // Back onto the overlay first: from there on this is like any other, also when it is cut short.
-  await domains.redefine(
-    instance,
-    { disks: { [overlay.disk]: { path: overlay.overlay, format: 'qcow2' } } },
-    run,
+  await domains.redefine(instance, { disks: { [overlay.disk]: onOverlay(overlay) } }, run)
+  const now = await domains.diskState(instance, overlay.disk, run)
+  if (now?.running && now.path === overlay.base) {
+    await domains.redefine(instance, { disks: { [overlay.disk]: onBase(overlay) } }, run)
+    throw changedDefinition(overlay)
+  }
+  await commitOffline(domains, { instance, overlay, merge }, run)
+}
+
+function changedDefinition({ base }: DiskOverlay): VarveError {
+  return new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `the definition was changed: the disk is on ${base}, without what the guest wrote to the overlay since the snapshot, and that file may have been written to since. Decide which of the two holds: define the disk on the overlay while the instance is off and run "varve recover", or move the overlay away`,
   )
-  await merge.begin()
-  await commitOffline(domains, instance, overlay, run)
+}
+
+const onOverlay = ({ overlay }: DiskOverlay) => ({ path: overlay, format: 'qcow2' }) as const
+const onBase = ({ base, baseFormat }: DiskOverlay) => ({ path: base, format: baseFormat })
+
+/** Whether a file was surely last written before another one: a device tells no times, nor do two clocks. */
+async function isOlder(path: string, than: string): Promise<boolean> {
+  const [one, other] = await Promise.all([stat(path), stat(than)])
+  return one.isFile() && one.dev === other.dev && one.mtimeMs < other.mtimeMs
 }
 
 /** Whether an overlay that is not in use holds anything; its base may be. */
 async function hasData(overlay: string, run: RunOptions): Promise<boolean> {
+  if (!(await isQcow2(overlay))) return false // libvirt died while it made it
   let found = false
   await runCommand('qemu-img', ['map', '--force-share', '--output=json', '-f', 'qcow2', overlay], {
     ...run,
+    timeoutMs: MAP_TIMEOUT_MS,
     onLine: line => {
       found ||= /"depth": 0\b/.test(line) && !/"present": false/.test(line)
     },
   })
   return found
+}
+
+async function isQcow2(path: string): Promise<boolean> {
+  await using file = await open(path)
+  const { bytesRead, buffer } = await file.read(Buffer.alloc(4), 0, 4, 0)
+  return bytesRead === 4 && buffer.toString('latin1') === 'QFI\xfb'
 }
 
 /** The saved state names the overlay, and the guest could not go on without it. */
@@ -138,7 +156,11 @@ async function assertNoSavedMemory(
   instance: string,
   run: RunOptions,
 ): Promise<void> {
-  if (!(await domains.hasSavedMemory(instance, run))) return
+  const isSaved = await domains.hasSavedMemory(instance, run).catch(error => {
+    if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return false
+    throw error
+  })
+  if (!isSaved) return
   throw new VarveError(
     'OVERLAY_LEFT_OVER',
     'the memory of the instance was saved (virsh managedsave) while it wrote to the overlay; start the instance first',
@@ -161,27 +183,31 @@ async function assertNotTaken(
 
 async function commitLive(
   domains: LibvirtDomains,
-  instance: string,
-  overlay: DiskOverlay,
+  { instance, overlay, merge }: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
-  // --shallow: into the overlay's own base, never further down a chain that the instance has of its own.
-  const options = ['--active', '--shallow', '--pivot', '--wait']
   const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
+  const blockJob = (option: string) =>
+    domains.virsh.onDomain(slow, instance, 'blockjob', overlay.disk, option)
+  // --shallow: into the overlay's own base, never further down a chain that the instance has of its own. Without
+  // --pivot: a program that outlives this process must not put the disk on its base when nobody knows of it.
+  const options = ['--active', '--shallow', '--wait']
   const commit = () => domains.virsh.onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
   await commit().catch(async error => {
     if (!isVarveError(error, 'COMMAND_FAILED')) throw error
     // A job that a former try left behind refuses a new one.
-    const job = await domains.virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--info')
-    if (!/commit/i.test(job)) throw error
-    await domains.virsh.onDomain(run, instance, 'blockjob', overlay.disk, '--abort')
+    if (!/commit/i.test(await blockJob('--info'))) throw error
+    await blockJob('--abort')
     await commit()
   })
+  await merge.record('pivot')
+  await blockJob('--pivot')
+  await merge.record('merged')
   const after = await domains.diskState(instance, overlay.disk, run)
-  if (after?.path !== overlay.base) {
+  if (after !== undefined && after.path !== overlay.base) {
     throw new VarveError(
       'BLOCK_COMMIT_FAILED',
-      `${overlay.disk} is on ${after?.path ?? 'no file'} instead of ${overlay.base}`,
+      `${overlay.disk} is on ${after.path ?? 'no file'} instead of ${overlay.base}`,
     )
   }
 }
@@ -189,11 +215,11 @@ async function commitLive(
 /** The domain does not run (any more), or is gone. */
 async function commitOffline(
   domains: LibvirtDomains,
-  instance: string,
-  overlay: DiskOverlay,
+  { instance, overlay, merge }: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
   if (!(await statIfThere(overlay.overlay))) return
+  await assertNoSavedMemory(domains, instance, run)
   const info = await readImageInfo(overlay.overlay, 'qcow2', run)
   if (info.backing === undefined || (await realpath(info.backing)) !== overlay.base) {
     throw new VarveError(
@@ -205,11 +231,16 @@ async function commitOffline(
     ...run,
     timeoutMs: COMMIT_TIMEOUT_MS,
   })
-  const base = { path: overlay.base, format: overlay.baseFormat }
-  await domains.redefine(instance, { disks: { [overlay.disk]: base } }, run).catch(error => {
+  await merge.record('merged')
+  const redefine = (disk: ReturnType<typeof onBase>) =>
+    domains.redefine(instance, { disks: { [overlay.disk]: disk } }, run)
+  await redefine(onBase(overlay)).catch(error => {
     if (!isVarveError(error, 'INSTANCE_NOT_FOUND')) throw error // a transient domain is gone once it stops
   })
   const now = await domains.diskState(instance, overlay.disk, run)
-  if (now?.running && now.path === overlay.overlay)
+  if (now?.running && now.path === overlay.overlay) {
+    await merge.record(undefined)
+    await redefine(onOverlay(overlay)) // where it is to go on when it is off
     throw new VarveError('OVERLAY_LEFT_OVER', 'the instance was started on it meanwhile')
+  }
 }

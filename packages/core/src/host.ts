@@ -103,13 +103,11 @@ export type HostReference =
 
 /** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
 export interface MergeRecord {
-  /** Whether it was begun, and not seen failing: an overlay that its disk is not on any more was merged then. */
-  readonly isBegun: boolean
+  /** `merged`: it is done. `pivot`: it is, if the disk is on its base. */
+  readonly state: 'pivot' | 'merged' | undefined
   /** Until when the snapshot may still come that puts the disk on the overlay, in milliseconds of `performance.now()`. */
   readonly arrivesBy?: number
-  begin(): Promise<void>
-  /** The disk is still on the overlay. */
-  failed(): Promise<void>
+  record(state: 'pivot' | 'merged' | undefined): Promise<void>
 }
 
 /**

@@ -50,8 +50,9 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
     retireSnapshots: z.record(text, texts).exactOptional(),
   }),
   published: nothing,
-  merge: z.object({ overlay: text }),
-  'merge-failed': z.object({ overlay: text }),
+  pivot: z.object({ overlay: text }),
+  merged: z.object({ overlay: text }),
+  unmerged: z.object({ overlay: text }),
   define: z.object({ instance: text, xml: text }),
   'drop-backing': z.object({ instance: text, disks: texts }),
   'power-off': z.object({

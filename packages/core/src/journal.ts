@@ -42,8 +42,9 @@ export const JOURNAL_STEPS = [
   'upload',
   'publish',
   'published',
-  'merge',
-  'merge-failed',
+  'pivot',
+  'merged',
+  'unmerged',
   // restore
   'define',
   'drop-backing',
@@ -88,10 +89,12 @@ interface StepDetails {
   }
   /** The manifest was read back from the storage, with all that the backup rests on. */
   published: object
-  /** An overlay is about to be merged into its base, and to be removed then. */
-  merge: { readonly overlay: string }
-  /** The last try has failed: the disk was still on the overlay. */
-  'merge-failed': { readonly overlay: string }
+  /** All that an overlay holds is in its base, and the disk is about to be put there. */
+  pivot: { readonly overlay: string }
+  /** All that it holds is in its base, and it is about to be removed. */
+  merged: { readonly overlay: string }
+  /** The disk was found on it all the same: what was recorded of its merging does not hold any more. */
+  unmerged: { readonly overlay: string }
   define: { readonly instance: string; readonly xml: string }
   'drop-backing': { readonly instance: string; readonly disks: readonly string[] }
   'power-off': {

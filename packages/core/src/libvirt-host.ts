@@ -223,6 +223,8 @@ export class LibvirtHost implements Host {
         return
       } catch (error) {
         if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
+        const stderr = isVarveError(error) ? String(error.context.stderr) : ''
+        if (/agent is not configured/i.test(stderr)) return // so it has frozen nothing
         if (attempt === 5) {
           throw new VarveError(
             'FREEZE_FAILED',

@@ -121,9 +121,9 @@ export class RestorePipeline {
     const targets = await planRestore(request, found, host, runId, run)
     const held = targets.disks.map(({ disk, target }) => ({ name: disk.name, path: target }))
     // All disks of the instance: another restore, of other disks, would start it in the middle of this one.
-    const others = targets.instance?.disks.map(({ path }) => path) ?? []
-    await using _lock = await DiskLock.acquire([...held.map(({ path }) => path), ...others])
-    await assertNoUnsettledRun(stateDir, targets.instance?.name, held)
+    const others = targets.instance?.disks ?? []
+    await using _lock = await DiskLock.acquire([...held, ...others].map(({ path }) => path))
+    await assertNoUnsettledRun(stateDir, targets.instance?.name, [...held, ...others])
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
     const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {

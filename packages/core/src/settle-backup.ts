@@ -55,7 +55,7 @@ export async function settleBackup(
   const mayCome = died && journal.steps.at(-1)?.step === 'snapshot'
   const arrivesBy = mayCome ? performance.now() + SNAPSHOT_ARRIVAL_MS : 0
   for (const overlay of overlays) await attempt(commitWithRetry(journal, host, { overlay, arrivesBy }, run))
-  if (failures.length > 0) throw failures[0]
+  if (failures.length > 0) throw worstOf(failures)
 
   const publish = journal.of('publish').at(-1)
   const published =
@@ -82,6 +82,16 @@ export async function settleBackup(
   return { published }
 }
 
+/** The one that tells most: an overlay that is left has more to be done about it than a guest that is frozen. */
+function worstOf(failures: readonly unknown[]): unknown {
+  const worst = failures.find(error => isVarveError(error, 'BLOCK_COMMIT_FAILED')) ?? failures[0]
+  if (failures.length === 1 || !isVarveError(worst)) return worst
+  const { code, message, context, retryable } = worst
+  const others = failures.filter(error => error !== worst).map(errorMessage)
+  const cause = new AggregateError(failures)
+  return new VarveError(code, `${message} And: ${others.join(' ')}`, { context, cause, retryable })
+}
+
 async function commitWithRetry(
   journal: RunJournal,
   host: Host,
@@ -90,13 +100,16 @@ async function commitWithRetry(
 ): Promise<void> {
   const { instance } = journal.header
   const merge: MergeRecord = {
-    get isBegun() {
+    get state() {
       const last = journal.steps.findLast(step => 'overlay' in step && step.overlay === overlay.overlay)
-      return last?.step === 'merge'
+      return last?.step === 'pivot' || last?.step === 'merged' ? last.step : undefined
     },
     arrivesBy,
-    begin: () => journal.record({ step: 'merge', overlay: overlay.overlay }),
-    failed: () => journal.record({ step: 'merge-failed', overlay: overlay.overlay }),
+    record: async state => {
+      const step = { step: state ?? 'unmerged', overlay: overlay.overlay } as const
+      // No reason to let the overlay grow: should this process die now, it is kept, and looked at by a person.
+      await journal.record(step).catch(error => emit(run, { type: 'warning', message: errorMessage(error) }))
+    },
   }
   try {
     await host.commitOverlay(instance, overlay, merge, run)

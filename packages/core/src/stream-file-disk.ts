@@ -62,7 +62,7 @@ export async function serveDisk(
   }
 }
 
-/** Uploads the image of a disk, which is served no more then; a server that dies ends the upload at once. */
+/** Uploads the image of a disk that is served; a server that dies ends the upload at once. */
 export async function streamFileDisk(
   backup: BackupContext,
   disk: FileDisk,
@@ -70,9 +70,8 @@ export async function streamFileDisk(
   served: ReadonlyMap<string, ServedDisk>,
   limit: RateLimit | undefined,
 ): Promise<Qcow2ManifestDisk> {
-  const found = served.get(disk.name)
-  if (!found) throw new VarveError('NBD_FAILED', `The disk ${disk.name} was not served. Back up again.`)
-  await using server = found
+  const server = served.get(disk.name)
+  if (!server) throw new VarveError('NBD_FAILED', `The disk ${disk.name} was not served. Back up again.`)
   const { client, died } = server
   const { run } = backup
   const { signal: given = new AbortController().signal } = run

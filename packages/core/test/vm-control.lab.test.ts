@@ -20,14 +20,11 @@ const overlayOf = (name: string): DiskOverlay => ({
 })
 
 /** As a run's journal keeps it. */
-function mergeRecord(isBegun = false): MergeRecord {
+function mergeRecord(state?: MergeRecord['state']): MergeRecord {
   const record = {
-    isBegun,
-    begin: async () => {
-      record.isBegun = true
-    },
-    failed: async () => {
-      record.isBegun = false
+    state,
+    record: async (next: MergeRecord['state']) => {
+      record.state = next
     },
   }
   return record

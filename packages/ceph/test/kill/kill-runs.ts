@@ -19,7 +19,7 @@ export type RunName =
   | 'restore to copies'
 
 const BACKUP = ['rbd-snapshot', 'upload', 'publish', 'published'] as const
-const OVERLAY = ['bitmap-add', 'snapshot', 'export', 'merge'] as const
+const OVERLAY = ['bitmap-add', 'snapshot', 'export', 'pivot', 'merged'] as const
 const SUSPENDED = ['suspend', 'resumed'] as const
 const FROZEN = [...SUSPENDED, 'filesystem-freeze', 'filesystem-thawed'] as const
 const OFF = ['power-off', 'powered-off'] as const
@@ -59,7 +59,7 @@ export const RUNS: readonly KillRun[] = INSTANCES.flatMap(kind =>
 )
 
 /** Steps that have nothing of RBD; packages/core/test/torture has them. A new step belongs in a run here. */
-const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'merge-failed']
+const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'unmerged']
 
 /** The steps that a journal may hold, and no run here records. */
 export function stepsWithoutARun(): JournalStepName[] {

@@ -53,15 +53,15 @@ export class KillMatrix implements AsyncDisposable {
 
 /**
  * Steps that no scenario here reaches, as they need a Ceph cluster: those of RBD images, and of a guest that stands still
- * while they are frozen; packages/ceph/test/kill has them. And that of a merge that fails, which vm-host-mishaps.lab.test.ts
- * has. A new step does not belong here, but in a scenario.
+ * while they are frozen; packages/ceph/test/kill has them. And that of a merge that turns out to be none.
+ * A new step does not belong here, but in a scenario.
  */
 const WITHOUT_A_CASE: readonly JournalStepName[] = [
   'suspend',
   'rbd-snapshot',
   'resumed',
   'image-create',
-  'merge-failed',
+  'unmerged',
 ]
 
 /** The steps that a journal may hold, and no scenario records. */
