@@ -168,6 +168,30 @@ test('what the guest wrote to an overlay is kept, whatever somebody defines mean
   await qemuIo(overlay.base, 'qcow2', ['read -P 4 0 64k', 'read -P 2 64k 64k'])
 })
 
+test('the overlay of an instance that is gone is merged, unless it was before, or may have been', async () => {
+  const overlay = overlayOf('overlay')
+  const merging = (state: MergeRecord['state']) =>
+    site.host.commitOverlay('gone', overlay, mergeRecord(state))
+  const reads = (pattern: number) => qemuIo(overlay.base, 'qcow2', [`read -P ${pattern} 0 64k`])
+  await createQcow2(overlay.base, MiB)
+  await qemuIo(overlay.base, 'qcow2', ['write -P 1 0 64k'])
+  createOverlay(overlay)
+  await qemuIo(overlay.overlay, 'qcow2', ['write -P 2 0 64k'])
+  await expect(merging('pivot')).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining('cannot be told any more'),
+  })
+  await reads(1)
+  await merging(undefined)
+  await reads(2)
+  await qemuIo(overlay.base, 'qcow2', ['write -P 3 0 64k'])
+  createOverlay(overlay)
+  await qemuIo(overlay.overlay, 'qcow2', ['write -P 2 0 64k'])
+  await merging('merged')
+  await reads(3)
+  await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+})
+
 test('an instance that is started while its overlay is merged back keeps what it writes to it', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   const start = ['start', vm.name]
