@@ -196,7 +196,7 @@ async function commitLive(
   await commit().catch(async error => {
     if (!isVarveError(error, 'COMMAND_FAILED')) throw error
     // A job that a former try left behind refuses a new one.
-    if (!/commit/i.test(await blockJob('--info'))) throw error
+    if (!/commit/i.test(await blockJob('--raw'))) throw error
     await blockJob('--abort')
     await commit()
   })
