@@ -1,14 +1,14 @@
 import { backupTime, isBackupId } from './backup-id.ts'
 import { backupOfMark } from './backup-plan.ts'
 import { type Catalog, readCatalog } from './backups.ts'
-import { isVarveError } from './errors.ts'
+import { type ErrorCode, isVarveError } from './errors.ts'
 import { DEFAULT_GARBAGE_AGE_MS } from './garbage.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import type { BackupManifest } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { type RbdCluster, rbdImageOf } from './rbd.ts'
-import type { RunOptions } from './run-options.ts'
+import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { backupOfKey } from './storage-layout.ts'
 import { tellCommands } from './tell-commands.ts'
@@ -107,7 +107,13 @@ function clusterOf({ definition, disks, instance }: BackupManifest, image: strin
   return definition && disk ? { instance: instance.name, disk: disk.name } : undefined
 }
 
-/** The RBD images that instances have by now, which need not be those of any backup that is left. */
+/** What a libvirt that is not there, or does not answer, fails with: images can be backed up without one. */
+const NO_ANSWER: ReadonlySet<ErrorCode> = new Set(['COMMAND_FAILED', 'COMMAND_MISSING', 'COMMAND_TIMEOUT'])
+
+/**
+ * The RBD images that instances have by now, which need not be those of any backup that is left. Where the host does not
+ * tell, that is warned of, and those of the backups are looked at all the same.
+ */
 async function currentImages(
   host: Host,
   instances: ReadonlySet<string>,
@@ -115,13 +121,18 @@ async function currentImages(
 ): Promise<Map<string, DiskOf>> {
   const images = new Map<string, DiskOf>()
   for (const instance of instances) {
-    const found = await host.disks(instance, run).catch(error => {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
-      throw error
-    })
-    for (const { name, path } of found?.disks ?? []) {
-      const image = rbdImageOf(path)
-      if (image !== undefined) images.set(image, { instance, disk: name })
+    try {
+      const { disks } = await host.disks(instance, run)
+      for (const { name, path } of disks) {
+        const image = rbdImageOf(path)
+        if (image !== undefined) images.set(image, { instance, disk: name })
+      }
+    } catch (error) {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) continue
+      if (!isVarveError(error) || !NO_ANSWER.has(error.code)) throw error
+      const message = `Only images that backups name are looked at, as what the instances have by now is not known: ${error.message}`
+      emit(run, { type: 'warning', message })
+      break
     }
   }
   return images
