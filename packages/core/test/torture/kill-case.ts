@@ -8,7 +8,7 @@ import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
 import { expectNoOtherObjects, pruneLater } from './expect-objects.ts'
 import { expectCleanState, expectNoTemporaryState } from './expect-state.ts'
-import { DISKS, INSTANCE } from './guest.ts'
+import { CHANGES_WHILE_MERGED, DISKS, INSTANCE } from './guest.ts'
 import type { Job, Task } from './job.ts'
 import type { Kill } from './kill-points.ts'
 import { serversWith } from './processes.ts'
@@ -77,8 +77,9 @@ export async function runKillCase(
   const others = await backupIds(ground, 'second')
 
   const end = await runVictim(ground, victims, killCase, task, random)
-  // What the guest writes from here on is in the overlay, where there is one.
-  if ((await ground.state()) === 'running' && task.kind === 'backup') await ground.write(random)
+  // What the guest writes from here on is in the overlay, where there is one, which may be being merged.
+  if ((await ground.state()) === 'running' && task.kind === 'backup')
+    await ground.write(random, CHANGES_WHILE_MERGED)
   if (mishap === 'switched off') await ground.stop()
   if (mishap === 'QEMU killed' && (await ground.state()) === 'running') await ground.killQemu()
   const recoverKilled = await recoverDies(ground, victims, killCase)

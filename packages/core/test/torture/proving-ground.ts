@@ -11,7 +11,7 @@ import { ImageHost } from '../../src/image-host.ts'
 import type { BackupManifest } from '../../src/manifest.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { adoptMarks } from '../adopt-marks.ts'
-import { DISKS, type DiskName, domainXml, INSTANCE, randomChange } from './guest.ts'
+import { type ChangeKind, DISKS, type DiskName, domainXml, INSTANCE, randomChange } from './guest.ts'
 import { AgentHost } from './job.ts'
 import type { Random } from './random.ts'
 
@@ -171,19 +171,19 @@ export class ProvingGround implements AsyncDisposable {
 
   /** Ends QEMU with SIGKILL: its bitmaps are not stored. */
   async killQemu(): Promise<void> {
-    const { stdout } = await execa('pgrep', ['-f', `guest=${INSTANCE},.*${this.#lab?.root}`])
+    const { stdout } = await execa('pgrep', ['-f', `guest=${INSTANCE},.*${this.folder}`])
     process.kill(Number(stdout), 'SIGKILL')
     while ((await this.state()) === 'running');
   }
 
   /** The guest writes, zeroes and trims at random; with the instance off, its disks are written to. */
-  async write(random: Random): Promise<void> {
+  async write(random: Random, kinds?: readonly ChangeKind[]): Promise<void> {
     const running = (await this.state()) === 'running'
     for (const disk of DISKS) {
       const content = this.#content.get(disk)
       if (!content) continue
-      const commands = Array.from({ length: 3 }, () => randomChange(content, random))
-      if (running && this.#lab) await deviceIo(this.#lab, INSTANCE, disk, commands)
+      const commands = Array.from({ length: 3 }, () => randomChange(content, random, kinds))
+      if (running && this.#lab) await deviceIo(this.#lab, INSTANCE, disk, [...commands, 'flush'])
       else await qemuIo(this.image(disk), 'qcow2', commands)
     }
   }
