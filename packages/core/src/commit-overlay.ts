@@ -11,7 +11,6 @@ import { statIfThere } from './stat-if-there.ts'
 
 /** How long a block-commit may take, in milliseconds: a day, as an overlay may be as large as its disk. */
 const COMMIT_TIMEOUT_MS = 24 * 60 * 60 * 1000
-
 /** For the map of an overlay on a large disk in many pieces, in milliseconds. */
 const MAP_TIMEOUT_MS = 10 * 60_000
 /** How often a snapshot is looked for that is still to come, in milliseconds. */
@@ -27,15 +26,16 @@ export interface OverlayMerge {
 /** See {@link Host.commitOverlay}. */
 export async function commitOverlay(
   domains: LibvirtDomains,
-  { instance, overlay, merge }: OverlayMerge,
+  work: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
+  const { instance, overlay, merge } = work
   try {
-    const state = await settledState(domains, { instance, overlay, merge }, run)
+    const state = await settledState(domains, work, run)
     if (merge.state !== undefined && state?.path === overlay.overlay) await merge.record(undefined)
-    if (state === undefined) await commitForgotten(domains, { instance, overlay, merge }, run)
+    if (state === undefined) await commitForgotten(domains, work, run)
     else if (state.path === overlay.overlay) {
-      await (state.running ? commitLive : commitOffline)(domains, { instance, overlay, merge }, run)
+      await (state.running ? commitLive : commitOffline)(domains, work, run)
     } else if (await statIfThere(overlay.overlay)) {
       if (state.path !== overlay.base) {
         // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
@@ -45,8 +45,7 @@ export async function commitOverlay(
         )
       }
       if (state.running) await assertNotTaken(domains, instance, overlay, run)
-      if (merge.state === undefined)
-        await mergeAbandoned(domains, { instance, overlay, merge }, state.running, run)
+      if (merge.state === undefined) await mergeAbandoned(domains, work, state.running, run)
     }
     await rm(overlay.overlay, { force: true })
   } catch (error) {
@@ -77,13 +76,10 @@ async function settledState(
 }
 
 /** The domain is gone, or the disk has another name by now. What it was on last is told by the journal alone. */
-async function commitForgotten(
-  domains: LibvirtDomains,
-  { instance, overlay, merge }: OverlayMerge,
-  run: RunOptions,
-): Promise<void> {
+async function commitForgotten(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+  const { merge, overlay } = work
   if (merge.state === 'merged') return
-  if (merge.state === undefined) return commitOffline(domains, { instance, overlay, merge }, run)
+  if (merge.state === undefined) return commitOffline(domains, work, run)
   throw new VarveError(
     'OVERLAY_LEFT_OVER',
     `the disk was about to be put back onto ${overlay.base}, and where it is cannot be told any more; if its instance has run since, it did so on that file, and the overlay can go`,
@@ -96,10 +92,11 @@ async function commitForgotten(
  */
 async function mergeAbandoned(
   domains: LibvirtDomains,
-  { instance, overlay, merge }: OverlayMerge,
+  work: OverlayMerge,
   running: boolean,
   run: RunOptions,
 ): Promise<void> {
+  const { instance, overlay } = work
   await assertUnused(overlay.overlay, run) // by a QEMU that this libvirt knows nothing of
   if (!(await hasData(overlay.overlay, run))) return // it was never in use
   if (running || !(await isOlder(overlay.base, overlay.overlay))) throw changedDefinition(overlay)
@@ -111,7 +108,7 @@ async function mergeAbandoned(
     await domains.redefine(instance, { disks: { [overlay.disk]: onBase(overlay) } }, run)
     throw changedDefinition(overlay)
   }
-  await commitOffline(domains, { instance, overlay, merge }, run)
+  await commitOffline(domains, work, run)
 }
 
 function changedDefinition({ base }: DiskOverlay): VarveError {

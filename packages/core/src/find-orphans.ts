@@ -38,8 +38,8 @@ export interface FindOrphansOptions {
 
 /**
  * Looks for snapshots and images that no run and no backup knows: on the RBD images that the backups on the storages
- * were taken of, on those that their instances, and those of the state folder's records, have by now, and beside them. It removes nothing, as it cannot tell what belongs to a storage that it is not given.
- * What a journal of this machine knows is left to {@link recover}; what is younger than a day is left out, as another
+ * were taken of, on those that their instances, and those of the state folder's records, have by now, and beside them.
+ * It removes nothing, as it cannot tell what belongs to a storage that it is not given. What a journal of this machine knows is left to {@link recover}; what is younger than a day is left out, as another
  * machine may be at it. Reads every manifest.
  *
  * @throws what the storages and the cluster throw

@@ -84,7 +84,7 @@ while :; do
       kill) kill -KILL -- "-$(cat "/run/$id.pid")" ;;
     esac
   else
-    usleep 150000 # nobody is connected on the host's side
+    usleep 50000 # nobody is connected on the host's side
   fi
 done
 `
