@@ -122,12 +122,11 @@ export class BackupPipeline {
     const known = await host.disks(request.instance, run)
     chooseDisks(known, selection) // refused before anything is held
     // All of them: a second run on other disks of the instance would find these on overlays, and its definition changed.
-    const places = known.disks.map(({ path }) => path)
-    await using _lock = await DiskLock.acquire(places)
+    await using lock = await DiskLock.acquire(known.disks.map(({ path }) => path))
     // The disks are held now: what is read from here on stays true.
     const instance = await host.instance(request.instance, run)
     const disks = chooseDisks(instance, selection)
-    assertHeld(disks, places)
+    lock.assertHolds(disks)
     assertClustersFit(disks, request.clusterSize ?? DEFAULT_CLUSTER_SIZE)
     await warnOfOddSizes(disks, run)
     await assertNoUnsettledRun(stateDir, instance.name, disks)
@@ -219,17 +218,6 @@ export class BackupPipeline {
     if (manifest && published) return manifest
     throw failure
   }
-}
-
-/** Refuses disks that moved between the look for their locks and the one under them. @throws DISK_BUSY */
-function assertHeld(disks: readonly HostDisk[], places: readonly string[]): void {
-  const moved = disks.find(({ path }) => !places.includes(path))
-  if (!moved) return
-  throw new VarveError(
-    'DISK_BUSY',
-    `The disk ${moved.name} is on ${moved.path} since a moment ago: something else changes the disks of the instance. Nothing was changed; try again once that is done.`,
-    { context: { disk: moved.name, path: moved.path }, retryable: true },
-  )
 }
 
 /** QEMU counts a disk in sectors: it adds zeros to a raw file that ends within one. */

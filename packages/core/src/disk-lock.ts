@@ -9,7 +9,7 @@ import { VarveError } from './errors.ts'
  * however it ends, so a lock is never stale. It reaches as far as the network name space does.
  */
 export class DiskLock implements AsyncDisposable {
-  readonly #servers: Server[] = []
+  readonly #servers = new Map<string, Server>()
 
   /**
    * Takes the lock of every path, or of none.
@@ -43,12 +43,28 @@ export class DiskLock implements AsyncDisposable {
         { context: { path }, cause: error, retryable: true },
       )
     }
-    this.#servers.push(server)
+    this.#servers.set(path, server)
+  }
+
+  /**
+   * Refuses disks that moved between the look for their locks and the one under them.
+   *
+   * @throws DISK_BUSY
+   */
+  assertHolds(disks: readonly { readonly name: string; readonly path: string }[]): void {
+    const moved = disks.find(({ path }) => !this.#servers.has(path))
+    if (!moved) return
+    throw new VarveError(
+      'DISK_BUSY',
+      `The disk ${moved.name} is on ${moved.path} since a moment ago: something else changes the disks of the instance. Nothing was changed; try again once that is done.`,
+      { context: { disk: moved.name, path: moved.path }, retryable: true },
+    )
   }
 
   /** Gives the locks back. May be called more than once. */
   async release(): Promise<void> {
-    for (const server of this.#servers.splice(0)) {
+    for (const [path, server] of this.#servers) {
+      this.#servers.delete(path)
       server.close()
       await once(server, 'close')
     }

@@ -7,7 +7,7 @@ import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
-import { planRestore } from './restore-plan.ts'
+import { planRestore, type RestorePlan } from './restore-plan.ts'
 import { define, finish, mark, powerOff } from './restore-stages.ts'
 import type { RunOptions } from './run-options.ts'
 import { settleError } from './settle-backup.ts'
@@ -118,13 +118,11 @@ export class RestorePipeline {
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const chain = wholeChain(found, catalog)
     const runId = newBackupId()
-    const targets = await planRestore(request, found, host, runId, run)
-    const held = targets.disks.map(({ disk, target }) => ({ name: disk.name, path: target }))
-    // All disks of the instance: another restore, of other disks, would start it in the middle of this one.
-    const others = targets.instance?.disks ?? []
-    await using _lock = await DiskLock.acquire([...held, ...others].map(({ path }) => path))
-    await assertNoUnsettledRun(stateDir, targets.instance?.name, [...held, ...others])
+    const before = await planRestore(request, found, host, runId, run)
+    await using lock = await DiskLock.acquire(disksOf(before).map(({ path }) => path))
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
+    lock.assertHolds(disksOf(plan))
+    await assertNoUnsettledRun(stateDir, plan.instance?.name, disksOf(plan))
     const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
@@ -133,7 +131,7 @@ export class RestorePipeline {
       instance: instance ?? found.manifest.instance.name,
       host: host.reference,
       storage: { type: storage.type, location: storage.location },
-      disks: plan.disks.map(({ disk, target }) => ({ name: disk.name, path: target })),
+      disks: targetsOf(plan),
       startedAt: new Date().toISOString(),
     })
     const restore: RestoreContext = { backup: found, chain, host, storage, request, plan, journal, run }
@@ -164,6 +162,16 @@ export class RestorePipeline {
     if (refusal) throw refusal
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
+}
+
+/** Where a restore writes to, by the names of the disks. */
+function targetsOf({ disks }: RestorePlan) {
+  return disks.map(({ disk, target }) => ({ name: disk.name, path: target }))
+}
+
+/** What a restore holds: all disks of the instance too, as a restore of others would start it in the middle of this one. */
+function disksOf(plan: RestorePlan): readonly { readonly name: string; readonly path: string }[] {
+  return [...targetsOf(plan), ...(plan.instance?.disks ?? [])]
 }
 
 /** The chain of a backup, full backup first, with every object there in its recorded size. */

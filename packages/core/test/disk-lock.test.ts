@@ -23,6 +23,15 @@ test('of several disks all are held or none', async () => {
   await using _others = await DiskLock.acquire([a, c])
 })
 
+test('a disk that is not held is told of', async () => {
+  const [a, b] = [`/img/${process.pid}-held`, `/img/${process.pid}-moved`]
+  await using lock = await DiskLock.acquire([a])
+  lock.assertHolds([{ name: 'vda', path: a }])
+  expect(() => lock.assertHolds([{ name: 'vda', path: b }])).toThrow(
+    expect.objectContaining({ code: 'DISK_BUSY', retryable: true, context: { disk: 'vda', path: b } }),
+  )
+})
+
 test('a process that is killed gives its lock back', async () => {
   const path = `/img/${process.pid}-killed`
   const lock = fileURLToPath(new URL('../src/disk-lock.ts', import.meta.url))

@@ -14,6 +14,7 @@ import { markName } from '../src/backup-plan.ts'
 import { fileMark, twinOf } from '../src/bitmap-twin.ts'
 import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
+import type { Instance } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
@@ -90,6 +91,26 @@ test('a file that appears at the target meanwhile is never replaced', async () =
   await writeFile(path, 'old')
   await restore({ to: { ...to, overwrite: true } }, theirs('write'))
   expect(await sha256Content(path, 'qcow2')).toBe(wanted)
+})
+
+test('a disk of the instance that moves before it is held is refused', async () => {
+  const [first, second] = [join(folder, 'first'), join(folder, 'second')]
+  for (const path of [first, second]) await createQcow2(path, SIZE)
+  class MovingHost extends ImageHost {
+    #isMoved = false
+    override async instance(name: string): Promise<Instance> {
+      const disk = this.#isMoved ? second : first
+      this.#isMoved = true
+      return new ImageHost({ instance: name, disks: { vda: disk } }).instance(name)
+    }
+  }
+  const host = new MovingHost({ instance: 'web-1', disks: {} })
+  const pipeline = new RestorePipeline({ host, storage, stateDir: join(workshop, 'state') })
+  await expect(pipeline.run({ backup: manifest.id, to: { instance: 'web-1' } })).rejects.toMatchObject({
+    code: 'DISK_BUSY',
+    context: { path: second },
+  })
+  expect(await readdir(folder)).toEqual(['first', 'second'])
 })
 
 test('a bitmap is told of where one is added', async () => {
