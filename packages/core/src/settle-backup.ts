@@ -83,7 +83,7 @@ export async function settleBackup(
 }
 
 /** The one that tells most: an overlay that is left has more to be done about it than a guest that is frozen. */
-function worstOf(failures: readonly unknown[]): unknown {
+export function worstOf(failures: readonly unknown[]): unknown {
   const worst = failures.find(error => isVarveError(error, 'BLOCK_COMMIT_FAILED')) ?? failures[0]
   if (failures.length === 1 || !isVarveError(worst)) return worst
   const { code, message, context, retryable } = worst

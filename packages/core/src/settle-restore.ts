@@ -1,14 +1,15 @@
 import { rm } from 'node:fs/promises'
 import { isVarveError, VarveError } from './errors.ts'
-import type { Host } from './host.ts'
+import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import type { ImageRename, JournalStepOf, Rename, RunJournal } from './journal.ts'
+import type { ImageRename, JournalStepOf, Rename, RunJournal, TargetImage } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
-import type { RbdCluster } from './rbd.ts'
+import { type RbdCluster, rbdImageOf } from './rbd.ts'
 import { assertReplaceable, isThere, removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { worstOf } from './settle-backup.ts'
 import { statIfThere } from './stat-if-there.ts'
 
 /** What a restore came to. */
@@ -42,8 +43,6 @@ export async function settleRestore(
   const finish = undone ? undefined : journal.of('finish').at(-1)
   const refusal = finish && (await finishSwap(journal, finish, host, run))
   for (const { temporary } of journal.of('target-create')) await rm(temporary, { force: true })
-  for (const { image, of } of journal.of('image-create'))
-    await removeUnfinished(await host.rbd(of, run), image, run)
 
   // In place the disks alone are all of it, unless their definition was still to come.
   const decided = finish !== undefined || undone || journal.of('define').length === 0
@@ -53,31 +52,99 @@ export async function settleRestore(
   const power = journal.of('power-off').at(-1)
   const wanted = finished ? power?.start : power?.wasRunning
   const start = wanted === true && writing.length === 0
-  try {
-    if (power && start) {
-      if (power.wasRunning && journal.of('powered-off').length === 0) await waitUntilOff(power, host, run)
-      emit(run, { type: 'stage', stage: 'start', message: `Starting ${power.instance}` })
-      await host.start(power.instance, run)
-    }
-  } finally {
-    // After the start: a large image takes its time.
-    for (const step of (!refusal && finish?.images) || [])
-      await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
-    await journal.settled() // an instance that does not start is no reason to hold its disks
+  const failures: unknown[] = []
+  const attempt = (work: Promise<void>) => work.catch(error => void failures.push(error))
+  let notStarted: unknown
+  if (power && start) {
+    await attempt(assertStartable(journal, power, host, run))
+    if (failures.length === 0)
+      await startAgain(power, host, run).catch(error => {
+        notStarted = error
+      })
   }
+  // After the start: a large image takes its time.
+  const renamed = (!refusal && finish?.images) || []
+  for (const made of journal.of('image-create')) {
+    if (!renamed.some(({ image }) => image === made.image)) await attempt(removeUnfinished(host, made, run))
+  }
+  for (const step of renamed) await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
+  if (failures.length > 0)
+    throw worstOf([...failures, notStarted, refusal].filter(error => error !== undefined))
+  await journal.settled() // an instance that does not start is no reason to hold its disks
+  if (notStarted !== undefined) throw notStarted
   const incomplete = writing.map(({ disk }) => disk)
   return { finished, started: start, incomplete, ...(refusal && { refusal }) }
 }
 
 /** A server that was killed counts as a client of the image for half a minute more. */
-async function removeUnfinished(cluster: RbdCluster, image: string, run: RunOptions): Promise<void> {
+async function removeUnfinished(host: Host, { image, of }: TargetImage, run: RunOptions): Promise<void> {
+  const cluster = await host.rbd(of, run)
   try {
     await assertImageUnused(cluster, image, run)
   } catch (error) {
-    if (isVarveError(error, 'DISK_NOT_FOUND')) return // it has its new name, or was not made
+    if (isVarveError(error, 'DISK_NOT_FOUND')) return // it was not made
     throw error
   }
   await cluster.removeImage(image, run)
+}
+
+async function startAgain(
+  { instance }: JournalStepOf<'power-off'>,
+  host: Host,
+  run: RunOptions,
+): Promise<void> {
+  emit(run, { type: 'stage', stage: 'start', message: `Starting ${instance}` })
+  await host.start(instance, run)
+}
+
+/**
+ * An instance that was moved to another host meanwhile must not run here as well: RBD keeps two virtual machines from
+ * one image no better than by handing its lock from one to the other.
+ *
+ * @throws RUN_UNRESOLVED
+ */
+async function assertStartable(
+  journal: RunJournal,
+  power: JournalStepOf<'power-off'>,
+  host: Host,
+  run: RunOptions,
+): Promise<void> {
+  const { instance } = power
+  if (power.wasRunning && journal.of('powered-off').length === 0) await waitUntilOff(power, host, run)
+  for (const { name: disk, path } of await disksOf(instance, host, run)) {
+    const image = rbdImageOf(path)
+    if (image === undefined) continue
+    if (!(await host.waitUntilOff(instance, 0, run))) return // it is what has them open
+    const cluster = await host.rbd({ instance, disk }, run)
+    await assertImageUnused(cluster, image, run).catch(error => {
+      if (!isVarveError(error, 'DISK_BUSY')) throw error
+      throw openElsewhere(journal, instance, image, error)
+    })
+  }
+}
+
+/** None of an instance that is gone, which its start tells of. */
+async function disksOf(instance: string, host: Host, run: RunOptions): Promise<InstanceDisks['disks']> {
+  return host.disks(instance, run).then(
+    ({ disks }) => disks,
+    error => {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return []
+      throw error
+    },
+  )
+}
+
+function openElsewhere(
+  { header }: RunJournal,
+  instance: string,
+  image: string,
+  cause: VarveError,
+): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `${instance} is not started: its RBD image ${image} is open elsewhere ("rbd status ${image}" shows where), such as in a virtual machine of another host, and two at a time would ruin its file systems. Stop that one, then run "varve recover". Where the instance is to stay there, remove runs/${header.id}.jsonl in the state folder.`,
+    { context: { instance, image }, cause },
+  )
 }
 
 /** A process that died in the middle may have told the guest to shut down: it still runs, and goes at any moment. */

@@ -16,22 +16,32 @@ beforeEach(async () => {
 })
 afterEach(() => rm(folder, { recursive: true }))
 
-/** A restore of an RBD image and a file that is complete, and what is done to its host. */
-async function completeRestore(options: {
+interface Site {
+  /** The images in the cluster. */
   images: string[]
-  isOpen?: boolean
+  /** Of these, those that somebody has open. */
+  open?: string[]
   /** Why libvirt does not take the definition. */
   refusal?: VarveError
-}) {
+  /** Why an image is not removed. */
+  notRemoved?: VarveError
+}
+
+/** The host of an instance that is off, on the RBD image `vms/a`, and what is done there. */
+function siteOf({ images, open = [], refusal, notRemoved }: Site) {
   const done: string[] = []
   const cluster: Partial<RbdCluster> = {
     async snapshots(image) {
-      if (!options.images.includes(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
+      if (!images.includes(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
       return []
     },
+    async image() {
+      return { id: 'a', size: 0, snapshots: [], metadata: new Map(), objectMapInvalid: false }
+    },
     async isOpen(image) {
+      if (!images.includes(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
       // What a look at an image that stays open ends with.
-      if (options.isOpen) throw new VarveError('DISK_BUSY', `${image} is open`)
+      if (open.includes(image)) throw new VarveError('DISK_BUSY', `${image} is open`)
       return false
     },
     async renameImage(from, to) {
@@ -39,6 +49,7 @@ async function completeRestore(options: {
     },
     async removeImage(image) {
       done.push(`remove ${image}`)
+      if (notRemoved) throw notRemoved
     },
   }
   class Domain extends ImageHost {
@@ -46,12 +57,18 @@ async function completeRestore(options: {
       return cluster as RbdCluster
     }
     override async define() {
-      if (options.refusal) throw options.refusal
+      if (refusal) throw refusal
       done.push('define')
     }
+    override async start() {
+      done.push('start')
+    }
   }
-  const host = new Domain({ instance: 'web-1', disks: {} })
-  const journal = await RunJournal.begin(folder, {
+  return { host: new Domain({ instance: 'web-1', disks: { vda: 'rbd:vms/a' } }), done }
+}
+
+async function begin(host: ImageHost): Promise<RunJournal> {
+  return RunJournal.begin(folder, {
     version: 1,
     id: newBackupId(),
     kind: 'restore',
@@ -61,6 +78,12 @@ async function completeRestore(options: {
     disks: [],
     startedAt: new Date().toISOString(),
   })
+}
+
+/** A restore of an RBD image and a file that is complete. */
+async function completeRestore(site: Site) {
+  const { host, done } = siteOf(site)
+  const journal = await begin(host)
   const [temporary, target] = [join(folder, 'vdb.new'), join(folder, 'vdb')]
   await writeFile(temporary, 'restored')
   await journal.record({ step: 'define', instance: 'web-1', xml: '<domain/>' })
@@ -74,10 +97,21 @@ async function completeRestore(options: {
   return { journal, host, target, done }
 }
 
+/** A restore of an RBD image that ended once its instance, which ran, was off. */
+async function cutRestore(site: Site) {
+  const { host, done } = siteOf(site)
+  const journal = await begin(host)
+  await journal.record({ step: 'image-create', image: 'vms/a.new' })
+  const power = { instance: 'web-1', wasRunning: true, start: true, timeoutMs: 0 }
+  await journal.record({ step: 'power-off', ...power })
+  await journal.record({ step: 'powered-off' })
+  return { journal, host, done }
+}
+
 test('nothing is defined and no file is replaced where an image is in use again', async () => {
   const { journal, host, target, done } = await completeRestore({
     images: ['vms/a', 'vms/a.new'],
-    isOpen: true,
+    open: ['vms/a'],
   })
   await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
     code: 'RUN_UNRESOLVED',
@@ -107,4 +141,31 @@ test('where libvirt refuses the definition the new image is removed, and no othe
   expect(done).toEqual(['remove vms/a.new'])
   expect(await statIfThere(target)).toBeUndefined()
   expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('an instance is started before the image that a restore had begun is removed', async () => {
+  const { journal, host, done } = await cutRestore({ images: ['vms/a', 'vms/a.new'] })
+  expect(await settleRestore(journal, host, {})).toMatchObject({ finished: false, started: true })
+  expect(done).toEqual(['start', 'remove vms/a.new'])
+  expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('an instance is started also where the image that a restore had begun cannot be removed, which stays on record', async () => {
+  const notRemoved = new VarveError('RBD_FAILED', 'it has a snapshot')
+  const { journal, host, done } = await cutRestore({ images: ['vms/a', 'vms/a.new'], notRemoved })
+  await expect(settleRestore(journal, host, {})).rejects.toBe(notRemoved)
+  expect(done).toEqual(['start', 'remove vms/a.new'])
+  expect(await RunJournal.unsettled(folder)).toEqual([journal.header.id])
+})
+
+test('an instance whose image is open in a virtual machine of another host is not started as well', async () => {
+  const images = ['vms/a', 'vms/a.new']
+  const { journal, host, done } = await cutRestore({ images, open: ['vms/a'] })
+  await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
+    code: 'RUN_UNRESOLVED',
+    message: expect.stringContaining('vms/a is open elsewhere'),
+    context: { instance: 'web-1', image: 'vms/a' },
+  })
+  expect(done).toEqual(['remove vms/a.new'])
+  expect(await RunJournal.unsettled(folder)).toEqual([journal.header.id])
 })
