@@ -11,6 +11,8 @@ import { VerifiedObject } from './verified-object.ts'
 
 /** Layers whose lists of digests are fetched at one time. */
 const OPENING = 4
+/** Memory for each run of an image: 16 bytes, twice while the list grows, and as much for the merged list. */
+const RUN_BYTES = 64
 
 /** What {@link openLayers} opens. */
 export interface OpenLayersOptions {
@@ -90,7 +92,9 @@ async function readImage(
   signal: AbortSignal,
 ): Promise<Qcow2Image> {
   try {
-    return await openImage(object, { signal })
+    // Of what is left when the layers before have been read: their sum is bounded too.
+    const maxRuns = Math.floor(process.availableMemory() / 2 / RUN_BYTES)
+    return await openImage(object, { signal, maxRuns })
   } catch (error) {
     if (isVarveError(error)) throw error
     throw new VarveError(

@@ -1,6 +1,9 @@
 import { Qcow2Error } from './errors.ts'
 import { grown } from './grown.ts'
 
+/** The most runs of a disk that is planned or read: as many as a disk of 1 TiB has that changes at every 64 KiB. */
+export const MAX_RUNS: number = 2 ** 24
+
 /** What a run of a guest disk is; see {@link ExtentKind:type}. */
 export const ExtentKind = { unallocated: 0, zero: 1, data: 2 } as const
 
@@ -39,7 +42,8 @@ export class ExtentList {
 
   /**
    * Adds `length` bytes of `kind` at the end. No bytes are no run.
-   * Throws `QCOW2_ARGUMENT` for a length that is negative or no integer, and past 2^53 bytes in all.
+   * Throws `QCOW2_ARGUMENT` for a length that is negative or no integer, past 2^53 bytes in all, and past 16,777,216
+   * runs, as no image with more of them is read again.
    */
   append(length: number, kind: ExtentKind): void {
     const size = this.#size + length
@@ -47,6 +51,12 @@ export class ExtentList {
       throw new Qcow2Error('QCOW2_ARGUMENT', `Not the length of an extent: ${length}.`, { length })
     if (length === 0) return
     if (this.#count === 0 || this.#kinds[this.#count - 1] !== kind) {
+      if (this.#count === MAX_RUNS)
+        throw new Qcow2Error(
+          'QCOW2_ARGUMENT',
+          `The disk is too fragmented: it has more than ${MAX_RUNS} runs of data, zeros and nothing. Choose a larger cluster size, which joins them.`,
+          { runs: MAX_RUNS, covered: this.#size },
+        )
       if (this.#count === this.#starts.length) {
         this.#starts = grown(this.#starts)
         this.#kinds = grown(this.#kinds)

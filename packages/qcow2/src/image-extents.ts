@@ -1,5 +1,5 @@
 import { Qcow2Error } from './errors.ts'
-import { ExtentKind } from './extent-list.ts'
+import { ExtentKind, MAX_RUNS } from './extent-list.ts'
 import { grown } from './grown.ts'
 
 const UNALLOCATED = -1
@@ -14,6 +14,12 @@ export class ImageExtents {
   #size = 0
   #starts = new Float64Array(16)
   #offsets = new Float64Array(16)
+  readonly #most: number
+
+  /** No runs yet, and `most` at most. Default: 16,777,216, which take 256 MiB of memory. */
+  constructor(most: number = MAX_RUNS) {
+    this.#most = most
+  }
 
   /** The number of runs. */
   get count(): number {
@@ -43,10 +49,19 @@ export class ImageExtents {
     return Math.max(-1, this.#offsets[this.#checked(index)] ?? -1)
   }
 
-  /** Adds a run at the end; `fileOffset` is where it begins in the file, and counts for data only. */
+  /**
+   * Adds a run at the end; `fileOffset` is where it begins in the file, and counts for data only. Throws
+   * `QCOW2_UNSUPPORTED` when there are too many.
+   */
   append(length: number, kind: ExtentKind, fileOffset: number): void {
     const offset = kind === ExtentKind.data ? fileOffset : kind === ExtentKind.zero ? ZERO : UNALLOCATED
     if (!this.#continues(offset)) {
+      if (this.#count === this.#most)
+        throw new Qcow2Error(
+          'QCOW2_UNSUPPORTED',
+          `It has more than ${this.#most} runs of data, zeros and nothing.`,
+          { runs: this.#most },
+        )
       if (this.#count === this.#starts.length) {
         this.#starts = grown(this.#starts)
         this.#offsets = grown(this.#offsets)

@@ -14,7 +14,7 @@ import {
   SECTOR_SIZE,
   VERSION,
 } from './format.ts'
-import type { HeaderFields } from './header-bytes.ts'
+import { type HeaderFields, headerBytes } from './header-bytes.ts'
 import type { BackingFile } from './plan-image.ts'
 
 /** What is read of a file to find its header in: every cluster is at least as large. */
@@ -58,7 +58,12 @@ export function parseHeader(bytes: Uint8Array, fileSize: number): ParsedHeader {
   const l1Offset = readNumber(view, Field.l1Offset, 'offset of the L1 table')
   const header = { clusterSize, virtualSize, refcountTableOffset, refcountTableClusters, l1Offset, l1Entries }
   checkTables(header, fileSize)
-  return { ...header, backing: parseBacking(bytes, view, headerLength) }
+  const parsed = { ...header, backing: parseBacking(bytes, view, headerLength) }
+  // What is left has no name here: compatible and autoclear features, another header length or place of the name.
+  const written = headerBytes(parsed)
+  if (Buffer.compare(bytes.subarray(0, written.length), written) !== 0)
+    throw unsupported('Its header has something in it that Varve does not write.')
+  return parsed
 }
 
 const INCOMPATIBLE = [
@@ -109,6 +114,10 @@ function checkTables(header: Tables, fileSize: number): void {
     if (end > fileSize)
       throw invalid(`The ${name} ends at ${end}, after the file's ${fileSize} bytes: the file is cut short.`)
   }
+  if (refcountTableOffset > clusterSize)
+    throw unsupported(
+      `The refcount table is at ${refcountTableOffset}; Varve writes it right after the header.`,
+    )
   if (l1Offset < refcountTableEnd)
     throw l1End > refcountTableOffset
       ? invalid('The L1 table and the refcount table overlap.')
@@ -138,7 +147,9 @@ function parseBacking(bytes: Uint8Array, view: DataView, headerLength: number): 
     if (type === HeaderExtension.bitmaps) throw unsupported('It holds bitmaps.')
     if (type === HeaderExtension.dataFile) throw unsupported('Its data is in an external file.')
     if (type === HeaderExtension.encryption) throw unsupported('It is encrypted.')
-    if (type === HeaderExtension.backingFormat) format = readText(bytes.subarray(at, at + length), 'format')
+    if (type !== HeaderExtension.backingFormat)
+      throw unsupported(`It has a header extension of the type 0x${type.toString(16)}.`)
+    format = readText(bytes.subarray(at, at + length), 'format')
     at += Math.ceil(length / 8) * 8
   }
 

@@ -11,28 +11,71 @@ const OFFSET_HIGH = 0x00ffffff // bits 32 to 55 of an offset
 const OFFSET_LOW = 0xfffffe00 // bits 9 to 31
 const SIZE_OF_HIGH = 0x1_0000_0000
 
-/** The L2 tables that an L1 table points at. */
+type TableName = 'Refcount table' | 'L1' | 'L2'
+
+/** The L2 tables that an L1 table points at: in one piece, in the order of their entries. */
 interface TableList {
   count: number
   /** Index in the L1 table, ascending. */
   l1Index: Uint32Array
-  /** File offset, ascending. */
-  offset: Float64Array
+  /** File offset of the first one. */
+  readonly start: number
   /** The first byte after the L1 table and all L2 tables. */
   end: number
 }
 
+/** How to read tables. */
+export interface ReadTablesOptions {
+  /** The most runs that the image may have. */
+  readonly maxRuns: number
+  readonly signal: AbortSignal | undefined
+}
+
 /**
- * Reads the L1 and L2 tables of an image. All L2 tables follow the L1 table, and all data clusters follow the
- * L2 tables, both in ascending order: that no two overlap needs no more than a comparison with the last one.
+ * Reads the tables of an image. From the refcount table on one thing follows another without a gap: refcount blocks,
+ * L1 table, L2 tables, data clusters, up to the end of the file. So every offset is known before it is read, no two
+ * overlap, and nothing is in the file that no table tells of. What is in the refcount blocks matters to writers only.
  */
 export async function readTables(
   file: ImageFile,
   header: ParsedHeader,
-  signal: AbortSignal | undefined,
+  options: ReadTablesOptions,
 ): Promise<ImageExtents> {
-  const tables = await readL1(file, header, signal)
-  return readL2(file, header, tables, signal)
+  await checkRefcountTable(file, header, options.signal)
+  const tables = await readL1(file, header, options.signal)
+  return readL2(file, header, tables, options)
+}
+
+async function checkRefcountTable(
+  file: ImageFile,
+  header: ParsedHeader,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  const { clusterSize, refcountTableOffset, refcountTableClusters, l1Offset } = header
+  const length = refcountTableClusters * clusterSize
+  const blocks = refcountTableOffset + length
+  let free = blocks
+  let index = 0
+  await readWindows(file, split(refcountTableOffset, length), signal, view => {
+    for (let at = 0; at < view.byteLength; at += ENTRY_BYTES, index++) {
+      const high = view.getUint32(at)
+      const low = view.getUint32(at + 4)
+      if (high === 0 && low === 0) continue
+      if (low & ~OFFSET_LOW) throw invalid('Refcount table', index, 'has reserved bits set')
+      const offset = high * SIZE_OF_HIGH + low
+      checkPlace('Refcount table', index, offset, free, header, file)
+      if (offset >= l1Offset)
+        throw invalid('Refcount table', index, `points at ${offset}, after the L1 table begins`)
+      free = offset + clusterSize
+      if (free !== blocks + (index + 1) * clusterSize)
+        throw unsupported('Refcount table', index, 'comes after an empty one')
+    }
+  })
+  if (free !== l1Offset)
+    throw new Qcow2Error(
+      'QCOW2_UNSUPPORTED',
+      `Its refcount blocks end at ${free} and the L1 table begins at ${l1Offset}; Varve leaves no gaps.`,
+    )
 }
 
 async function readL1(
@@ -41,12 +84,8 @@ async function readL1(
   signal: AbortSignal | undefined,
 ): Promise<TableList> {
   const { clusterSize, l1Offset, l1Entries } = header
-  const tables: TableList = {
-    count: 0,
-    l1Index: new Uint32Array(16),
-    offset: new Float64Array(16),
-    end: l1Offset + Math.ceil((l1Entries * ENTRY_BYTES) / clusterSize) * clusterSize,
-  }
+  const start = l1Offset + Math.ceil((l1Entries * ENTRY_BYTES) / clusterSize) * clusterSize
+  const tables: TableList = { count: 0, l1Index: new Uint32Array(16), start, end: start }
   let index = 0
   await readWindows(file, split(l1Offset, l1Entries * ENTRY_BYTES), signal, view => {
     for (let at = 0; at < view.byteLength; at += ENTRY_BYTES, index++) {
@@ -55,13 +94,8 @@ async function readL1(
       if (high === 0 && low === 0) continue
       const offset = entryOffset('L1', index, high, low)
       checkPlace('L1', index, offset, tables.end, header, file)
-      if (tables.count === tables.offset.length) {
-        tables.l1Index = grown(tables.l1Index)
-        tables.offset = grown(tables.offset)
-      }
-      tables.l1Index[tables.count] = index
-      tables.offset[tables.count] = offset
-      tables.count++
+      if (tables.count === tables.l1Index.length) tables.l1Index = grown(tables.l1Index)
+      tables.l1Index[tables.count++] = index
       tables.end = offset + clusterSize
     }
   })
@@ -72,12 +106,12 @@ async function readL2(
   file: ImageFile,
   header: ParsedHeader,
   tables: TableList,
-  signal: AbortSignal | undefined,
+  { maxRuns, signal }: ReadTablesOptions,
 ): Promise<ImageExtents> {
   const { clusterSize, virtualSize } = header
   const perTable = clusterSize / ENTRY_BYTES
   const clusters = Math.ceil(virtualSize / clusterSize)
-  const extents = new ImageExtents()
+  const extents = new ImageExtents(maxRuns)
   let covered = 0 // guest clusters in `extents`
   let free = tables.end // the first byte that may be of a data cluster
   let table = 0
@@ -87,7 +121,7 @@ async function readL2(
     extents.append(end - covered * clusterSize, kind, offset)
     covered = until
   }
-  await readWindows(file, tableWindows(tables, clusterSize), signal, view => {
+  await readWindows(file, split(tables.start, tables.end - tables.start), signal, view => {
     for (let at = 0; at < view.byteLength; at += ENTRY_BYTES) {
       const high = view.getUint32(at)
       const low = view.getUint32(at + 4)
@@ -111,11 +145,16 @@ async function readL2(
     }
   })
   if (covered < clusters) add(clusters, ExtentKind.unallocated, 0)
+  if (free < file.size)
+    throw new Qcow2Error(
+      'QCOW2_UNSUPPORTED',
+      `The file of ${file.size} bytes goes on after the last cluster, which ends at ${free}.`,
+    )
   return extents
 }
 
 /** The offset in an entry that is not empty; no flag but COPIED, which says that nothing else uses the cluster. */
-function entryOffset(table: 'L1' | 'L2', index: number, high: number, low: number): number {
+function entryOffset(table: TableName, index: number, high: number, low: number): number {
   if (table === 'L2' && high & COMPRESSED_HIGH) throw unsupported(table, index, 'is a compressed cluster')
   if (high & ~(COPIED_HIGH | OFFSET_HIGH) || low & ~OFFSET_LOW)
     throw invalid(table, index, 'has reserved bits set')
@@ -123,9 +162,9 @@ function entryOffset(table: 'L1' | 'L2', index: number, high: number, low: numbe
   return (high & OFFSET_HIGH) * SIZE_OF_HIGH + ((low & OFFSET_LOW) >>> 0)
 }
 
-/** A cluster is aligned, in the file, and after all that comes before it in Varve's order. */
+/** A cluster is aligned, in the file, and right after all that comes before it in Varve's order. */
 function checkPlace(
-  table: 'L1' | 'L2',
+  table: TableName,
   index: number,
   offset: number,
   free: number,
@@ -143,6 +182,7 @@ function checkPlace(
     throw invalid(table, index, `points at ${offset}, which is in use`)
   if (offset < free)
     throw unsupported(table, index, `points at ${offset}; Varve writes tables and data in ascending order`)
+  if (offset > free) throw unsupported(table, index, `points at ${offset}; Varve leaves no gap after ${free}`)
 }
 
 /** Pieces of a table that is in one piece. */
@@ -151,26 +191,10 @@ function* split(offset: number, length: number): Generator<Window> {
     yield { offset: offset + at, length: Math.min(WINDOW_BYTES, length - at) }
 }
 
-/** Neighbouring L2 tables in one window, as many as fit. */
-function* tableWindows(tables: TableList, clusterSize: number): Generator<Window> {
-  let offset = 0
-  let length = 0
-  for (let table = 0; table < tables.count; table++) {
-    const next = tables.offset[table] ?? 0
-    if (length > 0 && (next !== offset + length || length + clusterSize > WINDOW_BYTES)) {
-      yield { offset, length }
-      length = 0
-    }
-    if (length === 0) offset = next
-    length += clusterSize
-  }
-  if (length > 0) yield { offset, length }
-}
-
-function invalid(table: string, index: number, what: string): Qcow2Error {
+function invalid(table: TableName, index: number, what: string): Qcow2Error {
   return new Qcow2Error('QCOW2_INVALID', `${table} entry ${index} ${what}.`, { table, index })
 }
 
-function unsupported(table: string, index: number, what: string): Qcow2Error {
+function unsupported(table: TableName, index: number, what: string): Qcow2Error {
   return new Qcow2Error('QCOW2_UNSUPPORTED', `${table} entry ${index} ${what}.`, { table, index })
 }

@@ -94,3 +94,17 @@ test.each([-1, 2, 0.5])('there is no run %d in a list of two', index => {
       }),
     )
 })
+
+test('a list has at most 2^24 runs, and a longer last one', () => {
+  const list = new ExtentList(2 ** 24)
+  for (let i = 0; i < 2 ** 24; i++) list.append(1, i % 2 === 0 ? zero : data)
+  list.append(1, data)
+  expect(() => list.append(1, zero)).toThrow(
+    expect.objectContaining({
+      code: 'QCOW2_ARGUMENT',
+      message: expect.stringMatching(/too fragmented.*larger cluster size/),
+      context: { runs: 2 ** 24, covered: 2 ** 24 + 1 },
+    }),
+  )
+  expect(list.size).toBe(2 ** 24 + 1)
+})

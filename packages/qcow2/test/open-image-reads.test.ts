@@ -74,9 +74,10 @@ test('tables that lie side by side are read in windows of 4 MiB', async () => {
   const { file, reads } = metadataFile(extents, {})
   const image = await openImage(file)
   expect(extentsAsArray(image.extents)).toEqual(extentsAsArray(extents))
-  const l1 = reads[1]?.[0] ?? 0
+  const l1 = reads[2]?.[0] ?? 0
   expect(reads).toEqual([
     [0, 4096],
+    [65536, 65536],
     [l1, 65 * 8],
     [l1 + 65536, 4 * MIB],
     [l1 + 65536 + 4 * MIB, 65536],
@@ -91,9 +92,10 @@ test('a large L1 table is read in windows of 4 MiB too, and only the L2 tables t
   const { file, reads } = metadataFile(extents, { clusterSize: 4096, backing: BACKING })
   const image = await openImage(file)
   expect(extentsAsArray(image.extents)).toEqual(extentsAsArray(extents))
-  const l1 = reads[1]?.[0] ?? 0
+  const l1 = reads[2]?.[0] ?? 0
   expect(reads).toEqual([
     [0, 4096],
+    [4096, 4096],
     [l1, 4 * MIB],
     [l1 + 4 * MIB, 4 * MIB],
     [l1 + 8 * MIB, 2 * MIB],
@@ -101,18 +103,20 @@ test('a large L1 table is read in windows of 4 MiB too, and only the L2 tables t
   ])
 })
 
-/** An image with twelve L2 tables, each with explicit zeros first, then nothing, and a gap in the file after it. */
-async function gappedImage(): Promise<Buffer> {
-  const plan = { clusterSize: 4096, size: 24 * MIB, runs: [], seed: 0 }
-  const { file: small } = await compose(plan, Buffer.alloc(plan.size))
-  const file = Buffer.concat([small, Buffer.alloc(12 * 8192)])
-  for (let i = 0; i < 12; i++) {
-    const table = small.length + i * 8192
-    file.writeBigUInt64BE((1n << 63n) | BigInt(table), 3 * 4096 + i * 8)
-    file.writeBigUInt64BE(1n, table)
+/** An image with 24 L2 tables of 2 MiB, each with explicit zeros first and then nothing. */
+function manyTables(): Buffer {
+  const extents = new ExtentList()
+  for (let i = 0; i < 24; i++) {
+    extents.append(TABLE, zero)
+    extents.append(TABLE * (TABLE / 8) - TABLE, unallocated)
   }
+  const layout = planImage(extents, { clusterSize: TABLE, backing: BACKING })
+  const file = Buffer.alloc(layout.fileSize)
+  layout.readMetadata(0, file)
   return file
 }
+
+const TABLE = 2 * MIB
 
 /** A file whose reads the test settles. */
 function slowFile(bytes: Buffer): { guest: ControlledGuest; file: ImageFile } {
@@ -127,78 +131,79 @@ test.each([
 ])('the L1 table of $size bytes without data is read in windows of $windows', async ({ size, windows }) => {
   const { file, reads } = metadataFile(listOf([size, unallocated]), { clusterSize: 4096 })
   expect((await openImage(file)).virtualSize).toBe(size)
-  expect(reads.slice(1).map(([, length]) => length)).toEqual(windows)
+  expect(reads.slice(2).map(([, length]) => length)).toEqual(windows)
 })
 
-test('tables with gaps between are windows of their own, four are read at a time, and visited in order', async () => {
-  const { guest, file } = slowFile(await gappedImage())
+test('of the windows four are read at a time, and visited in order', async () => {
+  const { guest, file } = slowFile(manyTables())
   const opened = openImage(file)
-  for (const index of [0, 1]) {
-    guest.at(index).complete() // the header, the L1 table
+  for (const index of [0, 1, 2]) {
+    guest.at(index).complete() // the header, the refcount table, the L1 table
     await turn()
   }
-  expect(guest.reads.length).toBe(2 + 4)
-  for (const index of [3, 4, 5]) guest.at(index).complete()
+  expect(guest.reads.length).toBe(3 + 4)
+  for (const index of [4, 5, 6]) guest.at(index).complete()
   await turn()
-  expect(guest.reads.length).toBe(2 + 4)
-  guest.at(2).complete()
+  expect(guest.reads.length).toBe(3 + 4)
+  guest.at(3).complete()
   await turn()
-  expect(guest.reads.length).toBe(2 + 8)
-  for (let i = 6; i < guest.reads.length; i++) {
+  expect(guest.reads.length).toBe(3 + 8)
+  for (let i = 7; i < guest.reads.length; i++) {
     guest.at(i).complete()
     await turn()
   }
-  expect(guest.reads.length).toBe(2 + 12)
-  const first = 4 * 4096 // after the header, the refcount table and block, and the L1 table
-  expect(guest.reads.slice(2).map(read => [read.offset, read.into.length])).toEqual(
-    Array.from({ length: 12 }, (_, i) => [first + i * 8192, 4096]),
+  expect(guest.reads.length).toBe(3 + 12)
+  const first = 4 * TABLE // after the header, the refcount table and block, and the L1 table
+  expect(guest.reads.slice(3).map(read => [read.offset, read.into.length])).toEqual(
+    Array.from({ length: 12 }, (_, i) => [first + i * 4 * MIB, 4 * MIB]),
   )
+  const covers = TABLE * (TABLE / 8)
   expect(extentsAsArray((await opened).extents)).toEqual(
-    Array.from({ length: 12 }, (_, i) => [
-      { start: i * 2 * MIB, length: 4096, kind: zero },
-      { start: i * 2 * MIB + 4096, length: 2 * MIB - 4096, kind: unallocated },
+    Array.from({ length: 24 }, (_, i) => [
+      { start: i * covers, length: TABLE, kind: zero },
+      { start: i * covers + TABLE, length: covers - TABLE, kind: unallocated },
     ]).flat(),
   )
 })
 
 test('the error of a read is thrown as it is, once no other read is under way', async () => {
-  const { guest, file } = slowFile(await gappedImage())
+  const { guest, file } = slowFile(manyTables())
   const failure = new Error('the storage is gone')
   let over = false
   const opened = openImage(file).finally(() => {
     over = true
   })
   const outcome = expect(opened).rejects.toBe(failure)
-  for (const index of [0, 1]) {
+  for (const index of [0, 1, 2]) {
     guest.at(index).complete()
     await turn()
   }
-  guest.at(3).fail(new Error('a later one, seen first'))
+  guest.at(4).fail(new Error('a later one, seen first'))
   await turn()
-  guest.at(2).fail(failure)
+  guest.at(3).fail(failure)
   await turn()
-  expect([over, guest.reads.length]).toEqual([false, 6])
-  guest.at(4).complete()
-  guest.at(5).fail(new Error('another'))
+  expect([over, guest.reads.length]).toEqual([false, 7])
+  guest.at(5).complete()
+  guest.at(6).fail(new Error('another'))
   await outcome
 })
 
 test('the signal is handed to every read', async () => {
-  const { guest, file } = slowFile(await gappedImage())
+  const { guest, file } = slowFile(manyTables())
   const abort = new AbortController()
   const opened = openImage(file, { signal: abort.signal })
   const outcome = expect(opened).rejects.toThrow('given up')
-  for (const index of [0, 1]) {
+  for (const index of [0, 1, 2]) {
     guest.at(index).complete()
     await turn()
   }
   expect(guest.reads.every(read => read.signal === abort.signal)).toBe(true)
-  for (const read of guest.reads.slice(2)) read.fail(new Error('given up'))
+  for (const read of guest.reads.slice(3)) read.fail(new Error('given up'))
   await outcome
 })
 
 test('without a signal reads get none', async () => {
-  const { guest, file } = slowFile(await gappedImage())
+  const { guest, file } = slowFile(manyTables())
   const opened = expect(openImage(file)).rejects.toThrow('no more')
   guest.at(0).complete()
   await turn()
