@@ -180,7 +180,7 @@ export class SftpConnection {
         },
       ),
     )
-    socket.destroy()
+    socket.resetAndDestroy() // not to be closed in peace: what the system still holds would reach the server later
   }
 
   #fail(failure: VarveError): void {

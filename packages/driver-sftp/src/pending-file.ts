@@ -56,7 +56,7 @@ export class PendingFile {
     const handle = await this.#open(root, signal)
     let stats: Stats
     try {
-      if (!isNew) await this.#rewind(connection, handle)
+      if (!isNew) await this.#checkKept(connection, handle)
       const size = await writeWindow(connection, handle, body, {
         key,
         start: this.kept,
@@ -71,7 +71,7 @@ export class PendingFile {
       if (stats.size !== size) {
         throw new VarveError(
           'STORAGE_FAILED',
-          `${size} bytes were written, but the file has ${stats.size}. Check the server's disk.`,
+          `${size} bytes were written, but the file has ${stats.size}. Check the server's disk, and whether the source changed.`,
           { context: { key, size, stored: stats.size } },
         )
       }
@@ -225,12 +225,13 @@ export class PendingFile {
     }
   }
 
-  /** Takes away what is behind {@link PendingFile.kept}, which goes back to 0 where the server has lost something. */
-  async #rewind(connection: SftpConnection, handle: Buffer): Promise<void> {
+  /**
+   * Sets {@link PendingFile.kept} back to 0 where the server has lost something. What is behind it is written over and
+   * never cut off: a request to do so may outlive its connection, and would take away what was written since.
+   */
+  async #checkKept(connection: SftpConnection, handle: Buffer): Promise<void> {
     const stats = await connection.call<Stats>((sftp, done) => sftp.fstat(handle, done))
     if (stats.size < this.kept) this.kept = 0
-    const size = this.kept
-    await connection.call((sftp, done) => sftp.fsetstat(handle, { size }, done))
   }
 
   /** A refusal with no reason is most often a full disk: the file system tells. */

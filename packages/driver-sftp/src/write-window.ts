@@ -156,7 +156,10 @@ function sizeOf({ size }: UploadBody): number {
   return size
 }
 
-/** Asks the server now and then to make durable what is written, where it can (`fsync@openssh.com`). */
+/**
+ * Asks the server now and then to make durable what is written (`fsync@openssh.com`). Where it cannot, nothing counts as
+ * kept.
+ */
 class Durability {
   readonly #connection: SftpConnection
   readonly #handle: Buffer
@@ -175,13 +178,12 @@ class Durability {
 
   /** Everything before `position` is written. */
   async advance(position: number): Promise<void> {
-    if (!this.#offered) this.#keep(position)
-    else if (!this.#running && position - this.#kept >= SYNC_BYTES && performance.now() >= this.#notBefore) {
-      this.#running = this.#sync(position).finally(() => {
-        this.#running = undefined
-      })
-      await this.#running
-    }
+    if (!this.#offered || this.#running) return
+    if (position - this.#kept < SYNC_BYTES || performance.now() < this.#notBefore) return
+    this.#running = this.#sync(position).finally(() => {
+      this.#running = undefined
+    })
+    await this.#running
   }
 
   async settled(): Promise<void> {
@@ -191,12 +193,9 @@ class Durability {
   async #sync(position: number): Promise<void> {
     const began = performance.now()
     this.#offered = await sync(this.#connection, this.#handle)
+    if (!this.#offered) return // a server that lost power and came back looks like one whose connection was cut
     const ended = performance.now()
     this.#notBefore = ended + (ended - began) * (1 / SYNC_SHARE - 1)
-    this.#keep(position)
-  }
-
-  #keep(position: number): void {
     this.#kept = position
     this.#onKept(position)
   }

@@ -1,7 +1,7 @@
-import { EventEmitter } from 'node:events'
-import type { Socket } from 'node:net'
+import { EventEmitter, once } from 'node:events'
+import { type AddressInfo, connect as connectSocket, createServer, type Socket } from 'node:net'
 import type { SFTPWrapper } from 'ssh2'
-import { afterEach, expect, test, vi } from 'vitest'
+import { afterEach, expect, onTestFinished, test, vi } from 'vitest'
 import { SftpConnection } from '../src/connection.ts'
 
 const TIMEOUT_MS = 400
@@ -48,6 +48,20 @@ test('a process that was held up itself reads what has come before it calls the 
   await expect(call).resolves.toBe('there')
 })
 
+test('a connection that broke is reset, so that nothing of it arrives later', async () => {
+  const server = createServer({ pauseOnConnect: true }).listen(0, '127.0.0.1')
+  onTestFinished(() => void server.close())
+  await once(server, 'listening')
+  const accepted = once(server, 'connection')
+  const socket = connectSocket((server.address() as AddressInfo).port, '127.0.0.1')
+  const [peer] = (await accepted) as [Socket]
+  const connection = begin(socket)
+  socket.write('a request')
+  connection.onError(new Error('boom'))
+  const [reset] = await once(peer.resume(), 'error')
+  expect(reset).toMatchObject({ code: 'ECONNRESET' })
+})
+
 test.each([
   ['limits of OpenSSH', 262_144, 261_120, 261_120, Number.POSITIVE_INFINITY, 261_120],
   ['larger limits than ssh2 takes', 2 ** 30, 2 ** 20, 2 ** 20, 100, 261_120],
@@ -78,17 +92,20 @@ function connect(fakeTimers = true, fields: object = {}) {
   const socket = Object.assign(new EventEmitter(), {
     bytesRead: 0,
     destroyed: false,
-    destroy: () => undefined,
+    resetAndDestroy: () => undefined,
   })
-  const connection = new SftpConnection({
-    socket: socket as unknown as Socket,
+  return { connection: begin(socket as unknown as Socket, fields), socket }
+}
+
+function begin(socket: Socket, fields: object = {}): SftpConnection {
+  return new SftpConnection({
+    socket,
     sftp: Object.assign(new EventEmitter(), fields) as SFTPWrapper,
     fingerprint: 'SHA256:x',
     address: 'sftp://host:22',
     timeoutMs: TIMEOUT_MS,
     end: () => undefined,
   })
-  return { connection, socket }
 }
 
 async function pass(ms: number, then?: () => void): Promise<void> {

@@ -16,9 +16,11 @@ export class FakeServer {
   readonly files = new Map<string, Buffer>()
   readonly folders = new Set<string>(['/'])
   /** By request, such as `RENAME`: what it does otherwise. */
-  readonly twists: Partial<Record<'RENAME' | 'REMOVE' | 'LSTAT' | 'WRITE', Twist>> = {}
+  readonly twists: Partial<Record<'RENAME' | 'REMOVE' | 'LSTAT' | 'WRITE' | 'FSETSTAT', Twist>> = {}
   /** Whether it ends every connection at once. */
   refuses = false
+  /** How many connections there have been. */
+  connections = 0
   /** Every request that changes a name, with its paths. */
   readonly changes: string[] = []
   /** How many bytes each write had, as they came. */
@@ -62,6 +64,7 @@ export class FakeServer {
 
   #serve(client: Connection): void {
     this.#clients.add(client)
+    this.connections++
     if (this.refuses) client.end()
     client.on('close', () => this.#clients.delete(client))
     client.on('error', () => undefined) // a connection that was cut
@@ -94,7 +97,7 @@ export class FakeServer {
       paths: string[],
       usual: () => number | undefined,
     ) => {
-      if (name !== 'LSTAT' && name !== 'WRITE') this.changes.push(`${name} ${paths.join(' ')}`)
+      if (name === 'RENAME' || name === 'REMOVE') this.changes.push(`${name} ${paths.join(' ')}`)
       const status = (await this.twists[name]?.(...paths)) ?? usual()
       if (typeof status === 'number') answer(id, status)
     }
@@ -126,8 +129,14 @@ export class FakeServer {
     sftp.on('FSTAT', (id, handle) => tell(id, at(handle).path))
     sftp.on('FSETSTAT', (id, handle, { size }) => {
       const { path } = at(handle)
-      if (size !== undefined) this.files.set(path, this.files.get(path)?.subarray(0, size) ?? Buffer.alloc(0))
-      answer(id, STATUS_CODE.OK)
+      twisted('FSETSTAT', id, [path], () => {
+        if (size !== undefined) {
+          const file = Buffer.alloc(size)
+          this.files.get(path)?.copy(file)
+          this.files.set(path, file)
+        }
+        return STATUS_CODE.OK
+      })
     })
     sftp.on('OPEN', (id, path, flags) => {
       if (!this.files.has(path) && flags & OPEN_MODE.CREAT) this.files.set(path, Buffer.alloc(0))

@@ -1,5 +1,6 @@
 import { execFileSync, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { globSync, statSync, truncateSync } from 'node:fs'
 import { chmod, copyFile, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -325,7 +326,7 @@ test('an object is written in large packets, is durable before it gets its name,
   expect(steps).toEqual([...replaced, ...replaced])
 })
 
-test('a server without any of the extensions keeps objects as well', async () => {
+test('a server without any of the extensions keeps objects as well, also where it loses power', async () => {
   const denied = ['posix-rename', 'fsync', 'limits', 'statvfs', 'fstatvfs', 'hardlink', 'lsetstat']
   await using lab = await startSshd({ denied })
   await using proxy = await NetworkProxy.start({ port: lab.port })
@@ -339,9 +340,18 @@ test('a server without any of the extensions keeps objects as well', async () =>
     await driver.put('a/object', new PatternBody({ size: 3 * MIB, seed }))
     expect((await buffer(await driver.get('a/object'))).equals(patternBytes(seed, 0, 3 * MIB))).toBe(true)
   }
-  proxy.cutAfter(20 * MIB, 'toServer')
-  await driver.put('a/large', new PatternBody({ size: 24 * MIB, seed: 3 }))
-  expect(proxy.cuts).toBe(1)
+  let lostPower = false
+  const losePower = (bytes: number) => {
+    if (bytes < 18 * MIB || lostPower) return
+    lostPower = true
+    proxy.cutAll()
+    const [file = ''] = globSync(join(target.path, 'a/.varve-part-*'))
+    const { size } = statSync(file)
+    truncateSync(file, 4 * MIB) // what it had not written to its disk yet is zeros
+    truncateSync(file, size)
+  }
+  await driver.put('a/large', new PatternBody({ size: 24 * MIB, seed: 3 }), { onProgress: losePower })
+  expect(lostPower).toBe(true)
   expect(Buffer.from(await target.readRaw('a/large')).equals(patternBytes(3, 0, 24 * MIB))).toBe(true)
   expect((await filesIn(target.path)).map(file => file.name).sort()).toEqual(['a/large', 'a/object'])
 })
