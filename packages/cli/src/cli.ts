@@ -1,4 +1,4 @@
-import { VarveError } from '@varve/core'
+import { isVarveError, VarveError } from '@varve/core'
 import { Command, CommanderError } from 'commander'
 import { backupCommand } from './commands/backup.ts'
 import { deleteCommand } from './commands/delete.ts'
@@ -10,7 +10,7 @@ import { showCommand } from './commands/show.ts'
 import { storageCommand } from './commands/storage.ts'
 import { verifyCommand } from './commands/verify.ts'
 import { errorDocument, errorText } from './error-text.ts'
-import { EXIT, type ExitCode, exitCodeOf } from './exit-code.ts'
+import { EXIT, type ExitCode, exitCodeOf, worst } from './exit-code.ts'
 import { printable } from './printable.ts'
 import { type GlobalOptions, Session } from './session.ts'
 import type { EndSignal, Terminal } from './terminal.ts'
@@ -43,28 +43,43 @@ export async function runCli(args: readonly string[], terminal: Terminal): Promi
   })
   let help = ''
   const writeOut = (text: string) => {
-    if (json) help += text
-    else terminal.stdout.write(text)
+    help += text
   }
   try {
     await createProgram(session, writeOut).parseAsync(args, { from: 'user' })
     return session.exitCode
   } catch (error) {
     session.close()
-    // Help and the version were asked for, or help was shown on standard error since there was no command.
-    const isHelp = error instanceof CommanderError && HELP.has(error.code)
-    const code = exitCodeOf(error)
-    if (json) {
-      const asked = help === `${VERSION}\n` ? { version: VERSION } : { help }
-      const document = isHelp && code === EXIT.done ? asked : errorDocument(error)
-      await writeText(terminal.stdout, JSON.stringify(document, null, 2))
-    }
-    if (isHelp) return code
-    await writeText(terminal.stderr, `Error: ${printable(errorText(error, session))}`)
-    return code
+    return await tellError(error, session, { json, help })
   } finally {
     session.close()
   }
+}
+
+/** Tells what ended a command line without a result, or shows the help that was asked for. */
+async function tellError(
+  error: unknown,
+  session: Session,
+  { json, help }: { json: boolean; help: string },
+): Promise<ExitCode> {
+  const { stdout, stderr } = session.terminal
+  // Help and the version were asked for, or help was shown on standard error since there was no command.
+  const isHelp = error instanceof CommanderError && HELP.has(error.code)
+  const isAsked = isHelp && exitCodeOf(error) === EXIT.done
+  const problems = isHelp ? [] : [error]
+  try {
+    if (json && !isVarveError(error, 'OUTPUT_FAILED')) {
+      const asked = help === `${VERSION}\n` ? { version: VERSION } : { help }
+      await writeText(stdout, JSON.stringify(isAsked ? asked : errorDocument(error), null, 2))
+    } else if (isAsked) await writeText(stdout, help.trimEnd())
+  } catch (unwritten) {
+    problems.push(unwritten)
+  }
+  for (const problem of problems) {
+    const text = `Error: ${printable(errorText(problem, session))}`
+    await writeText(stderr, text).catch(() => undefined) // there is no other place to tell it
+  }
+  return worst(session.exitCode, exitCodeOf(error), ...problems.map(exitCodeOf))
 }
 
 function interrupted(signal: EndSignal): VarveError {

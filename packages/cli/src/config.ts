@@ -1,9 +1,10 @@
-import { readFile } from 'node:fs/promises'
+import { open } from 'node:fs/promises'
 import { isAbsolute, join, resolve } from 'node:path'
-import { errorMessage, type StorageDriver, VarveError } from '@varve/core'
+import { errorMessage, isVarveError, type StorageDriver, VarveError } from '@varve/core'
 import { z } from 'zod'
 import { type CephSettings, cephSettings } from './ceph-settings.ts'
 import { configError, describeIssues, fieldName } from './config-error.ts'
+import { assertOwnFile, assertOwnPlace } from './config-owner.ts'
 import { readSecret } from './secret.ts'
 import type { StorageOpener, StorageType } from './storage-type.ts'
 import { STORAGE_TYPES } from './storage-types.ts'
@@ -41,16 +42,18 @@ export interface LoadConfigOptions {
 
 /**
  * Reads the configuration: the file that was named, or the first there is of `./varve.config.json` and
- * `/etc/varve/config.json`.
+ * `/etc/varve/config.json`. That of the current folder is refused where somebody else could have written it.
  *
  * @throws INVALID_CONFIG
  */
 export async function loadConfig({ path, env, cwd }: LoadConfigOptions): Promise<Config> {
   const named = path ?? (env.VARVE_CONFIG || undefined)
-  const places = named === undefined ? ['varve.config.json', '/etc/varve/config.json'] : [named]
-  const candidates = places.map(place => resolve(cwd, place))
+  const local = resolve(cwd, 'varve.config.json')
+  const candidates = named === undefined ? [local, '/etc/varve/config.json'] : [resolve(cwd, named)]
   for (const candidate of candidates) {
-    const text = await readText(candidate)
+    // Whoever can write to the current folder must not choose what a caller runs who did not ask for it.
+    const mustBeOwn = named === undefined && candidate === local
+    const text = await readText(candidate, { mustBeOwn })
     if (text !== undefined) return parseConfig(text, candidate)
   }
   throw new VarveError(
@@ -60,10 +63,14 @@ export async function loadConfig({ path, env, cwd }: LoadConfigOptions): Promise
   )
 }
 
-async function readText(path: string): Promise<string | undefined> {
+async function readText(path: string, { mustBeOwn }: { mustBeOwn: boolean }): Promise<string | undefined> {
   try {
-    return await readFile(path, 'utf8')
+    if (mustBeOwn) await assertOwnPlace(path)
+    await using file = await open(path)
+    if (mustBeOwn) await assertOwnFile(path, file)
+    return await file.readFile('utf8')
   } catch (error) {
+    if (isVarveError(error)) throw error
     if (error instanceof Error && 'code' in error && error.code === 'ENOENT') return undefined
     const isFolder = error instanceof Error && 'code' in error && error.code === 'EISDIR'
     const what = isFolder ? 'is a folder' : `cannot be read: ${errorMessage(error)}`

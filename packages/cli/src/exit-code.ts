@@ -21,3 +21,9 @@ export function exitCodeOf(error: unknown): ExitCode {
   if (error.context.published !== undefined) return EXIT.attention
   return error.code === 'INVALID_ARGUMENT' || error.code === 'INVALID_CONFIG' ? EXIT.usage : EXIT.failed
 }
+
+/** The exit code of a command with several outcomes: that a host needs attention goes before all else. */
+export function worst(...codes: readonly ExitCode[]): ExitCode {
+  const order = [EXIT.attention, EXIT.usage, EXIT.failed]
+  return order.find(code => codes.includes(code)) ?? EXIT.done
+}

@@ -21,7 +21,8 @@ const END_SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 export function processTerminal(): Terminal {
   const { env, stdin, stdout, stderr } = process
   for (const stream of [stdout, stderr]) {
-    // Who reads the output has gone, such as `head`, or an SSH session: a backup goes on without.
+    // Who reads the output has gone, such as `head`, or an SSH session: a backup goes on without. That its result could
+    // not be written is for `writeText` to tell.
     stream.on('error', () => undefined)
   }
   return {

@@ -1,12 +1,34 @@
-import { mkdir, mkdtemp, readdir, readFile, rm, stat, truncate, writeFile } from 'node:fs/promises'
+import {
+  chmod,
+  chown,
+  copyFile,
+  lchown,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  symlink,
+  truncate,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { compareImages, createQcow2, mountTmpfs, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterEach, beforeEach, expect, onTestFinished, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { type CliOptions, type CliResult, cli } from './test-terminal.ts'
 
+let template: string
 let folder: string
+beforeAll(async () => {
+  template = await mkdtemp(join(tmpdir(), 'varve-cli-disk-'))
+  await createQcow2(join(template, 'disk.qcow2'), 64 * 1024 * 1024)
+  await qemuIo(join(template, 'disk.qcow2'), 'qcow2', ['write -P 0x11 0 8M', 'write -P 0x22 40M 1M'])
+})
+afterAll(() => rm(template, { recursive: true }))
 beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-cli-'))
   await mkdir(join(folder, 'nas'))
@@ -15,8 +37,7 @@ beforeEach(async () => {
     stateDir: join(folder, 'state'),
   }
   await writeFile(join(folder, 'varve.config.json'), JSON.stringify(config))
-  await createQcow2(join(folder, 'disk.qcow2'), 64 * 1024 * 1024)
-  await qemuIo(join(folder, 'disk.qcow2'), 'qcow2', ['write -P 0x11 0 8M', 'write -P 0x22 40M 1M'])
+  await copyFile(join(template, 'disk.qcow2'), join(folder, 'disk.qcow2'))
 })
 afterEach(() => rm(folder, { recursive: true }))
 
@@ -57,8 +78,11 @@ test('images are backed up, listed, shown, verified, backed up again and restore
 test('an existing file is never overwritten without being asked', async () => {
   const { id } = manifestOf(await backup())
   await writeFile(join(folder, 'mine.qcow2'), 'precious')
-  const refused = await run(`restore ${id} --to-disk vda=mine.qcow2`)
+  const refused = await run(`restore ${id} --to-disk vda=mine.qcow2 --json`)
   expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('TARGET_EXISTS') })
+  expect(JSON.parse(refused.stdout)).toMatchObject({
+    error: { code: 'TARGET_EXISTS', context: { path: join(folder, 'mine.qcow2') }, retryable: false },
+  })
   expect((await stat(join(folder, 'mine.qcow2'))).size).toBe(8)
   expect(await run(`restore ${id} --to-disk vda=mine.qcow2 --overwrite`)).toMatchObject({ code: 0 })
   await expectSame('mine.qcow2')
@@ -141,10 +165,9 @@ test('a damaged image is found by a deep verification and refused by a restore',
   await execa('bash', ['-c', `printf '\\x55' | dd of=${image} bs=1 seek=${size - 100} conv=notrunc`])
   expect((await run(`verify ${manifest.id}`)).code).toBe(0)
   expect(await run(`verify ${manifest.id} --deep`)).toMatchObject({ code: 1 })
-  expect(await run(`restore ${manifest.id} --to-disk vda=out.qcow2`)).toMatchObject({
-    code: 1,
-    stderr: expect.stringContaining('DIGEST_MISMATCH'),
-  })
+  const refused = await run(`restore ${manifest.id} --to-disk vda=out.qcow2 --json`)
+  expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('DIGEST_MISMATCH') })
+  expect(JSON.parse(refused.stdout)).toMatchObject({ error: { code: 'DIGEST_MISMATCH' } })
   await truncate(image, size - 1)
   expect(await run(`verify ${manifest.id}`)).toMatchObject({ code: 1 })
   expect(await run(`restore ${manifest.id} --to-disk vda=out.qcow2`)).toMatchObject({
@@ -177,4 +200,59 @@ test('the storage is checked', async () => {
   expect(await run('storage check nas')).toMatchObject({ code: 0 })
   await rm(join(folder, 'nas'), { recursive: true })
   expect(await run('storage check nas')).toMatchObject({ code: 1 })
+})
+
+test("another user's configuration in the current folder runs nothing unless it is named", async () => {
+  const place = join(folder, 'shared')
+  const config = join(place, 'varve.config.json')
+  const program = join(folder, 'program')
+  await mkdir(place)
+  await writeFile(program, `#!/bin/sh\ntouch ${folder}/ran\nexit 1\n`, { mode: 0o755 })
+  const content = JSON.stringify({ storages: { x: { type: 'rclone', remoteName: 'x', command: program } } })
+  const list = async (options: string[] = []) => {
+    await rm(join(folder, 'ran'), { force: true })
+    const { code, stderr } = await cli(['list', ...options], { cwd: place })
+    return {
+      code,
+      refused: stderr.includes('is not used, since'),
+      ran: (await readdir(folder)).includes('ran'),
+    }
+  }
+  const used = { code: 1, refused: false, ran: true }
+  const refused = { code: 2, refused: true, ran: false }
+  const [nobody, open, sticky] = [65_534, 0o777, 0o1777]
+
+  await writeFile(config, content)
+  expect(await list()).toEqual(used)
+  for (const mode of [0o664, 0o646]) {
+    await chmod(config, mode)
+    expect(await list()).toEqual(refused)
+  }
+  await chmod(config, 0o644)
+  for (const mode of [open, 0o775]) {
+    await chmod(place, mode) // somebody else could put one of root's files there
+    expect(await list()).toEqual(refused)
+  }
+  await chmod(place, sticky)
+  expect(await list()).toEqual(used)
+  await chown(config, nobody, nobody)
+  expect(await list()).toEqual(refused)
+  expect(await list(['--config', config])).toEqual(used)
+
+  await rename(config, join(folder, 'theirs.json'))
+  await symlink(join(folder, 'theirs.json'), config) // the file is theirs
+  expect(await list()).toEqual(refused)
+  await chown(join(folder, 'theirs.json'), 0, 0)
+  expect(await list()).toEqual(used)
+  await lchown(config, nobody, nobody) // the link is theirs
+  expect(await list()).toEqual(refused)
+  await rm(config)
+  await execa('mkfifo', [config])
+  await chown(config, nobody, nobody) // would never be open
+  expect(await list()).toEqual(refused)
+  await rm(config)
+  await writeFile(config, content)
+  await chmod(place, 0o755)
+  await chown(place, nobody, nobody)
+  expect(await list()).toEqual(refused)
 })

@@ -1,3 +1,6 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { createWriteStream } from 'node:fs'
 import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -95,6 +98,9 @@ test('with --json standard output is one document, whatever the command and its 
   expect(await document('storage check', 0)).toMatchObject({ ok: true, type: 'local' })
   expect(await document(`delete ${dayId(1)} -y`, 1)).toMatchObject({ error: { code: 'CHAIN_DEPENDENCY' } })
   expect(await document(`delete ${dayId(1)}`, 2)).toMatchObject({ error: { code: 'INVALID_ARGUMENT' } })
+  expect(await document(`restore ${dayId(2)} --to-instance web-1`, 2)).toMatchObject({
+    error: { code: 'INVALID_ARGUMENT', message: expect.stringContaining('Add --yes') },
+  })
   expect(await document(`delete ${dayId(2)} -y`, 0)).toEqual({ deleted: dayId(2) })
   expect(await document('frobnicate', 2)).toMatchObject({ error: { code: 'USAGE' } })
   expect(await document('list --config missing.json', 2)).toMatchObject({ error: { code: 'INVALID_CONFIG' } })
@@ -114,6 +120,28 @@ test('with --json standard output is one document also where help or the version
     expect(JSON.parse(stdout), args).toEqual({ help: expect.stringContaining('Usage: varve list') })
   }
   expect(JSON.parse((await run('--version --json')).stdout)).toEqual({ version: manifest.version })
+})
+
+test.each([
+  ['list', ''],
+  ['list --json', ''],
+  ['--help', ''],
+  ['--version --json', ''],
+  ['frobnicate --json', 'Error: Unknown command'],
+])('varve %s on a full disk fails and says that its output is not there', async (args, also) => {
+  const output = createWriteStream('/dev/full').on('error', () => undefined)
+  const { code, stderr } = await run(args, { output })
+  expect(code).toBe(also === '' ? 1 : 2)
+  expect(stderr).toContain(also)
+  expect(stderr.match(/Error: /g)).toHaveLength(also === '' ? 1 : 2)
+  expect(stderr).toMatch(/Error: The result could not be written.*ENOSPC.*\n {2}code: OUTPUT_FAILED\n$/)
+})
+
+test('a result that nobody waits for any more is no failure', async () => {
+  const reader = spawn('true', { stdio: ['pipe', 'ignore', 'ignore'] })
+  await once(reader, 'close')
+  const output = reader.stdin.on('error', () => undefined)
+  expect(await run('list', { output })).toEqual({ code: 0, stdout: '', stderr: '' })
 })
 
 test('a configuration that is a folder is told with the file to name', async () => {
@@ -187,6 +215,20 @@ test('on a terminal a deletion is done when it is confirmed, and only then', asy
   expect(await readdir(join(folder, 'nas'))).toEqual([])
 })
 
+test.each([
+  ['', /^The disks vda, vdb, vdc of web-2 will be replaced by the backup of web-1 from /],
+  ['--disks vdb', /^The disk vdb of web-2 will be replaced by /],
+  [
+    '--disks vda,vdc --in-place',
+    /^The disks vda, vdc of web-2 will be overwritten in place with .*incomplete\.$/m,
+  ],
+  ['--with-definition', /^The disks vda, vdb, vdc of web-2 and its definition will be replaced/],
+])('before varve restore --to-instance %s it is asked for what will happen', async (args, question) => {
+  await storeFake(storage, { id: dayId(1), disks: ['vda', 'vdb', 'vdc'] })
+  const result = await run(`restore ${dayId(1)} --to-instance web-2 ${args}`.trim(), { typed: 'no\n' })
+  expect(result).toMatchObject({ code: 1, stderr: expect.stringMatching(question) })
+})
+
 test('Ctrl-C at the question is no answer', async () => {
   await storeFakeChain(storage, [1])
   let interrupted = false
@@ -227,6 +269,7 @@ test.each([
   ['--to-disk vda=a --no-start', '--no-start'],
   ['--to-disk vda=a --shutdown-timeout 5', '--shutdown-timeout'],
   ['--to-new-instance web-2 --directory /x --shutdown-timeout 5', '--shutdown-timeout'],
+  ['--to-new-instance web-2 --directory /x --in-place', '--in-place does not go with --to-new-instance'],
   ['--to-disk vda=a --to-disk vda=b', 'twice'],
   ['--to-disk ../vda=a', 'vda=/srv'],
   ['--to-disk vda=', 'vda=/srv'],
@@ -309,3 +352,45 @@ test('recover does without a storage that cannot be opened', async () => {
   expect(result).toMatchObject({ code: 0, stdout: expect.stringContaining('Nothing to recover') })
   expect(result.stderr).toMatch(/far is left out: .*NOT_SET/)
 })
+
+test('recover --orphans does nothing where a storage cannot be opened, and says so', async () => {
+  await leaveJournal(dayId(1), join(folder, 'nas'))
+  await configure({
+    storages: {
+      nas: { type: 'local', path: join(folder, 'nas') },
+      far: { type: 'sftp', host: 'far', username: 'me', password: { env: 'NOT_SET' } },
+    },
+  })
+  const result = await run('recover --orphans --json')
+  expect(result.code).toBe(2)
+  expect(JSON.parse(result.stdout)).toMatchObject({
+    error: { code: 'INVALID_CONFIG', message: expect.stringMatching(/far cannot be opened: .*NOT_SET/) },
+  })
+  expect(await readdir(join(folder, 'state', 'runs'))).toEqual([`${dayId(1)}.jsonl`])
+})
+
+test.each([
+  ['a host needs attention too', 3, '/mnt/unplugged'],
+  ['all runs are settled', 1, undefined],
+] as const)(
+  'recover --orphans tells what it recovered though the search fails, where %s',
+  async (_, code, lost) => {
+    await leaveJournal(dayId(1), join(folder, 'nas'))
+    if (lost) await leaveJournal(dayId(2), lost)
+    const local = (path: string) => ({ type: 'local', path: join(folder, path) })
+    await configure({ storages: { nas: local('nas'), gone: local('gone') } })
+    const result = await run('recover --orphans --json')
+    expect(result.code, result.stderr).toBe(code)
+    expect(result.stderr).toMatch(/^Error: .*\/gone.*\n {2}code: STORAGE_NOT_FOUND\n$/m)
+    expect(JSON.parse(result.stdout)).toMatchObject({
+      ok: lost === undefined,
+      runs: [{ id: dayId(1), outcome: 'undone' }, ...(lost ? [{ id: dayId(2), outcome: 'unresolved' }] : [])],
+      error: { code: 'STORAGE_NOT_FOUND', context: { path: join(folder, 'gone') } },
+    })
+    const text = await run('recover --orphans')
+    expect(text).toMatchObject({
+      code,
+      stdout: expect.stringContaining(lost ? 'UNRESOLVED' : 'Nothing to recover'),
+    })
+  },
+)

@@ -1,4 +1,4 @@
-import { PassThrough } from 'node:stream'
+import { PassThrough, type Writable } from 'node:stream'
 import { runCli } from '../src/cli.ts'
 import type { EndSignal, Terminal } from '../src/terminal.ts'
 
@@ -17,6 +17,8 @@ export interface CliOptions {
   readonly typed?: string
   /** Whether standard input stays open after what is typed. Default: it ends. */
   readonly open?: boolean
+  /** Takes standard output in place of the result. */
+  readonly output?: Writable
   /** Called with what standard error has so far; sends a signal by calling `interrupt`. */
   readonly onStderr?: (text: string, interrupt: (signal: EndSignal) => void) => void
 }
@@ -24,7 +26,7 @@ export interface CliOptions {
 /** Runs a command line in this process, without a terminal unless something is typed. */
 export async function cli(
   args: readonly string[],
-  { cwd, env = {}, typed, open, onStderr }: CliOptions,
+  { cwd, env = {}, typed, open, output, onStderr }: CliOptions,
 ): Promise<CliResult> {
   const isTTY = typed !== undefined
   const stdout = new PassThrough()
@@ -45,7 +47,7 @@ export async function cli(
     env,
     cwd,
     stdin,
-    stdout,
+    stdout: output ?? stdout,
     stderr,
     onSignal(given) {
       listener = given

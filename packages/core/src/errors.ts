@@ -64,6 +64,8 @@ export type ErrorCode =
   // life of a run
   | 'ABORTED'
   | 'TIMEOUT'
+  // the command line
+  | 'OUTPUT_FAILED'
 
 /** Details of an error: names, paths, sizes, exit codes. Never a secret. */
 export type ErrorContext = Readonly<Record<string, string | number | boolean | readonly string[] | undefined>>

@@ -11,8 +11,9 @@ import {
 } from '@varve/core'
 import type { Command } from 'commander'
 import { openStorage } from '../config.ts'
+import { errorDocument, errorText } from '../error-text.ts'
 import { quote } from '../event-text.ts'
-import { EXIT } from '../exit-code.ts'
+import { EXIT, worst } from '../exit-code.ts'
 import { libvirtUriOption, stateDirOption } from '../options.ts'
 import type { Session } from '../session.ts'
 import { renderTable } from '../table.ts'
@@ -52,12 +53,15 @@ async function recoverRuns(session: Session, options: RecoverOptions): Promise<v
   const storages: StorageDriver[] = []
   try {
     for (const name of config.storages.keys()) {
-      // One that cannot be opened must not keep instances off their disks: its own runs stay unresolved.
-      await openStorage(config, name, session.terminal.env).then(
-        storage => storages.push(storage),
-        error => session.notice(`The storage ${name} is left out: ${errorMessage(error)}`),
-      )
+      try {
+        storages.push(await openStorage(config, name, session.terminal.env))
+      } catch (error) {
+        if (options.orphans) throw orphansRefused(name, error)
+        // It must not keep instances off their disks: only its own runs stay unresolved.
+        session.notice(`The storage ${name} is left out: ${errorMessage(error)}`)
+      }
     }
+    const host = await session.libvirtHost(options.libvirtUri)
     const report = await recover({ stateDir, storages, rbd: await session.rbd() }, session.run())
     if (report.runs.length === 0 && (await isMissing(stateDir))) {
       session.notice(
@@ -65,20 +69,29 @@ async function recoverRuns(session: Session, options: RecoverOptions): Promise<v
       )
     }
     if (report.runs.some(needsAttention)) session.exitCode = EXIT.attention
-    if (!options.orphans) return await session.result(recoverDocument(report), recoverText(report))
-    if (storages.length < config.storages.size) {
-      throw new VarveError(
-        'INVALID_ARGUMENT',
-        'What belongs to no backup cannot be told without every storage of the configuration. Make all of them reachable and try again.',
-      )
-    }
-    const host = await session.libvirtHost(options.libvirtUri)
-    const orphans = await findOrphans({ host, storages, stateDir }, session.run())
-    const text = `${recoverText(report)}\n\n${orphansText(orphans)}`
-    await session.result({ ...recoverDocument(report), orphans }, text)
+    const [document, text] = [recoverDocument(report), recoverText(report)]
+    if (!options.orphans) return await session.result(document, text)
+    const search = await findOrphans({ host, storages, stateDir }, session.run()).then(
+      orphans => ({ orphans }),
+      (error: unknown) => ({ error }),
+    )
+    if ('orphans' in search)
+      return await session.result({ ...document, ...search }, `${text}\n\n${orphansText(search.orphans)}`)
+    // What was recovered is told nevertheless.
+    session.exitCode = worst(session.exitCode, EXIT.failed)
+    await session.result({ ...document, ...errorDocument(search.error) }, text)
+    session.notice(`Error: ${errorText(search.error, session)}`)
   } finally {
     for (const storage of storages) await storage[Symbol.asyncDispose]()
   }
+}
+
+function orphansRefused(storage: string, cause: unknown): VarveError {
+  return new VarveError(
+    'INVALID_CONFIG',
+    `What belongs to no backup cannot be told without every storage of the configuration, and ${storage} cannot be opened: ${errorMessage(cause)} Nothing was done; "varve recover" without --orphans does without the storage.`,
+    { context: { storage }, cause },
+  )
 }
 
 async function isMissing(path: string): Promise<boolean> {

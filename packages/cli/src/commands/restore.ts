@@ -103,7 +103,8 @@ async function restore(session: Session, backup: string, options: RestoreOptions
   await using storage = await session.openStorage(options.storage)
   const host = await session.libvirtHost(options.libvirtUri)
   const stateDir = await session.stateDir(options.stateDir)
-  if ('instance' in to && !options.yes) await confirmReplacement(session, storage, backup, to.instance)
+  if ('instance' in to && !options.yes)
+    await confirmReplacement(session, storage, backup, to.instance, options)
   const request: RestoreRequest = {
     backup,
     to,
@@ -142,6 +143,7 @@ function destination(session: Session, options: RestoreOptions): RestoreDestinat
     return { instance: toInstance }
   }
   if (toNewInstance !== undefined) {
+    if (options.inPlace) throw usageError('--in-place does not go with --to-new-instance: its disks are new.')
     if (directory === undefined)
       throw usageError('--to-new-instance needs --directory, the folder for its disks.')
     return {
@@ -162,13 +164,17 @@ async function confirmReplacement(
   storage: StorageDriver,
   id: string,
   instance: string,
+  { disks, inPlace, withDefinition }: RestoreOptions,
 ): Promise<void> {
   const { manifest }: StoredBackup = await findBackup(storage, id, session.call())
   const frozen = new Date(manifest.frozenAt)
   const of = manifest.instance.name === instance ? '' : ` of ${manifest.instance.name}`
-  const disks = manifest.disks.map(({ name }) => name).join(', ')
+  const names = disks ?? manifest.disks.map(({ name }) => name)
+  const what = `The ${names.length === 1 ? 'disk' : 'disks'} ${names.join(', ')} of ${instance}${withDefinition ? ' and its definition' : ''}`
+  const how = inPlace ? 'overwritten in place with' : 'replaced by'
+  const risk = inPlace ? ' A failure leaves the disks incomplete.' : ''
   await confirm(session, {
-    text: `The disks of ${instance} will be replaced by the backup${of} from ${formatTime(frozen)} (${formatAge(frozen, new Date())} ago; ${disks}). If it runs, it is shut down for that.`,
+    text: `${what} will be ${how} the backup${of} from ${formatTime(frozen)} (${formatAge(frozen, new Date())} ago). If it runs, it is shut down for that.${risk}`,
     answer: instance,
   })
 }
