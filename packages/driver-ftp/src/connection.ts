@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import { abortError, unlessAborted, VarveError } from '@varve/core'
 import { Client, type FTPResponse } from 'basic-ftp'
 import {
@@ -28,6 +29,11 @@ export class FtpConnection {
   listsByStat = true
   /** Whether `LIST` takes `-a`. */
   listsAll = true
+
+  /** What the control connection is carried by, below TLS. */
+  #carrier: Socket | undefined
+  /** Replies that are waited for. */
+  #awaited = 0
 
   private constructor(settings: FtpSettings) {
     this.settings = settings
@@ -81,15 +87,18 @@ export class FtpConnection {
       reject(timeoutError(what, timeoutMs, this.settings))
       this.close()
     }, timeoutMs)
+    this.#awaited++
     try {
       return await Promise.race([work, tooLate])
     } finally {
+      this.#awaited--
       clearTimeout(timer)
     }
   }
 
-  /** Ends it, whatever it is doing. */
+  /** Ends it, whatever it is doing. A command that has no reply and has not left this machine is not sent any more. */
   close(): void {
+    if (this.#awaited > 0 && this.usable) this.#carrier?.resetAndDestroy()
     this.client.close()
   }
 
@@ -122,6 +131,7 @@ export class FtpConnection {
         ? this.client.connectImplicitTLS(host, port, { ...tlsOptions })
         : this.client.connect(host, port)
     await this.answered(connecting, 'no connection and greeting')
+    if (tls !== 'implicit') this.#carrier = this.client.ftp.socket // else Node keeps it to itself
   }
 
   async #startTls(): Promise<void> {

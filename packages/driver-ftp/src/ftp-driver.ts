@@ -183,7 +183,7 @@ export class FtpDriver implements StorageDriver {
       const end = Math.min(range?.end ?? size, size)
       const start = Math.min(range?.start ?? 0, end)
       if (start >= end && size > 0) return Readable.from([])
-      return new Download(await Transfer.begin(connection, `RETR ${path}`, start), {
+      return new Download(await Transfer.begin(connection, `RETR ${path}`, { offset: start }), {
         key,
         length: end - start,
         toEnd: end === size,

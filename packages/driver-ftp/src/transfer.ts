@@ -8,6 +8,14 @@ import { openDataConnection } from './passive.ts'
 /** How long the reply to a transfer that was broken off is waited for, in milliseconds. */
 const GRACE_MS = 5_000
 
+/** Options of {@link Transfer.begin}. */
+export interface TransferOptions {
+  /** Where in the file it begins, in bytes. Default: 0. */
+  offset?: number
+  /** Called right before the command is sent: until there is a reply, the server may carry it out at any time. */
+  onSend?: () => void
+}
+
 /** A command that moves data, with its data connection. Who begins one ends it, by `finish` or by `abandon`. */
 export class Transfer {
   /** The data connection, connected and encrypted where it should be. */
@@ -22,8 +30,12 @@ export class Transfer {
     this.reply = reply
   }
 
-  /** Begins a transfer, `offset` bytes into the file, and waits until the server has agreed to it. */
-  static async begin(connection: FtpConnection, command: string, offset = 0): Promise<Transfer> {
+  /** Begins a transfer, and waits until the server has agreed to it. */
+  static async begin(
+    connection: FtpConnection,
+    command: string,
+    { offset = 0, onSend }: TransferOptions = {},
+  ): Promise<Transfer> {
     const socket = await openDataConnection(connection)
     socket.on('error', () => undefined) // the 'close' that follows is what is looked at
     const encrypted = handshake(socket)
@@ -32,6 +44,7 @@ export class Transfer {
     try {
       if (offset > 0) await connection.command(`REST ${offset}`)
       const { promise: agreed, resolve } = Promise.withResolvers<void>()
+      onSend?.()
       const reply: Promise<FTPResponse> = connection.client.ftp.handle(command, (response, task) => {
         if (response instanceof Error) task.reject(response)
         else if (response.code < 200) resolve()

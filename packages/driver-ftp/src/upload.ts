@@ -31,7 +31,13 @@ export interface UploadContext {
   readonly foldersInUse: FoldersInUse
 }
 
-/** Stores one object: under a temporary name, then, once the server holds as many bytes as were sent, its own. */
+/**
+ * Stores one object: under a temporary name, then, once the server holds as many bytes as were sent, its own.
+ *
+ * A command whose reply was lost may be carried out at any time later. A late `STOR` would cut off the file that another
+ * attempt writes by then, and leave zeros in it, unseen: so no file is begun twice, nor continued while a `STOR` to it has
+ * no reply.
+ */
 export class Upload {
   readonly #context: UploadContext
   readonly #key: string
@@ -40,12 +46,17 @@ export class Upload {
   readonly #cursor: UploadCursor
   readonly #names: readonly string[]
   readonly #folders: readonly string[]
-  readonly #temporary: readonly string[]
-  /** Whether there may be something of it on the server. */
+  /** The file that is written, by its temporary name. */
+  #part: readonly string[]
+  /** Whether a `STOR` to it was sent and has no reply. */
+  #uncertain = false
+  /** All files that were begun and may be on the server. */
+  readonly #parts = new Set<readonly string[]>()
+  /** Whether any was begun. */
   #begun = false
-  /** The size of the file once it may have its own name. */
-  #renamed: number | undefined
-  /** Whether the server was asked to remove the file. */
+  /** The file that may have the object's name by now. */
+  #renamed: { readonly part: readonly string[]; readonly size: number } | undefined
+  /** Whether the server was asked to remove that file. */
   #removalAsked = false
   /** Whether the server lets a file be continued. */
   #resumes = true
@@ -61,7 +72,11 @@ export class Upload {
     this.#cursor = new UploadCursor(body, key, options.signal)
     this.#names = key.split('/')
     this.#folders = this.#names.slice(0, -1)
-    this.#temporary = [...this.#folders, TEMPORARY_PREFIX + randomBytes(8).toString('hex')]
+    this.#part = this.#newPart()
+  }
+
+  #newPart(): readonly string[] {
+    return [...this.#folders, TEMPORARY_PREFIX + randomBytes(8).toString('hex')]
   }
 
   /** Does it all, once. Nothing is left when it throws. */
@@ -126,25 +141,28 @@ export class Upload {
   }
 
   async #attempt(connection: FtpConnection): Promise<void> {
-    const cursor = this.#cursor
-    if (await this.#isPublished(connection)) return
-    const offset = this.#begun ? await this.#resumeAt(connection) : 0
-    const complete = cursor.ended && cursor.position === offset && offset > 0
-    if (!complete) await this.#send(connection, offset)
-    await this.#publish(connection)
+    if (this.#removalAsked || !(await this.#isPublished(connection))) {
+      const cursor = this.#cursor
+      const offset = this.#begun ? await this.#resumeAt(connection) : 0
+      const complete = cursor.ended && cursor.position === offset && offset > 0
+      if (!complete) await this.#send(connection, offset)
+      await this.#publish(connection)
+    }
+    // what stays of former attempts is no object, and goes with the next clean-up
+    await this.#removeParts(connection).catch(() => undefined)
   }
 
   /** Where to go on after a broken transfer: the cursor is there when this returns. */
   async #resumeAt(connection: FtpConnection): Promise<number> {
     const cursor = this.#cursor
-    const stored = (await sizeOf(connection, connection.pathOf(this.#temporary))) ?? 0
+    const stored = this.#uncertain ? 0 : ((await sizeOf(connection, connection.pathOf(this.#part))) ?? 0)
     if (stored > this.#confirmed && stored <= cursor.position) {
       this.#confirmed = stored
       this.#failures = 0
     }
     const resumes = this.#resumes && connection.features.get('REST') === 'STREAM' // RFC 3659, 5.1
     // nothing was lost, as when the server gave up waiting for the source: even a stream can go on
-    if (stored === cursor.position && (resumes || stored === 0)) return stored
+    if (stored === cursor.position && (resumes || cursor.ended || stored === 0)) return stored
     if (resumes && cursor.seekable && stored < cursor.position) {
       cursor.seek(stored)
       return stored
@@ -178,7 +196,7 @@ export class Upload {
 
   async #resume(connection: FtpConnection, offset: number): Promise<Transfer> {
     try {
-      return await Transfer.begin(connection, `STOR ${connection.pathOf(this.#temporary)}`, offset)
+      return await this.#begin(connection, offset)
     } catch (error) {
       if (!isReply(error) || isReply(error, 421, 425)) throw error
       this.#resumes = false
@@ -191,16 +209,39 @@ export class Upload {
     }
   }
 
-  /** Begins the file, and makes the folders that it needs. */
+  async #begin(connection: FtpConnection, offset: number): Promise<Transfer> {
+    const onSend = () => {
+      this.#uncertain = true
+    }
+    try {
+      const path = connection.pathOf(this.#part)
+      const transfer = await Transfer.begin(connection, `STOR ${path}`, { offset, onSend })
+      this.#uncertain = false
+      return transfer
+    } catch (error) {
+      if (isReply(error)) this.#uncertain = false
+      throw error
+    }
+  }
+
+  /** Begins a file that was not begun before, and makes the folders that it needs. */
   async #create(connection: FtpConnection): Promise<Transfer> {
+    if (this.#begun) {
+      await this.#removeParts(connection).catch(error => {
+        if (!isRefusal(error)) throw error // it may be in use by the broken connection
+      })
+      this.#part = this.#newPart()
+      this.#uncertain = false
+    }
     const folder = this.#folders
     let refusal: unknown = new Error(`the folder ${connection.pathOf(folder)} cannot be made or entered`)
     for (let refusals = 0, round = 1; refusals < REFUSALS && round <= ROUNDS; round++) {
       const isThere = folder.length === 0 || (await isFolder(connection, folder))
       this.#begun = true
+      this.#parts.add(this.#part)
       if (isThere) {
         try {
-          return await Transfer.begin(connection, `STOR ${connection.pathOf(this.#temporary)}`)
+          return await this.#begin(connection, 0)
         } catch (error) {
           if (!isRefusal(error)) throw error
           refusal = error
@@ -218,7 +259,8 @@ export class Upload {
   async #publish(connection: FtpConnection): Promise<void> {
     const { settings } = this.#context
     const size = this.#cursor.position
-    const stored = await sizeOf(connection, connection.pathOf(this.#temporary))
+    const part = this.#part
+    const stored = await sizeOf(connection, connection.pathOf(part))
     if (stored !== size) {
       throw new VarveError(
         'STORAGE_FAILED',
@@ -228,9 +270,11 @@ export class Upload {
     }
     this.#options.signal?.throwIfAborted()
     try {
-      await connection.command(`RNFR ${connection.pathOf(this.#temporary)}`)
-      this.#renamed = size
+      await connection.command(`RNFR ${connection.pathOf(part)}`)
+      this.#renamed = { part, size }
+      this.#removalAsked = false
       await connection.command(`RNTO ${connection.pathOf(this.#names)}`)
+      this.#parts.delete(part)
     } catch (error) {
       if (!isRefusal(error)) throw error
       const failure = ftpError(error, `Giving ${this.#key} its name`, settings)
@@ -248,8 +292,9 @@ export class Upload {
   /** Whether a rename whose reply was lost has come about. Nobody else knows the temporary name. */
   async #isPublished(connection: FtpConnection): Promise<boolean> {
     if (this.#renamed === undefined) return false
-    if ((await sizeOf(connection, connection.pathOf(this.#temporary))) !== undefined) return false
-    return (await sizeOf(connection, connection.pathOf(this.#names))) === this.#renamed
+    const { part, size } = this.#renamed
+    if ((await sizeOf(connection, connection.pathOf(part))) !== undefined) return false
+    return (await sizeOf(connection, connection.pathOf(this.#names))) === size
   }
 
   /**
@@ -278,9 +323,10 @@ export class Upload {
           this.#renamed === undefined
             ? ''
             : ` Whether ${this.#key} is stored all the same is not known: look for it, or write it again.`
+        const names = [...this.#parts].map(part => part.join('/')).join(', ')
         throw new VarveError(
           code,
-          `${message}${unknown} An unfinished upload may be left as ${this.#temporary.join('/')}, until the storage is cleaned up: ${left.message}`,
+          `${message}${unknown} An unfinished upload may be left as ${names}, until the storage is cleaned up: ${left.message}`,
           { context, cause, retryable },
         )
       }
@@ -291,16 +337,28 @@ export class Upload {
   /** Removes what there is on the server, or returns the size of the object that is stored all the same. */
   async #discard(connection: FtpConnection): Promise<number | undefined> {
     const asked = this.#removalAsked
-    this.#removalAsked = true
-    const removed = await removeFile(connection, connection.pathOf(this.#temporary))
-    if (!removed && (await this.#isPublished(connection))) {
+    await this.#removeParts(connection)
+    const size = this.#renamed?.size
+    if (size !== undefined && (await this.#isPublished(connection))) {
       // a removal whose reply was lost may be why the file is gone, and the object that of somebody else
-      if (!asked) return this.#renamed
+      if (!asked) return size
       throw new VarveError('STORAGE_FAILED', 'the server does not say whether it was renamed or removed.')
     }
     const { foldersInUse } = this.#context
     await removeEmptyFolders(connection, this.#folders, names => foldersInUse.isFree(names))
     return undefined
+  }
+
+  /** Removes what is there of files that were begun. One that is not may still come, by a command that is late. */
+  async #removeParts(connection: FtpConnection): Promise<void> {
+    for (const part of this.#parts) {
+      const renamed = part === this.#renamed?.part
+      if (renamed) this.#removalAsked = true
+      const removed = await removeFile(connection, connection.pathOf(part))
+      if (!removed || (part === this.#part && this.#uncertain)) continue
+      this.#parts.delete(part)
+      if (renamed) this.#renamed = undefined
+    }
   }
 }
 

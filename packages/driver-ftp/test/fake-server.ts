@@ -141,8 +141,13 @@ export class FakeServer {
         reply('150 OK')
         const socket = await data
         if (!socket) return
+        let position = offset // its own, whatever others do to the file meanwhile
         for await (const chunk of socket) {
-          this.files.set(at(path), Buffer.concat([this.files.get(at(path)) ?? Buffer.alloc(0), chunk]))
+          this.twists['chunk of STOR']?.(at(path), session)
+          const file = this.files.get(at(path)) ?? Buffer.alloc(0)
+          const before = [file.subarray(0, position), Buffer.alloc(Math.max(0, position - file.length))]
+          position += chunk.length
+          this.files.set(at(path), Buffer.concat([...before, chunk, file.subarray(position)]))
         }
         const said = this.twists['end of STOR']?.(at(path), session)
         reply(said ?? '226 Done.')

@@ -2,7 +2,7 @@ import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { inspect } from 'node:util'
 import { bytesBody, isKey, isVarveError } from '@varve/core'
-import { FUZZ_TIMEOUT_MS, fuzz, PatternBody, patternBytes } from '@varve/testkit'
+import { FUZZ_TIMEOUT_MS, fuzz, PatternBody, patternBytes, troubledSource } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { FakeServer } from './fake-server.ts'
@@ -135,6 +135,67 @@ test('a server that does not continue uploads gets them again from the beginning
   expect(server.files.get('/a')?.equals(patternBytes(0, 0, size))).toBe(true)
 })
 
+test.each([
+  ['that begins the file', 0],
+  ['that continues the file', 300_000],
+])(
+  'an upload is whole where a lost STOR %s is carried out late, and nothing else stays',
+  async (_, least) => {
+    const { server, driver } = await FakeServer.begin()
+    const size = 1_000_000
+    const lost = loseStore(server, least)
+    await driver.put('a', slowBody(size))
+    expect(lost.path).not.toBe('')
+    expect(lost.late).toBe(true)
+    expect([...server.files.keys()]).toEqual(['/a'])
+    expect(server.files.get('/a')?.equals(patternBytes(0, 0, size))).toBe(true)
+  },
+)
+
+test('a body that opens once is not continued in a file to which a STOR has no reply', async () => {
+  const { server, driver } = await FakeServer.begin()
+  const going = Promise.withResolvers<void>()
+  server.twists.STOR = (_, { offset, control }) => {
+    if (offset === 0) return undefined
+    if (server.count('STOR') > 2) going.resolve()
+    else control.resetAndDestroy()
+    return server.count('STOR') > 2 ? undefined : ''
+  }
+  server.twists['chunk of STOR'] = (path, { control }) => {
+    setImmediate(() => server.files.get(path)?.length === 1000 && control.write('426 Too slow.\r\n'))
+    return undefined
+  }
+  server.twists['end of STOR'] = () => ''
+  const source = troubledSource({ kind: 'wait', resumed: going.promise, size: 2000 }, { bytes: 1000 })
+  await expect(driver.put('a', source)).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
+  expect(server.count('STOR')).toBe(2)
+  expect([...server.files.keys()]).toEqual([])
+})
+
+/**
+ * Loses the first STOR at `least` bytes or later, with its connection; an earlier one breaks off there. It is carried out when
+ * another one has stored half a million.
+ */
+function loseStore(server: FakeServer, least: number) {
+  const lost = { path: '', offset: 0, late: false }
+  server.twists.STOR = (path, { offset, control }) => {
+    if (lost.path !== '' || offset < least) return undefined
+    Object.assign(lost, { path, offset })
+    control.resetAndDestroy()
+    return ''
+  }
+  server.twists['chunk of STOR'] = (path, { control }) => {
+    const stored = server.files.get(path)?.length ?? 0
+    if (lost.path === '' && stored >= least) control.resetAndDestroy()
+    if (lost.path === '' || lost.late || stored < 500_000) return undefined
+    lost.late = true
+    const file = server.files.get(lost.path) ?? Buffer.alloc(0)
+    server.files.set(lost.path, file.subarray(0, lost.offset))
+    return undefined
+  }
+  return lost
+}
+
 test('a rename whose reply is lost counts when it has come about', async () => {
   const { server, driver } = await FakeServer.begin()
   let lost = 0
@@ -153,6 +214,20 @@ test('a rename whose reply is lost counts when it has come about', async () => {
 
 test('a rename that is lost with its reply is made again', async () => {
   const { server, driver } = await FakeServer.begin()
+  let lost = 0
+  server.twists.RNTO = (_, session) => {
+    if (lost++ > 0) return undefined
+    session.control.resetAndDestroy()
+    return ''
+  }
+  await driver.put('a', bytesBody(Buffer.from('once')))
+  expect(server.count('STOR')).toBe(1)
+  expect([...server.files]).toEqual([['/a', Buffer.from('once')]])
+})
+
+test('a rename that is lost is made again, and nothing sent, also where the server continues no uploads', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.features = ['SIZE']
   let lost = 0
   server.twists.RNTO = (_, session) => {
     if (lost++ > 0) return undefined
