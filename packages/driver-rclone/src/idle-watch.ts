@@ -25,6 +25,7 @@ export class IdleWatch implements Disposable {
   readonly #timer: NodeJS.Timeout
   #idleMs: number
   #last = performance.now()
+  /** What the process had moved at the last look, in bytes. */
   #moved = 0
   #holders = 0
 
@@ -57,10 +58,8 @@ export class IdleWatch implements Disposable {
 
   #look(): void {
     readMoved(this.#options.pid).then(moved => {
-      if (moved - this.#moved >= LEAST_BYTES) {
-        this.#moved = moved
-        this.progress()
-      }
+      if (moved - this.#moved >= LEAST_BYTES) this.progress()
+      this.#moved = moved
       if (this.#holders > 0 || performance.now() - this.#last < this.#idleMs) return
       clearInterval(this.#timer)
       this.#options.onIdle()

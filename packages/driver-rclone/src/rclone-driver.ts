@@ -95,7 +95,8 @@ export class RcloneDriver implements StorageDriver {
     }
     const start = Math.min(range?.start ?? 0, object.size)
     const end = Math.max(start, Math.min(range?.end ?? object.size, object.size))
-    return this.#rclone.cat(this.#pathOf(key), { start, end }, options)
+    const cat = { ...callOptions(options), toEnd: end === object.size }
+    return this.#rclone.cat(this.#pathOf(key), { start, end }, cat)
   }
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
@@ -156,6 +157,7 @@ export class RcloneDriver implements StorageDriver {
     await this.#makeFolderOf(temporary, call)
     let size = 0
     let former: RemoteFile | undefined
+    let moved: StoredObject | undefined // if a move that was begun has been made
     const onRemoving = (file: RemoteFile) => {
       former ??= file
     }
@@ -171,13 +173,17 @@ export class RcloneDriver implements StorageDriver {
       })
       const file = await this.#rclone.stat(temporary, call)
       if (file?.size !== size) throw this.#damaged(key, size, file?.size)
+      moved = toObject(key, file)
       await this.#publish(temporary, key, size, { ...call, onRemoving })
-      return toObject(key, file)
+      return moved
     } catch (error) {
       this.#seenAt = Number.NEGATIVE_INFINITY // a server that was started anew may lack a disk
+      const fate = moved ? await this.#fateOf(temporary, moved, call) : 'not stored'
+      if (moved && fate === 'stored') return moved
       // of the former object and the new one, one has to stay
       if (former && !(await this.#isUnchanged(key, former, call))) throw this.#kept(temporary, key, error)
-      throw await this.#discarded(temporary, error, call)
+      const note = `Whether ${key} is stored all the same is not known: look for it, or write it again.`
+      throw await this.#discarded(temporary, fate === 'unknown' ? withNote(error, note) : error, call)
     }
   }
 
@@ -203,6 +209,23 @@ export class RcloneDriver implements StorageDriver {
       }
     }
     await retrying(move, call)
+  }
+
+  /** What came of a move that was given up or has failed. One that copies may have done so, and not removed the other yet. */
+  async #fateOf(
+    temporary: string,
+    { key, size }: StoredObject,
+    call: CallOptions,
+  ): Promise<'stored' | 'not stored' | 'unknown'> {
+    const looking = cleanUpOptions(call)
+    try {
+      const left = await this.#rclone.stat(temporary, looking)
+      const isThere = (await this.#rclone.stat(this.#pathOf(key), looking))?.size === size
+      if (!left && isThere) return 'stored'
+      return left && !isThere ? 'not stored' : 'unknown'
+    } catch {
+      return 'unknown' // the storage does not answer
+    }
   }
 
   /** False also where the storage does not answer. */
@@ -232,10 +255,8 @@ export class RcloneDriver implements StorageDriver {
       await this.#rclone.removeParts(temporary, removing) // an rclone that was killed had no time for it
       return failure
     } catch {
-      if (!isVarveError(failure)) return failure
-      const { code, message, context, cause, retryable } = failure
       const left = `What was uploaded so far could not be removed; it is ${this.#rclone.target(temporary)}.`
-      return new VarveError(code, `${message} ${left}`, { context, cause, retryable })
+      return withNote(failure, left)
     }
   }
 
@@ -305,6 +326,13 @@ export class RcloneDriver implements StorageDriver {
     if (key === '' || this.#path === '' || this.#path.endsWith('/')) return this.#path + key
     return `${this.#path}/${key}`
   }
+}
+
+/** An error that says something more. */
+function withNote(error: unknown, note: string): unknown {
+  if (!isVarveError(error)) return error
+  const { code, message, context, cause, retryable } = error
+  return new VarveError(code, `${message} ${note}`, { context, cause, retryable })
 }
 
 function isTemporary(key: string): boolean {

@@ -26,6 +26,15 @@ export interface RcatOptions extends CallOptions {
   onTaken?: (chunk: Uint8Array) => void
 }
 
+/** Options of {@link RcloneHelper.cat}. */
+export interface CatOptions extends CallOptions {
+  /**
+   * Whether the range ends where the file does, so that nothing may come after it: a file that has become longer is not
+   * taken for what it was. Default: false.
+   */
+  toEnd?: boolean
+}
+
 /** Options of {@link RcloneHelper.list}. */
 export interface ListOptions extends CallOptions {
   /** Called when the folder is not there. */
@@ -130,10 +139,11 @@ export class RcloneHelper {
   }
 
   /** The bytes of a file from `start` to before `end`, all of which must be there. The stream fails otherwise. */
-  async cat(path: string, range: ByteRange, options: CallOptions = {}): Promise<Readable> {
+  async cat(path: string, range: ByteRange, options: CatOptions = {}): Promise<Readable> {
     const { start, end } = range
+    const { toEnd = false } = options
     if (start === end) return Readable.from([])
-    const part = ['--offset', String(start), '--count', String(end - start)]
+    const part = ['--offset', String(start), ...(toEnd ? [] : ['--count', String(end - start)])]
     const target = this.target(path)
     const process = await this.#rclone.start(['cat', ...part, '--timeout', '0', target], options, false)
     return new CatStream(process, {

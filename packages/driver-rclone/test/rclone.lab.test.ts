@@ -1,3 +1,4 @@
+import { writeFileSync } from 'node:fs'
 import { access, chmod, mkdir, mkdtemp, readdir, readFile, readlink, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -205,6 +206,31 @@ describe('an upload', () => {
     expect(await filesIn(path)).toEqual([{ name: 'b', size: 6 }])
   })
 
+  test.each([
+    ['has moved', 'moveto', true],
+    ['has copied, and may be about to move', 'copyto', false],
+  ] as const)(
+    'that is given up when rclone %s is stored, or told to be unknown',
+    async (_, command, isStored) => {
+      // arguments: moveto, how, from, to
+      const script = await scriptFile(
+        `case "$1" in moveto) shift; rclone ${command} "$@"; touch "$0.done"; exec sleep 1000;; esac`,
+      )
+      const { driver, path } = await begin({ command: script })
+      const controller = new AbortController()
+      const put = driver.put('b', bytesBody(Buffer.from('new')), { signal: controller.signal })
+      const ended = put.then(
+        object => ({ object }),
+        (error: unknown) => ({ error }),
+      )
+      await vi.waitFor(() => access(`${script}.done`), { interval: 20, timeout: 60_000 })
+      controller.abort()
+      const unknown = { code: 'ABORTED', message: expect.stringContaining('Whether b is stored') }
+      expect(await ended).toMatchObject(isStored ? { object: { key: 'b', size: 3 } } : { error: unknown })
+      expect(await filesIn(path)).toEqual([{ name: 'b', size: 3 }])
+    },
+  )
+
   test('that cannot be moved to where nothing is leaves nothing', async () => {
     const { driver, path } = await beginWithScript(
       'case "$1" in moveto) echo "Rename failed: permission denied" >&2; exit 1;; esac',
@@ -333,6 +359,20 @@ describe('a download', () => {
     await driver.put('a', bytesBody(patternBytes(0, 0, 5000)))
     await expect(driver.get('a').then(buffer)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
   })
+
+  test.each([undefined, { start: 1000, end: 5000 }])(
+    'of an object that a longer one has replaced meanwhile fails (range: %j)',
+    async range => {
+      let file = ''
+      const onCommand = ({ args }: CommandEvent) =>
+        file !== '' && args[0] === 'lsjson' && writeFileSync(file, patternBytes(1, 0, 6000))
+      const { driver, path } = await begin({ onCommand })
+      await writeFile(join(path, 'a'), patternBytes(0, 0, 5000))
+      file = join(path, 'a')
+      const download = driver.get('a', range ? { range } : {}).then(buffer)
+      await expect(download).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
+    },
+  )
 
   test('that is read slowly is not held against the server', async () => {
     const { driver } = await begin({ timeoutMs: 2000 })
