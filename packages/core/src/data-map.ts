@@ -20,34 +20,46 @@ export interface DataMap {
   readonly data: RangeList
 }
 
-/** Where a disk has data, by its context `base:allocation`. */
-export function dataMap(allocation: Runs, size: number): DataMap {
-  const data = new RangeList()
-  for (let i = 0; i < allocation.count; i++) {
-    const start = allocation.start(i)
-    if ((allocation.flags(i) & STATE_ZERO) === 0) data.append(start, start + allocation.length(i))
-  }
-  return { size, data }
-}
-
 /**
- * Where there was data and is none any more. A guest that zeroes or discards also marks the bitmap; a disk that somebody
- * shrinks and grows again has zeros where its bitmap shows no write.
- *
- * @param before undefined where that is not known: then all that reads as zero may have been data
+ * Finds where there was data and is none any more, from the extents of `base:allocation` as they come. A guest that zeroes
+ * or discards also marks the bitmap; a disk that somebody shrinks and grows again has zeros where its bitmap shows no write.
+ * The extents are to be exact: one cluster may hold both what was cut off and what is left.
  */
-export function lostData(before: DataMap | undefined, allocation: Runs, parentSize: number): RangeList {
-  const lost = new RangeList()
-  const was = before?.data ?? wholeDisk(parentSize)
-  for (let i = 0, k = 0; i < allocation.count && k < was.count; i++) {
-    const start = allocation.start(i)
-    const end = start + allocation.length(i)
-    while (k < was.count && was.end(k) <= start) k++
-    if ((allocation.flags(i) & STATE_ZERO) === 0) continue
-    for (let n = k; n < was.count && was.start(n) < end; n++)
-      lost.append(Math.max(start, was.start(n)), Math.min(end, was.end(n)))
+export class LostData {
+  /** What was found, in whole clusters. */
+  readonly ranges: RangeList = new RangeList()
+  readonly #was: RangeList
+  readonly #clusterSize: number
+  /** The first range of `#was` that ends behind all that came so far. */
+  #next = 0
+  /** Where the last found range ends. */
+  #end = 0
+
+  /**
+   * @param before undefined where that is not known: then all that reads as zero may have been data
+   */
+  constructor(before: DataMap | undefined, parentSize: number, clusterSize: number) {
+    this.#was = before?.data ?? wholeDisk(parentSize)
+    this.#clusterSize = clusterSize
   }
-  return lost
+
+  /** The next extent. */
+  append(start: number, end: number, flags: number): void {
+    if ((flags & STATE_ZERO) === 0) return
+    const was = this.#was
+    while (this.#next < was.count && was.end(this.#next) <= start) this.#next++
+    for (let n = this.#next; n < was.count && was.start(n) < end; n++)
+      this.#lose(Math.max(start, was.start(n)), Math.min(end, was.end(n)))
+  }
+
+  #lose(start: number, end: number): void {
+    const size = this.#clusterSize
+    const from = Math.max(this.#end, Math.floor(start / size) * size)
+    const to = Math.ceil(end / size) * size
+    if (to <= from) return
+    this.ranges.append(from, to)
+    this.#end = to
+  }
 }
 
 function wholeDisk(size: number): RangeList {
@@ -57,29 +69,63 @@ function wholeDisk(size: number): RangeList {
 }
 
 /**
- * A {@link DataMap} as bytes; the same map always gives the same.
+ * Writes a {@link DataMap} down as bytes, from the extents of `base:allocation` as they come; the same map always gives the
+ * same bytes.
  *
  * 15 bytes `varve data map\n`, the version (1), the size of the disk (le64), then for each range in ascending order two
  * integers in LEB128: the bytes between the range before and this one, and the bytes of this one.
  */
-export function encodeDataMap({ size, data }: DataMap): Uint8Array {
-  const header = Buffer.alloc(HEADER_BYTES)
-  header.write(MAGIC, 'latin1')
-  header.writeUInt8(VERSION, MAGIC.length)
-  header.writeBigUInt64LE(BigInt(size), 16)
-  const writer = new ByteWriter()
-  writer.bytes(header)
-  let end = 0
-  for (let i = 0; i < data.count; i++) {
-    writer.varint(data.start(i) - end)
-    end = data.end(i)
-    writer.varint(end - data.start(i))
+export class DataMapWriter {
+  readonly #most: number
+  #writer: ByteWriter | undefined = new ByteWriter()
+  /** Where the last range that was written ends. */
+  #written = 0
+  /** The range that may go on. */
+  #start = 0
+  #end = 0
+
+  /**
+   * @param size - Of the disk, in bytes.
+   * @param most - How many bytes there may be.
+   */
+  constructor(size: number, most: number) {
+    this.#most = most
+    const header = Buffer.alloc(HEADER_BYTES)
+    header.write(MAGIC, 'latin1')
+    header.writeUInt8(VERSION, MAGIC.length)
+    header.writeBigUInt64LE(BigInt(size), 16)
+    this.#writer?.bytes(header)
   }
-  return writer.written
+
+  /** The next extent. */
+  append(start: number, end: number, flags: number): void {
+    if ((flags & STATE_ZERO) !== 0) return
+    if (start > this.#end) {
+      this.#write()
+      this.#start = start
+    }
+    this.#end = end
+  }
+
+  /** The bytes, or undefined where there are too many. */
+  finish(): Uint8Array | undefined {
+    this.#write()
+    this.#start = this.#end
+    return this.#writer?.written
+  }
+
+  #write(): void {
+    const writer = this.#writer
+    if (!writer || this.#end === this.#start) return
+    writer.varint(this.#start - this.#written)
+    writer.varint(this.#end - this.#start)
+    this.#written = this.#end
+    if (writer.written.byteLength > this.#most) this.#writer = undefined
+  }
 }
 
 /**
- * Reads what {@link encodeDataMap} gave. The bytes are untrusted: no range may leave the disk or overlap, and time and
+ * Reads what a {@link DataMapWriter} wrote. The bytes are untrusted: no range may leave the disk or overlap, and time and
  * memory are bounded by the bytes that there are.
  *
  * @throws IMAGE_INVALID

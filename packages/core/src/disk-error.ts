@@ -5,9 +5,21 @@ import { type ErrorCode, VarveError } from './errors.ts'
 /**
  * Errors of the NBD client and of the image composer as the SDK's own; any other error as it is.
  *
- * @returns NBD_FAILED; INVALID_ARGUMENT for a disk that does not fit an image of the chosen cluster size; IMAGE_INVALID
+ * @returns NBD_FAILED; DISK_TOO_FRAGMENTED; INVALID_ARGUMENT for a disk that does not fit an image of the chosen cluster size; IMAGE_INVALID
  */
 export function diskError(disk: string, error: unknown): unknown {
+  if (
+    (error instanceof NbdError && error.code === 'NBD_FRAGMENTED') ||
+    (error instanceof Qcow2Error && error.code === 'QCOW2_FRAGMENTED')
+  ) {
+    const remedy = 'Back it up with a larger clusterSize (--cluster-size), up to 2 MiB.'
+    return failure(
+      'DISK_TOO_FRAGMENTED',
+      `The disk ${disk} is too fragmented. ${error.message} ${remedy}`,
+      disk,
+      error,
+    )
+  }
   if (error instanceof NbdError) {
     const remedy = 'Look at what qemu-nbd said of it, and try again.'
     return failure(

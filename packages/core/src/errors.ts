@@ -10,6 +10,7 @@ export type ErrorCode =
   | 'INSTANCE_NOT_FOUND'
   | 'DISK_NOT_FOUND'
   | 'DISK_UNSUPPORTED'
+  | 'DISK_TOO_FRAGMENTED'
   | 'BACKUP_NOT_ENABLED'
   // state of a host
   | 'STATE_DIR_FAILED'

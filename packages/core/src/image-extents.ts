@@ -25,7 +25,7 @@ export interface ImageExtentsOptions {
  * - increment: data or an *explicit* zero where the cluster is dirty, unallocated where it is clean. A dirty
  *   cluster that now reads as zero must hide what the parent has there, so it is never left out. What lies
  *   beyond the parent's size is dirty: bitmaps show grown regions as clean. So is what has lost its data: see
- *   {@link lostData}.
+ *   {@link LostData}.
  */
 export function imageExtents(options: ImageExtentsOptions): ExtentList {
   const { size, clusterSize, allocation, since } = options

@@ -1,14 +1,14 @@
 import { NbdClient } from '@varve/nbd'
-import { ComposedImage, planImage } from '@varve/qcow2'
+import { ComposedImage, type ImageLayout, planImage } from '@varve/qcow2'
 import { type BackupContext, stage } from './backup-context.ts'
 import { BITMAP_GRANULARITY, DEFAULT_CLUSTER_SIZE, type DiskPlan, markName } from './backup-plan.ts'
-import { type DataMap, dataMap, encodeDataMap, lostData } from './data-map.ts'
+import { DataMapWriter, LostData } from './data-map.ts'
 import { VarveError } from './errors.ts'
 import type { FileDisk } from './host.ts'
 import { imageExtents } from './image-extents.ts'
 import { ImageReader } from './image-reader.ts'
 import { ImageUpload } from './image-upload.ts'
-import type { ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
+import type { Qcow2ManifestDisk } from './manifest.ts'
 import { MAP_MAX_BYTES } from './manifest-schema.ts'
 import { Progress } from './progress.ts'
 import { putFile } from './put-file.ts'
@@ -17,6 +17,9 @@ import type { RateLimit } from './rate-limit.ts'
 import { readDataMap } from './read-data-map.ts'
 import { bytesBody } from './storage.ts'
 import { uploadOf, verifyUploads } from './verify-upload.ts'
+
+/** NBD protocol: what is data, and what reads as zero. */
+const ALLOCATION = 'base:allocation'
 
 /** A frozen disk that is served, and the client that has it. The server ends with the client, also where this process dies. */
 export interface ServedDisk extends AsyncDisposable {
@@ -45,10 +48,7 @@ export async function serveDisk(
   })
   const { died } = server
   try {
-    const metaContexts = [
-      'base:allocation',
-      ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : []),
-    ]
+    const metaContexts = [ALLOCATION, ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : [])]
     const signal = run.signal ? AbortSignal.any([run.signal, died]) : died
     const client = await NbdClient.connect({ socketPath: server.socketPath }, { metaContexts, signal })
     const dispose = async () => {
@@ -98,30 +98,8 @@ async function uploadDisk(
   signal: AbortSignal,
 ): Promise<Qcow2ManifestDisk> {
   const { id, storage, folder, run, request } = backup
-  const maps = await client.mapExtents({ signal })
-  const allocation = maps.get('base:allocation')
-  const dirty = plan.kind === 'incremental' ? maps.get(dirtyContext(plan.since)) : undefined
-  if (!allocation || (plan.kind === 'incremental' && !dirty)) {
-    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
-      context: { disk: disk.name },
-    })
-  }
   const clusterSize = request.clusterSize ?? DEFAULT_CLUSTER_SIZE
-  const since = plan.kind === 'incremental' &&
-    dirty && {
-      dirty,
-      size: plan.parentSize,
-      lost: lostData(
-        await readDataMap(backup, disk.name, plan.parentSize, signal),
-        allocation,
-        plan.parentSize,
-      ),
-    }
-  const extents = imageExtents({ size: client.size, clusterSize, allocation, ...(since && { since }) })
-  const layout = planImage(extents, {
-    clusterSize,
-    ...(plan.kind === 'incremental' && { backing: { name: plan.backing, format: 'qcow2' } }),
-  })
+  const { layout, dataMap } = await layOut(backup, disk, plan, client, signal)
 
   stage(run, 'upload', `Uploading ${disk.name} (${plan.kind})`)
   const image = `${disk.name}.qcow2`
@@ -145,7 +123,7 @@ async function uploadDisk(
     uploadOf(`${folder}/${blocks}`, digested.blocks),
   ]
   if (request.verifyUpload === 'digest') await verifyUploads(storage, uploads, signal)
-  const map = disk.holdsBitmaps && (await storeDataMap(backup, disk.name, dataMap(allocation, client.size)))
+  const map = dataMap && (await putFile(backup, `${disk.name}.map`, dataMap))
   progress.finish()
 
   return {
@@ -166,12 +144,51 @@ async function uploadDisk(
   }
 }
 
-/** Without one, as it were too large to be read, the next increment says of all that reads as zero that it does. */
-async function storeDataMap(
+/**
+ * Lays the image out. Without a map of the disk's data, as it were too large to be read, the next increment says of all that
+ * reads as zero that it does.
+ */
+async function layOut(
   backup: BackupContext,
-  disk: string,
-  map: DataMap,
-): Promise<ManifestFile | undefined> {
-  const bytes = encodeDataMap(map)
-  return bytes.byteLength > MAP_MAX_BYTES ? undefined : putFile(backup, `${disk}.map`, bytes)
+  disk: FileDisk,
+  plan: DiskPlan,
+  client: NbdClient,
+  signal: AbortSignal,
+): Promise<{ layout: ImageLayout; dataMap: Uint8Array | undefined }> {
+  const { size } = client
+  const clusterSize = backup.request.clusterSize ?? DEFAULT_CLUSTER_SIZE
+  const isIncrement = plan.kind === 'incremental'
+  const map = disk.holdsBitmaps ? new DataMapWriter(size, MAP_MAX_BYTES) : undefined
+  const lost = isIncrement
+    ? new LostData(
+        await readDataMap(backup, disk.name, plan.parentSize, signal),
+        plan.parentSize,
+        clusterSize,
+      )
+    : undefined
+  const onExtent = (context: string, start: number, end: number, flags: number) => {
+    if (context !== ALLOCATION) return
+    map?.append(start, end, flags)
+    lost?.append(start, end, flags)
+  }
+  // The image needs no more than its clusters; what is compared with the parent is exact.
+  const maps = await client.mapExtents({
+    signal,
+    granularity: clusterSize,
+    ...((map ?? lost) && { onExtent }),
+  })
+  const allocation = maps.get(ALLOCATION)
+  const dirty = isIncrement ? maps.get(dirtyContext(plan.since)) : undefined
+  if (!allocation || (isIncrement && !dirty)) {
+    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
+      context: { disk: disk.name },
+    })
+  }
+  const since = isIncrement && dirty && lost && { dirty, size: plan.parentSize, lost: lost.ranges }
+  const extents = imageExtents({ size, clusterSize, allocation, ...(since && { since }) })
+  const layout = planImage(extents, {
+    clusterSize,
+    ...(isIncrement && { backing: { name: plan.backing, format: 'qcow2' } }),
+  })
+  return { layout, dataMap: map?.finish() }
 }

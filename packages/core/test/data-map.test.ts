@@ -1,7 +1,7 @@
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { type DataMap, decodeDataMap, encodeDataMap } from '../src/data-map.ts'
+import { type DataMap, DataMapWriter, decodeDataMap } from '../src/data-map.ts'
 import { isVarveError } from '../src/errors.ts'
 import { RangeList } from '../src/range-list.ts'
 
@@ -9,6 +9,20 @@ function mapOf(size: number, ranges: readonly (readonly [start: number, end: num
   const data = new RangeList()
   for (const [start, end] of ranges) data.append(start, end)
   return { size, data }
+}
+
+/** The bytes of a map, told in extents as a server does: equal neighbours now and then. */
+function encodeDataMap({ size, data }: DataMap, most = 2 ** 30): Uint8Array {
+  const writer = new DataMapWriter(size, most)
+  let end = 0
+  for (let i = 0; i < data.count; end = data.end(i), i++) {
+    if (data.start(i) > end) writer.append(end, data.start(i), 3)
+    const middle = Math.floor((data.start(i) + data.end(i)) / 2)
+    if (middle > data.start(i)) writer.append(data.start(i), middle, i % 2)
+    writer.append(Math.max(middle, data.start(i)), data.end(i), 0)
+  }
+  if (end < size) writer.append(end, size, 2)
+  return writer.finish() ?? Buffer.alloc(0)
 }
 
 function rangesOf({ data }: DataMap): [number, number][] {
@@ -82,4 +96,14 @@ test('a million ranges take less than 8 MiB', () => {
   const bytes = encodeDataMap(mapOf(2 ** 40, ranges))
   expect(bytes.byteLength).toBeLessThan(8 * 2 ** 20)
   expect(decodeDataMap(bytes).data.count).toBe(1_000_000)
+})
+
+test('a map that would be too large is none', () => {
+  const map = mapOf(2 ** 40, [
+    [0, 512],
+    [1024, 2048],
+  ])
+  const bytes = encodeDataMap(map)
+  expect(encodeDataMap(map, bytes.length)).toEqual(bytes)
+  expect(encodeDataMap(map, bytes.length - 1).length).toBe(0)
 })

@@ -15,3 +15,16 @@ test('an image that cannot be made is not told as the failure of a server', () =
   const other = new Error('other')
   expect(diskError('vda', other)).toBe(other)
 })
+
+test('a disk that is too fragmented for its image has a code and a remedy of its own', () => {
+  for (const error of [
+    new NbdError('NBD_FRAGMENTED', 'It has too many.'),
+    new Qcow2Error('QCOW2_FRAGMENTED', 'It has too many.'),
+  ])
+    expect(diskError('vda', error)).toMatchObject({
+      code: 'DISK_TOO_FRAGMENTED',
+      message:
+        'The disk vda is too fragmented. It has too many. Back it up with a larger clusterSize (--cluster-size), up to 2 MiB.',
+      context: { disk: 'vda', reason: error.code },
+    })
+})

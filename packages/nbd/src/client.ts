@@ -3,7 +3,7 @@ import { type BlockEdge, splitAtBlocks } from './block-edges.ts'
 import { Connection } from './connection.ts'
 import { Dispatcher } from './dispatcher.ts'
 import { NbdError } from './errors.ts'
-import { type ExtentMap, ExtentMapBuilder } from './extent-map.ts'
+import { type ExtentMap, ExtentMapBuilder, type FlagsRule } from './extent-map.ts'
 import type { NbdBlockSize, NbdExport } from './handshake.ts'
 import { MapBudget } from './map-budget.ts'
 import { Operation, type OperationFields } from './operation.ts'
@@ -20,6 +20,12 @@ export interface NbdConnectOptions {
   connections?: number
   /** How long the server may make no progress, in milliseconds: in the negotiation, or with the oldest request on a connection. Default: 60000. */
   timeoutMs?: number
+  /**
+   * The same for a flush, and for a change with `fua`: how long the server may take to make durable what was written, of
+   * which it tells nothing until it is done. With a large page cache over slow storage that can be many minutes. Default:
+   * 3600000, an hour.
+   */
+  flushTimeoutMs?: number
   /** The largest read or write to send as one request, in bytes; not above what the server allows. Default: 256 KiB. */
   maxRequestBytes?: number
   /** Gives up connecting. */
@@ -44,6 +50,21 @@ export interface NbdWriteZeroesOptions extends NbdWriteOptions {
   allowTrim?: boolean
 }
 
+/** Options of {@link NbdClient.mapExtents}. */
+export interface NbdMapOptions extends NbdRequestOptions {
+  /**
+   * Bytes of a piece: a power of two up to 2^30. Within a piece all flags are the same: of `base:allocation` those that all
+   * of its bytes have, so that it is data if any part is; of `qemu:dirty-bitmap:NAME` those that any has, so that it is dirty
+   * if any part is. Other contexts are not rounded. Default: 1, which tells all as the server does.
+   */
+  granularity?: number
+  /**
+   * Called with every extent as the server knows it, before it is rounded: in ascending order, without gaps between those
+   * of one context, where neighbours may have equal flags. What it throws ends the call.
+   */
+  onExtent?: (context: string, start: number, end: number, flags: number) => void
+}
+
 /** One extent of a block status reply. */
 export interface NbdExtent {
   /** In bytes. */
@@ -54,6 +75,10 @@ export interface NbdExtent {
 
 /** The longest block status request: the largest multiple of every block size that fits in 32 bits. */
 const MAX_STATUS_REQUEST = 0xffff0000
+/** The first and the shortest such request of a map. It grows as long as the server is quick to answer. */
+const MIN_STATUS_REQUEST = 64 * 1024 * 1024
+/** An answer after this time is slow: the server may look for each hole in a file on a slow file system. */
+const SLOW_STATUS_MS = 1000
 /** qemu-nbd gives the memory of larger ones back to the system after each, which can cost more than all else; smaller ones cost more CPU. */
 const DEFAULT_MAX_REQUEST = 256 * 1024
 
@@ -100,16 +125,19 @@ export class NbdClient implements AsyncDisposable {
    * `NBD_TIMEOUT` when it does not answer, `NBD_PROTOCOL` when it is no NBD server, `NBD_ARGUMENT`, `NBD_ABORTED`.
    */
   static async connect(address: NbdAddress, options: NbdConnectOptions = {}): Promise<NbdClient> {
-    const { exportName = '', timeoutMs = 60_000, connections = 4, signal } = options
+    const { exportName = '', timeoutMs = 60_000, flushTimeoutMs = 3_600_000 } = options
+    const { connections = 4, signal } = options
     const { maxRequestBytes = DEFAULT_MAX_REQUEST } = options
     const metaContexts = [...new Set(options.metaContexts)]
     for (const text of [exportName, ...metaContexts])
       if (Buffer.byteLength(text) > MAX_STRING) throw badArgument('a name is longer than 4096 bytes')
     assertWhole('timeoutMs', timeoutMs, 1, 2 ** 31 - 1)
+    assertWhole('flushTimeoutMs', flushTimeoutMs, 1, 2 ** 31 - 1)
     assertWhole('connections', connections, 1, 64)
     assertWhole('maxRequestBytes', maxRequestBytes, 1, DEFAULT_MAX_PAYLOAD)
 
-    const connection = { address, negotiation: { exportName, metaContexts }, timeoutMs }
+    const negotiation = { exportName, metaContexts }
+    const connection = { address, negotiation, timeoutMs, flushTimeoutMs }
     const first = await Connection.open({ ...connection, signal })
     const { negotiated } = first
     const { minimum, maximum } = negotiated.blockSize
@@ -194,22 +222,31 @@ export class NbdClient implements AsyncDisposable {
 
   /**
    * The extents of the whole export, of every agreed context. Nothing may be written to it meanwhile. Each context takes
-   * at most 192 MiB of memory, and twice that for the moment in which it becomes whole: one of more than 16,777,215
-   * extents is `NBD_PROTOCOL`, and so is a server that tells next to nothing in each of its replies.
+   * at most 192 MiB of memory, and twice that for the moment in which it becomes whole.
+   *
+   * Throws `NBD_FRAGMENTED` for more than 16,777,215 extents in one context, once they are rounded and joined, and for more
+   * than 268,435,456 in all before; `NBD_PROTOCOL` for a server that tells next to nothing in each of its replies.
    */
-  async mapExtents(options: NbdRequestOptions = {}): Promise<ReadonlyMap<string, ExtentMap>> {
-    const builders = new Map(this.metaContexts.map(name => [name, new ExtentMapBuilder(this.size)]))
+  async mapExtents(options: NbdMapOptions = {}): Promise<ReadonlyMap<string, ExtentMap>> {
+    const { granularity = 1 } = options
+    assertWhole('granularity', granularity, 1, 2 ** 30)
+    if (!Number.isInteger(Math.log2(granularity))) throw badArgument('granularity must be a power of two')
+    const builders = new Map(this.metaContexts.map(name => [name, this.#mapBuilder(name, options)]))
     const budget = new MapBudget()
     let offset = builders.size === 0 ? this.size : 0
+    let longest = MIN_STATUS_REQUEST
     while (offset < this.size) {
-      const length = Math.min(MAX_STATUS_REQUEST, this.size - offset)
+      const length = Math.min(longest, MAX_STATUS_REQUEST, this.size - offset)
+      const asked = performance.now()
       const status = await this.#blockStatus(offset, length, options)
+      if (performance.now() - asked < SLOW_STATUS_MS) longest = Math.min(longest * 2, 2 ** 32)
+      else longest = Math.max(longest / 2, MIN_STATUS_REQUEST)
       try {
         const count = appendAll(builders, offset, status)
         offset = Math.min(...[...builders.values()].map(({ end }) => end))
         budget.spend(count, offset)
       } catch (error) {
-        if (error instanceof NbdError) this.#dispatcher.fail(error)
+        if (error instanceof NbdError && error.code === 'NBD_PROTOCOL') this.#dispatcher.fail(error)
         throw error
       }
     }
@@ -224,6 +261,15 @@ export class NbdClient implements AsyncDisposable {
   /** {@link NbdClient.close}, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
+  }
+
+  #mapBuilder(context: string, { granularity = 1, onExtent }: NbdMapOptions): ExtentMapBuilder {
+    const join = flagsRule(context)
+    return new ExtentMapBuilder({
+      size: this.size,
+      ...(join && { granularity, join }),
+      onExtent: onExtent && ((start, end, flags) => onExtent(context, start, end, flags)),
+    })
   }
 
   async #readAligned(offset: number, into: Uint8Array, options: NbdRequestOptions): Promise<void> {
@@ -305,6 +351,13 @@ export class NbdClient implements AsyncDisposable {
     this.#assertRange(offset, length)
     this.#assertAligned(offset, length)
   }
+}
+
+/** How the flags of a context are joined; undefined where that would not mean anything. */
+function flagsRule(context: string): FlagsRule | undefined {
+  // Both say what the bytes are not: a hole, or anything but zeros.
+  if (context === 'base:allocation') return (one, other) => (one & other) >>> 0
+  return context.startsWith('qemu:dirty-bitmap:') ? (one, other) => (one | other) >>> 0 : undefined
 }
 
 /** Adds what a reply tells of each context, and returns how many extents that was. */

@@ -15,6 +15,8 @@ export interface ConnectionOptions {
   readonly negotiation: NegotiationRequest
   /** For all of the opening, and then for the oldest outstanding request to make progress. */
   readonly timeoutMs: number
+  /** For a flush, and for a write that is to be durable, when it is the oldest outstanding request. */
+  readonly flushTimeoutMs: number
   /** Gives up the opening. */
   readonly signal?: AbortSignal | undefined
 }
@@ -62,6 +64,8 @@ export class Connection {
   #cookie = 0
   /** The operation whose memory the socket receives into. */
   #lent: Operation | undefined
+  /** The writes whose data the socket has yet to send, and how many pieces of it. */
+  readonly #sending = new Map<Operation, number>()
 
   /** The oldest outstanding request: it alone is timed, since the others may be waiting for it. */
   #oldest: Request | undefined
@@ -69,8 +73,8 @@ export class Connection {
 
   private constructor(options: ConnectionOptions) {
     this.#options = options
-    this.#stall = new StallTimer(options.timeoutMs, () => {
-      const { timeoutMs } = options
+    this.#stall = new StallTimer(Math.min(options.timeoutMs, options.flushTimeoutMs), () => {
+      const timeoutMs = this.#limitOf(this.#oldest)
       const text = `The NBD server has not answered for ${timeoutMs} ms.`
       this.lose(new NbdError('NBD_TIMEOUT', text, { context: { timeoutMs } }))
     })
@@ -173,16 +177,16 @@ export class Connection {
       end += REQUEST_HEADER
       if (!request.data) continue
       this.#socket.write(headers.subarray(start, end))
-      this.#socket.write(request.data)
+      this.#send(request.operation, request.data)
       start = end
     }
     if (end > start) this.#socket.write(headers.subarray(start, end))
     this.#socket.uncork()
   }
 
-  /** Whether the socket receives right into the memory of `operation`. */
+  /** Whether the socket holds memory of `operation`: receives right into it, or has it still to send. */
   isLentTo(operation: Operation): boolean {
-    return this.#lent === operation
+    return this.#lent === operation || this.#sending.has(operation)
   }
 
   /** Ends the connection because of `error`. */
@@ -193,6 +197,8 @@ export class Connection {
     this.#socket.destroy()
     this.#handshake.fail(error)
     this.#takeBack()
+    // A socket that was destroyed sends nothing more.
+    for (const operation of this.#sending.keys()) while (this.#sending.has(operation)) this.#sent(operation)
     const outstanding = [...this.#outstanding.values()]
     this.#outstanding.clear()
     this.#owner?.lost(this, error, outstanding)
@@ -228,6 +234,21 @@ export class Connection {
       const early = await this.#handshake.take(this.#handshake.length)
       this.#parser.push(early, early.length)
     }
+  }
+
+  /** The data is not copied: the socket holds the caller's memory until the kernel, or nobody, has it. */
+  #send(operation: Operation, data: Uint8Array): void {
+    operation.lend()
+    this.#sending.set(operation, (this.#sending.get(operation) ?? 0) + 1)
+    this.#socket.write(data, () => this.#sent(operation))
+  }
+
+  #sent(operation: Operation): void {
+    const pieces = this.#sending.get(operation)
+    if (pieces === undefined) return // the connection was lost, and has given it back
+    if (pieces > 1) this.#sending.set(operation, pieces - 1)
+    else this.#sending.delete(operation)
+    operation.giveBack()
   }
 
   #nextBuffer(): Uint8Array {
@@ -280,7 +301,12 @@ export class Connection {
 
   #watch(oldest: Request | undefined): void {
     this.#oldest = oldest
-    if (oldest) this.#stall.wait()
+    if (oldest) this.#stall.wait(this.#limitOf(oldest))
     else this.#stall.rest()
+  }
+
+  #limitOf(request: Request | undefined): number {
+    const { timeoutMs, flushTimeoutMs } = this.#options
+    return request?.isFlush ? flushTimeoutMs : timeoutMs
   }
 }

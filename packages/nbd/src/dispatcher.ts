@@ -11,7 +11,7 @@ import { isMutation, type Request } from './request.ts'
 const REOPEN_DELAYS_MS: readonly number[] = [0, 50, 100, 200, 400, 800, 1600, 3200]
 /** A request that was on so many lost connections is taken for what ends them. */
 const MAX_LOSSES = REOPEN_DELAYS_MS.length
-/** How long a caller who gave up waits for the rest of a chunk that is being received into its memory. */
+/** How long a caller who gave up waits for the rest of a chunk that a socket receives into its memory, or sends from there. */
 const GIVE_BACK_MS = 250
 
 /** How a {@link Dispatcher} opens connections. */
@@ -40,7 +40,9 @@ export class Dispatcher implements ConnectionOwner {
   readonly #queue: Operation[] = []
   readonly #replays: Request[] = []
   #isPumpDue = false
-  readonly #watch: AbortWatch = new AbortWatch((operation, signal) => this.#giveUp(operation, signal))
+  readonly #watch: AbortWatch = new AbortWatch((operation, signal) =>
+    this.#giveUp(operation, abortedError(signal)),
+  )
 
   /** Why nothing works any more. */
   #failure: NbdError | undefined
@@ -165,7 +167,7 @@ export class Dispatcher implements ConnectionOwner {
 
   #hasWork(): boolean {
     for (let head = this.#queue[0]; head; head = this.#queue[0]) {
-      if (this.#writesLost && changesOrFlushes(head)) head.giveUp(this.#writesLost)
+      if (this.#writesLost && changesOrFlushes(head)) this.#giveUp(head, this.#writesLost)
       if (!head.isExhausted) break
       this.#queue.shift()
     }
@@ -241,20 +243,21 @@ export class Dispatcher implements ConnectionOwner {
     connection.start(this)
   }
 
-  #giveUp(operation: Operation, signal: AbortSignal): void {
-    const error = abortedError(signal)
+  #giveUp(operation: Operation, error: NbdError): void {
+    if (operation.isGivenUp) return
     operation.giveUp(error)
     if (operation.isSettled) return
-    // A socket is receiving into the caller's memory: if the server stalls now, the connection must go.
-    const timer = setTimeout(() => {
+    // A socket holds the caller's memory: if the server stalls now, the connection must go.
+    const loseStalled = () => {
       for (const connection of [...this.#connections])
         if (connection.isLentTo(operation)) connection.lose(error)
-    }, GIVE_BACK_MS)
+    }
+    // Where this process itself stood still, what the server has done meanwhile is seen first.
+    const timer = setTimeout(() => setImmediate(loseStalled), GIVE_BACK_MS)
     const clear = () => clearTimeout(timer)
     operation.promise.then(clear, clear)
   }
 
-  /** Nothing works from now on. */
   /** Ends all connections for good: what is outstanding, and what comes later, fails with `error`. */
   fail(error: NbdError, except: readonly Connection[] = []): void {
     if (this.#failure) return
@@ -265,8 +268,8 @@ export class Dispatcher implements ConnectionOwner {
   }
 
   #rejectWaiting(error: NbdError): void {
-    for (const request of this.#replays.splice(0)) request.operation.giveUp(error)
-    for (const operation of this.#queue.splice(0)) operation.giveUp(error)
+    for (const request of this.#replays.splice(0)) this.#giveUp(request.operation, error)
+    for (const operation of this.#queue.splice(0)) this.#giveUp(operation, error)
   }
 }
 

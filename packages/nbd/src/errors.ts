@@ -3,8 +3,9 @@
  *
  * - `NBD_CONNECT`: the server cannot be reached, does not have the export, or has another one than before.
  * - `NBD_PROTOCOL`: the server sent what the protocol does not allow. The client is not usable any more.
+ * - `NBD_FRAGMENTED`: the export has more extents than a map holds, or than are listened to; nothing is wrong with it.
  * - `NBD_SERVER`: the server answered a request with an error; see {@link NbdError.errno}.
- * - `NBD_TIMEOUT`: the server made no progress for the client's `timeoutMs`.
+ * - `NBD_TIMEOUT`: the server made no progress for the client's `timeoutMs`, or with a flush for its `flushTimeoutMs`.
  * - `NBD_DISCONNECTED`: the connection was lost and could not be opened again, or was closed, or was lost with a
  *   write on it.
  * - `NBD_ABORTED`: the caller's signal was aborted; its reason is the cause.
@@ -13,6 +14,7 @@
 export type NbdErrorCode =
   | 'NBD_CONNECT'
   | 'NBD_PROTOCOL'
+  | 'NBD_FRAGMENTED'
   | 'NBD_SERVER'
   | 'NBD_TIMEOUT'
   | 'NBD_DISCONNECTED'

@@ -1,4 +1,4 @@
-import { protocolError } from './errors.ts'
+import { NbdError } from './errors.ts'
 
 /** The most extents of a map: with the end of the last 192 MiB of memory, or 1 TiB that changes at every 64 KiB. */
 export const MAX_EXTENTS = 16_777_215
@@ -42,21 +42,48 @@ export class ExtentMap {
   }
 }
 
+/** What becomes of flags of which a piece has more than one: joins those of a part of it with those of the next. */
+export type FlagsRule = (one: number, other: number) => number
+
+/** Whoever is told of each extent, as the server knows it and before it is rounded. */
+export type OnExtent = (start: number, end: number, flags: number) => void
+
+/** How an {@link ExtentMapBuilder} builds. */
+export interface ExtentMapOptions {
+  /** Of the export, in bytes. */
+  readonly size: number
+  /** Bytes of a piece, all of which has the same flags: a power of two. Default: 1. */
+  readonly granularity?: number
+  /** The flags of a piece. Default: the union of those that its bytes have. */
+  readonly join?: FlagsRule
+  /** Called with extents in ascending order, without gaps between. */
+  readonly onExtent?: OnExtent | undefined
+  /** How many extents there may be. Default: {@link MAX_EXTENTS}. */
+  readonly most?: number
+}
+
 /** Builds an {@link ExtentMap} from extents as they come. */
 export class ExtentMapBuilder {
   readonly #size: number
+  readonly #granularity: number
+  readonly #join: FlagsRule
+  readonly #onExtent: OnExtent | undefined
   readonly #most: number
   #starts = new Float64Array(64)
   #flags = new Uint32Array(64)
   #count = 0
   #end = 0
+  /** The piece that {@link ExtentMapBuilder.end} is in, and the flags that it has so far. */
+  #pieceStart = 0
+  #pieceEnd = 0
+  #pieceFlags = 0
 
-  /**
-   * @param size - Of the export, in bytes.
-   * @param most - How many extents there may be.
-   */
-  constructor(size: number, most: number = MAX_EXTENTS) {
+  constructor(options: ExtentMapOptions) {
+    const { size, granularity = 1, join = (one, other) => (one | other) >>> 0, most = MAX_EXTENTS } = options
     this.#size = size
+    this.#granularity = granularity
+    this.#join = join
+    this.#onExtent = options.onExtent
     this.#most = most
   }
 
@@ -67,13 +94,27 @@ export class ExtentMapBuilder {
 
   /**
    * Adds an extent that leaves no gap; what lies before {@link ExtentMapBuilder.end} or behind the export is left out.
-   * Throws `NBD_PROTOCOL` when there are too many.
+   * Throws `NBD_FRAGMENTED` when there are too many.
    */
   append(start: number, length: number, flags: number): void {
     const end = Math.min(start + length, this.#size)
-    if (end <= this.#end) return
-    if (this.#count === 0 || this.#flags[this.#count - 1] !== flags) this.#begin(flags)
+    let from = this.#end
+    if (end <= from) return
+    this.#onExtent?.(from, end, flags)
     this.#end = end
+    if (from < this.#pieceEnd) {
+      this.#pieceFlags = this.#join(this.#pieceFlags, flags)
+      if (end < this.#pieceEnd) return
+      from = this.#pieceEnd
+      this.#add(this.#pieceStart, this.#pieceFlags)
+    }
+    const over = end === this.#size ? 0 : end & (this.#granularity - 1)
+    if (from < end - over) this.#add(from, flags)
+    if (over > 0) {
+      this.#pieceStart = end - over
+      this.#pieceEnd = Math.min(end - over + this.#granularity, this.#size)
+      this.#pieceFlags = flags
+    }
   }
 
   /** The map, once {@link ExtentMapBuilder.end} is the end of the export. */
@@ -83,9 +124,15 @@ export class ExtentMapBuilder {
     return new ExtentMap(starts, this.#flags.slice(0, this.#count))
   }
 
-  #begin(flags: number): void {
+  /** Whole pieces from `start` on have these flags. */
+  #add(start: number, flags: number): void {
+    if (this.#count > 0 && this.#flags[this.#count - 1] === flags) return
     if (this.#count === this.#most)
-      throw protocolError(`it tells of more than ${this.#most} extents`, { reached: this.#end })
+      throw new NbdError(
+        'NBD_FRAGMENTED',
+        `The export has more than ${this.#most} extents in pieces of ${this.#granularity} bytes. A larger granularity joins them.`,
+        { context: { most: this.#most, granularity: this.#granularity, reached: start } },
+      )
     // One place is kept for the end of the last extent.
     if (this.#count + 1 === this.#starts.length) {
       const starts = new Float64Array(this.#starts.length * 2)
@@ -95,7 +142,7 @@ export class ExtentMapBuilder {
       this.#starts = starts
       this.#flags = allFlags
     }
-    this.#starts[this.#count] = this.#end
+    this.#starts[this.#count] = start
     this.#flags[this.#count] = flags
     this.#count++
   }

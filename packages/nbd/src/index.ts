@@ -3,6 +3,7 @@ export {
   NbdClient,
   type NbdConnectOptions,
   type NbdExtent,
+  type NbdMapOptions,
   type NbdRequestOptions,
   type NbdWriteOptions,
   type NbdWriteZeroesOptions,

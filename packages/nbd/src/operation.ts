@@ -43,7 +43,7 @@ export class Operation {
   /** Requests that were made and are not finished. */
   #open = 0
   #error: NbdError | undefined
-  /** Connections that are receiving right into the buffer. */
+  /** How often a socket holds the caller's memory: receives right into the buffer, or has data to send. */
   #lent = 0
   #givenUp: NbdError | undefined
 
@@ -95,21 +95,21 @@ export class Operation {
     this.#open--
     this.#error ??= error
     this.status = request.status
-    if (this.#open === 0 && this.isExhausted) this.#settle(this.#error)
+    if (this.#open === 0 && this.isExhausted && !this.isGivenUp) this.#settle(this.#error)
   }
 
-  /** The buffer is handed to a socket, until {@link Operation.giveBack}. */
+  /** The buffer, or a piece of the data, is handed to a socket, until {@link Operation.giveBack}. */
   lend(): void {
     this.#lent++
   }
 
-  /** A socket does not hold the buffer any more. */
+  /** A socket does not hold it any more. */
   giveBack(): void {
     this.#lent--
     if (this.#givenUp && this.#lent === 0) this.#settle(this.#givenUp)
   }
 
-  /** What still arrives goes nowhere. Settles with `error` now, or as soon as no socket holds the buffer. */
+  /** What still arrives goes nowhere. Settles with `error` now, or as soon as no socket holds the caller's memory. */
   giveUp(error: NbdError): void {
     this.#givenUp ??= error
     this.buffer = undefined

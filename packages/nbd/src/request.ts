@@ -1,7 +1,7 @@
 import { Coverage } from './coverage.ts'
 import type { NbdError } from './errors.ts'
 import type { Operation } from './operation.ts'
-import { COMMAND, MAGIC_REQUEST } from './protocol.ts'
+import { COMMAND, COMMAND_FLAG, MAGIC_REQUEST } from './protocol.ts'
 import type { StatusExtents } from './status-reply.ts'
 
 /** What a request asks for. */
@@ -45,6 +45,11 @@ export class Request {
   /** The bytes of data that the request moves, one way or the other. */
   get payloadBytes(): number {
     return this.command === COMMAND.read || this.command === COMMAND.write ? this.length : 0
+  }
+
+  /** Whether the server answers only when what was written is durable: it then tells nothing until the disks have all. */
+  get isFlush(): boolean {
+    return this.command === COMMAND.flush || (this.flags & COMMAND_FLAG.fua) !== 0
   }
 
   /** Whether it changes nothing at the server, so that it can be sent again when its reply was lost. */

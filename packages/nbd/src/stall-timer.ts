@@ -7,21 +7,23 @@ const TICKS_PER_TIMEOUT = 8
  */
 export class StallTimer {
   readonly #tickMs: number
+  #most = TICKS_PER_TIMEOUT
   readonly #onStall: () => void
   #timer: NodeJS.Timeout | undefined
   #ticks = 0
   #isWaiting = false
 
-  /** Calls `onStall` when there was no progress for `timeoutMs` while it was waited for. */
+  /** Calls `onStall` when there was no progress for too long while it was waited for; `timeoutMs` is the shortest limit. */
   constructor(timeoutMs: number, onStall: () => void) {
     this.#tickMs = timeoutMs / TICKS_PER_TIMEOUT
     this.#onStall = onStall
   }
 
-  /** Progress is waited for from now on. */
-  wait(): void {
+  /** Progress is waited for from now on, for `limitMs` at most. */
+  wait(limitMs: number): void {
     this.#isWaiting = true
     this.#ticks = 0
+    this.#most = limitMs / this.#tickMs
     this.#timer ??= setInterval(() => this.#tick(), this.#tickMs)
   }
 
@@ -43,6 +45,6 @@ export class StallTimer {
 
   #tick(): void {
     if (!this.#isWaiting) this.stop()
-    else if (++this.#ticks > TICKS_PER_TIMEOUT) this.#onStall()
+    else if (++this.#ticks > this.#most) this.#onStall()
   }
 }

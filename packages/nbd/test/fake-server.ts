@@ -281,3 +281,15 @@ export function serveDisk(disk: Buffer, structured = true): NonNullable<FakeServ
     else connection.simple(request, 0, disk.subarray(offset, offset + length))
   }
 }
+
+/** The head of a reply that sends a whole read in one chunk. */
+export function dataHeader(request: FakeRequest): Buffer {
+  const header = Buffer.alloc(28)
+  header.writeUInt32BE(0x668e33ef, 0)
+  header.writeUInt16BE(1, 4)
+  header.writeUInt16BE(1, 6)
+  request.cookie.copy(header, 8)
+  header.writeUInt32BE(request.length + 8, 16)
+  header.writeBigUInt64BE(BigInt(request.offset), 20)
+  return header
+}

@@ -1,7 +1,18 @@
 import { getEventListeners } from 'node:events'
+import { setImmediate as turn } from 'node:timers/promises'
 import { afterEach, describe, expect, it, vi } from 'vitest'
 import { NbdClient } from '../src/index.ts'
-import { type FakeConnection, type FakeRequest, FakeServer, patternDisk, serveDisk } from './fake-server.ts'
+import {
+  dataHeader,
+  type FakeConnection,
+  type FakeRequest,
+  FakeServer,
+  MULTI_CONN,
+  patternDisk,
+  SEND_FLUSH,
+  SEND_FUA,
+  serveDisk,
+} from './fake-server.ts'
 
 const disk = patternDisk(1 << 20)
 const serve = serveDisk(disk)
@@ -12,7 +23,7 @@ async function heldServer() {
   const requests: FakeRequest[] = []
   const waiting: (() => void)[] = []
   const server = await FakeServer.start({
-    export: { size: disk.length },
+    export: { size: disk.length, flags: SEND_FLUSH | SEND_FUA },
     onRequest: request => {
       requests.push(request)
       for (const wake of waiting.splice(0)) wake()
@@ -150,6 +161,114 @@ describe('a signal', () => {
   })
 })
 
+describe('a signal, while a write is being sent', () => {
+  const large = Buffer.alloc(3 << 20, 0x11)
+
+  afterEach(() => {
+    vi.useRealTimers()
+  })
+
+  it('ends the call when no socket has the memory any more, at the cost of the connection', async () => {
+    await using server = await FakeServer.start({ export: { size: large.length } })
+    await using client = await NbdClient.connect(server)
+    const memory = Buffer.from(large)
+    const controller = new AbortController()
+    const socket = server.connections[0]?.socket
+    socket?.pause()
+    const write = client.write(0, memory, { signal: controller.signal })
+    let isOver = false
+    const outcome = expect(write)
+      .rejects.toMatchObject({ code: 'NBD_ABORTED' })
+      .finally(() => {
+        isOver = true
+      })
+    await turn()
+    controller.abort()
+    await turn()
+    expect(isOver).toBe(false)
+    await outcome
+    memory.fill(0xee)
+    const closed = new Promise(resolve => socket?.once('close', resolve))
+    socket?.resume()
+    await closed
+    expect(server.requests.length).toBeLessThan(large.length / (256 * 1024))
+    for (const { data } of server.requests) expect(data.every(byte => byte === 0x11)).toBe(true)
+  })
+
+  it('keeps the connection when the server takes the rest', async () => {
+    vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] }) // a busy machine may be slow
+    await using server = await FakeServer.start({
+      export: { size: large.length },
+      onRequest: (request, connection) =>
+        connection.simple(request, 0, request.command === 'read' ? Buffer.alloc(request.length) : undefined),
+    })
+    await using client = await NbdClient.connect(server)
+    const memory = Buffer.from(large)
+    const controller = new AbortController()
+    server.connections[0]?.socket.pause()
+    const write = client.write(0, memory, { signal: controller.signal })
+    await turn()
+    controller.abort()
+    server.connections[0]?.socket.resume()
+    await expect(write).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    memory.fill(0xee)
+    await client.write(0, Buffer.alloc(512))
+    expect(server.connections.length).toBe(1)
+    for (const { data } of server.requests.slice(0, -1)) expect(data.every(byte => byte === 0x11)).toBe(true)
+  })
+
+  it('and so does the loss of another connection, after which nothing is written any more', async () => {
+    const { promise: isLost, resolve: lost } = Promise.withResolvers<void>()
+    await using server = await FakeServer.start({
+      export: { size: 1 << 26, flags: MULTI_CONN },
+      onRequest: (request, connection) => {
+        // The second connection acknowledges one write, which nobody has flushed.
+        connection.simple(request)
+        connection.socket.end(() => lost())
+      },
+    })
+    await using client = await NbdClient.connect(server, { connections: 2 })
+    const memory = Buffer.alloc(1 << 26, 0x11)
+    const socket = server.connections[0]?.socket
+    socket?.pause()
+    const write = expect(client.write(0, memory)).rejects.toMatchObject({ code: 'NBD_DISCONNECTED' })
+    await isLost
+    await write
+    memory.fill(0xee)
+    const closed = new Promise(resolve => socket?.once('close', resolve))
+    socket?.resume()
+    await closed
+    for (const { data } of server.requests) expect(data.every(byte => byte === 0x11)).toBe(true)
+  })
+})
+
+describe('a signal, before this process stood still', () => {
+  it('keeps the connection when the server has gone on meanwhile', async () => {
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, oneRequest)
+    const controller = new AbortController()
+    const memory = Buffer.alloc(disk.length)
+    const given = client.read(0, memory, { signal: controller.signal })
+    await lab.received(1)
+    const [request] = lab.requests
+    if (!request) throw new Error('no request')
+    const almost = disk.length - 50_000
+    lab.connection().send(dataHeader(request))
+    lab.connection().send(disk.subarray(0, almost))
+    await vi.waitUntil(() => memory[almost - 1] === disk[almost - 1])
+    controller.abort()
+    lab.connection().send(disk.subarray(almost))
+    for (const until = performance.now() + 400; performance.now() < until; );
+    await expect(given).rejects.toMatchObject({ code: 'NBD_ABORTED' })
+    const next = client.read(0, Buffer.alloc(512))
+    await lab.received(2)
+    const again = lab.requests[1]
+    if (again) serve(again, lab.connection())
+    await next
+    expect(lab.server.connections.length).toBe(1)
+  })
+})
+
 describe('a signal, after the connection was lost in the middle of a large chunk', () => {
   it('ends the call, whose memory nobody holds any more', async () => {
     await using lab = await heldServer()
@@ -237,6 +356,43 @@ describe('the timeout', () => {
     await starved
   })
 
+  it.each([
+    ['a flush', (client: NbdClient) => client.flush()],
+    [
+      'a write that is to be durable',
+      (client: NbdClient) => client.write(0, Buffer.alloc(512), { fua: true }),
+    ],
+  ])('is another one for %s, and the old one for what follows', async (_what, call) => {
+    vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
+    await using lab = await heldServer()
+    await using client = await NbdClient.connect(lab.server, { timeoutMs: 8000, flushTimeoutMs: 80_000 })
+    let isSlowDone = false
+    const slow = call(client).then(() => {
+      isSlowDone = true
+    })
+    const read = expect(client.read(0, Buffer.alloc(512))).rejects.toMatchObject({
+      code: 'NBD_TIMEOUT',
+      context: { timeoutMs: 8000 },
+    })
+    await lab.received(2)
+    vi.advanceTimersByTime(79_000)
+    await turn()
+    expect(isSlowDone).toBe(false)
+    const [request] = lab.requests
+    if (request) lab.connection().simple(request)
+    await slow
+    vi.advanceTimersByTime(9100)
+    await read
+
+    const dead = expect(call(client)).rejects.toMatchObject({
+      code: 'NBD_TIMEOUT',
+      context: { timeoutMs: 80_000 },
+    })
+    await lab.received(3)
+    vi.advanceTimersByTime(82_000)
+    await dead
+  })
+
   it('does not run while nothing is asked', async () => {
     vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval'] })
     await using lab = await heldServer()
@@ -255,15 +411,3 @@ describe('the timeout', () => {
     expect(lab.server.connections.length).toBe(1)
   })
 })
-
-/** The head of a reply that sends a whole read in one chunk. */
-function dataHeader(request: FakeRequest): Buffer {
-  const header = Buffer.alloc(28)
-  header.writeUInt32BE(0x668e33ef, 0)
-  header.writeUInt16BE(1, 4)
-  header.writeUInt16BE(1, 6)
-  request.cookie.copy(header, 8)
-  header.writeUInt32BE(request.length + 8, 16)
-  header.writeBigUInt64BE(BigInt(request.offset), 20)
-  return header
-}

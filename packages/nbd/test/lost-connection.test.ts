@@ -1,8 +1,9 @@
 import { rm } from 'node:fs/promises'
 import { createServer } from 'node:net'
-import { describe, expect, it } from 'vitest'
+import { describe, expect, it, vi } from 'vitest'
 import { NbdClient } from '../src/index.ts'
 import {
+  dataHeader,
   type FakeConnection,
   type FakeExport,
   type FakeRequest,
@@ -42,6 +43,32 @@ describe('a lost connection', () => {
     await Promise.all(reads)
     expect(maps.get('base:allocation')?.count).toBe(1)
     expect(server.connections.length).toBe(2)
+  })
+
+  it('in the middle of a chunk that goes right into the memory of the caller is replayed from its beginning', async () => {
+    const large = patternDisk(1 << 20)
+    const memory = Buffer.alloc(large.length)
+    await using server = await FakeServer.start({
+      export: { size: large.length },
+      onRequest: (request, connection) => {
+        if (server.connections.length > 1) {
+          serveDisk(large)(request, connection)
+          return
+        }
+        connection.send(dataHeader(request))
+        connection.send(Buffer.alloc(300_000, 0xff))
+      },
+    })
+    await using client = await NbdClient.connect(server, { maxRequestBytes: large.length })
+    const read = client.read(0, memory)
+    await vi.waitUntil(() => memory[299_999] === 0xff)
+    server.connections[0]?.socket.destroy()
+    await read
+    expect(memory.equals(large)).toBe(true)
+    expect(server.requests.map(({ offset, length }) => [offset, length])).toEqual([
+      [0, large.length],
+      [0, large.length],
+    ])
   })
 
   it('is opened again for the next call when nothing was outstanding', async () => {

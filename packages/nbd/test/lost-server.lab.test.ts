@@ -31,14 +31,17 @@ describe('a server that is lost', () => {
     ['qemu-nbd', 'SIGTERM'],
     ['nbdkit', 'SIGKILL'],
     ['nbdkit', 'SIGTERM'],
+    ['nbdkit over TCP', 'SIGKILL'],
   ] as const)('and started again is not noticed by reads: %s, %s', async (program, signal) => {
     await using lab = await Lab.create()
     const image = lab.path('image.raw')
     await writeFile(image, disk)
-    const start = () =>
-      program === 'qemu-nbd'
-        ? lab.qemuNbd('-r', '--shared=8', '-f', 'raw', image)
-        : lab.nbdkit('-r', '--filter=delay', 'file', image, 'rdelay=5ms')
+    const slow = ['-r', '--filter=delay', 'file', image, 'rdelay=5ms']
+    const start = () => {
+      if (program === 'nbdkit') return lab.nbdkit(...slow)
+      if (program === 'nbdkit over TCP') return lab.nbdkitOnTcp(...slow)
+      return lab.qemuNbd('-r', '--shared=8', '-f', 'raw', image)
+    }
     let server = await start()
     await using client = await NbdClient.connect(server.address)
     let restarts = 0

@@ -3,7 +3,14 @@ import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
 import { type ExtentMap, NbdClient, NbdError } from '../src/index.ts'
-import { type FakeConnection, type FakeRequest, FakeServer, patternDisk } from './fake-server.ts'
+import {
+  type FakeConnection,
+  type FakeRequest,
+  FakeServer,
+  MULTI_CONN,
+  patternDisk,
+  SEND_FLUSH,
+} from './fake-server.ts'
 
 const SIZE = 200_000
 const disk = patternDisk(SIZE)
@@ -22,7 +29,19 @@ type Damage = { at: number } & (
   | { kind: 'cut' }
 )
 
-const at = fc.nat(1100)
+const at = fc.oneof(fc.nat(1100), fc.nat(6000))
+/** How the client and the server talk. */
+interface Manner {
+  structured: boolean
+  connections: number
+}
+
+const manner: fc.Arbitrary<Manner> = fc.record({
+  structured: fc.boolean(),
+  connections: fc.integer({ min: 1, max: 3 }),
+})
+const NO_DAMAGE: Damage = { at: 1_000_000, kind: 'cut' }
+const written = Buffer.alloc(3000, 0x5a)
 const flip = fc.record({ at, kind: fc.constant('flip' as const), mask: fc.integer({ min: 1, max: 255 }) })
 const cut = fc.record({ at, kind: fc.constant('cut' as const) })
 const count = fc.integer({ min: 1, max: 40 })
@@ -72,9 +91,13 @@ function damager(
   }
 }
 
-function answer(request: FakeRequest, connection: FakeConnection): void {
+function answer(structured: boolean, request: FakeRequest, connection: FakeConnection): void {
   const { command, offset, length } = request
-  if (command === 'blockStatus') {
+  if (command !== 'blockStatus' && command !== 'read') {
+    connection.simple(request)
+  } else if (!structured) {
+    connection.simple(request, 0, disk.subarray(offset, offset + length))
+  } else if (command === 'blockStatus') {
     for (const [name, id] of Object.entries(contexts)) connection.status(request, id, EXTENTS[name] ?? [])
     connection.none(request)
   } else if (offset === 64_000) {
@@ -92,16 +115,25 @@ function extentsOf(map: ExtentMap): number[] {
 }
 
 /** What a client got from the server: the right things, as far as they can be checked, or a typed error. */
-async function converse(done: Damage, countsData: boolean, timeoutMs: number): Promise<'right' | NbdError> {
+async function converse(
+  done: Damage,
+  countsData: boolean,
+  timeoutMs: number,
+  { structured, connections }: Manner,
+): Promise<'right' | NbdError> {
   await using server = await FakeServer.start({
-    export: { size: SIZE, contexts },
-    onRequest: answer,
+    export: { size: SIZE, contexts, structured, flags: SEND_FLUSH | (connections > 1 ? MULTI_CONN : 0) },
+    onRequest: (request, connection) => answer(structured, request, connection),
     send: damager(done, countsData),
   })
   try {
     await using client = await NbdClient.connect(server, {
       metaContexts: Object.keys(contexts),
       timeoutMs,
+      flushTimeoutMs: timeoutMs,
+      connections,
+      // so many requests that one connection does not take them all
+      maxRequestBytes: connections > 1 ? 1001 : SIZE,
     })
     // A damaged size is as good as another; only the map of a disk of petabytes would take its time.
     const isSize = client.size === SIZE
@@ -118,7 +150,14 @@ async function converse(done: Damage, countsData: boolean, timeoutMs: number): P
       await client.read(offset, into)
       if (!countsData) expect(into.equals(disk.subarray(offset, offset + length))).toBe(true)
     })
-    const outcomes = await Promise.allSettled([...reads, maps])
+    const changes = client.write(160_000, written).then(async () => {
+      const stored = Buffer.alloc(SIZE)
+      for (const { command, offset, data } of server.requests)
+        if (command === 'write') data.copy(stored, offset)
+      expect(stored.subarray(160_000, 163_000).equals(written)).toBe(true)
+      await client.flush()
+    })
+    const outcomes = await Promise.allSettled([...reads, maps, changes])
     if (!countsData && isSize && outcomes.every(({ status }) => status === 'fulfilled')) {
       // A server that seems to refuse a context is to be believed; what it tells of the others is right.
       for (const [name, map] of (await maps) ?? []) expect(extentsOf(map)).toEqual(EXTENTS[name])
@@ -133,7 +172,10 @@ async function converse(done: Damage, countsData: boolean, timeoutMs: number): P
 
 describe('a conversation with damaged bytes', () => {
   it('is right when nothing is damaged', async () => {
-    expect(await converse({ at: 1_000_000, kind: 'cut' }, false, 60_000)).toBe('right')
+    for (const structured of [true, false]) {
+      for (const connections of [1, 3])
+        expect(await converse(NO_DAMAGE, false, 60_000, { structured, connections })).toBe('right')
+    }
   })
 
   // Bytes that are added or missing shift the data of a read, which nothing in the protocol can tell.
@@ -142,8 +184,8 @@ describe('a conversation with damaged bytes', () => {
     async () => {
       const seen = new Set<string>()
       await fc.assert(
-        fc.asyncProperty(fc.oneof({ weight: 4, arbitrary: flip }, cut), async done => {
-          const outcome = await converse(done, false, 100)
+        fc.asyncProperty(fc.oneof({ weight: 4, arbitrary: flip }, cut), manner, async (done, manner) => {
+          const outcome = await converse(done, false, 100, manner)
           seen.add(outcome === 'right' ? outcome : outcome.code)
         }),
         fuzz(300),
@@ -157,8 +199,8 @@ describe('a conversation with damaged bytes', () => {
     'ends, whatever is damaged',
     async () => {
       await fc.assert(
-        fc.asyncProperty(fc.oneof(flip, cut, shift), async done => {
-          await converse(done, true, 100)
+        fc.asyncProperty(fc.oneof(flip, cut, shift), manner, async (done, manner) => {
+          await converse(done, true, 100, manner)
         }),
         fuzz(150),
       )

@@ -18,6 +18,7 @@ export async function run(program: string, ...args: string[]): Promise<string> {
 export class Lab implements AsyncDisposable {
   readonly folder: string
   readonly #servers: RealServer[] = []
+  #port: number | undefined
 
   private constructor(folder: string) {
     this.folder = folder
@@ -45,7 +46,8 @@ export class Lab implements AsyncDisposable {
 
   /** `nbdkit` on a TCP port. */
   async nbdkitOnTcp(...args: string[]): Promise<RealServer> {
-    const port = await freePort()
+    this.#port ??= await freePort() // the same one for a server that is started again
+    const port = this.#port
     return this.#start('nbdkit', ['-f', '-i', '127.0.0.1', '-p', String(port), ...args], {
       host: '127.0.0.1',
       port,

@@ -42,8 +42,8 @@ export class ExtentList {
 
   /**
    * Adds `length` bytes of `kind` at the end. No bytes are no run.
-   * Throws `QCOW2_ARGUMENT` for a length that is negative or no integer, past 2^53 bytes in all, and past 16,777,216
-   * runs, as no image with more of them is read again.
+   * Throws `QCOW2_ARGUMENT` for a length that is negative or no integer, past 2^53 bytes in all;
+   * `QCOW2_FRAGMENTED` past 16,777,216 runs, as no image with more of them is read again.
    */
   append(length: number, kind: ExtentKind): void {
     const size = this.#size + length
@@ -53,8 +53,8 @@ export class ExtentList {
     if (this.#count === 0 || this.#kinds[this.#count - 1] !== kind) {
       if (this.#count === MAX_RUNS)
         throw new Qcow2Error(
-          'QCOW2_ARGUMENT',
-          `The disk is too fragmented: it has more than ${MAX_RUNS} runs of data, zeros and nothing. Choose a larger cluster size, which joins them.`,
+          'QCOW2_FRAGMENTED',
+          `The disk has more than ${MAX_RUNS} runs of data, zeros and nothing. A larger cluster size joins them.`,
           { runs: MAX_RUNS, covered: this.#size },
         )
       if (this.#count === this.#starts.length) {

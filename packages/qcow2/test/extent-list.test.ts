@@ -101,8 +101,8 @@ test('a list has at most 2^24 runs, and a longer last one', () => {
   list.append(1, data)
   expect(() => list.append(1, zero)).toThrow(
     expect.objectContaining({
-      code: 'QCOW2_ARGUMENT',
-      message: expect.stringMatching(/too fragmented.*larger cluster size/),
+      code: 'QCOW2_FRAGMENTED',
+      message: expect.stringMatching(/more than 16777216 runs.*larger cluster size/),
       context: { runs: 2 ** 24, covered: 2 ** 24 + 1 },
     }),
   )
