@@ -81,7 +81,7 @@ export class DownloadStream extends Readable implements ObjectStream {
       try {
         return await open(this.#position)
       } catch (failure) {
-        if (statusOf(failure) === 412 || statusOf(failure) === 404) throw changed(failure)
+        if (statusOf(failure) === 412 || statusOf(failure) === 404) throw objectChanged(failure)
         error = failure
       }
     }
@@ -92,7 +92,8 @@ function cutOff(): Error {
   return Object.assign(new Error('the connection ended early'), { code: 'ECONNRESET' })
 }
 
-function changed(cause: unknown): VarveError {
+/** The error of a download that broke off and cannot go on, since its object is another one or gone. */
+export function objectChanged(cause?: unknown): VarveError {
   const message = 'The object was replaced or deleted while it was read. Read it again.'
   return new VarveError('STORAGE_FAILED', message, { cause, retryable: true })
 }

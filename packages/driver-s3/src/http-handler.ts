@@ -82,7 +82,7 @@ export class HttpHandler {
       reject(Object.assign(new Error('the connection was closed without an answer'), { code: 'ECONNRESET' }))
     })
     sent.on('response', response => {
-      exchange.answered(response)
+      if (!exchange.answered(response)) return
       resolve({
         response: { statusCode: response.statusCode ?? 0, headers: headersOf(response), body: response },
       })
@@ -121,6 +121,9 @@ class Exchange {
   #watch: NodeJS.Timeout | undefined
   #continueTimer: NodeJS.Timeout | undefined
   #response: IncomingMessage | undefined
+  /** The bytes of the body, where the head of the request tells them. */
+  readonly #length: number | undefined
+  #written = 0
   #unsent = 0
   #sending = false
   #bodyEnded = false
@@ -131,7 +134,9 @@ class Exchange {
   constructor(sent: ClientRequest, request: SdkRequest, timeoutMs: number) {
     this.#sent = sent
     this.#body = request.body
-    this.#expects = Object.keys(request.headers).some(name => name.toLowerCase() === 'expect')
+    this.#expects = headerOf(request, 'expect') !== undefined
+    const length = headerOf(request, 'content-length')
+    this.#length = length === undefined ? undefined : Number(length)
     this.#timeoutMs = timeoutMs
   }
 
@@ -146,15 +151,23 @@ class Exchange {
     } else this.#send()
   }
 
-  answered(response: IncomingMessage): void {
-    this.#response = response
+  /** Takes the head of the answer; false where it cannot be true, which fails the request. */
+  answered(response: IncomingMessage): boolean {
     clearTimeout(this.#continueTimer)
-    if (this.#bodyEnded) return
+    const { statusCode = 0 } = response
+    const isSuccess = statusCode >= 200 && statusCode < 300
+    if (isSuccess && !this.#bodyEnded && this.#written !== this.#length) {
+      this.fail(new Error(`the storage answered ${statusCode} before it was sent all of the body`))
+      return false
+    }
+    this.#response = response
+    if (this.#bodyEnded) return true
     // Refused before all was sent: the rest is not, and nothing else can use the connection.
     this.#sending = true
     this.#bodyEnded = true
     if (this.#body instanceof Readable) this.#body.destroy()
     response.once('end', () => this.#sent.destroy())
+    return true
   }
 
   fail(error: Error): void {
@@ -195,6 +208,7 @@ class Exchange {
     for (let start = 0; start < chunk.byteLength; start += WRITE_SIZE) {
       const piece = chunk.subarray(start, start + WRITE_SIZE)
       const last = start + WRITE_SIZE >= chunk.byteLength
+      this.#written += piece.byteLength
       this.#unsent += piece.byteLength
       more = this.#sent.write(piece, error => {
         if (error) return
@@ -239,6 +253,10 @@ class Exchange {
     if (!this.#sent.socket) return true // all connections are in use
     return this.#sending && !this.#bodyEnded && this.#unsent === 0 // the source is slow
   }
+}
+
+function headerOf({ headers }: SdkRequest, wanted: string): string | undefined {
+  return Object.entries(headers).find(([name]) => name.toLowerCase() === wanted)?.[1]
 }
 
 function headersOf(response: IncomingMessage): Record<string, string> {

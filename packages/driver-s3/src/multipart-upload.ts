@@ -10,7 +10,7 @@ import { abortError, type ByteRange, isVarveError, type UploadBody } from '@varv
 import { type Bucket, type CallRules, UPLOAD_TAG } from './bucket.ts'
 import { abortBy, GRACE_MS, withGrace } from './grace.ts'
 import { notKnown, objectOptions, type Upload } from './put-object.ts'
-import { backOff, isTransient, statusOf, withRetries } from './retrying.ts'
+import { backOff, isTransient, mayBeDone, withRetries } from './retrying.ts'
 import { withNote } from './s3-error.ts'
 import { type FoundUpload, foundUploads, hasPartsSince, isGone } from './stale-uploads.ts'
 import { UploadStream } from './upload-stream.ts'
@@ -38,7 +38,10 @@ export class MultipartUpload {
     this.#tag = tag
   }
 
-  /** Begins an upload. One whose answer is lost is looked for and removed. */
+  /**
+   * Begins an upload. One whose answer is lost is looked for and removed when another was begun; where none could be, the
+   * error says that it may be left.
+   */
   static async create(upload: Upload): Promise<MultipartUpload> {
     const { bucket, key, signal } = upload
     const { checksums, retries } = bucket.settings
@@ -55,12 +58,13 @@ export class MultipartUpload {
           Metadata: { [UPLOAD_TAG]: tag },
         })
         const { UploadId } = await withGrace(signal, late => bucket.client.send(command, abortBy(late)))
-        if (UploadId === undefined) throw new Error('the storage began an upload without an id')
-        return UploadId
+        if (UploadId !== undefined) return UploadId
       } catch (error) {
-        lost ||= statusOf(error) === undefined
+        lost ||= mayBeDone(error)
         throw error
       }
+      lost = true
+      throw new Error('the storage began an upload without an id')
     }
     count(upload, 1)
     try {
@@ -69,7 +73,8 @@ export class MultipartUpload {
       return new MultipartUpload(upload, id, tag)
     } catch (error) {
       count(upload, -1)
-      throw bucket.error(error, action)
+      const failure = bucket.error(error, action)
+      throw lost ? withNote(failure, mayBeLeft(key)) : failure
     }
   }
 
@@ -187,6 +192,11 @@ export class MultipartUpload {
     this.#sent += bytes
     if (bytes > 0) this.#upload.onProgress?.(this.#sent)
   }
+}
+
+/** A word on an upload whose beginning failed, and may have succeeded. */
+function mayBeLeft(key: string): string {
+  return `The storage may have begun an upload of ${key} all the same, which has no parts; cleanUp removes it.`
 }
 
 /** Removes an unfinished upload; false where it is not there. Default of `signal`: after {@link GRACE_MS}. */

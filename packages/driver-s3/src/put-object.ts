@@ -71,15 +71,19 @@ export async function putObject(upload: Upload, body: UploadBody, size: number):
   } catch (error) {
     const failure = signal?.aborted ? abortError(signal) : bucket.error(error, action)
     // An answer may have been lost, also that of an attempt before the last. What counts is what the storage holds now.
-    if (!mayBeStored || !(await isStored(upload, tag, failure))) throw failure
+    if (!mayBeStored || !(await isStored(upload, { tag, size }, failure))) throw failure
   }
 }
 
-/** Whether the object is that of an upload. Where the storage does not say soon, `failure` is thrown, and says so. */
-async function isStored({ bucket, key }: Upload, tag: string, failure: VarveError): Promise<boolean> {
+/** Whether the object is that of an upload, whole. Where the storage does not say soon, `failure` is thrown, and says so. */
+async function isStored(
+  { bucket, key }: Upload,
+  { tag, size }: { tag: string; size: number },
+  failure: VarveError,
+): Promise<boolean> {
   try {
     const head = await bucket.head(key, { signal: AbortSignal.timeout(GRACE_MS) })
-    return head?.upload === tag
+    return head?.upload === tag && head.size === size
   } catch {
     throw withNote(failure, notKnown(key))
   }

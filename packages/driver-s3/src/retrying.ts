@@ -84,6 +84,18 @@ export function isTransient(error: unknown): boolean {
   )
 }
 
+/** Whether the storage may have done what the request that this raw error comes from asked for. */
+export function mayBeDone(error: unknown): boolean {
+  if (isVarveError(error)) return error.code === 'ABORTED'
+  const status = statusOf(error)
+  if (status !== undefined) return status < 400 || status >= 500
+  const neverConnected =
+    error instanceof Error &&
+    'syscall' in error &&
+    (error.syscall === 'connect' || error.syscall === 'getaddrinfo')
+  return isTransient(error) && !neverConnected
+}
+
 /** The HTTP status of an error of the SDK. */
 export function statusOf(error: unknown): number | undefined {
   if (!(error instanceof Error) || !('$metadata' in error)) return undefined

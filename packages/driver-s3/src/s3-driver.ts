@@ -21,7 +21,7 @@ import {
   VarveError,
 } from '@varve/core'
 import { Bucket } from './bucket.ts'
-import { DownloadStream } from './download-stream.ts'
+import { DownloadStream, objectChanged } from './download-stream.ts'
 import { abortBy } from './grace.ts'
 import { listObjects } from './list-objects.ts'
 import { removeUpload } from './multipart-upload.ts'
@@ -92,7 +92,10 @@ export class S3Driver implements StorageDriver {
         open: async start => {
           if (first.etag === undefined) throw this.#unnamed(key)
           const rest = { start, end: first.range.end }
-          return (await this.#open(key, rest, { signal, etag: first.etag })).stream
+          const next = await this.#open(key, rest, { signal, etag: first.etag })
+          if (next.etag === first.etag && next.size === first.size) return next.stream
+          next.stream.destroy()
+          throw objectChanged() // not every storage looks at If-Match
         },
         retries,
         error: error => this.#bucket.error(error, action),
@@ -181,7 +184,7 @@ export class S3Driver implements StorageDriver {
     key: string,
     range: ByteRange | undefined,
     { signal, etag }: { signal: AbortSignal | undefined; etag?: string | undefined },
-  ): Promise<{ stream: Readable; range: ByteRange; etag: string | undefined }> {
+  ): Promise<{ stream: Readable; range: ByteRange; size: number; etag: string | undefined }> {
     const answer = await this.#bucket.client.send(
       new GetObjectCommand({
         ...this.#bucket.at(key),
@@ -191,17 +194,17 @@ export class S3Driver implements StorageDriver {
       abortBy(signal),
     )
     const { Body: stream, ContentLength: length, ContentRange: sent } = answer
-    const given = range ? rangeOf(sent) : { start: 0, end: length ?? -1, size: length }
+    const given = range ? rangeOf(sent) : { start: 0, end: length ?? -1, size: length ?? -1 }
     if (
       !(stream instanceof Readable) ||
       given?.start !== (range?.start ?? 0) ||
-      given.end !== Math.min(range?.end ?? given.end, given.size ?? -1) ||
+      given.end !== Math.min(range?.end ?? given.end, given.size) ||
       given.end - given.start !== length
     ) {
       if (stream instanceof Readable) stream.destroy()
       throw new Error('the storage answered with something else than the bytes that were asked for')
     }
-    return { stream, range: given, etag: answer.ETag }
+    return { stream, range: given, size: given.size, etag: answer.ETag }
   }
 
   #assertKey(key: string): void {

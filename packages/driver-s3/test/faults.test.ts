@@ -168,6 +168,20 @@ test('an upload whose answer is lost is a failure where the storage has the obje
   expect(fake.objects.get('a')).toBe(former)
 })
 
+test('an upload whose answer is lost is a failure where the storage has only a part of it', async () => {
+  const { fake, driver } = await begin({ retries: 0 })
+  const cutShort = async () => {
+    const stored = fake.objects.get('a')
+    if (stored) fake.objects.set('a', { ...stored, bytes: stored.bytes.subarray(0, 5) })
+    throw new Error('and the connection is cut')
+  }
+  fake.faults.set('put', [{ when: 'after', answer: cutShort }])
+  const upload = driver.put('a', new PatternBody({ size: 10 }))
+  await expect(upload).rejects.toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+  expect(fake.calls).toEqual(['put', 'head'])
+  expect(fake.objects.get('a')?.bytes.length).toBe(5)
+})
+
 test('an upload that is given up while the storage is silent ends soon', async () => {
   const came = Promise.withResolvers<void>()
   const over = new AbortController()
@@ -245,6 +259,50 @@ test('an upload that was begun, but whose answer was lost, is removed', async ()
   await driver.put('a', new PatternBody({ size: SIZE }))
   expect(count(fake, 'create')).toBe(2)
   expect(fake.objects.has('a')).toBe(true)
+  expect(fake.uploads.size).toBe(0)
+})
+
+test('an upload that was begun, but whose beginning was answered with 500, is removed', async () => {
+  const failed: Fault = { when: 'after', answer: { status: 500, code: 'InternalError' } }
+  const { fake, driver } = await begin({}, { create: [failed] })
+  await driver.put('a', new PatternBody({ size: SIZE }))
+  expect(count(fake, 'create')).toBe(2)
+  expect(fake.uploads.size).toBe(0)
+})
+
+test.each<[string, Fault, boolean]>([
+  ['is lost', { when: 'after', answer: 'cut' }, true],
+  ['is 500', { when: 'after', answer: { status: 500, code: 'InternalError' } }, true],
+  ['is a refusal', { when: 'before', answer: { status: 403, code: 'AccessDenied' } }, false],
+])('an upload that cannot begin since the answer %s says whether it may be left', async (_, fault, told) => {
+  const { fake, driver } = await begin({ retries: 0 }, { create: [fault] })
+  const error = await driver.put('a', new PatternBody({ size: SIZE })).catch(error => error)
+  expect(error).toMatchObject({ code: expect.stringMatching(/^STORAGE_/) })
+  expect(error.message.includes('may have begun an upload of a all the same')).toBe(told)
+  expect(fake.uploads.size).toBe(told ? 1 : 0)
+  expect(await driver.cleanUp({ olderThan: new Date(Date.now() + 1) })).toBe(told ? 1 : 0)
+})
+
+test('an upload that never reached a server leaves nothing, and says nothing of it', async () => {
+  const { fake, driver } = await begin({ retries: 0 })
+  await fake[Symbol.asyncDispose]()
+  const error = await driver.put('a', new PatternBody({ size: SIZE })).catch(error => error)
+  expect(error).toMatchObject({ code: 'STORAGE_UNREACHABLE' })
+  expect(error.message).not.toContain('may have begun')
+})
+
+test.each<[Call, number]>([
+  ['put', 300_000],
+  ['part', SIZE],
+])('an answer of 200 to a %s before the storage has all of it is no success', async (call, size) => {
+  const { fake, driver } = await begin({ parallelParts: 1 })
+  fake.hasty.add(call)
+  const half = () => troubledSource({ kind: 'wait', resumed: never, size }, { bytes: 150_000 })
+  await expect(driver.put('a', { size, replayable: true, open: half })).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    message: expect.stringContaining('before it was sent all of the body'),
+  })
+  expect(fake.objects.size).toBe(0)
   expect(fake.uploads.size).toBe(0)
 })
 
@@ -369,6 +427,23 @@ test('a download whose object is replaced while the connection is cut fails', as
   await expect(buffer(download)).rejects.toMatchObject({ code: 'STORAGE_FAILED', retryable: true })
 })
 
+test.each<[string, number, Partial<FakeS3>]>([
+  ['of another ETag', 300_000, { heedsIfMatch: false }],
+  ['of another size', 400_000, { etagOf: () => '"same"' }],
+])('a download that goes on with an object %s than at first fails', async (_, size, differences) => {
+  const { fake, driver } = await begin()
+  Object.assign(fake, differences)
+  fake.objects.set('a', { bytes: patternBytes(9, 0, 300_000), tag: undefined })
+  fake.cutDownloadAfter = 100_000
+  const download = await driver.get('a')
+  fake.objects.set('a', { bytes: patternBytes(10, 0, size), tag: undefined })
+  await expect(buffer(download)).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    message: expect.stringContaining('was replaced'),
+    retryable: true,
+  })
+})
+
 test('a range of which the storage sends only a part, and says so, fails', async () => {
   const { fake, driver } = await begin({ retries: 0 })
   fake.objects.set('a', { bytes: patternBytes(19, 0, 10_000), tag: undefined })
@@ -382,7 +457,7 @@ test('a range of which the storage sends only a part, and says so, fails', async
 
 test('a download that is cut does not go on where nothing tells that the object is the same', async () => {
   const { fake, driver } = await begin()
-  fake.sendsEtag = false
+  fake.etagOf = () => undefined
   fake.objects.set('a', { bytes: patternBytes(9, 0, 300_000), tag: undefined })
   fake.cutDownloadAfter = 100_000
   const download = await driver.get('a')
