@@ -13,9 +13,12 @@ export const BITMAP_GRANULARITY = 65_536
 /** Snapshots of an RBD image that stay after a backup: that of the backup and of the one before it. */
 export const DEFAULT_RBD_SNAPSHOTS = 2
 
-/** The metadata of an RBD image that a restore to it leaves: the number of the snapshot that holds the backup. */
-export function restoredKey(backupId: string): string {
-  return `varve.restored.${backupId}`
+/**
+ * The metadata of an RBD image that a restore of a disk to it leaves: the number of the snapshot that holds the backup. With
+ * the disk's name, as two restored images may be exchanged by a rename.
+ */
+export function restoredKey(backupId: string, disk: string): string {
+  return `varve.restored.${backupId}.${disk}`
 }
 
 /** The bitmap that records what changes after a backup, and the snapshot of an RBD image that the backup shows. */
@@ -202,7 +205,7 @@ function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): Fal
   if (!bitmap || bitmap.twin === 'alone' || before.format !== 'qcow2' || !before.bitmap)
     return 'bitmap-missing'
   // On another file the bitmap need not tell of every write: libvirt puts an empty copy of it into the overlay of a
-  // snapshot that somebody takes.
+  // snapshot that somebody takes. And it may be that of another disk of the backup, whose file has this one's name by now.
   if (disk.path !== before.source.path || bitmap.twin === 'foreign') return 'disk-replaced'
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
@@ -224,7 +227,7 @@ export function snapshotObstacle(
   const { state } = disk
   const snapshot = state.snapshots.find(({ name }) => name === markName(backupId))
   if (before.format !== 'rbd-diff') return 'disk-replaced'
-  const restored = state.metadata.get(restoredKey(backupId))
+  const restored = state.metadata.get(restoredKey(backupId, before.name))
   if (restored === undefined && state.id !== before.source.imageId) return 'disk-replaced'
   if (!snapshot) return 'snapshot-missing'
   const isOriginal = state.id === before.source.imageId && snapshot.id === before.snapshot.id
@@ -302,7 +305,8 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'chain-limit': 'The chain has reached its length, starting a new one with a full backup',
     'parent-broken': 'The parent backup is not whole on the storage, falling back to full backup',
     'disk-new': 'The disk is not in the parent backup, falling back to full backup',
-    'disk-replaced': 'The disk is on another file than at the parent backup, falling back to full backup',
+    'disk-replaced':
+      'The disk is another one, or on another file, than at the parent backup, falling back to full backup',
     'disk-shrunk': 'The disk is smaller than in the parent backup, falling back to full backup',
     'format-raw': 'A raw disk holds no bitmap, taking a full backup',
     'format-qcow2-v2': 'A qcow2 image of version 2 holds no bitmap, taking a full backup',

@@ -11,37 +11,55 @@ export interface FoundBitmap extends Omit<DiskBitmap, 'twin' | 'names'> {
 const TWIN = /^(varve-.+)-twin-[0-9a-z]+$/
 
 /**
- * Tells a file from any other that has been under its path. libvirt puts copies of an image's bitmaps, all of them and empty,
- * into the overlay of a snapshot, and an overlay may be made again and again under one name.
+ * Ties a bitmap to the disk that it is of, by the disk's target name and its file. All disks of a backup have a bitmap of one
+ * name, and files, or the names of devices, may be exchanged between two backups. And libvirt puts copies of an image's
+ * bitmaps, all of them and empty, into the overlay of a snapshot.
+ *
+ * @param file the disk's {@link fileIdentity}
  */
-export async function fileMark(path: string): Promise<string> {
+export function twinMark(disk: string, file: string): string {
+  return createHash('sha256').update(`${disk} ${file}`).digest('hex').slice(0, 12)
+}
+
+/** Tells a file from any other that has been under its path: an overlay may be made again and again under one name. */
+export async function fileIdentity(path: string): Promise<string> {
   const file = await stat(path, { bigint: true })
-  // Its node is made anew at each boot. No snapshot makes one, so its path has to do.
+  // Its node is made anew at each boot, so its path has to do.
   if (file.isBlockDevice()) return 'device'
   // A number may be used again once its file is gone, and then with another time.
-  return createHash('sha256').update(`${file.ino} ${file.birthtimeNs}`).digest('hex').slice(0, 12)
+  return `${file.ino} ${file.birthtimeNs}`
+}
+
+/** The {@link twinMark} of a disk whose file is at `path`. */
+export async function diskMark(disk: string, path: string): Promise<string> {
+  return twinMark(disk, await fileIdentity(path))
 }
 
 /**
  * The bitmap that is begun with a backup's own, and records the same writes. QEMU does not tell that a bitmap was cleared,
- * made anew or stopped for a while; but then it lacks what its twin has. Nor does it tell that a bitmap is a copy; but
- * then its twin bears the mark of another file.
+ * made anew or stopped for a while; but then it lacks what its twin has. Nor does it tell that a bitmap is a copy, or of
+ * another disk; but then its twin bears another {@link twinMark}.
  */
-export function twinOf(bitmap: string, file: string): string {
-  return `${bitmap}-twin-${file}`
+export function twinOf(bitmap: string, mark: string): string {
+  return `${bitmap}-twin-${mark}`
 }
 
-/** Joins bitmaps that were found on a disk, at one moment, with their twins. `file` is the disk's {@link fileMark}. */
-export function joinTwins(found: readonly FoundBitmap[], file: string): DiskBitmap[] {
+/** The bitmap that a twin belongs to; any other bitmap belongs to itself. */
+export function untwinned(name: string): string {
+  return name.replace(TWIN, '$1')
+}
+
+/** Joins bitmaps that were found on a disk, at one moment, with their twins. `mark` is the disk's {@link twinMark}. */
+export function joinTwins(found: readonly FoundBitmap[], mark: string): DiskBitmap[] {
   const isTwin = ({ name }: FoundBitmap) => TWIN.test(name)
-  const twins = Map.groupBy(found.filter(isTwin), ({ name }) => name.replace(TWIN, '$1'))
+  const twins = Map.groupBy(found.filter(isTwin), ({ name }) => untwinned(name))
   const joined = found
     .filter(bitmap => !isTwin(bitmap))
     .map((bitmap): DiskBitmap => {
       const { dirty, ...plain } = bitmap
       const own = twins.get(bitmap.name) ?? []
       twins.delete(bitmap.name)
-      return { ...plain, twin: compare(bitmap, own, file), names: [bitmap, ...own].map(({ name }) => name) }
+      return { ...plain, twin: compare(bitmap, own, mark), names: [bitmap, ...own].map(({ name }) => name) }
     })
   for (const [name, alone] of twins) {
     for (const { dirty, ...plain } of alone.slice(0, 1))
@@ -54,9 +72,9 @@ export function joinTwins(found: readonly FoundBitmap[], file: string): DiskBitm
  * A bitmap that was cleared has a part of what its twin has: as many are all. It may have more, of writes in between when
  * the two were begun.
  */
-function compare(bitmap: FoundBitmap, twins: readonly FoundBitmap[], file: string): DiskBitmap['twin'] {
+function compare(bitmap: FoundBitmap, twins: readonly FoundBitmap[], mark: string): DiskBitmap['twin'] {
   if (twins.length === 0) return 'missing'
-  const twin = twins.find(({ name }) => name === twinOf(bitmap.name, file))
+  const twin = twins.find(({ name }) => name === twinOf(bitmap.name, mark))
   if (!twin) return 'foreign'
   const isComparable = twin.enabled && !twin.inconsistent && twin.granularity === bitmap.granularity
   if (!isComparable || bitmap.dirty === undefined || twin.dirty === undefined) return 'differs'

@@ -14,7 +14,7 @@ export interface DiskBitmap {
   /**
    * Whether it has all that its twin recorded beside it. `differs`: not, so somebody cleared it, made it anew or stopped it
    * for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there. `foreign`: it was begun
-   * on another file and this is a copy, which need not have all writes.
+   * on another file, of which this is a copy that need not have all writes, or for another disk.
    */
   readonly twin: 'agrees' | 'differs' | 'missing' | 'alone' | 'foreign'
   /** What it and its twin are called on the disk, as far as they are there. */

@@ -82,7 +82,7 @@ export class ImageHost implements Host {
     granularity: number,
     run: RunOptions = {},
   ): Promise<void> {
-    for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
+    for (const disk of disks) await addImageBitmap(disk, { name: bitmap, granularity }, run)
   }
 
   async removeBitmaps(

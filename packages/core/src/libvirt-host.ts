@@ -1,7 +1,7 @@
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { fileMark, twinOf } from './bitmap-twin.ts'
+import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -113,12 +113,12 @@ export class LibvirtHost implements Host {
   ): Promise<void> {
     const qmp = await this.#domains.runningQmp(instance, run)
     if (!qmp) {
-      for (const disk of disks) await addImageBitmap(disk.path, bitmap, granularity, run)
+      for (const disk of disks) await addImageBitmap(disk, { name: bitmap, granularity }, run)
       return
     }
     const additions = disks.map(async disk => {
       const node = qmp.node(disk.path, disk.format).name
-      return [bitmap, twinOf(bitmap, await fileMark(disk.path))].map(name => ({
+      return [bitmap, twinOf(bitmap, await diskMark(disk.name, disk.path))].map(name => ({
         type: 'block-dirty-bitmap-add',
         data: { node, name, granularity, persistent: true },
       }))
@@ -137,9 +137,9 @@ export class LibvirtHost implements Host {
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
     const qmp = await this.#domains.qmp(instance, run)
     const node = qmp.node(state.path, state.format)
-    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(name)).flatMap(({ names }) => names)
+    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(untwinned(name)))
     await qmp.transaction(
-      present.map(name => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
+      present.map(({ name }) => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
     )
   }
 
@@ -440,7 +440,7 @@ async function readDisk(
     format,
     blockDevice: (await stat(path)).isBlockDevice(),
     virtualSize: node.virtualSize,
-    bitmaps: node.bitmaps,
+    bitmaps: joinTwins(node.bitmaps, await diskMark(disk.name, path)),
     holdsBitmaps: node.holdsBitmaps,
   }
 }

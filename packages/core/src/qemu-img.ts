@@ -1,10 +1,10 @@
 import { realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
-import { fileMark, joinTwins, twinOf } from './bitmap-twin.ts'
+import { diskMark, type FoundBitmap, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
 import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { DiskBitmap, FileDisk } from './host.ts'
+import type { FileDisk } from './host.ts'
 import { saysLocked } from './image-lock.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -34,7 +34,7 @@ export interface ImageInfo {
   readonly dataFile?: string
   /** The qcow2 version: `0.10` or `1.1`. */
   readonly compat?: string
-  readonly bitmaps: readonly DiskBitmap[]
+  readonly bitmaps: readonly FoundBitmap[]
 }
 
 /**
@@ -63,19 +63,16 @@ export async function readImageInfo(
     ...(backing !== undefined && { backing }),
     ...(data?.['data-file'] !== undefined && { dataFile: data['data-file'] }),
     ...(data?.compat !== undefined && { compat: data.compat }),
-    bitmaps: joinTwins(
-      bitmaps.map(({ name, granularity, flags }) => {
-        const dirty = counts?.get(name)
-        const plain = {
-          name,
-          granularity,
-          enabled: flags.includes('auto'),
-          inconsistent: flags.includes('in-use'),
-        }
-        return { ...plain, ...(dirty !== undefined && { dirty }) }
-      }),
-      bitmaps.length > 0 ? await fileMark(path) : '',
-    ),
+    bitmaps: bitmaps.map(({ name, granularity, flags }) => {
+      const dirty = counts?.get(name)
+      const plain = {
+        name,
+        granularity,
+        enabled: flags.includes('auto'),
+        inconsistent: flags.includes('in-use'),
+      }
+      return { ...plain, ...(dirty !== undefined && { dirty }) }
+    }),
   }
 }
 
@@ -131,7 +128,7 @@ export async function offlineDisk(
     format,
     blockDevice: (await stat(resolved)).isBlockDevice(),
     virtualSize: info.virtualSize,
-    bitmaps: info.bitmaps,
+    bitmaps: joinTwins(info.bitmaps, await diskMark(name, resolved)),
     holdsBitmaps: format === 'qcow2' && info.compat !== '0.10',
   }
 }
@@ -146,18 +143,20 @@ export async function resolveDisk(name: string, path: string): Promise<string> {
   })
 }
 
-/** Adds a persistent, recording bitmap and its twin to an image that nobody has open. One that is there already is kept. */
+/**
+ * Adds a persistent, recording bitmap and its twin to the image of a disk, which nobody has open. One that is there already
+ * is kept.
+ */
 export async function addImageBitmap(
-  path: string,
-  bitmap: string,
-  granularity: number,
+  { name: disk, path }: { readonly name: string; readonly path: string },
+  bitmap: { readonly name: string; readonly granularity: number },
   run: RunOptions,
 ): Promise<void> {
   const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-  const present = new Set(bitmaps.flatMap(({ names }) => names))
-  for (const name of [bitmap, twinOf(bitmap, await fileMark(path))]) {
+  const present = new Set(bitmaps.map(({ name }) => name))
+  for (const name of [bitmap.name, twinOf(bitmap.name, await diskMark(disk, path))]) {
     if (present.has(name)) continue
-    const options = ['--add', '-g', String(granularity), '-f', 'qcow2']
+    const options = ['--add', '-g', String(bitmap.granularity), '-f', 'qcow2']
     await changeBitmap(path, [...options, path, name], run)
   }
 }
@@ -169,7 +168,7 @@ export async function removeImageBitmaps(
   run: RunOptions,
 ): Promise<void> {
   const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
-  for (const name of present.filter(({ name }) => bitmaps.includes(name)).flatMap(({ names }) => names))
+  for (const { name } of present.filter(({ name }) => bitmaps.includes(untwinned(name))))
     await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
 }
 

@@ -1,8 +1,7 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
-import { fileMark, joinTwins } from './bitmap-twin.ts'
+import type { FoundBitmap } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
-import type { DiskBitmap } from './host.ts'
 
 /** The parts of QMP's `BlockDeviceInfo` that are used; see QEMU's "QMP Reference Manual", query-named-block-nodes. */
 const blockNodes = z.array(
@@ -33,11 +32,12 @@ const blockNodes = z.array(
 export interface BlockNode {
   readonly name: string
   readonly virtualSize: number
-  readonly bitmaps: readonly DiskBitmap[]
+  /** Those of one moment: no write falls between two of them. */
+  readonly bitmaps: readonly FoundBitmap[]
   readonly holdsBitmaps: boolean
 }
 
-type FoundNode = z.infer<typeof blockNodes>[number] & { readonly mark: string }
+type FoundNode = z.infer<typeof blockNodes>[number]
 
 /** Sends one command, as JSON, to the monitor of a domain and gives the reply. */
 type Monitor = (json: string) => Promise<string>
@@ -60,7 +60,7 @@ export class Qmp {
     const nodes = blockNodes.parse(reply)
     const resolved = nodes.map(async node => {
       const file = await realpath(node.file).catch(() => node.file) // of a protocol node it is no path
-      return { ...node, file, mark: await fileMark(file).catch(() => '') }
+      return { ...node, file }
     })
     return new Qmp(monitor, domain, await Promise.all(resolved))
   }
@@ -81,17 +81,13 @@ export class Qmp {
       name: node['node-name'],
       virtualSize: node.image['virtual-size'],
       holdsBitmaps: format === 'qcow2' && node.image['format-specific']?.data.compat !== '0.10',
-      // QEMU counts the bitmaps of a node at one moment: no write falls between two of them.
-      bitmaps: joinTwins(
-        node['dirty-bitmaps'].map(bitmap => ({
-          name: bitmap.name,
-          granularity: bitmap.granularity,
-          enabled: bitmap.recording,
-          inconsistent: bitmap.inconsistent,
-          dirty: bitmap.count,
-        })),
-        node.mark,
-      ),
+      bitmaps: node['dirty-bitmaps'].map(bitmap => ({
+        name: bitmap.name,
+        granularity: bitmap.granularity,
+        enabled: bitmap.recording,
+        inconsistent: bitmap.inconsistent,
+        dirty: bitmap.count,
+      })),
     }
   }
 

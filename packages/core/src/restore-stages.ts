@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
 import { backupOfMark, markName } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
+import { untwinned } from './bitmap-twin.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, VarveError } from './errors.ts'
 import { assertUnused } from './image-lock.ts'
@@ -34,7 +35,7 @@ export async function mark(
   const known = new Set(backups.map(stored => stored.manifest.id))
   const files = plan.disks.flatMap(({ disk, format, target, temporary }) =>
     format === 'qcow2' && disk.format === 'qcow2' && disk.bitmap
-      ? [{ bitmap: disk.bitmap, path: temporary ?? target }]
+      ? [{ bitmap: disk.bitmap, name: disk.name, path: temporary ?? target }]
       : [],
   )
   const images = plan.disks.filter(
@@ -45,13 +46,14 @@ export async function mark(
   )
   const what = [...(files.length > 0 ? ['bitmap'] : []), ...(images.length > 0 ? ['snapshot'] : [])]
   if (what.length > 0) stage(run, 'mark', `Adding the ${what.join(' and the ')} ${markName(manifest.id)}`)
-  for (const { bitmap, path } of files) {
+  for (const { bitmap, ...disk } of files) {
     if (request.inPlace) {
-      const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-      const old = bitmaps.map(({ name }) => name).filter(name => known.has(backupOfMark(name) ?? ''))
-      await removeImageBitmaps(path, old, run)
+      const { bitmaps } = await readImageInfo(disk.path, 'qcow2', run)
+      const names = bitmaps.map(({ name }) => untwinned(name))
+      const old = names.filter(name => known.has(backupOfMark(name) ?? ''))
+      await removeImageBitmaps(disk.path, old, run)
     }
-    await addImageBitmap(path, bitmap.name, bitmap.granularity, run)
+    await addImageBitmap(disk, bitmap, run)
   }
   for (const image of images) await markImage(image, manifest.id, run)
 }

@@ -57,12 +57,12 @@ export function targetImage({ plan }: RestoreContext, { disk, of }: RbdRestore, 
  * the snapshot that was backed up. Where that one is still there its content is the restored one.
  */
 export async function markImage(
-  { cluster, image, existing, temporary }: RbdRestore,
+  { disk, cluster, image, existing, temporary }: RbdRestore,
   backupId: string,
   run: RunOptions,
 ): Promise<void> {
   const name = markName(backupId)
   if (temporary === undefined && existing?.state.snapshots.some(snapshot => snapshot.name === name)) return
   const snapshot = await cluster.createSnapshot(temporary ?? image, name, run)
-  await cluster.setMetadata(temporary ?? image, restoredKey(backupId), String(snapshot.id), run)
+  await cluster.setMetadata(temporary ?? image, restoredKey(backupId, disk.name), String(snapshot.id), run)
 }

@@ -13,6 +13,7 @@ import {
   snapshotsToRetire,
 } from '../src/backup-plan.ts'
 import type { Catalog, StoredBackup } from '../src/backups.ts'
+import { joinTwins, twinMark, twinOf } from '../src/bitmap-twin.ts'
 import { objectsOf } from '../src/chain.ts'
 import { VarveError } from '../src/errors.ts'
 import type { DiskBitmap, FileDisk, HostDisk, Instance, RbdDisk } from '../src/host.ts'
@@ -247,14 +248,45 @@ test('an RBD image of another size, larger or smaller, gets an increment', () =>
 })
 
 test('an image that was restored says itself which snapshot holds the backup', () => {
-  const metadata = new Map([[`varve.restored.${id(1)}`, '77']])
+  const metadata = new Map([[`varve.restored.${id(1)}.vda`, '77']])
   expect(plan([rbdDisk([[1, 77]], { id: 'new', metadata })], rbdChain).parent).toBe(id(1))
   expect(plan([rbdDisk([[1, 78]], { id: 'new', metadata })], rbdChain).disks).toEqual(['disk-replaced'])
 })
 
 test('a snapshot of a restored image with the number that the original had is not the one of the backup', () => {
-  const metadata = new Map([[`varve.restored.${id(2)}`, '77']])
+  const metadata = new Map([[`varve.restored.${id(2)}.vda`, '77']])
   expect(plan([rbdDisk([[2, 20]], { id: 'new', metadata })], rbdChain).disks).toEqual(['snapshot-replaced'])
+})
+
+test('two images that were restored, and exchanged by a rename, are not taken for what they were', () => {
+  const stored = ofRbd(backup(1, 1, undefined, ['vda', 'vdb']), 1)
+  const restored = (disk: string, snapshot: number) => {
+    const metadata = new Map([[`varve.restored.${id(1)}.${disk}`, String(snapshot)]])
+    return rbdDisk([[1, snapshot]], { id: `new-${disk}`, metadata })
+  }
+  const [vda, vdb] = [restored('vda', 77), restored('vdb', 78)]
+  const since = markName(id(1))
+  expect(plan([vda, { ...vdb, name: 'vdb' }], [stored]).disks).toEqual([since, since])
+  const exchanged = plan([vdb, { ...vda, name: 'vdb' }], [stored])
+  expect(exchanged).toEqual({ parent: undefined, disks: ['disk-replaced', 'disk-replaced'] })
+})
+
+test('two block devices whose names were exchanged, as at a boot, are not taken for what they were', () => {
+  const stored = [backup(1, 1, undefined, ['vda', 'vdb'])]
+  const mark = (disk: string) => twinMark(disk, 'device')
+  const since = markName(id(1))
+  /** A disk on a device that has the bitmaps which `of` was given. */
+  const disk = (name: string, of: string) => {
+    const { twin: _, names: __, ...found } = bitmap(1)
+    const bitmaps = joinTwins(
+      [found, { ...found, name: twinOf(since, mark(of)) }].map(each => ({ ...each, dirty: 7 })),
+      mark(name),
+    )
+    return hostDisk(name, bitmaps, { blockDevice: true })
+  }
+  expect(plan([disk('vda', 'vda'), disk('vdb', 'vdb')], stored).disks).toEqual([since, since])
+  const exchanged = plan([disk('vda', 'vdb'), disk('vdb', 'vda')], stored)
+  expect(exchanged).toEqual({ parent: undefined, disks: ['disk-replaced', 'disk-replaced'] })
 })
 
 test('an RBD image has no snapshot of a backup of a file', () => {

@@ -4,7 +4,7 @@ import { qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, test } from 'vitest'
 import { markName } from '../src/backup-plan.ts'
-import { fileMark, twinOf } from '../src/bitmap-twin.ts'
+import { diskMark, twinOf } from '../src/bitmap-twin.ts'
 import { countBitmapBits } from '../src/count-bitmap-bits.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { MiB, useVmSite } from './vm-site.ts'
@@ -89,8 +89,8 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
     return markName(next.id)
   }
   let name = markName((await backup()).id)
-  const file = await fileMark(path)
-  const twin = () => twinOf(name, file)
+  const mark = await diskMark('vda', path)
+  const twin = () => twinOf(name, mark)
   expect(await listed()).toEqual([name, twin()])
 
   await write('write -P 0x11 1M 1M')
@@ -121,7 +121,7 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
   await bitmap('--remove', markName(next.id))
   const full = await backup()
   expect(full).toMatchObject({ disks: [{ fallback: 'bitmap-missing' }] })
-  expect(await listed()).toEqual([markName(full.id), twinOf(markName(full.id), file)])
+  expect(await listed()).toEqual([markName(full.id), twinOf(markName(full.id), mark)])
 })
 
 test('an overlay that somebody makes again under its name is not built on, though it has copies of all bitmaps', async () => {

@@ -2,7 +2,7 @@ import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
-import { type FoundBitmap, fileMark, joinTwins } from '../src/bitmap-twin.ts'
+import { diskMark, type FoundBitmap, joinTwins } from '../src/bitmap-twin.ts'
 
 const found = (name: string, dirty: number | undefined, change: Partial<FoundBitmap> = {}): FoundBitmap => ({
   name,
@@ -60,17 +60,18 @@ test("a copy's own twin counts, whatever others came along", () => {
   expect(joinTwins(bitmaps, 'f2')).toMatchObject([{ twin: 'differs' }])
 })
 
-test('a file keeps its mark when it is written to and moved, and another in its place has another', async () => {
+test('a disk keeps its mark when its file is written to and moved, and another file in its place has another', async () => {
   const folder = await mkdtemp(join(tmpdir(), 'varve-mark-'))
   const [path, moved] = [join(folder, 'a'), join(folder, 'b')]
   await writeFile(path, 'x')
-  const mark = await fileMark(path)
+  const mark = await diskMark('vda', path)
   await writeFile(path, 'other')
-  expect(await fileMark(path)).toBe(mark)
+  expect(await diskMark('vda', path)).toBe(mark)
   await rename(path, moved)
-  expect(await fileMark(moved)).toBe(mark)
+  expect(await diskMark('vda', moved)).toBe(mark)
+  expect(await diskMark('vdb', moved)).not.toBe(mark)
   await rm(moved) // its number is free again
   await writeFile(moved, 'x')
-  expect(await fileMark(moved)).not.toBe(mark)
+  expect(await diskMark('vda', moved)).not.toBe(mark)
   await rm(folder, { recursive: true })
 })

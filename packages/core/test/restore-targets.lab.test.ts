@@ -11,7 +11,7 @@ import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { markName } from '../src/backup-plan.ts'
-import { fileMark, twinOf } from '../src/bitmap-twin.ts'
+import { diskMark, twinOf } from '../src/bitmap-twin.ts'
 import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
 import type { Instance } from '../src/host.ts'
@@ -123,7 +123,7 @@ test('a bitmap is told of where one is added', async () => {
   const bitmaps = await execa('qemu-img', ['info', '--output=json', path])
   expect(JSON.parse(bitmaps.stdout)['format-specific'].data.bitmaps).toMatchObject([
     { name: `varve-${manifest.id}` },
-    { name: twinOf(markName(manifest.id), await fileMark(path)) },
+    { name: twinOf(markName(manifest.id), await diskMark('vda', path)) },
   ])
 })
 

@@ -7,7 +7,7 @@ import { checkQcow2, createQcow2, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
-import { fileMark, twinOf } from '../src/bitmap-twin.ts'
+import { diskMark, twinOf } from '../src/bitmap-twin.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
@@ -202,7 +202,7 @@ async function load(): Promise<string> {
   const place = join(folder, 'case')
   await rm(place, { recursive: true, force: true })
   await cp(join(folder, 'template'), place, { recursive: true, preserveTimestamps: true })
-  await adoptMarks(at(place).disk)
+  await adoptMarks('vda', at(place).disk)
   return place
 }
 
@@ -250,7 +250,7 @@ async function expectSound(task: Task, outcome: Outcome): Promise<void> {
   const { stdout } = await execa('qemu-img', ['info', '--output=json', disk])
   const { bitmaps } = JSON.parse(stdout)['format-specific'].data
   const names = bitmaps.map(({ name }: { name: string }) => name).sort()
-  expect(names).toEqual([`varve-${next.id}`, twinOf(`varve-${next.id}`, await fileMark(disk))])
+  expect(names).toEqual([`varve-${next.id}`, twinOf(`varve-${next.id}`, await diskMark('vda', disk))])
 }
 
 /** What a task was to remove is gone, or where it failed may be; every other backup is there, and what it made. */

@@ -39,7 +39,7 @@ async function attempt({ operation, backup, target, disk, ...given }: Attempt): 
   const stateDir = `${target}.state`
   if (operation === 'over' || operation === 'backup') {
     await copyFile(pristine, disk)
-    await adoptMarks(disk)
+    await adoptMarks('vda', disk)
   }
   await using storage = new LocalDriver({ path })
   const chains = new ChainManager({ storage })

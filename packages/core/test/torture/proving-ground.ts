@@ -146,7 +146,7 @@ export class ProvingGround implements AsyncDisposable {
     if (!memory) throw new Error(`no template ${name}`)
     await this.#remove()
     await cp(this.#template(name), this.work, { recursive: true })
-    for (const disk of DISKS) await adoptMarks(this.image(disk))
+    for (const disk of DISKS) await adoptMarks(disk, this.image(disk))
     this.content = memory.content
     for (const [id, content] of memory.backups) this.backups.set(id, content)
     this.#backing = memory.backing
