@@ -5,6 +5,7 @@ import { VarveError } from './errors.ts'
 import type { DiskOverlay, HostReference } from './host.ts'
 import { parseHeader, parseStep } from './journal-schema.ts'
 import { makeFolders } from './make-folders.ts'
+import { statIfThere } from './stat-if-there.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 
 /** Which storage a run used; enough to tell it among those at hand, with no secret in it. */
@@ -216,6 +217,20 @@ export class RunJournal {
   }
 
   /**
+   * Removes what a process has left of a journal that died before the header was whole, and so before it did anything. Not
+   * within an hour: it may be being written.
+   *
+   * @throws STATE_DIR_FAILED
+   */
+  static async removeBegun(stateDir: string, id: string): Promise<void> {
+    const path = join(runsFolder(stateDir), id + SUFFIX)
+    await inStateFolder(path, async () => {
+      const { mtimeMs } = (await statIfThere(path)) ?? { mtimeMs: Number.POSITIVE_INFINITY }
+      if (Date.now() - mtimeMs > BEGUN_FOR_MS) await rm(path, { force: true })
+    })
+  }
+
+  /**
    * What the runs are about that have not been settled, whatever their steps are.
    *
    * @throws STATE_DIR_FAILED, RUN_UNRESOLVED
@@ -264,6 +279,8 @@ export class RunJournal {
 }
 
 const SUFFIX = '.jsonl'
+/** How long a header may be being written, which takes milliseconds. */
+const BEGUN_FOR_MS = 60 * 60 * 1000
 
 function runsFolder(stateDir: string): string {
   return join(stateDir, 'runs')

@@ -64,7 +64,7 @@ export async function recover(options: RecoverOptions, run: RunOptions = {}): Pr
   return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
 }
 
-/** Undefined where the run has settled itself. */
+/** Undefined where the run has settled itself, or had not begun. */
 async function recoverRun(
   id: string,
   options: RecoverOptions,
@@ -74,7 +74,10 @@ async function recoverRun(
   let about: Pick<RecoveredRun, 'id' | 'kind' | 'instance'> = { id }
   try {
     const found = await RunJournal.read(stateDir, id)
-    if (!found) return undefined
+    if (!found) {
+      await RunJournal.removeBegun(stateDir, id)
+      return undefined
+    }
     const { kind, instance, disks } = found.header
     about = { id, kind, instance }
     await using lock = await lockOf(disks)

@@ -1,4 +1,4 @@
-import { appendFile, mkdtemp, rm } from 'node:fs/promises'
+import { appendFile, mkdir, mkdtemp, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
@@ -94,6 +94,26 @@ test('a journal that cannot be read is told of, and keeps no other run from bein
     ],
   })
   expect(await RunJournal.unsettled(stateDir)).toEqual([unreadable.header.id])
+})
+
+test('a journal whose process died before its header was whole goes an hour later', async () => {
+  const begun = await Promise.all(
+    ['', '{"version":1', '{"version":1'].map(async (text, index) => {
+      const id = newBackupId()
+      const path = join(stateDir, 'runs', `${id}.jsonl`)
+      await mkdir(join(stateDir, 'runs'), { recursive: true })
+      await writeFile(path, text)
+      const age = index < 2 ? 61 : 59
+      const minutesAgo = new Date(Date.now() - age * 60 * 1000)
+      await utimes(path, minutesAgo, minutesAgo)
+      return id
+    }),
+  )
+  const dead = await begin('web-1')
+  await utimes(join(stateDir, 'runs', `${dead.header.id}.jsonl`), 0, 0)
+  const report = await recover({ stateDir, storages: [storage] })
+  expect(report).toMatchObject({ ok: true, runs: [{ id: dead.header.id, outcome: 'undone' }] })
+  expect(await RunJournal.unsettled(stateDir)).toEqual([begun[2]])
 })
 
 test('a guest that cannot be resumed or thawed is told of, and its overlays are merged all the same', async () => {
