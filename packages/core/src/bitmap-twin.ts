@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto'
-import { stat } from 'node:fs/promises'
+import { readFile, stat } from 'node:fs/promises'
+import { join } from 'node:path'
 import type { DiskBitmap } from './host.ts'
 
 /** A bitmap as QEMU tells it, be it a backup's or a twin. */
@@ -24,10 +25,28 @@ export function twinMark(disk: string, file: string): string {
 /** Tells a file from any other that has been under its path: an overlay may be made again and again under one name. */
 export async function fileIdentity(path: string): Promise<string> {
   const file = await stat(path, { bigint: true })
-  // Its node is made anew at each boot, so its path has to do.
-  if (file.isBlockDevice()) return 'device'
+  if (file.isBlockDevice()) return deviceIdentity(sysfsFolder(file.rdev))
   // A number may be used again once its file is gone, and then with another time.
   return `${file.ino} ${file.birthtimeNs}`
+}
+
+/**
+ * What tells a block device whatever its node, which is made anew at each boot, is called by then: the device mapper's uuid,
+ * such as of an LVM volume, or the name that it has from its maker. Where it has neither its path has to do.
+ *
+ * @param sysfs the kernel's folder of the device
+ */
+export async function deviceIdentity(sysfs: string): Promise<string> {
+  const names = ['dm/uuid', 'wwid', 'device/wwid']
+  const found = await Promise.all(names.map(name => readFile(join(sysfs, name), 'utf8').catch(() => '')))
+  return `device ${found.map(text => text.trim()).find(text => text !== '') ?? ''}`
+}
+
+/** As the kernel's `new_encode_dev` puts the two numbers of a device into one. */
+function sysfsFolder(rdev: bigint): string {
+  const major = (rdev >> 8n) & 0xfffn
+  const minor = (rdev & 0xffn) | ((rdev >> 12n) & 0xfff00n)
+  return `/sys/dev/block/${major}:${minor}`
 }
 
 /** The {@link twinMark} of a disk whose file is at `path`. */

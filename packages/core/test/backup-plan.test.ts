@@ -273,7 +273,7 @@ test('two images that were restored, and exchanged by a rename, are not taken fo
 
 test('two block devices whose names were exchanged, as at a boot, are not taken for what they were', () => {
   const stored = [backup(1, 1, undefined, ['vda', 'vdb'])]
-  const mark = (disk: string) => twinMark(disk, 'device')
+  const mark = (disk: string) => twinMark(disk, 'device ')
   const since = markName(id(1))
   /** A disk on a device that has the bitmaps which `of` was given. */
   const disk = (name: string, of: string) => {

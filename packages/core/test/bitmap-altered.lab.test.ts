@@ -1,4 +1,4 @@
-import { rm } from 'node:fs/promises'
+import { rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
@@ -143,6 +143,21 @@ test('an overlay that somebody makes again under its name is not built on, thoug
   const next = await backup()
   expect(next).toMatchObject({ kind: 'full', disks: [{ fallback: 'disk-replaced' }] })
   await qemuIo(await site.restored(next), 'qcow2', ['read -P 0x33 3M 1M'])
+})
+
+test('disks whose files were exchanged while the instance was off are not taken for what they were once it runs', async () => {
+  const vm = await createVm(['vda', 'vdb'].map(target => ({ target, size: MiB })))
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 64k')
+  await backup()
+  await vm.destroy()
+  await rename(image('vda'), join(site.folder, 'between'))
+  await rename(image('vdb'), image('vda'))
+  await rename(join(site.folder, 'between'), image('vdb'))
+  await vm.start()
+  const next = await backup()
+  expect(next.disks).toMatchObject([{ fallback: 'disk-replaced' }, { fallback: 'disk-replaced' }])
+  await qemuIo(await site.restored(next, 'vdb'), 'qcow2', ['read -P 0x11 0 64k'])
 })
 
 test('the bits of a bitmap in an image are as many as QEMU counts', async () => {

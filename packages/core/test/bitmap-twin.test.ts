@@ -1,8 +1,8 @@
-import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { expect, test } from 'vitest'
-import { diskMark, type FoundBitmap, joinTwins } from '../src/bitmap-twin.ts'
+import { deviceIdentity, diskMark, type FoundBitmap, joinTwins } from '../src/bitmap-twin.ts'
 
 const found = (name: string, dirty: number | undefined, change: Partial<FoundBitmap> = {}): FoundBitmap => ({
   name,
@@ -73,5 +73,26 @@ test('a disk keeps its mark when its file is written to and moved, and another f
   await rm(moved) // its number is free again
   await writeFile(moved, 'x')
   expect(await diskMark('vda', moved)).not.toBe(mark)
+  await rm(folder, { recursive: true })
+})
+
+test('a block device is told by what the kernel knows of it, and not by its number', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-sysfs-'))
+  const device = async (name: string, file: string, text: string) => {
+    const path = join(folder, name, file)
+    await mkdir(dirname(path), { recursive: true })
+    await writeFile(path, text)
+    return deviceIdentity(join(folder, name))
+  }
+  const volume = await device('254:0', 'dm/uuid', 'LVM-one\n')
+  expect(await device('254:1', 'dm/uuid', 'LVM-two\n')).not.toBe(volume)
+  expect(await device('254:2', 'dm/uuid', 'LVM-one\n')).toBe(volume)
+  const disk = await device('8:0', 'device/wwid', 'naa.50\n')
+  expect(await device('259:0', 'wwid', 'naa.50\n')).toBe(disk)
+  expect(await device('8:1', 'device/wwid', 'naa.51\n')).not.toBe(disk)
+  // A mapping without a uuid has an empty one.
+  const unnamed = await device('254:3', 'dm/uuid', '\n')
+  expect(new Set([volume, disk, unnamed]).size).toBe(3)
+  expect(await deviceIdentity(join(folder, 'none'))).toBe(unnamed)
   await rm(folder, { recursive: true })
 })
