@@ -8,7 +8,7 @@ import { statIfThere } from './stat-if-there.ts'
 
 /** How often the file systems are looked at, in milliseconds. */
 const INTERVAL_MS = 500
-/** What is kept free by default: this, or the share of a small file system. */
+/** See {@link defaultReserve}. */
 const RESERVE_BYTES = 1024 ** 3
 const RESERVE_SHARE = 0.05
 /** The unit of `st_blocks`, see inode(7). */
@@ -45,7 +45,7 @@ export async function lackOfSpace(
   for (const { folder, growth } of needs.values()) {
     const { bavail, blocks, bsize } = await statfs(folder)
     const free = bavail * bsize
-    const kept = reserve ?? Math.min(RESERVE_BYTES, Math.floor(blocks * bsize * RESERVE_SHARE))
+    const kept = reserve ?? defaultReserve(blocks * bsize)
     if (free >= growth + kept) continue
     return new VarveError(
       'OVERLAY_SPACE_LOW',
@@ -54,6 +54,11 @@ export async function lackOfSpace(
     )
   }
   return undefined
+}
+
+/** What is kept free by default of a file system of this size, both in bytes. */
+export function defaultReserve(size: number): number {
+  return Math.min(RESERVE_BYTES, Math.floor(size * RESERVE_SHARE))
 }
 
 /** What a base may grow by when its overlay is merged into it. A block device does not. */

@@ -1,8 +1,11 @@
 import { once } from 'node:events'
+import { mkdtemp, rm, truncate, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { type LabDomain, mountTmpfs, qemuIo, sha256Content, type Tmpfs } from '@varve/testkit/lab'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
+import { defaultReserve, lackOfSpace, type SizedOverlay } from '../src/overlay-space.ts'
 import type { StoredObject } from '../src/storage.ts'
 import { MiB, PausingStorage, useVmSite } from './vm-site.ts'
 
@@ -69,4 +72,48 @@ test('a backup does not begin where its overlay would have too little room', asy
   })
   await site.expectCleanHost([])
   await pipeline.run({ instance: vm.name }) // 5 % of 24 MiB are kept free
+})
+
+/** Writes so many bytes into a new file. */
+async function filled(folder: string, bytes: number): Promise<string> {
+  const path = join(await mkdtemp(join(folder, 'filled-')), 'file')
+  await writeFile(path, Buffer.alloc(bytes, 1))
+  onTestFinished(() => rm(path, { force: true }))
+  return path
+}
+
+test('1 GiB is kept free by default, or a twentieth of a file system of less than 20 GiB', async () => {
+  const GiB = 1024 * MiB
+  expect([1000, 20, 10].map(size => defaultReserve(size * GiB))).toEqual([GiB, GiB, 512 * MiB])
+  const overlay = await filled(small.path, 22.5 * MiB)
+  // A disk that is written in full does not grow.
+  const one = { disk: 'vda', base: overlay, baseFormat: 'qcow2', overlay, virtualSize: 22.5 * MiB } as const
+  expect(await lackOfSpace([one], undefined)).toBeUndefined()
+  await filled(small.path, MiB / 2)
+  const needed = Math.floor(1.2 * MiB)
+  expect(await lackOfSpace([one], undefined)).toMatchObject({
+    context: { folder: expect.any(String), needed },
+  })
+})
+
+test('disks have room for all that their overlays hold, as far as they can grow', async () => {
+  const folder = await mkdtemp(join(small.path, 'bases-'))
+  const overlays: SizedOverlay[] = []
+  for (const disk of ['vda', 'vdb']) {
+    const base = join(folder, disk)
+    await writeFile(base, '')
+    await truncate(base, 16 * MiB)
+    const overlay = await filled(site.folder, 8 * MiB)
+    overlays.push({ disk, base, baseFormat: 'raw', overlay, virtualSize: 16 * MiB })
+  }
+  const rest = await filled(small.path, 12 * MiB)
+  const [one, other] = overlays as [SizedOverlay, SizedOverlay]
+  for (const each of overlays) expect(await lackOfSpace([each], 0)).toBeUndefined()
+  expect(await lackOfSpace([one], 5 * MiB)).toMatchObject({ context: { folder, needed: 13 * MiB } })
+  expect(await lackOfSpace([one, other], 0)).toMatchObject({ context: { folder, needed: 16 * MiB } })
+  // A disk of 2 MiB takes up no more; a device, as it is, none at all.
+  expect(await lackOfSpace([one, { ...other, virtualSize: 2 * MiB }], 0)).toBeUndefined()
+  expect(await lackOfSpace([one, { ...other, base: '/dev/zero' }], 0)).toBeUndefined()
+  await truncate(rest, 0)
+  expect(await lackOfSpace([one, other], 0)).toBeUndefined()
 })
