@@ -2,9 +2,12 @@ import { FaultyDriver } from '@varve/testkit'
 import { BackupPipeline } from '../../src/backup-pipeline.ts'
 import { ChainManager } from '../../src/chain-manager.ts'
 import { VarveError } from '../../src/errors.ts'
-import type { BackupManifest } from '../../src/manifest.ts'
+import type { BackupManifest, FallbackReason } from '../../src/manifest.ts'
+import { DEFAULT_MAX_INCREMENTAL_CHAIN } from '../../src/parent-check.ts'
 import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
+import { expectNoOtherObjects } from './expect-objects.ts'
+import { expectCleanState } from './expect-state.ts'
 import { DISKS, INSTANCE } from './guest.ts'
 import type { ProvingGround, StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
@@ -34,6 +37,9 @@ const MOST_BYTES = 12 * 1024 * 1024
 const LEAST_BYTES = 1024 * 1024
 const CLUSTER = 64 * 1024
 
+/** What a backup of all disks must be: an increment on this one, or full for this reason. */
+type Next = { readonly parent: string } | { readonly fallback: FallbackReason }
+
 /**
  * Takes an instance through random steps, beside what each disk and each backup must hold, and compares. Rejects with
  * the steps so far where one differs.
@@ -44,6 +50,11 @@ export class ModelWalk {
   readonly #random: Random
   /** The backups that are there, by storage, oldest first. */
   readonly #there: Record<StorageName, BackupManifest[]> = { first: [], second: [] }
+  /** What the next backup to a storage must be; undefined where that takes more than this model to tell. */
+  readonly #next: Record<StorageName, Next | undefined> = {
+    first: { fallback: 'no-parent' },
+    second: { fallback: 'no-parent' },
+  }
 
   constructor(ground: ProvingGround, seed: number) {
     this.#ground = ground
@@ -83,13 +94,15 @@ export class ModelWalk {
       case 'write':
         return ground.write(random)
       case 'backup':
-        return this.#backup(storage, {})
+        return this.#addAuto(storage, await ground.backup(storage))
       case 'full backup':
-        return this.#backup(storage, { type: 'full' })
+        return this.#add(storage, await ground.backup(storage, { type: 'full' }))
       case 'backups behind a listing that lags':
         return this.#lag(storage)
       case 'backup of one disk':
-        return this.#backup(storage, { disks: [random.pick(DISKS)] })
+        this.#add(storage, await ground.backup(storage, { disks: [random.pick(DISKS)] }))
+        this.#next[storage] = undefined
+        return
       case 'backup that fails':
         return this.#fail(storage)
       case 'restore':
@@ -114,10 +127,6 @@ export class ModelWalk {
     }
   }
 
-  async #backup(storage: StorageName, request: object): Promise<void> {
-    this.#add(storage, await this.#ground.backup(storage, request))
-  }
-
   /** The storage fails at some call. */
   async #fail(storage: StorageName): Promise<void> {
     const { host, stateDir } = this.#ground
@@ -133,8 +142,8 @@ export class ModelWalk {
       if (found !== error && found?.code !== 'STORAGE_FULL') throw found
       return undefined
     })
-    if (!manifest) return
-    this.#add(storage, manifest) // it needed fewer objects, or the manifest was stored
+    if (manifest) this.#addAuto(storage, manifest) // it needed fewer objects, or the manifest was stored
+    await this.#expectNothingLeft(storage)
   }
 
   /** The second one does not see the first, or sees but a part of it. */
@@ -146,10 +155,38 @@ export class ModelWalk {
       lags && operation === 'list' ? { kind: 'stale', changes } : undefined,
     )
     const pipeline = new BackupPipeline({ host, stateDir, storage: lagging })
-    this.#add(storage, await pipeline.run({ instance: INSTANCE }))
+    this.#addAuto(storage, await pipeline.run({ instance: INSTANCE }))
     await this.#ground.write(this.#random)
     lags = true
     this.#add(storage, await pipeline.run({ instance: INSTANCE }))
+    this.#next[storage] = undefined
+  }
+
+  /** One of all disks, whose kind was not asked for. */
+  #addAuto(storage: StorageName, manifest: BackupManifest): void {
+    const next = this.#next[storage]
+    this.#add(storage, manifest)
+    if (!next) return
+    const parent = 'parent' in next && this.#hasRoom(storage, next.parent) ? next.parent : undefined
+    const reason = 'fallback' in next ? next.fallback : 'chain-limit'
+    const wanted = parent === undefined ? `full ${reason}` : `incremental on ${parent}`
+    for (const { name, kind, fallback } of manifest.disks) {
+      const found = kind === 'full' ? `full ${fallback}` : `incremental on ${manifest.parent}`
+      if (found !== wanted) throw new Error(`${name} is ${found} and not ${wanted}`)
+    }
+  }
+
+  /** Whether the chain that a backup ends may have one more. */
+  #hasRoom(storage: StorageName, id: string): boolean {
+    return this.#withAncestors(storage, [id]).length <= DEFAULT_MAX_INCREMENTAL_CHAIN
+  }
+
+  /** These backups and all that they rest on. */
+  #withAncestors(storage: StorageName, ids: readonly string[]): string[] {
+    const found = new Set(ids)
+    for (const { id, parent } of this.#there[storage].toReversed())
+      if (parent !== undefined && found.has(id)) found.add(parent)
+    return [...found]
   }
 
   #add(storage: StorageName, manifest: BackupManifest): void {
@@ -157,15 +194,38 @@ export class ModelWalk {
     const kinds = manifest.disks.map(({ name, kind, fallback }) => `${name} ${kind} ${fallback ?? ''}`)
     this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
     this.#there[storage].push(manifest)
+    this.#next[storage] = { parent: manifest.id }
   }
 
-  async #restore(storage: StorageName, { id }: BackupManifest, inPlace: boolean): Promise<void> {
+  /** What a full backup is for where its storage has none that fits. */
+  #noParent(storage: StorageName): Next {
+    return { fallback: this.#there[storage].length === 0 ? 'no-parent' : 'bitmap-missing' }
+  }
+
+  /** Nothing of a run that failed is on the host, nor on its storage. */
+  async #expectNothingLeft(storage: StorageName): Promise<void> {
+    const ground = this.#ground
+    await expectCleanState(ground.stateDir)
+    await expectNoOtherObjects(ground.storage(storage), undefined)
+    const files = await ground.files()
+    if (files.join() !== DISKS.map(disk => `${disk}.qcow2`).join()) throw new Error(`there are ${files}`)
+    for (const { name, path } of (await ground.host.disks(INSTANCE)).disks)
+      if (!DISKS.some(disk => disk === name && ground.image(disk) === path))
+        throw new Error(`${name} is on ${path}`)
+  }
+
+  async #restore(storage: StorageName, { id, disks }: BackupManifest, inPlace: boolean): Promise<void> {
     this.log.push(`  ${id} on ${storage}`)
     const { host, stateDir } = this.#ground
     const pipeline = new RestorePipeline({ host, stateDir, storage: this.#ground.storage(storage) })
     const wanted = this.#ground.backups.get(id) ?? {}
     await pipeline.run({ backup: id, to: { instance: INSTANCE }, powerOffTimeoutMs: 0, inPlace })
     this.#ground.content = wanted
+    const isWhole = disks.length === DISKS.length
+    this.#next[storage] = isWhole ? { parent: id } : undefined
+    if (inPlace) return // which the bitmaps of the other storage record
+    const other = storage === 'first' ? 'second' : 'first'
+    this.#next[other] = isWhole ? this.#noParent(other) : undefined
   }
 
   /** The storage fails at some call, and the disks stay as they were. */
@@ -181,6 +241,7 @@ export class ModelWalk {
       () => true,
     )
     if (!failed) throw new Error('a restore without its images succeeded')
+    await this.#expectNothingLeft(storage)
   }
 
   /** Beyond its end a restore in place leaves a larger disk as it is. */
@@ -208,14 +269,28 @@ export class ModelWalk {
     const last = this.#there[storage].at(-1)
     if (!last) return
     await new ChainManager({ storage: this.#ground.storage(storage) }).delete(last.id)
-    this.#there[storage].pop()
+    this.#remove(storage, [last.id])
+  }
+
+  #remove(storage: StorageName, ids: readonly string[]): void {
+    this.#there[storage] = this.#there[storage].filter(({ id }) => !ids.includes(id))
+    const next = this.#next[storage]
+    if (next && 'parent' in next && !ids.includes(next.parent)) return
+    this.#next[storage] = next && this.#noParent(storage)
   }
 
   async #prune(storage: StorageName): Promise<void> {
     const manager = new ChainManager({ storage: this.#ground.storage(storage) })
-    const { removed } = await manager.prune({ instance: INSTANCE, keepLast: 1 + this.#random.below(4) })
-    const gone = new Set(removed.map(({ manifest }) => manifest.id))
-    this.#there[storage] = this.#there[storage].filter(({ id }) => !gone.has(id))
+    const keepLast = 1 + this.#random.below(4)
+    const there = this.#there[storage].map(({ id }) => id)
+    const kept = this.#withAncestors(storage, there.slice(-keepLast))
+    const wanted = there.filter(id => !kept.includes(id))
+    const { removed } = await manager.prune({ instance: INSTANCE, keepLast })
+    const found = removed.map(({ manifest }) => manifest.id).sort()
+    if (found.join() !== wanted.join())
+      throw new Error(`the last ${keepLast} are kept, and ${found} went, not ${wanted}`)
+    this.#remove(storage, wanted)
+    await this.#compareList(storage)
   }
 
   async #resize(name: 'grow' | 'shrink' | 'shrink and grow'): Promise<void> {
@@ -228,5 +303,7 @@ export class ModelWalk {
     const sizes = { grow: [larger], shrink: [smaller], 'shrink and grow': [smaller, larger] }[name]
     if (smaller < LEAST_BYTES || larger > MOST_BYTES) return
     for (const size of sizes) await this.#ground.resize(disk, size)
+    // The disk has a full image for it where it is smaller than at the parent, which is not always the backup before.
+    if (name === 'shrink') this.#next.first = this.#next.second = undefined
   }
 }
