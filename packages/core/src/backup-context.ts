@@ -1,5 +1,6 @@
 import type { BackupRequest } from './backup-pipeline.ts'
 import type { BackupPlan } from './backup-plan.ts'
+import type { DiskLock } from './disk-lock.ts'
 import { abortError } from './errors.ts'
 import type { BackupStage } from './events.ts'
 import type { Host, Instance } from './host.ts'
@@ -18,6 +19,8 @@ export interface BackupContext {
   readonly request: BackupRequest
   readonly plan: BackupPlan
   readonly journal: RunJournal
+  /** Of all disks of the instance. */
+  readonly lock: DiskLock
   readonly run: RunOptions
   readonly startedAt: Date
 }

@@ -182,6 +182,7 @@ export class BackupPipeline {
       request,
       plan,
       journal,
+      lock,
       run,
       startedAt,
     }

@@ -106,7 +106,7 @@ async function freezeRunning(
   files: readonly FileDisk[],
   images: readonly RbdDisk[],
 ): Promise<Frozen> {
-  const { id, host, instance, journal, run, request } = backup
+  const { id, host, instance, journal, lock, run, request } = backup
   const overlays = await Promise.all(
     files.map(
       async (disk): Promise<SizedOverlay> => ({
@@ -124,6 +124,8 @@ async function freezeRunning(
   try {
     const snapshots = await atOneMoment(backup, { images, overlays }, async () => {
       if (overlays.length > 0) {
+        // By these a second run finds the disks from here on.
+        await lock.add(overlays.map(({ overlay }) => overlay))
         await journal.record({ step: 'snapshot', overlays })
         await host.snapshot(instance.name, overlays, run)
       }

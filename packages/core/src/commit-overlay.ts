@@ -29,24 +29,9 @@ export async function commitOverlay(
   work: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
-  const { instance, overlay, merge } = work
+  const { instance, overlay } = work
   try {
-    const state = await settledState(domains, work, run)
-    if (merge.state !== undefined && state?.path === overlay.overlay) await merge.record(undefined)
-    if (state === undefined) await commitForgotten(domains, work, run)
-    else if (state.path === overlay.overlay) {
-      await (state.running ? commitLive : commitOffline)(domains, work, run)
-    } else if (await statIfThere(overlay.overlay)) {
-      if (state.path !== overlay.base) {
-        // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
-        throw new VarveError(
-          'OVERLAY_LEFT_OVER',
-          `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
-        )
-      }
-      if (state.running) await assertNotTaken(domains, instance, overlay, run)
-      if (merge.state === undefined) await mergeAbandoned(domains, work, state.running, run)
-    }
+    await mergeOverlay(domains, work, run)
     await rm(overlay.overlay, { force: true })
   } catch (error) {
     throw new VarveError(
@@ -61,8 +46,48 @@ export async function commitOverlay(
   }
 }
 
-/** Where the disk is once a snapshot that is under way has come; undefined where the domain or the disk is gone. */
+/** Merges the overlay wherever the disk is, so that it can be removed. */
+async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+  const { instance, overlay, merge } = work
+  const state = await settledState(domains, work, run)
+  if (state === undefined) {
+    // Somebody has renamed the instance or the disk: without its overlay it could not be started.
+    const renamed = await domains.diskOn(overlay.overlay, run)
+    if (!renamed) return commitForgotten(domains, work, run)
+    const { instance, disk } = renamed
+    return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
+  }
+  if (state.path === overlay.overlay) return (state.running ? commitLive : commitOffline)(domains, work, run)
+  if (!(await statIfThere(overlay.overlay))) return
+  if (state.path !== overlay.base) {
+    // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
+    throw new VarveError(
+      'OVERLAY_LEFT_OVER',
+      `the disk writes to ${state.path} by now, and neither to the overlay nor to ${overlay.base}`,
+    )
+  }
+  if (state.running) await assertNotTaken(domains, instance, overlay, run)
+  if (merge.state === undefined) await mergeAbandoned(domains, work, state.running, run)
+}
+
+/** Where the disk is once nothing that a process asked for before it died moves it; undefined where it is gone. */
 async function settledState(
+  domains: LibvirtDomains,
+  work: OverlayMerge,
+  run: RunOptions,
+): ReturnType<LibvirtDomains['diskState']> {
+  const { instance, overlay, merge } = work
+  const state = await arrivedState(domains, work, run)
+  if (merge.state === undefined || state?.path !== overlay.overlay) return state
+  // The pivot may be under way. libvirt ends the job behind it only: then the disk is on its base, or stays here.
+  if (state.running) await abortCommit(domains, work, run)
+  const now = await domains.diskState(instance, overlay.disk, run)
+  if (now?.path === overlay.overlay) await merge.record(undefined)
+  return now
+}
+
+/** Where the disk is once a snapshot that is under way has come; undefined where the domain or the disk is gone. */
+async function arrivedState(
   domains: LibvirtDomains,
   { instance, overlay, merge: { arrivesBy = 0 } }: OverlayMerge,
   run: RunOptions,
@@ -178,27 +203,32 @@ async function assertNotTaken(
   throw new VarveError('OVERLAY_LEFT_OVER', 'a snapshot is about to take it into use')
 }
 
-async function commitLive(
-  domains: LibvirtDomains,
-  { instance, overlay, merge }: OverlayMerge,
+/** Ends a commit that a former try left behind. False where there is none. */
+async function abortCommit(
+  { virsh }: LibvirtDomains,
+  { instance, overlay }: OverlayMerge,
   run: RunOptions,
-): Promise<void> {
+): Promise<boolean> {
+  const blockJob = (option: string) => virsh.onDomain(run, instance, 'blockjob', overlay.disk, option)
+  if (!/commit/i.test(await blockJob('--raw'))) return false
+  await blockJob('--abort')
+  return true
+}
+
+async function commitLive(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+  const { instance, overlay, merge } = work
   const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
-  const blockJob = (option: string) =>
-    domains.virsh.onDomain(slow, instance, 'blockjob', overlay.disk, option)
-  // --shallow: into the overlay's own base, never further down a chain that the instance has of its own. Without
-  // --pivot: a program that outlives this process must not put the disk on its base when nobody knows of it.
-  const options = ['--active', '--shallow', '--wait']
+  // Both by name: a disk that has left the overlay meanwhile is not merged further down a chain that the instance has of
+  // its own, such as into a template. Without --pivot: a program that outlives this process must not put the disk on
+  // its base when nobody knows of it.
+  const options = ['--base', overlay.base, '--top', overlay.overlay, '--active', '--wait']
   const commit = () => domains.virsh.onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
   await commit().catch(async error => {
-    if (!isVarveError(error, 'COMMAND_FAILED')) throw error
-    // A job that a former try left behind refuses a new one.
-    if (!/commit/i.test(await blockJob('--raw'))) throw error
-    await blockJob('--abort')
+    if (!isVarveError(error, 'COMMAND_FAILED') || !(await abortCommit(domains, work, run))) throw error
     await commit()
   })
   await merge.record('pivot')
-  await blockJob('--pivot')
+  await domains.virsh.onDomain(slow, instance, 'blockjob', overlay.disk, '--pivot')
   await merge.record('merged')
   const after = await domains.diskState(instance, overlay.disk, run)
   if (after !== undefined && after.path !== overlay.base) {

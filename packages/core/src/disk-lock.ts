@@ -20,12 +20,21 @@ export class DiskLock implements AsyncDisposable {
   static async acquire(paths: readonly string[]): Promise<DiskLock> {
     const lock = new DiskLock()
     try {
-      for (const path of [...new Set(paths)].sort()) await lock.#add(path)
+      await lock.add(paths)
     } catch (error) {
       await lock.release()
       throw error
     }
     return lock
+  }
+
+  /**
+   * Takes the locks of more paths.
+   *
+   * @throws DISK_BUSY; those that were taken are given back with the others
+   */
+  async add(paths: readonly string[]): Promise<void> {
+    for (const path of [...new Set(paths)].sort()) await this.#add(path)
   }
 
   async #add(path: string): Promise<void> {

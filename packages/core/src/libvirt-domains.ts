@@ -59,6 +59,24 @@ export class LibvirtDomains {
     }
   }
 
+  /** The disk that is on a file, or is defined to be; undefined where no domain has one. */
+  async diskOn(path: string, run: RunOptions): Promise<{ instance: string; disk: string } | undefined> {
+    const list = await this.virsh.run(run, 'list', '--all', '--name')
+    for (const instance of list.split('\n').filter(Boolean)) {
+      const definitions = await this.virsh
+        .ask(run, instance, ['dumpxml'], ['dumpxml', '--inactive'])
+        .catch(error => {
+          if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return [] // since it was listed
+          throw error
+        })
+      for (const { name, source } of definitions.flatMap(xml => readDomainXml(xml).disks)) {
+        if (source !== undefined && (await realpath(source).catch(() => source)) === path)
+          return { instance, disk: name }
+      }
+    }
+    return undefined
+  }
+
   /** The file or block device of a disk, symbolic links resolved; undefined where it is none. */
   async diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
     const path = disk.volume

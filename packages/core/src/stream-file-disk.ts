@@ -30,7 +30,7 @@ export interface ServedDisk extends AsyncDisposable {
 
 /** Serves a frozen disk. */
 export async function serveDisk(
-  { instance, run }: BackupContext,
+  { run }: BackupContext,
   disk: FileDisk,
   plan: DiskPlan,
   folder: string,
@@ -41,8 +41,8 @@ export async function serveDisk(
     path: disk.path,
     format: disk.format,
     writable: false,
-    // A running instance writes to its overlay, and keeps others from the disk itself.
-    refuseWriters: !instance.running,
+    // Also of a running instance, which writes to its overlay: somebody's own commit of that would write to the disk.
+    refuseWriters: true,
     folder,
     ...(plan.kind === 'incremental' && { bitmap: plan.since }),
   })

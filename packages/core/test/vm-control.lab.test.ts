@@ -192,6 +192,33 @@ test('the overlay of an instance that is gone is merged, unless it was before, o
   await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
 })
 
+test('an instance or a disk that somebody renames is on its base once its overlay is merged', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const overlay = overlayOf('overlay')
+  const definition = join(site.folder, 'domain.xml')
+  const renamings = {
+    domain: () => site.lab.virsh(['domrename', vm.name, 'renamed']),
+    disk: async () => {
+      const xml = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+      await writeFile(definition, xml.replace("dev='vda'", "dev='vdc'"))
+      await site.lab.virsh(['define', definition])
+    },
+  }
+  for (const [index, [what, rename]] of Object.entries(renamings).entries()) {
+    await vm.start()
+    await site.host.snapshot(vm.name, [overlay])
+    await vm.io('vda', `write -P ${index + 1} 0 64k`)
+    await vm.destroy()
+    await rename()
+    await site.host.commitOverlay(vm.name, overlay, mergeRecord())
+    if (what === 'domain') await site.lab.virsh(['domrename', 'renamed', vm.name])
+    const { disks } = await site.host.instance(vm.name)
+    expect(disks).toMatchObject([{ name: what === 'disk' ? 'vdc' : 'vda', path: overlay.base }])
+    await qemuIo(overlay.base, 'qcow2', [`read -P ${index + 1} 0 64k`])
+    await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+  }
+})
+
 test('an instance that is started while its overlay is merged back keeps what it writes to it', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   const start = ['start', vm.name]

@@ -1,10 +1,13 @@
 import { readdir, stat, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { qemuIo, sha256Content } from '@varve/testkit/lab'
-import { execaSync } from 'execa'
+import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
+import { execa, execaSync } from 'execa'
 import { expect, test } from 'vitest'
 import { ChainManager } from '../src/chain-manager.ts'
+import type { VarveEvent } from '../src/events.ts'
+import type { MergeRecord } from '../src/host.ts'
 import { type RecoverReport, recover } from '../src/recover.ts'
+import type { RunOptions } from '../src/run-options.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -19,6 +22,16 @@ function before(name: string, happens: () => Promise<unknown>): void {
     if (!key.endsWith(`/${name}`)) return
     site.storage.beforePut = undefined
     await happens()
+  }
+}
+
+/** Has something happen, at once, when libvirt has been asked this for the first time. */
+function afterFirst(question: string, happens: () => void): (event: VarveEvent) => void {
+  let done = false
+  return event => {
+    if (done || event.type !== 'command' || !event.args.includes(question)) return
+    done = true
+    happens()
   }
 }
 
@@ -111,13 +124,76 @@ test('while one disk is backed up the others of its instance are busy', async ()
     { target: 'vdb', size: MiB },
   ])
   await vm.start()
-  let other: unknown
-  before('manifest.json', async () => {
-    other = await backup({ disks: ['vdb'] }).catch(error => error)
-  })
+  const others: unknown[] = []
+  const tryAll = async () => {
+    for (const disks of [['vda'], ['vdb'], 'all'] as const)
+      others.push(await backup({ disks }).catch(error => error.code))
+  }
+  before('manifest.json', tryAll)
   await backup({ disks: ['vda'] })
-  expect(other).toMatchObject({ code: 'DISK_BUSY', retryable: true })
+  before('manifest.json', tryAll) // now all of them are on overlays
+  await backup()
+  expect(others).toEqual(Array(6).fill('DISK_BUSY'))
   await backup({ disks: ['vdb'] })
+})
+
+test('a commit of somebody else is kept from a raw disk while it is read, and the backup shows one moment', async () => {
+  const vm = await createVm([{ target: 'vda', size: 4 * MiB, format: 'raw' }])
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 2M')
+  const wanted = await content('vda')
+  let refusal: unknown
+  before('vda.qcow2', async () => {
+    await vm.io('vda', 'write -P 0x22 1M 2M')
+    const commit = ['blockcommit', vm.name, 'vda', '--active', '--shallow', '--wait', '--pivot']
+    refusal = await site.lab.virsh(commit).catch(error => error)
+  })
+  const manifest = await backup()
+  expect(refusal).toMatchObject({ stderr: expect.stringContaining('lock') })
+  expect(await restoredSums(manifest)).toEqual({ vda: wanted })
+  await expectCleanHost([])
+  await vm.destroy()
+  await qemuIo(image('vda'), 'raw', ['read -P 0x11 0 1M', 'read -P 0x22 1M 2M', 'read -P 0 3M 1M'])
+})
+
+test('a disk that leaves its overlay right after it was looked at is never merged into its template', async () => {
+  const vm = await createVm([{ target: 'vda', size: 4 * MiB }])
+  const template = join(site.folder, 'template')
+  await createQcow2(template, 4 * MiB)
+  await qemuIo(template, 'qcow2', ['write -P 0x5a 0 4M'])
+  await execa('qemu-img', ['rebase', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b', template, image('vda')])
+  const untouched = await sha256Content(template, 'raw')
+  await vm.start()
+  const overlay = {
+    disk: 'vda',
+    base: image('vda'),
+    baseFormat: 'qcow2',
+    overlay: join(site.folder, 'top'),
+  } as const
+  const pivot = ['blockjob', vm.name, 'vda', '--pivot']
+  /** Merges the overlay by hand, but for the pivot, and has the host go on from there. */
+  const goOn = async (state: MergeRecord['state'], options: RunOptions = {}) => {
+    await site.host.snapshot(vm.name, [overlay])
+    await vm.io('vda', 'write -P 0x22 1M 1M')
+    await site.lab.virsh(['blockcommit', vm.name, 'vda', '--active', '--shallow', '--wait'])
+    const records: MergeRecord['state'][] = []
+    const record = (next: MergeRecord['state']) => Promise.resolve(void records.push(next))
+    await site.host.commitOverlay(vm.name, overlay, { state, record }, options)
+    expect(await sources(vm.name)).toEqual({ vda: image('vda') })
+    return records
+  }
+  const pivots = () => ({
+    onEvent: afterFirst('dumpxml', () => execaSync('virsh', ['--connect', site.lab.uri, ...pivot])),
+  })
+  // A virsh that outlives the backup puts the disk on its base, or has not come so far.
+  expect(await goOn('pivot', pivots())).toEqual([])
+  expect(await goOn('pivot')).toEqual([undefined, 'pivot', 'merged'])
+  // A person does. That anybody has merged the overlay is not known, so it stays.
+  await expect(goOn(undefined, pivots())).rejects.toMatchObject({ code: 'BLOCK_COMMIT_FAILED' })
+  expect((await stat(overlay.overlay)).isFile()).toBe(true)
+  await vm.destroy()
+  expect(await sha256Content(template, 'raw')).toBe(untouched)
+  await qemuIo(image('vda'), 'qcow2', ['read -P 0x5a 0 1M', 'read -P 0x22 1M 1M', 'read -P 0x5a 2M 2M'])
 })
 
 test('a disk that is to be on another file after the next start is refused, as its last writes could be left behind', async () => {
