@@ -204,6 +204,23 @@ test.each([1, 2, 3])('with a limit of %d as many disks are uploaded at once, and
   expect(Math.max(...counts)).toBe(limit)
 })
 
+test.each(['vda.qcow2', 'vdb.qcow2', 'vdb.blake3'])(
+  'where %s of two disks cannot be stored there is no backup, and nothing is left',
+  async name => {
+    const disks = Object.fromEntries(['vda', 'vdb'].map(disk => [disk, join(folder, `${disk}.raw`)]))
+    for (const path of Object.values(disks)) await writeFile(path, Buffer.alloc(1024 * 1024, 1))
+    const error = new VarveError('STORAGE_FULL', 'There is no room.')
+    storage.beforePut = async key => {
+      if (key.endsWith(`/${name}`)) throw error
+    }
+    const host = new ImageHost({ instance: 'web-1', disks })
+    const two = new BackupPipeline({ host, storage, stateDir: join(folder, 'state') })
+    await expect(two.run({ instance: 'web-1' })).rejects.toBe(error)
+    expect(await readdir(join(folder, 'storage'))).toEqual([])
+    expect(await readdir(join(folder, 'state', 'runs'))).toEqual([])
+  },
+)
+
 test.each([
   ['type', 'differential'],
   ['freeze', 'yes'],
