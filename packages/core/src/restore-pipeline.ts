@@ -118,6 +118,7 @@ export class RestorePipeline {
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const chain = wholeChain(found, catalog)
     const runId = newBackupId()
+    if ('instance' in request.to) await assertNotHeld(request.to.instance, host, run)
     const before = await planRestore(request, found, host, runId, run)
     await using lock = await DiskLock.acquire(disksOf(before).map(({ path }) => path))
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
@@ -162,6 +163,16 @@ export class RestorePipeline {
     if (refusal) throw refusal
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
+}
+
+/**
+ * Refuses an instance that is being backed up, before it is looked at: its disks are on overlays, as after a backup that died.
+ *
+ * @throws DISK_BUSY
+ */
+async function assertNotHeld(instance: string, host: Host, run: RunOptions): Promise<void> {
+  const { disks } = await host.disks(instance, run)
+  await using _lock = await DiskLock.acquire(disks.map(({ path }) => path))
 }
 
 /** Where a restore writes to, by the names of the disks. */
