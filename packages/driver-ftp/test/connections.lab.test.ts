@@ -4,9 +4,9 @@ import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import { FtpDriver } from '@varve/driver-ftp'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
+import { openFtpTunnel } from '@varve/testkit/lab'
 import { describe, expect, test } from 'vitest'
 import { begin, commandsOf, listed, optionsOf } from './ftp-target.ts'
-import { openTunnel } from './ftp-tunnel.ts'
 
 const x = bytesBody(Buffer.from('x'))
 
@@ -58,7 +58,7 @@ describe('connections', () => {
 describe('uploads that break', () => {
   test('go on where they broke off, and not from the beginning', async () => {
     const { lab } = await begin({})
-    await using tunnel = await openTunnel(lab)
+    await using tunnel = await openFtpTunnel(lab)
     await using driver = new FtpDriver({ ...(await optionsOf(lab, 'none')), host: tunnel.host })
     const body = new PatternBody({ size: 6_000_000, seed: 4 })
     tunnel.proxy.cutAfter(4_000_000, 'toServer')
@@ -86,7 +86,7 @@ describe('uploads that break', () => {
 
   test('of a stream that opens once fail with the reason and leave nothing, when bytes were lost', async () => {
     const { lab } = await begin({})
-    await using tunnel = await openTunnel(lab)
+    await using tunnel = await openFtpTunnel(lab)
     await using driver = new FtpDriver({ ...(await optionsOf(lab, 'none')), host: tunnel.host })
     tunnel.proxy.cutAfter(1_000_000, 'toServer')
     const source = Readable.from([patternBytes(0, 0, 1_500_000), patternBytes(0, 1_500_000, 1_500_000)])

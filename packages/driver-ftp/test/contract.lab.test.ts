@@ -2,10 +2,9 @@ import { mkdir, writeFile } from 'node:fs/promises'
 import { dirname, join, relative } from 'node:path'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { type ContractOptions, describeDriver, type RefusedDriver, type RemoteTarget } from '@varve/testkit'
-import { mountTmpfs, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
+import { mountTmpfs, openFtpTunnel, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
-import { openTunnel } from './ftp-tunnel.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 
@@ -104,7 +103,7 @@ async function leaveUnfinished(lab: VsftpdLab, path: string): Promise<void> {
 
 /** A target all connections of which go through a network proxy. */
 async function throughTunnel(lab: VsftpdLab, tls: 'explicit' | 'none'): Promise<RemoteTarget> {
-  const tunnel = await openTunnel(lab)
+  const tunnel = await openFtpTunnel(lab)
   const { host, proxy } = tunnel
   const options = { ...(await optionsOf(lab, tls)), host, timeoutMs: 1500, attempts: 2 }
   const target = await ftpTarget(lab, tls === 'none' ? options : { ...options, tlsServerName: 'localhost' })

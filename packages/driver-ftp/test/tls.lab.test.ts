@@ -2,10 +2,9 @@ import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { PatternBody, patternBytes } from '@varve/testkit'
-import { startVsftpd, type VsftpdLab } from '@varve/testkit/lab'
+import { openFtpTunnel, startVsftpd, type VsftpdLab } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { begin, commandsOf, optionsOf } from './ftp-target.ts'
-import { openTunnel } from './ftp-tunnel.ts'
 
 const x = bytesBody(Buffer.from('x'))
 
@@ -76,7 +75,7 @@ describe('TLS', () => {
   })
 
   test('the password and the data go over the network encrypted', async () => {
-    await using tunnel = await openTunnel(lab)
+    await using tunnel = await openFtpTunnel(lab)
     const options = { ...(await optionsOf(lab, 'explicit')), host: tunnel.host }
     await using driver = new FtpDriver({ ...options, tlsServerName: 'localhost' })
     await driver.put('a', bytesBody(Buffer.from('x'.repeat(1000))))

@@ -266,7 +266,8 @@ export class RcloneHelper {
     const target = this.target(path)
     const { exit } = await this.#rclone.run(['deletefile', target], options)
     const missing = saysMissing(exit)
-    if (exit.exitCode !== 0 && !missing) throw await this.#rclone.explain(exit, { target }, options)
+    if (missing) return false
+    if (exit.exitCode !== 0) throw await this.#rclone.explain(exit, { target }, options)
     // where an FTP server refuses to delete it, rclone ends well all the same
     if (await this.stat(path, options)) {
       throw new VarveError(
@@ -275,7 +276,7 @@ export class RcloneHelper {
         { context: { command: 'rclone', args: exit.args, exitCode: exit.exitCode, stderr: exit.stderr } },
       )
     }
-    return !missing
+    return true
   }
 
   /** Uploads in parts below a folder that have not come to an end; none where the remote knows no such. */

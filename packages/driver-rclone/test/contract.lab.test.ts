@@ -50,5 +50,6 @@ describeDriver('RcloneDriver on a folder', {
   manyObjects: 1100,
   largeSize: 8_000_011,
   turns: 2,
+  brief: true,
   timeoutMs: 240_000, // each call starts a program
 })

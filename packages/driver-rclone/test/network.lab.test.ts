@@ -4,11 +4,12 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
-import { type SshdLab, startSshd } from '@varve/testkit/lab'
+import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll } from 'vitest'
 import { filesIn, fillFolder } from './rclone-target.ts'
 
+const CAPACITY = 8 * 1024 * 1024
 const WRONG = 'not the password'
 /** Long enough for the start of a program on a busy machine. */
 const IDLE_TIMEOUT_MS = process.env.VARVE_THOROUGH === '1' ? 8000 : 3000
@@ -18,6 +19,7 @@ interface FolderTarget extends RemoteTarget {
   readonly path: string
 }
 
+let disk: Tmpfs
 let lab: SshdLab
 let folder: string
 /** Passwords as rclone's configuration has them, so that they are not obscured anew for each driver. */
@@ -29,6 +31,7 @@ const reuses = process.env.VARVE_THOROUGH !== '1'
 const proxies: NetworkProxy[] = []
 
 beforeAll(async () => {
+  disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
   lab = await startSshd()
   folder = await mkdtemp(join(tmpdir(), 'varve-rclone-network-'))
   obscured = { right: await obscure(lab.password), wrong: await obscure(WRONG) }
@@ -36,6 +39,7 @@ beforeAll(async () => {
 afterAll(async () => {
   for (const proxy of proxies) await proxy[Symbol.asyncDispose]()
   await lab[Symbol.asyncDispose]()
+  await disk.dispose()
   await rm(folder, { recursive: true })
 })
 
@@ -56,8 +60,8 @@ async function driverOn(
   return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix, timeoutMs: IDLE_TIMEOUT_MS })
 }
 
-async function throughProxy(): Promise<FolderTarget> {
-  const path = join(lab.home, `storage-${randomBytes(4).toString('hex')}`)
+async function throughProxy(above = lab.home): Promise<FolderTarget> {
+  const path = join(above, `storage-${randomBytes(4).toString('hex')}`)
   const proxy = await NetworkProxy.start({ port: lab.port })
   proxies.push(proxy)
   await lab.makeFolder(path)
@@ -70,7 +74,7 @@ async function throughProxy(): Promise<FolderTarget> {
     async dispose() {
       proxy.cutAll()
       for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well
-      if (reuses) free.push(target)
+      if (reuses && above === lab.home) free.push(target)
     },
   }
   return target
@@ -90,10 +94,13 @@ describeDriver('RcloneDriver over SFTP', {
     return driverOn(`${path}2`)
   },
   fill: ({ path }, keys) => fillFolder(path, keys),
+  // OpenSSH does not say that its disk is full
+  createFull: async () => ({ ...(await throughProxy(disk.path)), capacity: CAPACITY, code: 'UPLOAD_FAILED' }),
   // the rest was tried on a folder; a connection of SSH that ends early is to rclone one that is cut
   parts: ['cuts', 'silence', 'refusal', 'restart', 'staging'],
   largeSize: 4_000_011,
   turns: 2,
+  brief: true,
   timeoutMs: 240_000, // each call starts a program
   remote: {
     create,

@@ -1,6 +1,6 @@
 import { bytesBody, type StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, type Contract, errorOf, listed } from './contract-target.ts'
+import { begin, type Contract, type DriverTarget, errorOf, listed } from './contract-target.ts'
 
 /** Uploads under way at once while a long listing is prepared. */
 const PARALLEL = 16
@@ -16,9 +16,10 @@ export function describeListing(contract: Contract): void {
     })
 
     test('a prefix is a string and no folder', async () => {
-      const { driver } = await begin(contract.create)
+      const target = await begin(contract.create)
+      const { driver } = target
       const keys = ['a', 'ab/c', 'ab/d/e', 'ab/d/f/g', 'abc', 'b/ab/c', 'ab-'].sort()
-      await putAll(driver, keys)
+      await store(target, keys)
       expect(await listed(driver)).toEqual(keys)
       const prefixes = ['a', 'ab', 'ab/', 'ab/d', 'ab/d/', 'ab/d/f/g', 'ab/d/f/g/', 'b/a', 'ab/c/', 'x', 'bb']
       const tryPrefix = async (prefix: string) =>
@@ -39,15 +40,15 @@ export function describeListing(contract: Contract): void {
       const target = await begin(contract.create)
       const { driver } = target
       const keys = Array.from({ length: contract.manyObjects }, (_, index) => `many/${index % 7}/${index}`)
-      if (contract.fill) await contract.fill(target, keys)
-      else await putAll(driver, keys)
+      await store(target, keys)
       expect(await listed(driver)).toEqual(keys.sort())
       expect(await listed(driver, 'many/3/')).toEqual(keys.filter(key => key.startsWith('many/3/')))
     })
 
     test('a listing can be left half-way', async () => {
-      const { driver } = await begin(contract.create)
-      await putAll(driver, ['1', '2', '3'])
+      const target = await begin(contract.create)
+      const { driver } = target
+      await store(target, ['1', '2', '3'])
       for await (const { size } of driver.list('')) {
         expect(size).toBe(1)
         break
@@ -56,8 +57,9 @@ export function describeListing(contract: Contract): void {
     })
 
     test('a listing can be given up before it begins and half-way', async () => {
-      const { driver } = await begin(contract.create)
-      await putAll(driver, ['1', '2', '3'])
+      const target = await begin(contract.create)
+      const { driver } = target
+      await store(target, ['1', '2', '3'])
       const controller = new AbortController()
       const giveUpHalfWay = async () => {
         for await (const _ of driver.list('', { signal: controller.signal })) controller.abort()
@@ -67,9 +69,10 @@ export function describeListing(contract: Contract): void {
     })
 
     test('objects that come and go meanwhile do not break a listing', async () => {
-      const { driver } = await begin(contract.create)
+      const target = await begin(contract.create)
+      const { driver } = target
       const stays = Array.from({ length: 10 }, (_, index) => `stays/${index}`)
-      await putAll(driver, stays)
+      await store(target, stays)
       let changing = true
       const changes = (async () => {
         for (let turn = 0; changing; turn++) {
@@ -86,6 +89,11 @@ export function describeListing(contract: Contract): void {
         await changes
       }
     })
+
+    const store = async (target: DriverTarget, keys: readonly string[]) => {
+      if (contract.fill) await contract.fill(target, keys)
+      else await putAll(target.driver, keys)
+    }
   })
 }
 

@@ -6,6 +6,8 @@ import {
   bytesOf,
   type Contract,
   errorOf,
+  expectAllStored,
+  expectFound,
   expectNothing,
   expectStored,
   read,
@@ -23,7 +25,7 @@ export function describeObjects(contract: Contract): void {
         key: 'a/b/c.bin',
         size: 10_000,
       })
-      await expectStored(target, 'a/b/c.bin', bytes)
+      await expectFound(target, 'a/b/c.bin', bytes)
     })
 
     test('an object tells when it was written', async () => {
@@ -38,7 +40,7 @@ export function describeObjects(contract: Contract): void {
       const target = await begin(contract.create)
       await target.driver.put('known', bytesBody(new Uint8Array()))
       await target.driver.put('unknown', Readable.from([]))
-      await Promise.all(['known', 'unknown'].map(key => expectStored(target, key, new Uint8Array())))
+      await Promise.all(['known', 'unknown'].map(key => expectFound(target, key, new Uint8Array())))
     })
 
     test.each([
@@ -49,14 +51,14 @@ export function describeObjects(contract: Contract): void {
       const body = new PatternBody({ size: contract.largeSize, seed: 2, chunkSize: 1024 * 1024, replayable })
       await target.driver.put('large', body)
       expect(body.faults).toEqual([])
-      await expectStored(target, 'large', bytesOf(body))
+      await expectFound(target, 'large', bytesOf(body))
     })
 
     test('a large object of unknown size is stored whole', async () => {
       const target = await begin(contract.create)
       const body = new PatternBody({ size: contract.largeSize, seed: 3 })
       await target.driver.put('large', body.open())
-      await expectStored(target, 'large', bytesOf(body))
+      await expectFound(target, 'large', bytesOf(body))
     })
 
     test('chunks of any size make the same object', async () => {
@@ -75,7 +77,8 @@ export function describeObjects(contract: Contract): void {
       )
       await Promise.all(bodies.map(body => target.driver.put(`recycled/${body.seed}`, body)))
       expect(bodies.flatMap(body => body.faults)).toEqual([])
-      await Promise.all(bodies.map(body => expectStored(target, `recycled/${body.seed}`, bytesOf(body))))
+      const stored = new Map(bodies.map(body => [`recycled/${body.seed}`, bytesOf(body)]))
+      await expectAllStored(target, 'recycled/', stored)
     })
 
     test('progress goes from little to all', async () => {
@@ -93,7 +96,7 @@ export function describeObjects(contract: Contract): void {
       for (const size of [1000, 200_000, 10, 0]) {
         const bytes = patternBytes(size, 0, size)
         await target.driver.put('replaced', bytesBody(bytes))
-        await expectStored(target, 'replaced', bytes)
+        await expectFound(target, 'replaced', bytes)
       }
     })
 
@@ -130,7 +133,7 @@ export function describeObjects(contract: Contract): void {
       await target.driver.delete('a/1')
       expect(await target.driver.stat('a/1')).toBeUndefined()
       await expect(target.driver.get('a/1')).rejects.toMatchObject(errorOf('OBJECT_NOT_FOUND'))
-      await Promise.all(['a/2', 'a-2', 'b'].map(key => expectStored(target, key, Buffer.from(key))))
+      await expectAllStored(target, '', new Map(['a/2', 'a-2', 'b'].map(key => [key, Buffer.from(key)])))
     })
 
     test('deleting is no error when there is nothing to delete, nor a second time', async () => {
@@ -145,16 +148,21 @@ export function describeObjects(contract: Contract): void {
 
     test('parallel uploads of different keys do not mix', async () => {
       const target = await begin(contract.create)
-      const bodies = Array.from({ length: 8 }, (_, seed) => new PatternBody({ size: 500_000 + seed, seed }))
-      await Promise.all(bodies.map(body => target.driver.put(`p/${body.seed % 3}/${body.seed}`, body)))
-      const isStored = (body: PatternBody) =>
-        expectStored(target, `p/${body.seed % 3}/${body.seed}`, bytesOf(body))
-      await Promise.all(bodies.map(isStored))
+      const bodies = Array.from(
+        { length: contract.brief ? 4 : 8 },
+        (_, seed) => new PatternBody({ size: 500_000 + seed, seed }),
+      )
+      const keyOf = ({ seed }: PatternBody) => `p/${seed % 3}/${seed}`
+      await Promise.all(bodies.map(body => target.driver.put(keyOf(body), body)))
+      await expectAllStored(target, 'p/', new Map(bodies.map(body => [keyOf(body), bytesOf(body)])))
     })
 
     test('parallel uploads of one key leave one of them whole', async () => {
       const target = await begin(contract.create)
-      const bodies = Array.from({ length: 6 }, (_, seed) => new PatternBody({ size: 300_000 + seed, seed }))
+      const bodies = Array.from(
+        { length: contract.brief ? 3 : 6 },
+        (_, seed) => new PatternBody({ size: 300_000 + seed, seed }),
+      )
       await Promise.all(bodies.map(body => target.driver.put('contended', body)))
       const stored = await read(target.driver, 'contended')
       expect(bodies.filter(body => bytesOf(body).equals(stored))).toHaveLength(1)
@@ -172,7 +180,8 @@ export function describeObjects(contract: Contract): void {
         }
       }
       // two in a folder: each finds it empty, and removes it, often
-      await Promise.all([0, 1, 2, 3].flatMap(folder => [work(folder, 1), work(folder, 2)]))
+      const folders = contract.brief ? [0] : [0, 1, 2, 3]
+      await Promise.all(folders.flatMap(folder => [work(folder, 1), work(folder, 2)]))
       await expectNothing(target)
       await target.driver.put('busy/folder/last', bytesBody(bytes))
       await expectStored(target, 'busy/folder/last', bytes)

@@ -158,6 +158,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
     async function expectWellAgain(target: RemoteTarget): Promise<void> {
       endStall(target)
       await cleanUpAll(target.driver)
+      if (contract.brief) return // a server that comes back is asked again in tests of its own
       await target.driver.put('well/again', bytesBody(Buffer.from('x')))
       await expectStored(target, 'well/again', Buffer.from('x'))
     }

@@ -4,10 +4,10 @@ import {
   begin,
   bytesOf,
   type Contract,
-  type DriverTarget,
   errorOf,
   expectNothing,
   expectStored,
+  type FullTarget,
   listed,
   rawNames,
 } from './contract-target.ts'
@@ -94,12 +94,13 @@ export function describeStorage(contract: Contract): void {
 
   if (createFull === undefined) return
   describe('a full storage', () => {
-    const beginFull = (): Promise<DriverTarget & { capacity: number }> => begin(createFull)
+    const beginFull = (): Promise<FullTarget> => begin(createFull)
+    const errorIn = ({ code = 'STORAGE_FULL' }: FullTarget) => errorOf(code)
 
-    test('an object that does not fit fails with STORAGE_FULL and leaves nothing', async () => {
+    test('an object that does not fit fails with the right code and leaves nothing', async () => {
       const target = await beginFull()
       const body = new PatternBody({ size: target.capacity * 2 })
-      await expect(target.driver.put('a/too-large', body)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      await expect(target.driver.put('a/too-large', body)).rejects.toMatchObject(errorIn(target))
       expect(body.faults).toEqual([])
       await expectNothing(target)
     })
@@ -107,7 +108,7 @@ export function describeStorage(contract: Contract): void {
     test('a stream that does not fit is destroyed and leaves nothing', async () => {
       const target = await beginFull()
       const source = new PatternBody({ size: target.capacity * 2 }).open()
-      await expect(target.driver.put('a/too-large', source)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      await expect(target.driver.put('a/too-large', source)).rejects.toMatchObject(errorIn(target))
       expect(source.destroyed).toBe(true)
       await expectNothing(target)
     })
@@ -117,7 +118,7 @@ export function describeStorage(contract: Contract): void {
       const former = new PatternBody({ size: Math.floor(target.capacity / 4), seed: 1 })
       await target.driver.put('object', former)
       const larger = new PatternBody({ size: target.capacity, seed: 2 })
-      await expect(target.driver.put('object', larger)).rejects.toMatchObject(errorOf('STORAGE_FULL'))
+      await expect(target.driver.put('object', larger)).rejects.toMatchObject(errorIn(target))
       await target.driver.put('small', new PatternBody({ size: 1000, seed: 3 }))
       await expectStored(target, 'object', bytesOf(former))
       await expectStored(target, 'small', bytesOf({ size: 1000, seed: 3 }))

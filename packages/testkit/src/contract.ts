@@ -34,11 +34,13 @@ export function describeDriver<T extends DriverTarget>(name: string, options: Co
     streamSize: 3_000_000,
     manyObjects: 2500,
     turns: 25,
+    brief: false,
     timeoutMs: 60_000,
     ...options,
   }
   if (process.env.VARVE_THOROUGH === '1') {
     delete contract.parts
+    contract.brief = false
     contract.manyObjects = Math.max(contract.manyObjects, THOROUGH_OBJECTS)
     contract.timeoutMs = Math.max(contract.timeoutMs, THOROUGH_TIMEOUT_MS)
   }

@@ -2,6 +2,7 @@ export { describeDriver } from './contract.ts'
 export type {
   ContractOptions,
   DriverTarget,
+  FullTarget,
   RawObject,
   RefusedDriver,
   RemoteOptions,

@@ -22,6 +22,7 @@
 export { backUpAcrossCut, type CutBackup, type CutBackupOptions } from './cut-backup.ts'
 export { createDenseQcow2 } from './dense-image.ts'
 export * from './disk-image.ts'
+export { type FtpTunnel, openFtpTunnel } from './ftp-tunnel.ts'
 export { GuestCommandError, type GuestResult } from './guest-channel.ts'
 export { buildGuest, type GuestImage } from './guest-image.ts'
 export { type GuestWrite, GuestWriter, type GuestWriterOptions, writerBlockSize } from './guest-writer.ts'

@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
-import { NetworkProxy } from '@varve/testkit'
-import type { VsftpdLab } from '@varve/testkit/lab'
+import type { VsftpdLab } from './lab-vsftpd.ts'
+import { NetworkProxy } from './network-proxy.ts'
 
 let tunnels = 1
 
@@ -12,11 +12,12 @@ let tunnels = 1
 export interface FtpTunnel extends AsyncDisposable {
   /** The address, which has the server's port. */
   readonly host: string
+  /** What all connections go through. */
   readonly proxy: NetworkProxy
 }
 
-/** Opens a tunnel to the lab's server. */
-export async function openTunnel(lab: VsftpdLab): Promise<FtpTunnel> {
+/** Opens a tunnel to the lab's server. Disposing of it closes the tunnel. */
+export async function openFtpTunnel(lab: VsftpdLab): Promise<FtpTunnel> {
   tunnels = (tunnels % 250) + 1
   const host = `127.0.0.${tunnels}`
   const far = await listen(0, '127.0.0.1', client => {
