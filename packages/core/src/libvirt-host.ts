@@ -161,7 +161,12 @@ export class LibvirtHost implements Host {
     const [live = '', inactive = ''] = await this.#virsh.ask(run, instance, ...questions)
     const { disks } = readDomainXml(live)
     const defined = readDomainXml(inactive)
-    for (const disk of disks) if (byDisk.has(disk.name)) assertSameSource(instance, disk, defined.disks)
+    for (const overlay of overlays) {
+      const disk = disks.find(({ name }) => name === overlay.disk)
+      const found = disk && (await this.#domains.diskPath(disk, run))
+      if (!disk || found !== overlay.base) throw movedDisk(instance, overlay, found)
+      assertSameSource(instance, disk, defined.disks)
+    }
     const specs = disks.flatMap(({ name }) => {
       const overlay = byDisk.get(name)
       // In a diskspec a comma is written twice.
@@ -393,6 +398,16 @@ export class LibvirtHost implements Host {
   define(xml: string, run: RunOptions = {}): Promise<void> {
     return this.#domains.define(xml, run)
   }
+}
+
+/** Such as by a snapshot of another tool: the base is from that moment then, and the other disks are from a later one. */
+function movedDisk(instance: string, { disk, base }: DiskOverlay, found: string | undefined): VarveError {
+  const now = found === undefined ? 'gone' : `on ${found}`
+  return new VarveError(
+    'SNAPSHOT_FAILED',
+    `The disk ${disk} of ${instance} was on ${base} when the backup began, and is ${now} since a moment ago: something else snapshots or changes the disks of the instance. Nothing was published; back up again once that is done.`,
+    { context: { instance, disk, path: base, found }, retryable: true },
+  )
 }
 
 /**

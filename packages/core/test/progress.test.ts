@@ -72,6 +72,8 @@ test('a step back after a retry is told, and makes no negative rate', () => {
   expect(last()).not.toHaveProperty('secondsLeft')
   for (let second = 1; second <= 6; second++) after(1000, second * 500, progress)
   expect(last()).toMatchObject({ bytesPerSecond: 500, secondsLeft: 14 })
+  after(1000, 100, progress) // less than five seconds ago
+  expect(last()).toMatchObject({ bytesDone: 100, bytesPerSecond: 0 })
 })
 
 test('it is told four times a second at most, and at the end', () => {
