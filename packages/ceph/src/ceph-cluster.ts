@@ -45,6 +45,11 @@ export class CephCluster implements RbdCluster {
   readonly #connection: CephConnection
   readonly #rbd: Rbd
 
+  get address(): string {
+    const { monitors, conf = 'ceph.conf' } = this.#connection
+    return monitors === undefined ? conf : [...monitors].sort().join(',')
+  }
+
   constructor(connection: CephConnection) {
     this.#connection = connection
     this.#rbd = new Rbd(connection)
@@ -65,6 +70,17 @@ export class CephCluster implements RbdCluster {
       ...(group !== undefined && { group }),
       ...(mirrored && { mirrored }),
     }
+  }
+
+  async imageId(image: string, run: RunOptions = {}): Promise<string | undefined> {
+    return this.#info(image, run).then(
+      ({ id }) => id,
+      error => {
+        if (isVarveError(error, 'DISK_NOT_FOUND') || isVarveError(error, 'CEPH_POOL_NOT_FOUND'))
+          return undefined
+        throw error
+      },
+    )
   }
 
   async snapshots(image: string, run: RunOptions = {}): Promise<RbdSnapshot[]> {

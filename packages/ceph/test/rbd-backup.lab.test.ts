@@ -163,14 +163,14 @@ test('an image may shrink, grow, and shrink and grow again between backups', asy
   }
 })
 
-test('an instance may have images, qcow2 and raw files at once', async () => {
+test('an instance may have images and files at once, of which one begins anew in the middle of a chain', async () => {
   const image = await site.create(16 * MIB)
   const file = join(folder, 'vdb.qcow2')
   await createQcow2(file, 16 * MIB)
   const disks = { vda: `rbd:${image}`, vdb: file }
   await site.write(image, 'write -P 1 0 5M')
   await qemuIo(file, 'qcow2', ['write -P 2 3M 5M'])
-  await backup(disks)
+  const first = await backup(disks)
   await site.write(image, 'write -P 3 1M 1M')
   await qemuIo(file, 'qcow2', ['write -P 4 4M 1M'])
   const second = await backup(disks)
@@ -180,6 +180,32 @@ test('an instance may have images, qcow2 and raw files at once', async () => {
   ])
   expectSame(await restoredBytes(second), await site.bytes(image))
   expectSame(await restoredBytes(second, 'vdb'), await rawOf(file))
+
+  // The image is stored in full again in the middle of the chain, and has less than it had.
+  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${second.id}`)
+  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${first.id}`)
+  await site.write(image, 'discard 0 4M')
+  const third = await backup(disks)
+  await site.write(image, 'write -P 5 9M 1M')
+  const fourth = await backup(disks)
+  expect([third, fourth].map(({ chain, disks }) => [chain, ...disks.map(({ kind }) => kind)])).toEqual([
+    [first.id, 'full', 'incremental'],
+    [first.id, 'incremental', 'incremental'],
+  ])
+  const wanted = await site.bytes(image)
+  expectSame(await restoredBytes(fourth), wanted)
+  // Without Varve, as docs/ceph.md has it: from the newest stream that is a full one.
+  const streams = [first, second, third, fourth].map(({ id }) =>
+    join(folder, 'storage', 'web-1', first.id, id, 'vda.rbd-diff'),
+  )
+  const starts = await Promise.all(
+    streams.map(async path => (await readFile(path)).toString('latin1', 12, 13)),
+  )
+  expect(starts).toEqual(['t', 'f', 't', 'f'])
+  const plain = await site.create(16 * MIB)
+  for (const stream of streams.slice(starts.lastIndexOf('t')))
+    await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, plain)
+  expectSame(await site.bytes(plain), wanted)
 })
 
 test('a restore makes a new image, or replaces one by a new one, and the chain goes on from it', async () => {

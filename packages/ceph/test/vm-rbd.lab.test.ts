@@ -349,9 +349,16 @@ test('a restored image does not take the place of one that a guest was started o
 
 test('a new instance gets new images in the cluster of the old one, and libvirt starts it on them', async () => {
   const image = await site.create(16 * MIB)
-  const guest = await createVm(image, { withFile: true, guest: false })
+  const old = await lab.defineCephSecret(site.user.secret)
+  const guest = await createVm(image, { withFile: true, guest: false, secret: old })
   await site.write(image, 'write -P 1 0 4M', 'write -P 2 10M 64k')
   const { id } = await backup()
+  // What the definition in the backup says of the cluster does not hold any more.
+  const renewed = await lab.defineCephSecret(site.user.secret)
+  const definition = join(folder, 'renewed.xml')
+  await writeFile(definition, (await lab.virsh(['dumpxml', 'web-1'])).replaceAll(old, renewed))
+  await lab.virsh(['define', definition])
+  await lab.virsh(['secret-undefine', old])
   const to = { newInstance: 'web-2', directory: folder, rbdPool: 'vms' }
   const { disks } = await new RestorePipeline(pipelines()).run({ backup: id, to }, { onEvent })
   try {

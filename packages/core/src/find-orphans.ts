@@ -5,7 +5,6 @@ import { type ErrorCode, isVarveError } from './errors.ts'
 import { DEFAULT_GARBAGE_AGE_MS } from './garbage.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
-import type { BackupManifest } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { type RbdCluster, rbdImageOf } from './rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -61,50 +60,56 @@ export async function findOrphans(
     !stored.has(id) &&
     !unsettled.has(id) &&
     Date.now() - backupTime(id).getTime() > DEFAULT_GARBAGE_AGE_MS
-  const orphans: RbdOrphan[] = []
-  const pools = new Set<string>()
   const instances = new Set([
     ...catalogs.flatMap(({ backups }) => backups.map(({ manifest }) => manifest.instance.name)),
     ...(await MarkLedger.instances(stateDir)),
   ])
-  const images = new Map([...sources(catalogs), ...(await currentImages(host, instances, run))])
-  for (const [image, disk] of images) {
-    const cluster = await host.rbd(disk, run)
-    for (const snapshot of await snapshotsOf(cluster, image, run)) {
-      const id = backupOfMark(snapshot) ?? ''
-      if (isOrphan(id)) orphans.push({ image, snapshot, run: id })
-    }
-    const pool = image.slice(0, image.lastIndexOf('/'))
-    if (pools.has(pool)) continue
-    pools.add(pool)
-    // also those that were to become an image which no backup knows yet
-    for (const beside of await cluster.imagesBeside(image, run)) {
-      const id = IMAGE_OF_RUN.exec(beside)?.[1] ?? ''
-      if (isOrphan(id)) orphans.push({ image: beside, run: id })
-    }
-  }
-  return orphans
-}
-
-/** What tells the cluster of an image; undefined where it is that of the connector. */
-type DiskOf = Parameters<Host['rbd']>[0]
-
-/** The RBD images that were backed up, each with the disk of its newest backup. */
-function sources(catalogs: readonly Catalog[]): Map<string, DiskOf> {
-  const newest = new Map<string, BackupManifest>()
-  for (const { manifest } of catalogs.flatMap(({ backups }) => backups)) {
-    for (const { source } of manifest.disks) {
-      if (source.format !== 'rbd' || manifest.id < (newest.get(source.path)?.id ?? '')) continue
-      newest.set(source.path, manifest)
+  const places = [...sources(catalogs), ...(await currentImages(host, instances, run))]
+  const found = new Map<string, RbdOrphan>()
+  const add = (orphan: RbdOrphan) => isOrphan(orphan.run) && found.set(JSON.stringify(orphan), orphan)
+  const seen = new Set<string>()
+  const isNew = (key: string) => !seen.has(key) && seen.add(key)
+  for (const { image, of } of uniquePlaces(places)) {
+    const cluster = await host.rbd(of, run)
+    if (!isNew(`${cluster.address} ${image}`)) continue
+    try {
+      for (const snapshot of await snapshotsOf(cluster, image, run))
+        add({ image, snapshot, run: backupOfMark(snapshot) ?? '' })
+      if (!isNew(`${cluster.address} ${image.slice(0, image.lastIndexOf('/') + 1)}`)) continue
+      // also those that were to become an image which no backup knows yet
+      for (const beside of await cluster.imagesBeside(image, run))
+        add({ image: beside, run: IMAGE_OF_RUN.exec(beside)?.[1] ?? '' })
+    } catch (error) {
+      if (!isVarveError(error, 'CEPH_POOL_NOT_FOUND')) throw error
+      emit(run, { type: 'warning', message: `${image} is not looked at: ${error.message}` })
     }
   }
-  return new Map([...newest].map(([image, manifest]) => [image, clusterOf(manifest, image)]))
+  return [...found.values()]
 }
 
-/** Without a definition an image was backed up by its name alone. */
-function clusterOf({ definition, disks, instance }: BackupManifest, image: string): DiskOf {
-  const disk = disks.find(({ source }) => source.path === image)
-  return definition && disk ? { instance: instance.name, disk: disk.name } : undefined
+/** An image, whose it is, and the disk that tells its cluster; without one it is in that of the connector. */
+interface Place {
+  readonly instance: string
+  readonly image: string
+  readonly of: Parameters<Host['rbd']>[0]
+}
+
+/** The RBD images that were backed up, the newest backup last. */
+function sources(catalogs: readonly Catalog[]): Place[] {
+  const manifests = catalogs.flatMap(({ backups }) => backups.map(({ manifest }) => manifest))
+  manifests.sort((a, b) => (a.id < b.id ? -1 : 1))
+  return manifests.flatMap(({ definition, disks, instance }) =>
+    disks.flatMap(({ name: disk, source }) => {
+      // Without a definition an image was backed up by its name alone.
+      const of = definition && { instance: instance.name, disk }
+      return source.format === 'rbd' ? [{ instance: instance.name, image: source.path, of }] : []
+    }),
+  )
+}
+
+/** Of an image that an instance had as several disks, the last one. */
+function uniquePlaces(places: readonly Place[]): Iterable<Place> {
+  return new Map(places.map(place => [JSON.stringify([place.instance, place.image]), place])).values()
 }
 
 /** What a libvirt that is not there, or does not answer, fails with: images can be backed up without one. */
@@ -114,18 +119,14 @@ const NO_ANSWER: ReadonlySet<ErrorCode> = new Set(['COMMAND_FAILED', 'COMMAND_MI
  * The RBD images that instances have by now, which need not be those of any backup that is left. Where the host does not
  * tell, that is warned of, and those of the backups are looked at all the same.
  */
-async function currentImages(
-  host: Host,
-  instances: ReadonlySet<string>,
-  run: RunOptions,
-): Promise<Map<string, DiskOf>> {
-  const images = new Map<string, DiskOf>()
+async function currentImages(host: Host, instances: ReadonlySet<string>, run: RunOptions): Promise<Place[]> {
+  const images: Place[] = []
   for (const instance of instances) {
     try {
       const { disks } = await host.disks(instance, run)
       for (const { name, path } of disks) {
         const image = rbdImageOf(path)
-        if (image !== undefined) images.set(image, { instance, disk: name })
+        if (image !== undefined) images.push({ instance, image, of: { instance, disk: name } })
       }
     } catch (error) {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) continue
@@ -140,7 +141,7 @@ async function currentImages(
 
 async function snapshotsOf(cluster: RbdCluster, image: string, run: RunOptions): Promise<string[]> {
   try {
-    return (await cluster.image(image, run)).snapshots.map(({ name }) => name)
+    return (await cluster.snapshots(image, run)).map(({ name }) => name)
   } catch (error) {
     if (isVarveError(error, 'DISK_NOT_FOUND')) return []
     throw error

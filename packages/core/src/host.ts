@@ -124,6 +124,8 @@ export interface Host {
   disks(name: string, run?: RunOptions): Promise<InstanceDisks>
   /** @throws INSTANCE_NOT_FOUND */
   instance(name: string, run?: RunOptions): Promise<Instance>
+  /** libvirt's XML of an instance as it is now; undefined where there is none. */
+  describe(name: string, run?: RunOptions): Promise<string | undefined>
   /** Adds a persistent, recording bitmap and its twin to every disk: for a running instance in one transaction. */
   addBitmap(
     instance: string,

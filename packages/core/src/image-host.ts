@@ -75,6 +75,10 @@ export class ImageHost implements Host {
     return { name, running: false, disks, unsupported: new Map() }
   }
 
+  async describe(): Promise<undefined> {
+    return undefined // images have no definition
+  }
+
   async addBitmap(
     _instance: string,
     disks: readonly FileDisk[],

@@ -69,7 +69,7 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
   finish: z.object({
     renames: z.array(z.object({ temporary: text, target: text, isNew: z.boolean().exactOptional() })),
     images: z
-      .array(z.object({ ...targetImage, target: text, isNew: z.boolean().exactOptional() }))
+      .array(z.object({ ...targetImage, target: text, id: text, isNew: z.boolean().exactOptional() }))
       .exactOptional(),
   }),
   defined: nothing,

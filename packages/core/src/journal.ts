@@ -142,6 +142,8 @@ export interface TargetImage {
 /** A complete new RBD image and the name that it takes, `<pool>/[<namespace>/]<image>`. */
 export interface ImageRename extends TargetImage {
   readonly target: string
+  /** The id that Ceph gave it, by which it is known once it has its name. */
+  readonly id: string
   /** Whether nothing may be replaced by it. Default: false. */
   readonly isNew?: boolean
 }

@@ -104,6 +104,13 @@ export class LibvirtHost implements Host {
     }
   }
 
+  async describe(name: string, run: RunOptions = {}): Promise<string | undefined> {
+    return this.#virsh.onDomain(run, name, 'dumpxml').catch(error => {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+      throw error
+    })
+  }
+
   async addBitmap(
     instance: string,
     disks: readonly FileDisk[],
@@ -301,13 +308,8 @@ export class LibvirtHost implements Host {
 
   /** The RBD image of a disk; undefined where the domain or the disk is gone. */
   async #rbdSource(instance: string, disk: string, run: RunOptions): Promise<RbdSource | undefined> {
-    try {
-      const { disks } = readDomainXml(await this.#virsh.onDomain(run, instance, 'dumpxml'))
-      return disks.find(({ name }) => name === disk)?.rbd
-    } catch (error) {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
-      throw error
-    }
+    const xml = await this.describe(instance, run)
+    return xml === undefined ? undefined : readDomainXml(xml).disks.find(({ name }) => name === disk)?.rbd
   }
 
   /** The disks that can be backed up, each with its path, and why the others cannot. */

@@ -1,4 +1,4 @@
-import { VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
 import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
@@ -20,6 +20,11 @@ export async function readRbdDisk(
     state,
     cluster,
   }
+}
+
+/** Whether an error says that an image is not there, or its pool or namespace. */
+export function isImageGone(error: unknown): boolean {
+  return isVarveError(error, 'DISK_NOT_FOUND') || isVarveError(error, 'CEPH_POOL_NOT_FOUND')
 }
 
 /** The error of a host that meets an RBD image and does not know how to reach its cluster. */

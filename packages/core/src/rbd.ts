@@ -118,8 +118,12 @@ export interface RbdDiffStream {
  * INVALID_CONFIG, or with RBD_FAILED where `rbd` fails otherwise.
  */
 export interface RbdCluster {
+  /** What it is reached by, its monitors or configuration, which tells it from other clusters. Without the user. */
+  readonly address: string
   /** @throws DISK_NOT_FOUND */
   image(image: string, run?: RunOptions): Promise<RbdImage>
+  /** The id that Ceph gave an image; undefined where there is none of that name, or no such pool. */
+  imageId(image: string, run?: RunOptions): Promise<string | undefined>
   /** The snapshots that users made, the oldest first. @throws DISK_NOT_FOUND */
   snapshots(image: string, run?: RunOptions): Promise<RbdSnapshot[]>
   /** Takes a snapshot, or finds the one of that name. Also while a client has the image open. */

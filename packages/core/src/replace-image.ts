@@ -30,7 +30,7 @@ export async function assertReplaceable(
   { image, target, isNew }: ImageRename,
   run: RunOptions,
 ): Promise<boolean> {
-  if (!(await isThere(cluster, target, run))) return false
+  if ((await cluster.imageId(target, run)) === undefined) return false
   if (isNew) throw notReplaced(image, target)
   await assertImageUnused(cluster, target, run).catch(error => {
     if (!isVarveError(error, 'DISK_BUSY')) throw error
@@ -64,17 +64,6 @@ function notReplaced(image: string, target: string): VarveError {
     'RUN_UNRESOLVED',
     `The restored image is complete as ${image}, but somebody else made an image ${target}, which is left alone. Rename that one (rbd rename), then run "varve recover": the restored image gets its name.`,
     { context: { image, target } },
-  )
-}
-
-/** Whether there is an image of this name. */
-export async function isThere(cluster: RbdCluster, image: string, run: RunOptions): Promise<boolean> {
-  return cluster.snapshots(image, run).then(
-    () => true,
-    error => {
-      if (isVarveError(error, 'DISK_NOT_FOUND')) return false
-      throw error
-    },
   )
 }
 

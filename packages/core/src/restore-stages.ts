@@ -109,6 +109,7 @@ async function assertUnmoved({ backup, host, plan, journal, request, run }: Rest
  */
 export async function define({
   backup,
+  host,
   storage,
   plan,
   request,
@@ -148,10 +149,13 @@ export async function define({
   // An instance that was made anew under its old name has another UUID, which libvirt does not let go. A copy has
   // one from here, so that it can be defined again after a definition that was cut short.
   const uuid = instance?.uuid ?? (renamed ? randomUUID() : undefined)
+  // The images of a copy are made where the original has its own by now.
+  const isRbdCopy = newInstance && plan.disks.some(({ format }) => format === 'rbd')
+  const now = isRbdCopy ? await host.describe(backup.manifest.instance.name, run) : instance?.definition
   const xml = rewriteDomainXml(stored, {
     disks,
     onlyTheseDisks: newInstance !== undefined,
-    ...(instance?.definition !== undefined && { now: instance.definition }),
+    ...(now !== undefined && { now }),
     ...(renamed && { copyAs: newInstance.name }),
     ...(uuid !== undefined && { uuid }),
     ...(nvramTarget !== undefined && { nvram: nvramTarget }),
@@ -192,8 +196,10 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
     if (temporary === undefined) continue
     if (disk.format === 'rbd') {
       if (disk.existing) await assertImageUnused(disk.cluster, disk.image, run)
+      const id = await disk.cluster.imageId(temporary, run)
+      if (id === undefined) throw imageGone(temporary)
       const isNew = disk.existing === undefined
-      images.push({ ...targetImage(restore, disk, temporary), target: disk.image, isNew })
+      images.push({ ...targetImage(restore, disk, temporary), target: disk.image, id, isNew })
     } else renames.push({ temporary, target, isNew: disk.isNew ?? false })
   }
   if (nvram) renames.push(nvram)
@@ -203,6 +209,14 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
   }
   if (run.signal?.aborted) throw abortError(run.signal)
   await journal.record({ step: 'finish', renames, images })
+}
+
+function imageGone(image: string): VarveError {
+  return new VarveError(
+    'DISK_NOT_FOUND',
+    `The new RBD image ${image} was removed by somebody before it could take its name. Nothing was changed; restore again.`,
+    { context: { image }, retryable: true },
+  )
 }
 
 async function fetchFile(

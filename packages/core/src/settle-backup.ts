@@ -147,9 +147,13 @@ async function removeSnapshots(
   const cluster = await host.rbd({ instance, disk }, run)
   for (const snapshot of snapshots) {
     await cluster.removeSnapshots(image, [snapshot], run).catch(error => {
-      // Somebody has clones on it, which is no reason to stop this instance's backups.
-      if (!isVarveError(error, 'RBD_SNAPSHOT_PROTECTED')) throw error
-      emit(run, { type: 'warning', message: error.message })
+      // Somebody has clones on it, or the pool is gone with it: no reasons to stop this instance's backups.
+      if (!isVarveError(error, 'RBD_SNAPSHOT_PROTECTED') && !isVarveError(error, 'CEPH_POOL_NOT_FOUND'))
+        throw error
+      emit(run, {
+        type: 'warning',
+        message: `The snapshot ${snapshot} of ${image} is not removed: ${error.message}`,
+      })
     })
   }
 }

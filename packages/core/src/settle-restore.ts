@@ -6,7 +6,8 @@ import type { ImageRename, JournalStepOf, Rename, RunJournal, TargetImage } from
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { type RbdCluster, rbdImageOf } from './rbd.ts'
-import { assertReplaceable, isThere, removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
+import { isImageGone } from './rbd-disk.ts'
+import { assertReplaceable, removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { worstOf } from './settle-backup.ts'
@@ -79,12 +80,8 @@ export async function settleRestore(
 /** A server that was killed counts as a client of the image for half a minute more. */
 async function removeUnfinished(host: Host, { image, of }: TargetImage, run: RunOptions): Promise<void> {
   const cluster = await host.rbd(of, run)
-  try {
-    await assertImageUnused(cluster, image, run)
-  } catch (error) {
-    if (isVarveError(error, 'DISK_NOT_FOUND')) return // it was not made
-    throw error
-  }
+  if ((await cluster.imageId(image, run)) === undefined) return // it was not made
+  await assertImageUnused(cluster, image, run)
   await cluster.removeImage(image, run)
 }
 
@@ -117,8 +114,8 @@ async function assertStartable(
     if (!(await host.waitUntilOff(instance, 0, run))) return // it is what has them open
     const cluster = await host.rbd({ instance, disk }, run)
     await assertImageUnused(cluster, image, run).catch(error => {
-      if (!isVarveError(error, 'DISK_BUSY')) throw error
-      throw openElsewhere(journal, instance, image, error)
+      if (isVarveError(error, 'DISK_BUSY')) throw openElsewhere(journal, instance, image, error)
+      if (!isImageGone(error)) throw error // its start tells of one that is gone
     })
   }
 }
@@ -181,8 +178,8 @@ async function finishSwap(
   const leftImages: { rename: ImageRename; cluster: RbdCluster }[] = []
   for (const rename of images) {
     const cluster = await host.rbd(rename.of, run)
-    if (await isThere(cluster, rename.image, run)) leftImages.push({ rename, cluster })
-    else if (!(await isThere(cluster, rename.target, run))) throw neitherThere(journal, rename)
+    if ((await cluster.imageId(rename.image, run)) !== undefined) leftImages.push({ rename, cluster })
+    else if ((await cluster.imageId(rename.target, run)) !== rename.id) throw notFound(journal, rename)
   }
   if (left.length + leftImages.length > 0) await assertNoSavedMemory(journal, host, run)
   for (const step of left) {
@@ -226,12 +223,12 @@ async function hasSavedMemory(instance: string, host: Host, run: RunOptions): Pr
   })
 }
 
-/** As in another cluster, which is asked where the domain that names the right one is gone. */
-function neitherThere({ header }: RunJournal, { image, target }: ImageRename): VarveError {
+/** It was removed or moved, or is in another cluster, where the domain that tells the right one is gone. */
+function notFound({ header }: RunJournal, { image, target, id }: ImageRename): VarveError {
   return new VarveError(
     'RUN_UNRESOLVED',
-    `The restored RBD image was complete as ${image}, and there is neither that nor ${target} in the Ceph cluster that was asked. Where a domain tells the cluster, define it again, then run "varve recover". If both were removed on purpose, remove runs/${header.id}.jsonl in the state folder.`,
-    { context: { image, target } },
+    `The restored RBD image was complete as ${image}, and is in the Ceph cluster that was asked under neither that name nor ${target} (its id is ${id}). Where a domain tells the cluster, define it again, then run "varve recover". If the image was removed, remove runs/${header.id}.jsonl in the state folder, and restore again: ${target} does not hold the backup.`,
+    { context: { image, target, id } },
   )
 }
 

@@ -88,7 +88,7 @@ test('every kind of step is read with all that it tells', async () => {
         { temporary: '/a.new', target: '/a', isNew: true },
         { temporary: '/b.new', target: '/b' },
       ],
-      images: [{ image: 'pool/a.new', target: 'pool/a', isNew: false, of }],
+      images: [{ image: 'pool/a.new', target: 'pool/a', id: '1f', isNew: false, of }],
     },
     { step: 'defined' },
     { step: 'undo' },

@@ -31,9 +31,8 @@ interface Site {
 function siteOf({ images, open = [], refusal, notRemoved }: Site) {
   const done: string[] = []
   const cluster: Partial<RbdCluster> = {
-    async snapshots(image) {
-      if (!images.includes(image)) throw new VarveError('DISK_NOT_FOUND', `no ${image}`)
-      return []
+    async imageId(image) {
+      return images.includes(image) ? `id of ${image}` : undefined
     },
     async image() {
       return { id: 'a', size: 0, snapshots: [], metadata: new Map(), objectMapInvalid: false }
@@ -92,7 +91,7 @@ async function completeRestore(site: Site) {
   await journal.record({
     step: 'finish',
     renames: [{ temporary, target }],
-    images: [{ image: 'vms/a.new', target: 'vms/a' }],
+    images: [{ image: 'vms/a.new', target: 'vms/a', id: 'id of vms/a.new' }],
   })
   return { journal, host, target, done }
 }
@@ -122,16 +121,22 @@ test('nothing is defined and no file is replaced where an image is in use again'
   expect(await RunJournal.unsettled(folder)).toHaveLength(1)
 })
 
-test('an image that is not in the cluster, under neither name, is not said to be restored', async () => {
-  const { journal, host, target, done } = await completeRestore({ images: [] })
-  await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
-    code: 'RUN_UNRESOLVED',
-    message: expect.stringContaining(`runs/${journal.header.id}.jsonl`),
-    context: { image: 'vms/a.new', target: 'vms/a' },
-  })
-  expect(done).toEqual([])
-  expect(await statIfThere(target)).toBeUndefined()
-})
+test.for([
+  { there: 'nothing', images: [] },
+  { there: 'only the image that it was to replace', images: ['vms/a'] },
+])(
+  'an image that is gone from its cluster, where there is $there, is not said to be restored',
+  async ({ images }) => {
+    const { journal, host, target, done } = await completeRestore({ images })
+    await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
+      code: 'RUN_UNRESOLVED',
+      message: expect.stringContaining(`runs/${journal.header.id}.jsonl`),
+      context: { image: 'vms/a.new', target: 'vms/a' },
+    })
+    expect(done).toEqual([])
+    expect(await statIfThere(target)).toBeUndefined()
+  },
+)
 
 test('where libvirt refuses the definition the new image is removed, and no other is touched', async () => {
   const refusal = new VarveError('COMMAND_FAILED', 'no such machine type')
