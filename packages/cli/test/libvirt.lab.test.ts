@@ -45,6 +45,16 @@ test('a domain is backed up, and its disks are replaced only when that is confir
   const damaged = async () => !(await compareImages(image('vda.qcow2'), image('saved.qcow2'))).identical
   expect(await damaged()).toBe(true)
 
+  for (const [args, code] of [
+    [`restore ${id} --to-instance nobody`, 'INSTANCE_NOT_FOUND'],
+    [`restore ${id} --to-instance web-1 --disks vdz`, 'DISK_NOT_FOUND'],
+  ] as const) {
+    const failed = await run(`${args} --yes --json`)
+    expect(failed, args).toMatchObject({ code: 1, stderr: expect.stringContaining(code) })
+    expect(JSON.parse(failed.stdout)).toMatchObject({ error: { code } })
+  }
+  expect(await damaged()).toBe(true)
+
   const refused = await run(`restore ${id} --to-instance web-1`)
   expect(refused).toMatchObject({ code: 2, stderr: expect.stringContaining('--yes') })
   const declined = await run(`restore ${id} --to-instance web-1`, { typed: 'no\n' })
@@ -53,7 +63,7 @@ test('a domain is backed up, and its disks are replaced only when that is confir
 
   const confirmed = await run(`restore ${id} --to-instance web-1`, { typed: 'web-1\n' })
   expect(confirmed.code, confirmed.stderr).toBe(0)
-  expect(confirmed.stderr).toContain('The disks of web-1 will be replaced')
+  expect(confirmed.stderr).toContain('The disks vda, vdb of web-1 will be replaced')
   expect(await damaged()).toBe(false)
 
   await write('vda', '0x33')
