@@ -120,7 +120,7 @@ export class DataMapWriter {
     writer.varint(this.#start - this.#written)
     writer.varint(this.#end - this.#start)
     this.#written = this.#end
-    if (writer.written.byteLength > this.#most) this.#writer = undefined
+    if (writer.length > this.#most) this.#writer = undefined
   }
 }
 

@@ -8,6 +8,11 @@ export class ByteWriter {
     return this.#bytes.subarray(0, this.#length)
   }
 
+  /** How many bytes were written so far. */
+  get length(): number {
+    return this.#length
+  }
+
   /** Writes bytes as they are. */
   bytes(bytes: Uint8Array): void {
     this.#reserve(bytes.length)

@@ -106,6 +106,7 @@ export class ComposedImage {
       const end = Math.min(into.length, done + map.end(run) * clusterSize - guestOffset)
       const guestEnd = Math.min(end, done + Math.max(0, extentsSize - guestOffset))
       if (guestEnd > done) reads.push(this.#readGuest(guestOffset, into.subarray(done, guestEnd), options))
+      if (reads.length === RUNS_AT_ONCE) await settled(reads.splice(0))
       into.fill(0, guestEnd, end) // the last cluster beyond the end of the disk
       done = end
     }
@@ -136,6 +137,12 @@ export class ComposedImage {
     )
   }
 }
+
+/**
+ * The most runs of one chunk that are read at a time. A stream reads many chunks at once; with all the runs of a scattered
+ * disk beside them hundreds of reads wait for each other, so long that their promises outlive V8's young generation.
+ */
+const RUNS_AT_ONCE = 2
 
 /** Waits for all, so that no read still writes to memory that the caller uses again; then throws the first error. */
 async function settled(reads: readonly Promise<void>[]): Promise<void> {

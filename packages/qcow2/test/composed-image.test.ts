@@ -43,20 +43,25 @@ test('any range of bytes is a slice of the whole', async () => {
   )
 })
 
-test('each contiguous run of the guest is one read, all at once, straight into the memory of the caller', async () => {
+test('each contiguous run of the guest is one read, two at a time, straight into the memory of the caller', async () => {
   const guest = new ControlledGuest(DISK)
   const image = new ComposedImage(LAYOUT, guest)
   const into = Buffer.alloc(image.size, 0xee)
   const done = image.read(0, into)
   await turn()
+  for (const index of [1, 0]) {
+    expect(guest.reads.length).toBe(2)
+    guest.at(index).complete()
+    await turn()
+  }
+  guest.at(2).complete()
+  await done
   expect(guest.reads.map(({ offset, into: part }) => [offset, part.length, part.byteOffset])).toEqual([
     [0, 2 * CLUSTER, into.byteOffset + LAYOUT.dataStart],
     [4 * CLUSTER, CLUSTER, into.byteOffset + LAYOUT.dataStart + 2 * CLUSTER],
     [6 * CLUSTER, CLUSTER + 1000, into.byteOffset + LAYOUT.dataStart + 3 * CLUSTER],
   ])
   expect(guest.reads.every(read => read.into.buffer === into.buffer)).toBe(true)
-  for (const read of guest.reads) read.complete()
-  await done
   expect(into.subarray(-(CLUSTER - 1000)).every(byte => byte === 0)).toBe(true)
 })
 
@@ -113,13 +118,12 @@ test('a failed read rejects with its error, and only when no other read still wr
     })
   const outcome = expect(done).rejects.toBe(failure)
   await turn()
-  guest.at(1).fail(failure)
-  await turn()
-  guest.at(0).complete()
+  guest.at(0).fail(failure)
   await turn()
   expect(settled).toBe(false)
-  guest.at(2).fail(new Error('another one, later in the file'))
+  guest.at(1).fail(new Error('another one, later in the file'))
   await outcome
+  expect(guest.reads.length).toBe(2)
 })
 
 test('a guest that throws is one that rejects', async () => {
@@ -132,7 +136,7 @@ test('a guest that throws is one that rejects', async () => {
     },
   })
   await expect(image.read(LAYOUT.dataStart, Buffer.alloc(LAYOUT.dataLength))).rejects.toBe(failure)
-  expect(calls).toBe(3)
+  expect(calls).toBe(2)
 })
 
 test('a signal reaches the guest, and one that has fired asks it for nothing', async () => {
