@@ -1,15 +1,18 @@
 import { constants } from 'node:fs'
-import { access, copyFile, readdir, readFile, writeFile } from 'node:fs/promises'
+import { access, readdir, readFile, writeFile } from 'node:fs/promises'
 import path from 'node:path'
 import { zstdDecompressSync } from 'node:zlib'
 import { execa } from 'execa'
 import { type CpioEntry, cpioArchive } from './cpio-archive.ts'
 import { guestInit, guestShutdown, guestWriter } from './guest-init.ts'
+import { unpackKernel } from './guest-kernel.ts'
 
 /** A kernel and an initramfs that boot the lab's guest. */
 export interface GuestImage {
-  /** Path of the kernel. */
+  /** Path of the kernel, unpacked where it could be. */
   readonly kernel: string
+  /** Path of the kernel as UEFI firmware boots it. */
+  readonly efiKernel: string
   /** Path of the initramfs. */
   readonly initrd: string
 }
@@ -66,10 +69,15 @@ export async function buildGuest(target: string): Promise<GuestImage> {
     entries.push({ path: name, mode: program, data: await readFile(library) })
   }
 
-  const image = { kernel: path.join(target, 'vmlinuz'), initrd: path.join(target, 'initrd') }
-  await copyFile(`/boot/vmlinuz-${release}`, image.kernel)
-  await writeFile(image.initrd, cpioArchive(entries))
-  return image
+  const [packed, unpacked, initrd] = ['vmlinuz', 'vmlinux', 'initrd'].map(name =>
+    path.join(target, name),
+  ) as [string, string, string]
+  const bzImage = await readFile(`/boot/vmlinuz-${release}`)
+  await writeFile(packed, bzImage)
+  const kernel = await unpackKernel(bzImage)
+  if (kernel) await writeFile(unpacked, kernel)
+  await writeFile(initrd, cpioArchive(entries))
+  return { kernel: kernel ? unpacked : packed, efiKernel: packed, initrd }
 }
 
 /** The release of the kernel to boot: the newest Debian cloud kernel, else the newest one with its modules. */

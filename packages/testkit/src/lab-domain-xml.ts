@@ -46,14 +46,14 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
 `
 }
 
-function kernelXml({ agent }: LabDomainOptions, { guest }: DomainFiles): string {
+function kernelXml({ agent }: LabDomainOptions, { guest, firmware }: DomainFiles): string {
   const commandLine = [
     // Spares boot time: self-tests of ciphers, patches against attacks, timer checks, console output.
     'console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable cryptomgr.notests',
     ...(agent ? [agentFlag] : []),
   ].join(' ')
   return `
-    <kernel>${escapeXml(guest.kernel)}</kernel>
+    <kernel>${escapeXml(firmware ? guest.efiKernel : guest.kernel)}</kernel>
     <initrd>${escapeXml(guest.initrd)}</initrd>
     <cmdline>${escapeXml(commandLine)}</cmdline>`
 }
