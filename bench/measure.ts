@@ -6,6 +6,8 @@ export interface Run {
   readonly seconds: number
   /** Peak resident memory of a Varve process, in MiB. */
   readonly peakMiB?: number
+  /** Peak resident memory of an rclone that it ran, in MiB. */
+  readonly childMiB?: number
 }
 
 /** Times an external program, from its start to its end; with `env`, in that environment alone. */

@@ -1,10 +1,12 @@
 import { createReadStream } from 'node:fs'
+import { readFile } from 'node:fs/promises'
 import { PutObjectCommand, S3Client } from '@aws-sdk/client-s3'
 import type { StorageDriver, UploadBody } from '@varve/core'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
+import { childProcesses } from '@varve/testkit/lab'
 import { Client as FtpClient } from 'basic-ftp'
 import SftpClient from 'ssh2-sftp-client'
 
@@ -15,17 +17,44 @@ export type RemoteAddress =
   | { readonly type: 'ftp'; readonly options: FtpDriverOptions }
   | { readonly type: 'rclone'; readonly options: RcloneDriverOptions }
 
-const KEY = 'by-varve'
-
 function driverOf({ type, options }: RemoteAddress): StorageDriver {
   if (type === 's3') return new S3Driver(options)
   if (type === 'sftp') return new SftpDriver(options)
   return type === 'ftp' ? new FtpDriver(options) : new RcloneDriver(options)
 }
 
+/** How often the rclones of a driver are looked at, in milliseconds. */
+const LOOK_EVERY_MS = 20
+
+/** Does something, and tells how much memory an rclone had at most that ran meanwhile, in MiB; 0 without rclone. */
+async function withChildren<T>(
+  { type }: RemoteAddress,
+  work: () => Promise<T>,
+): Promise<{ result: T; childMiB: number }> {
+  if (type !== 'rclone') return { result: await work(), childMiB: 0 }
+  let childMiB = 0
+  const timer = setInterval(async () => {
+    for (const pid of await childProcesses()) {
+      const status = await readFile(`/proc/${pid}/status`, 'utf8').catch(() => '') // it has ended
+      childMiB = Math.max(childMiB, Number(/^VmHWM:\s+(\d+) kB$/m.exec(status)?.[1] ?? 0) / 1024)
+    }
+  }, LOOK_EVERY_MS)
+  try {
+    const result = await work()
+    return { result, childMiB }
+  } finally {
+    clearInterval(timer)
+  }
+}
+
 /** Uploads the first bytes of a file by Varve's driver. */
-export async function put(input: { address: RemoteAddress; file: string; bytes: number }): Promise<object> {
-  const { address, file, bytes } = input
+export async function put(input: {
+  address: RemoteAddress
+  key: string
+  file: string
+  bytes: number
+}): Promise<object> {
+  const { address, key, file, bytes } = input
   await using driver = driverOf(address)
   const body: UploadBody = {
     size: bytes,
@@ -33,20 +62,22 @@ export async function put(input: { address: RemoteAddress; file: string; bytes: 
     open: ({ start, end } = { start: 0, end: bytes }) =>
       createReadStream(file, { start, end: end - 1, highWaterMark: 1024 * 1024 }),
   }
-  const { size } = await driver.put(KEY, body)
-  return { size }
+  const { result, childMiB } = await withChildren(address, () => driver.put(key, body))
+  return { size: result.size, childMiB }
 }
 
 /** Downloads what {@link put} stored. */
-export async function get({ address }: { address: RemoteAddress }): Promise<object> {
+export async function get({ address, key }: { address: RemoteAddress; key: string }): Promise<object> {
   await using driver = driverOf(address)
-  const stream = await driver.get(KEY)
   let bytes = 0
-  for await (const chunk of stream) {
-    bytes += chunk.length
-    stream.recycle?.(chunk)
-  }
-  return { bytes }
+  const { childMiB } = await withChildren(address, async () => {
+    const stream = await driver.get(key)
+    for await (const chunk of stream) {
+      bytes += chunk.length
+      stream.recycle?.(chunk)
+    }
+  })
+  return { bytes, childMiB }
 }
 
 /** The same as {@link put} by what the driver's library itself offers. */

@@ -2,7 +2,7 @@ import { randomBytes } from 'node:crypto'
 import { mkdir, open, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { NetworkProxy } from '@varve/testkit'
-import { startRadosgw, startSshd, startVsftpd } from '@varve/testkit/lab'
+import { openFtpTunnel, startRadosgw, startSshd, startVsftpd } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import type { Figure, Setting } from './cases.ts'
 import { median, type Run, runTask, timeCommand } from './measure.ts'
@@ -15,82 +15,143 @@ const ROUND_TRIPS_MS = [0, 10, 50]
 /** What ssh2 and basic-ftp manage with one packet or one connection is little: less data tells their rate. */
 const PLAIN_BYTES = 16 * MiB
 
-/** A server, and how each of those who are measured reaches it on a port. */
-interface Server extends AsyncDisposable {
-  readonly type: RemoteAddress['type']
+/** Where a server is reached. */
+interface Place {
+  readonly host: string
   readonly port: number
-  address(port: number): RemoteAddress
+}
+
+/** A server, and how each of those who are measured reaches it. */
+interface Server extends AsyncDisposable {
+  readonly name: string
+  readonly place: Place
+  /** The same server with a delay on the way, where there is a way. */
+  readonly delayed?: { readonly place: Place; readonly proxy: NetworkProxy }
+  address(place: Place): RemoteAddress
   /** The remote `bench:` of rclone, as the options of its type. */
-  rclone(port: number): Record<string, string>
+  rclone(place: Place): Record<string, string>
   /** Where objects are, within rclone's remote. */
   readonly root: string
 }
+
+const LOOPBACK = '127.0.0.1'
+
+/** A proxy in front of a port. */
+async function delayedPort(port: number): Promise<{ place: Place; proxy: NetworkProxy }> {
+  const proxy = await NetworkProxy.start({ port })
+  return { place: { host: LOOPBACK, port: proxy.port }, proxy }
+}
+
+const obscure = async (password: string) =>
+  (await execa('rclone', ['obscure', '-'], { input: password })).stdout
 
 async function s3(): Promise<Server> {
   const gateway = await startRadosgw()
   const { accessKey, secretKey } = await gateway.createUser('bench')
   const keys = { access_key_id: accessKey, secret_access_key: secretKey }
-  const rclone = (port: number) => ({
-    type: 's3',
-    provider: 'Ceph',
-    endpoint: `http://127.0.0.1:${port}`,
-    ...keys,
-  })
-  await execa('rclone', ['mkdir', 'bench:varve'], { env: rcloneEnv(rclone(gateway.port)), extendEnv: false })
+  const place = { host: LOOPBACK, port: gateway.port }
+  const endpointOf = ({ host, port }: Place) => `http://${host}:${port}`
+  const rclone = (place: Place) => ({ type: 's3', provider: 'Ceph', endpoint: endpointOf(place), ...keys })
+  await execa('rclone', ['mkdir', 'bench:varve'], { env: rcloneEnv(rclone(place)), extendEnv: false })
+  const delayed = await delayedPort(gateway.port)
   return {
-    type: 's3',
-    port: gateway.port,
-    address: port => ({
+    name: 's3',
+    place,
+    delayed,
+    address: place => ({
       type: 's3',
-      options: { endpoint: `http://127.0.0.1:${port}`, bucket: 'varve', accessKey, secretKey },
+      options: { endpoint: endpointOf(place), bucket: 'varve', accessKey, secretKey },
     }),
     rclone,
     root: 'varve/',
-    [Symbol.asyncDispose]: () => gateway[Symbol.asyncDispose](),
+    async [Symbol.asyncDispose]() {
+      await delayed.proxy[Symbol.asyncDispose]()
+      await gateway[Symbol.asyncDispose]()
+    },
   }
 }
 
 async function sftp(): Promise<Server> {
   const server = await startSshd()
-  const { username, password } = server
-  const { stdout: pass } = await execa('rclone', ['obscure', password])
+  const { username, password, port } = server
+  const pass = await obscure(password)
+  const delayed = await delayedPort(port)
   return {
-    type: 'sftp',
-    port: server.port,
-    address: port => ({ type: 'sftp', options: { host: '127.0.0.1', port, username, password } }),
-    rclone: port => ({ type: 'sftp', host: '127.0.0.1', port: String(port), user: username, pass }),
+    name: 'sftp',
+    place: { host: LOOPBACK, port },
+    delayed,
+    address: place => ({ type: 'sftp', options: { ...place, username, password } }),
+    rclone: ({ host, port }) => ({ type: 'sftp', host, port: String(port), user: username, pass }),
     root: '',
-    [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
+    async [Symbol.asyncDispose]() {
+      await delayed.proxy[Symbol.asyncDispose]()
+      await server[Symbol.asyncDispose]()
+    },
   }
 }
 
 async function ftp(): Promise<Server> {
   const server = await startVsftpd()
-  const { username, password } = server
-  const { stdout: pass } = await execa('rclone', ['obscure', password])
+  const { username, password, port } = server
+  const pass = await obscure(password)
+  const tunnel = await openFtpTunnel(server)
   return {
-    type: 'ftp',
-    port: server.port,
-    address: port => ({
-      type: 'ftp',
-      options: { host: '127.0.0.1', port, username, password, tls: 'none' },
-    }),
-    rclone: port => ({ type: 'ftp', host: '127.0.0.1', port: String(port), user: username, pass }),
+    name: 'ftp',
+    place: { host: LOOPBACK, port },
+    delayed: { place: { host: tunnel.host, port }, proxy: tunnel.proxy },
+    address: place => ({ type: 'ftp', options: { ...place, username, password, tls: 'none' } }),
+    rclone: ({ host, port }) => ({ type: 'ftp', host, port: String(port), user: username, pass }),
     root: '',
+    async [Symbol.asyncDispose]() {
+      await tunnel[Symbol.asyncDispose]()
+      await server[Symbol.asyncDispose]()
+    },
+  }
+}
+
+/** The driver that runs rclone, on a server that another driver reaches by itself. */
+async function rcloneOverSftp(): Promise<Server> {
+  const server = await sftp()
+  const rclone = (place: Place) => ({ ...server.rclone(place), shell_type: 'none' })
+  return {
+    ...server,
+    name: 'rclone over sftp',
+    address: place => byRclone(rclone(place)),
+    rclone,
     [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
   }
 }
 
-function rcloneEnv(remote: Record<string, string>): Record<string, string> {
+async function rcloneToFolder(folder: string): Promise<Server> {
+  const path = join(folder, 'rclone')
+  await mkdir(path)
+  const rclone = () => ({ type: 'alias', remote: path })
+  return {
+    name: 'rclone to a folder',
+    place: { host: LOOPBACK, port: 0 },
+    address: () => byRclone(rclone()),
+    rclone,
+    root: '',
+    [Symbol.asyncDispose]: () => rm(path, { recursive: true }),
+  }
+}
+
+function variablesOf(remote: Record<string, string>): Record<string, string> {
   const variables = Object.entries(remote).map(([name, value]) => [
     `RCLONE_CONFIG_BENCH_${name.toUpperCase()}`,
     value,
   ])
-  return {
-    PATH: process.env.PATH ?? '',
-    RCLONE_CONFIG: '/dev/null',
-    ...Object.fromEntries(variables),
-  }
+  return Object.fromEntries(variables)
+}
+
+function rcloneEnv(remote: Record<string, string>): Record<string, string> {
+  return { PATH: process.env.PATH ?? '', RCLONE_CONFIG: '/dev/null', ...variablesOf(remote) }
+}
+
+/** The driver that runs rclone, with a remote as of a configuration file: its password is obscured already. */
+function byRclone(remote: Record<string, string>): RemoteAddress {
+  const options = { remoteName: 'bench', configFile: '/dev/null', env: variablesOf(remote) }
+  return { type: 'rclone', options }
 }
 
 const megabytes = (bytes: number, runs: readonly Run[]) => bytes / 1e6 / median(runs.map(run => run.seconds))
@@ -125,58 +186,72 @@ const AIMS: Readonly<Record<string, number>> = {
 
 async function measureServer(
   server: Server,
-  setting: Setting,
+  { pairs }: Setting,
   file: string,
   bytes: number,
 ): Promise<Figure[]> {
   const figures: Figure[] = []
+  const { name, delayed } = server
   let peak = 0
-  await using proxy = await NetworkProxy.start({ port: server.port })
-  await runTask('put', { address: server.address(server.port), file, bytes }) // its first multipart upload makes a pool
-  // A data connection of FTP does not pass the proxy.
-  for (const roundTrip of server.type === 'ftp' ? [0] : ROUND_TRIPS_MS) {
-    proxy.latencyMs = roundTrip
-    const port = roundTrip === 0 ? server.port : proxy.port
-    const address = server.address(port)
-    const env = rcloneEnv(server.rclone(port))
+  let childPeak = 0
+  const warmUp = { address: server.address(server.place), key: 'warm-up', file, bytes }
+  await runTask('put', warmUp) // the gateway's first multipart upload makes a pool
+  for (const roundTrip of delayed ? ROUND_TRIPS_MS : [0]) {
+    if (delayed) delayed.proxy.latencyMs = roundTrip
+    const place = delayed && roundTrip > 0 ? delayed.place : server.place
+    const address = server.address(place)
+    const env = rcloneEnv(server.rclone(place))
     const object = `bench:${server.root}by-rclone`
-    const measures: Record<string, { bytes: number; run: () => Promise<Run> }> = {
-      'upload own': { bytes, run: () => runTask('put', { address, file, bytes }) },
+    const key = (pair: number) => `by-varve-${roundTrip}-${pair}` // a backup replaces no object
+    const measures: Record<string, { bytes: number; run: (pair: number) => Promise<Run> }> = {
+      'upload own': { bytes, run: pair => runTask('put', { address, key: key(pair), file, bytes }) },
       'upload rclone': {
         bytes,
         run: () => timeCommand('rclone', ['rcat', '--size', String(bytes), object], { env, inputFile: file }),
       },
-      'upload library': {
-        bytes: PLAIN_BYTES,
-        run: () => runTask('plain-put', { address, file, bytes: PLAIN_BYTES }),
-      },
-      'download own': { bytes, run: () => runTask('get', { address }) },
+      'download own': { bytes, run: pair => runTask('get', { address, key: key(pair) }) },
       'download rclone': { bytes, run: () => timeCommand('rclone', ['cat', object], { env }) },
+      ...(address.type !== 'rclone' && {
+        'upload library': {
+          bytes: PLAIN_BYTES,
+          run: () => runTask('plain-put', { address, file, bytes: PLAIN_BYTES }),
+        },
+      }),
     }
     const runs = new Map<string, Run[]>(Object.keys(measures).map(name => [name, []]))
-    for (let pair = 0; pair < setting.pairs; pair++) {
-      for (const [name, { run }] of Object.entries(measures)) runs.get(name)?.push(await run())
+    for (let pair = 0; pair < pairs; pair++) {
+      for (const [name, { run }] of Object.entries(measures)) runs.get(name)?.push(await run(pair))
     }
     const of = (name: string) => ({ bytes: measures[name]?.bytes ?? 0, runs: runs.get(name) ?? [] })
-    for (const run of [...of('upload own').runs, ...of('download own').runs])
-      peak = Math.max(peak, run.peakMiB ?? Number.NaN)
-    const compare = (what: string, peer: string, name: string) => {
-      const title = `${server.type} ${what}, ${roundTrip} ms, against ${name}`
+    for (const { peakMiB = Number.NaN, childMiB = 0 } of [
+      ...of('upload own').runs,
+      ...of('download own').runs,
+    ]) {
+      peak = Math.max(peak, peakMiB)
+      childPeak = Math.max(childPeak, childMiB)
+    }
+    const compare = (what: string, peer: string, peerName: string) => {
+      const title = `${name} ${what}, ${roundTrip} ms, against ${peerName}`
       figures.push(row(title, of(`${what} own`), of(`${what} ${peer}`), AIMS[title]))
     }
     compare('upload', 'rclone', 'rclone')
-    compare('upload', 'library', 'the library alone')
+    if ('upload library' in measures) compare('upload', 'library', 'the library alone')
     compare('download', 'rclone', 'rclone')
   }
-  figures.push({
-    name: `${server.type}, peak memory of an upload or download`,
-    varve: `${peak.toFixed(0)} MiB`,
-    value: peak.toFixed(0),
-    aim: '≤ 250 MiB',
-    met: peak <= 250,
-    runs: [],
-  })
+  figures.push(memory(`${name}, peak memory of an upload or download`, peak, 250))
+  if (childPeak > 0) figures.push(memory(`${name}, peak memory of its rclone`, childPeak))
   return figures
+}
+
+function memory(name: string, peakMiB: number, aim?: number): Figure {
+  return {
+    name,
+    varve: `${peakMiB.toFixed(0)} MiB`,
+    value: peakMiB.toFixed(0),
+    aim: aim === undefined ? '' : `≤ ${aim} MiB`,
+    ...(aim !== undefined && { met: peakMiB <= aim }),
+    runs: [],
+  }
 }
 
 /** Uploads to and downloads from a real server each, with a delay added on the way. */
@@ -185,36 +260,11 @@ export async function storage(setting: Setting): Promise<Figure[]> {
   const file = join(setting.folder, 'data')
   await writeRandom(file, bytes)
   const figures: Figure[] = []
-  for (const start of [s3, sftp, ftp]) {
+  for (const start of [s3, sftp, ftp, rcloneOverSftp, () => rcloneToFolder(setting.folder)]) {
     await using server = await start()
     figures.push(...(await measureServer(server, setting, file, bytes)))
   }
-  figures.push(...(await throughRclone(setting, file, bytes)))
   return figures
-}
-
-/** The driver that runs rclone, beside rclone. */
-async function throughRclone({ folder, pairs }: Setting, file: string, bytes: number): Promise<Figure[]> {
-  const path = join(folder, 'rclone')
-  await mkdir(path)
-  const address: RemoteAddress = {
-    type: 'rclone',
-    options: { remoteName: 'bench', remotes: { bench: { type: 'alias', remote: path } } },
-  }
-  const env = rcloneEnv({ type: 'alias', remote: path })
-  const own: Run[] = []
-  const peer: Run[] = []
-  for (let pair = 0; pair < pairs; pair++) {
-    own.push(await runTask('put', { address, file, bytes }))
-    peer.push(
-      await timeCommand('rclone', ['rcat', '--size', String(bytes), 'bench:by-rclone'], {
-        env,
-        inputFile: file,
-      }),
-    )
-  }
-  await rm(path, { recursive: true })
-  return [row('rclone upload to a folder, against rclone', { bytes, runs: own }, { bytes, runs: peer })]
 }
 
 async function writeRandom(path: string, bytes: number): Promise<void> {
