@@ -12,7 +12,7 @@ import { filesIn, fillFolder } from './rclone-target.ts'
 const CAPACITY = 8 * 1024 * 1024
 const WRONG = 'not the password'
 /** Long enough for the start of a program on a busy machine. */
-const IDLE_TIMEOUT_MS = process.env.VARVE_THOROUGH === '1' ? 8000 : 3000
+const IDLE_TIMEOUT_MS = process.env.VARVE_THOROUGH === '1' ? 8000 : 4000
 
 /** One whose folder is looked at. */
 interface FolderTarget extends RemoteTarget {
