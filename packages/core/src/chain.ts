@@ -1,7 +1,7 @@
 import type { BackupListing, StoredBackup } from './backups.ts'
 import { blockListBytes } from './block-list.ts'
 import { VarveError } from './errors.ts'
-import type { BackupManifest, ManifestFile } from './manifest.ts'
+import type { BackupManifest, ManifestDisk, ManifestFile } from './manifest.ts'
 import type { StoredObject } from './storage.ts'
 
 /** Backups and damaged manifests by their folder. */
@@ -88,12 +88,28 @@ export interface BackupObject {
 
 /** The objects that a backup consists of, besides its manifest. */
 export function objectsOf({ manifest, folder }: StoredBackup): BackupObject[] {
-  const disks = manifest.disks.flatMap(({ image, storedSize, blocks, digest }) => [
+  const images = manifest.disks.flatMap(disk => imageObjects(folder, disk))
+  return [...images, ...fileObjects(folder, filesOf(manifest))]
+}
+
+/** The objects that a restore of a disk reads of one backup. */
+export function objectsOfDisk(folder: string, disk: ManifestDisk): BackupObject[] {
+  return [
+    ...imageObjects(folder, disk),
+    ...fileObjects(folder, disk.format === 'rbd-diff' ? [disk.index] : []),
+  ]
+}
+
+/** The objects of small files of a backup. */
+export function fileObjects(folder: string, files: readonly ManifestFile[]): BackupObject[] {
+  return files.map(({ key, size }) => ({ key: `${folder}/${key}`, size }))
+}
+
+function imageObjects(folder: string, { image, storedSize, blocks, digest }: ManifestDisk): BackupObject[] {
+  return [
     { key: `${folder}/${image}`, size: storedSize },
     { key: `${folder}/${blocks}`, size: blockListBytes(storedSize, digest) },
-  ])
-  const files = filesOf(manifest).map(file => ({ key: `${folder}/${file.key}`, size: file.size }))
-  return [...disks, ...files]
+  ]
 }
 
 /** The small files of a backup: its definition, its UEFI variables, the indexes of RBD streams, the maps of disks. */
@@ -102,12 +118,13 @@ export function filesOf({ definition, nvram, disks }: BackupManifest): ManifestF
   return [definition, nvram, ...ofDisks].filter(file => file !== undefined)
 }
 
-/** What is wrong with the objects of a backup as far as their sizes tell: OBJECT_NOT_FOUND, SIZE_MISMATCH. */
+/** What is wrong with objects of a backup, by default all, as far as their sizes tell: OBJECT_NOT_FOUND, SIZE_MISMATCH. */
 export function missingObjects(
   backup: StoredBackup,
   objects: ReadonlyMap<string, StoredObject>,
+  needed: readonly BackupObject[] = objectsOf(backup),
 ): VarveError[] {
-  return objectsOf(backup).flatMap(({ key, size }) => {
+  return needed.flatMap(({ key, size }) => {
     const stored = objects.get(key)
     if (stored?.size === size) return []
     const context = { backup: backup.manifest.id, key, expected: size, actual: stored?.size }

@@ -4,11 +4,8 @@ import { BlockDigester, DIGEST_LENGTH } from './digest.ts'
 import { download } from './download.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { loadObject, loadRecorded, otherBytes } from './load-object.ts'
-import type { ManifestDisk, ManifestFile, Qcow2ManifestDisk } from './manifest.ts'
+import { imageSize, type ManifestDisk, type ManifestFile, type Qcow2ManifestDisk } from './manifest.ts'
 import type { StorageDriver } from './storage.ts'
-
-/** The size of the disk in an image is a multiple of this; one that is none is rounded up. */
-const SECTOR_SIZE = 512
 
 /** What {@link checkDisk} and {@link checkFile} read from. */
 export interface ObjectReader {
@@ -103,7 +100,7 @@ async function checkHeader(
     throw isVarveError(error) ? error : invalidImage(key, errorMessage(error), error)
   })
   const said: [string, unknown, unknown][] = [
-    ['virtual size', image.virtualSize, Math.ceil(disk.virtualSize / SECTOR_SIZE) * SECTOR_SIZE],
+    ['virtual size', image.virtualSize, imageSize(disk)],
     ['cluster size', image.clusterSize, disk.clusterSize],
     ['backing file', image.backing?.name, disk.backing],
     ['backing format', image.backing?.format, disk.backing && disk.format],

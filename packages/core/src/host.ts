@@ -33,6 +33,8 @@ export interface FileDisk {
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
   readonly bitmaps: readonly DiskBitmap[]
+  /** The external data file that a qcow2 image names; not told of one that an instance runs on. */
+  readonly dataFile?: string
   /** Whether the image can carry bitmaps: qcow2 from version 3 (compat 1.1) on. */
   readonly holdsBitmaps: boolean
 }

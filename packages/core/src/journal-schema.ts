@@ -21,10 +21,8 @@ const header: z.ZodType<JournalHeader> = z.object({
   startedAt: text,
 })
 
-const targetImage = {
-  image: text,
-  of: z.object({ instance: text, disk: text }).exactOptional(),
-}
+const of = z.object({ instance: text, disk: text }).exactOptional()
+const targetImage = { image: text, of }
 
 /** What each step tells, besides its name. */
 const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'>> } = {
@@ -64,8 +62,9 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
   'powered-off': nothing,
   'target-create': z.object({ temporary: text }),
   'image-create': z.object(targetImage),
-  'write-in-place': z.object({ disk: text, path: text }),
+  'write-in-place': z.object({ disk: text, path: text, identity: text.exactOptional(), of }),
   'written-in-place': nothing,
+  incomplete: z.object({ disks: texts }),
   finish: z.object({
     renames: z.array(z.object({ temporary: text, target: text, isNew: z.boolean().exactOptional() })),
     images: z

@@ -55,6 +55,7 @@ export const JOURNAL_STEPS = [
   'image-create',
   'write-in-place',
   'written-in-place',
+  'incomplete',
   'finish',
   'defined',
   'undo',
@@ -108,11 +109,23 @@ interface StepDetails {
   'powered-off': object
   'target-create': { readonly temporary: string }
   'image-create': TargetImage
-  'write-in-place': { readonly disk: string; readonly path: string }
+  'write-in-place': OverwrittenDisk
   'written-in-place': object
+  /** All is settled but these disks, which are to be restored again: the last such step counts. */
+  incomplete: { readonly disks: readonly string[] }
   finish: { readonly renames: readonly Rename[]; readonly images?: readonly ImageRename[] }
   defined: object
   undo: object
+}
+
+/** A disk that a restore writes over. */
+export interface OverwrittenDisk {
+  readonly disk: string
+  readonly path: string
+  /** Tells the file, or the RBD image, from another one that takes its path later. */
+  readonly identity?: string
+  /** The disk whose cluster an RBD image is in; see {@link TargetImage}. */
+  readonly of?: TargetImage['of']
 }
 
 /** A step of one name. */
@@ -151,17 +164,20 @@ export interface ImageRename extends TargetImage {
 /**
  * The record of what one run has done to its host and storage, kept in `<stateDir>/runs/<id>.jsonl`. Every
  * step is on the disk before it happens, so that whatever interrupts the run, another process knows what may
- * have to be undone. The file is removed once the run is settled.
+ * have to be undone. The file is removed once the run is settled; that of a restore in place which left a disk incomplete,
+ * once the disk has been restored.
  */
 export class RunJournal {
   readonly header: JournalHeader
+  readonly stateDir: string
   readonly #path: string
   readonly #steps: JournalStep[]
   /** Bytes of the whole lines. What is beyond them was cut short, by a full disk or a power cut. */
   #length: number
 
-  private constructor(path: string, header: JournalHeader, steps: JournalStep[], length: number) {
-    this.#path = path
+  private constructor(stateDir: string, header: JournalHeader, steps: JournalStep[], length: number) {
+    this.stateDir = stateDir
+    this.#path = pathOf(stateDir, header.id)
     this.header = header
     this.#steps = steps
     this.#length = length
@@ -174,14 +190,14 @@ export class RunJournal {
    */
   static async begin(stateDir: string, header: JournalHeader): Promise<RunJournal> {
     const folder = runsFolder(stateDir)
-    const path = join(folder, header.id + SUFFIX)
+    const path = pathOf(stateDir, header.id)
     return inStateFolder(path, async () => {
       for (const made of await makeFolders(folder)) await syncFolder(dirname(made))
       await (await open(path, 'ax', 0o600)).close()
       try {
         const length = await writeLine(path, header, 0)
         await syncFolder(folder)
-        return new RunJournal(path, header, [], length)
+        return new RunJournal(stateDir, header, [], length)
       } catch (error) {
         await rm(path, { force: true })
         throw error
@@ -190,7 +206,8 @@ export class RunJournal {
   }
 
   /**
-   * The ids of the runs that have not been settled: of those that go on, and of those that died.
+   * The ids of the runs that have not been settled: of those that go on, of those that died, and of restores in place that
+   * left a disk incomplete.
    *
    * @throws STATE_DIR_FAILED
    */
@@ -209,12 +226,12 @@ export class RunJournal {
    * @throws STATE_DIR_FAILED, RUN_UNRESOLVED
    */
   static async read(stateDir: string, id: string): Promise<RunJournal | undefined> {
-    const path = join(runsFolder(stateDir), id + SUFFIX)
+    const path = pathOf(stateDir, id)
     const { lines, length } = await readLines(path)
     return readable(path, () => {
       const [header, ...steps]: unknown[] = lines.map(line => JSON.parse(line))
       if (header === undefined) return undefined
-      return new RunJournal(path, parseHeader(header), steps.map(parseStep), length)
+      return new RunJournal(stateDir, parseHeader(header), steps.map(parseStep), length)
     })
   }
 
@@ -240,7 +257,7 @@ export class RunJournal {
   static async headers(stateDir: string): Promise<JournalHeader[]> {
     const headers: JournalHeader[] = []
     for (const id of await RunJournal.unsettled(stateDir)) {
-      const path = join(runsFolder(stateDir), id + SUFFIX)
+      const path = pathOf(stateDir, id)
       const [line] = (await readLines(path)).lines
       if (line !== undefined) headers.push(readable(path, () => parseHeader(JSON.parse(line))))
     }
@@ -268,6 +285,16 @@ export class RunJournal {
   }
 
   /**
+   * The run left nothing to settle but these disks, which are to be restored again. Without any its journal goes.
+   *
+   * @throws STATE_DIR_FAILED
+   */
+  async settledBut(incomplete: readonly OverwrittenDisk[]): Promise<void> {
+    if (incomplete.length === 0) await this.settled()
+    else await this.record({ step: 'incomplete', disks: incomplete.map(({ disk }) => disk) })
+  }
+
+  /**
    * The run left nothing to settle: its journal goes.
    *
    * @throws STATE_DIR_FAILED
@@ -286,6 +313,10 @@ const BEGUN_FOR_MS = 60 * 60 * 1000
 
 function runsFolder(stateDir: string): string {
   return join(stateDir, 'runs')
+}
+
+function pathOf(stateDir: string, id: string): string {
+  return join(runsFolder(stateDir), id + SUFFIX)
 }
 
 /** Writes a line after the first `length` bytes and resolves with the new length, the line durable. */

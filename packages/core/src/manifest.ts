@@ -82,6 +82,14 @@ export interface RbdManifestDisk extends ManifestDiskBase {
   readonly source: { readonly path: string; readonly format: 'rbd'; readonly imageId: string }
 }
 
+/** A disk in a stored image is counted in sectors of so many bytes. */
+const SECTOR_SIZE = 512
+
+/** The size of the disk in the header of a stored image: `virtualSize`, rounded up to whole sectors. */
+export function imageSize({ virtualSize }: Qcow2ManifestDisk): number {
+  return Math.ceil(virtualSize / SECTOR_SIZE) * SECTOR_SIZE
+}
+
 /** One disk in a backup. */
 export type ManifestDisk = Qcow2ManifestDisk | RbdManifestDisk
 

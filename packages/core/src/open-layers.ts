@@ -1,10 +1,12 @@
 import { type ImageLayer, openImage, type Qcow2Image } from '@varve/qcow2'
+import type { StoredBackup } from './backups.ts'
 import { assertListsFit, blockListBytes } from './block-list.ts'
 import { BlockPool } from './block-pool.ts'
 import type { DiskLayer } from './disk-chain.ts'
 import type { DownloadRetry } from './download.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
+import { imageSize, type Qcow2ManifestDisk } from './manifest.ts'
 import { readDiffLayer } from './read-diff-layer.ts'
 import type { StorageDriver } from './storage.ts'
 import { VerifiedObject } from './verified-object.ts'
@@ -82,7 +84,7 @@ async function readLayer(
 ): Promise<ImageLayer> {
   if (disk.format === 'rbd-diff') return readDiffLayer({ ...options, backup, disk })
   const image = await readImage(object, { backup, disk }, options.signal)
-  assertRecorded(image, { backup, disk }, object.key)
+  assertRecorded(image, backup, disk, object.key)
   return image
 }
 
@@ -106,14 +108,15 @@ async function readImage(
 }
 
 /** A whole image that is not the one of the manifest would give a wrong disk without any other error. */
-function assertRecorded(image: Qcow2Image, { backup, disk }: DiskLayer, key: string): void {
+function assertRecorded(image: Qcow2Image, backup: StoredBackup, disk: Qcow2ManifestDisk, key: string): void {
   const found = { size: image.virtualSize, backing: image.backing?.name, format: image.backing?.format }
   const format = disk.backing === undefined ? undefined : 'qcow2'
-  if (found.size === disk.virtualSize && found.backing === disk.backing && found.format === format) return
+  const size = imageSize(disk)
+  if (found.size === size && found.backing === disk.backing && found.format === format) return
   const { id } = backup.manifest
   throw new VarveError(
     'IMAGE_INVALID',
-    `${key} is not the image of the manifest: it has a disk of ${found.size} bytes on ${found.backing ?? 'nothing'} instead of ${disk.virtualSize} on ${disk.backing ?? 'nothing'}. Restore another backup.`,
+    `${key} is not the image of the manifest: it has a disk of ${found.size} bytes on ${found.backing ?? 'nothing'} instead of ${size} on ${disk.backing ?? 'nothing'}. Restore another backup.`,
     { context: { key, backup: id, disk: disk.name, ...found } },
   )
 }

@@ -129,6 +129,7 @@ export async function offlineDisk(
     blockDevice: (await stat(resolved)).isBlockDevice(),
     virtualSize: info.virtualSize,
     bitmaps: joinTwins(info.bitmaps, await diskMark(name, resolved)),
+    ...(info.dataFile !== undefined && { dataFile: info.dataFile }),
     holdsBitmaps: format === 'qcow2' && info.compat !== '0.10',
   }
 }

@@ -2,6 +2,7 @@ import { DiskLock } from './disk-lock.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, HostReference } from './host.ts'
 import { ImageHost } from './image-host.ts'
+import { incompleteDisks } from './incomplete.ts'
 import { type JournalHeader, RunJournal } from './journal.ts'
 import { LibvirtHost } from './libvirt-host.ts'
 import type { RbdConnector } from './rbd.ts'
@@ -31,7 +32,8 @@ export interface RecoveredRun {
   readonly instance?: string
   /**
    * `finished`: it had reached the point from which it is carried through. `undone`: everything is as
-   * before it. `incomplete`: a restore in place was cut short; the disk must be restored again.
+   * before it. `incomplete`: a restore in place was cut short; the disk must be restored again, and until then
+   * each call tells of it.
    * `running`: its process lives. `unresolved`: see `error`.
    */
   readonly outcome: 'finished' | 'undone' | 'incomplete' | 'running' | 'unresolved'
@@ -64,7 +66,10 @@ export async function recover(options: RecoverOptions, run: RunOptions = {}): Pr
   return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
 }
 
-/** Undefined where the run has settled itself, or had not begun. */
+/**
+ * Undefined where there is nothing to tell: the run has settled itself, or had not begun, or the disk that it left
+ * incomplete is gone.
+ */
 async function recoverRun(
   id: string,
   options: RecoverOptions,
@@ -84,7 +89,8 @@ async function recoverRun(
     if (!lock) return { ...about, outcome: 'running' }
     // Until its disks were held the run may have gone on: what it did meanwhile counts, and it may be settled.
     const journal = await RunJournal.read(stateDir, id)
-    return journal && { ...about, outcome: await settle(journal, options, run) }
+    const outcome = journal && (await settle(journal, options, run))
+    return outcome && { ...about, outcome }
   } catch (error) {
     const reason = isVarveError(error)
       ? error
@@ -97,11 +103,13 @@ async function settle(
   journal: RunJournal,
   options: RecoverOptions,
   run: Omit<RunOptions, 'signal'>,
-): Promise<RecoveredRun['outcome']> {
+): Promise<RecoveredRun['outcome'] | undefined> {
   const { header } = journal
   const host = options.host ?? hostOf(header.host, options.rbd)
   if (header.kind === 'restore') {
+    const known = incompleteDisks(journal)
     const { finished, incomplete } = await settleRestore(journal, host, run)
+    if (known && incomplete.length === 0) return undefined
     return incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
   }
   const used = options.storages.find(

@@ -1,11 +1,11 @@
 import { newBackupId } from './backup-id.ts'
-import { type Catalog, findBackup, readCatalog, type StoredBackup } from './backups.ts'
-import { indexChains, missingObjects, walkChain } from './chain.ts'
+import { findBackup, readCatalog } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { type ErrorContext, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { MarkLedger } from './mark-ledger.ts'
+import { chainForRestore } from './restore-chain.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import { planRestore, type RestorePlan } from './restore-plan.ts'
 import { define, finish, mark, powerOff } from './restore-stages.ts'
@@ -116,14 +116,20 @@ export class RestorePipeline {
     stage(run, 'preflight', `Looking at backup ${request.backup}`)
     const found = await findBackup(storage, request.backup, signal)
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
-    const chain = wholeChain(found, catalog)
     const runId = newBackupId()
     if ('instance' in request.to) await assertNotHeld(request.to.instance, host, run)
     const before = await planRestore(request, found, host, runId, run)
+    const { disks: chosen, newInstance } = before
+    const chain = chainForRestore(found, catalog, {
+      disks: chosen.map(({ disk }) => disk.name),
+      definition: newInstance !== undefined || request.definition === 'restore',
+    })
     await using lock = await DiskLock.acquire(disksOf(before).map(({ path }) => path))
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
     lock.assertHolds(disksOf(plan))
-    await assertNoUnsettledRun(stateDir, plan.instance?.name, disksOf(plan))
+    // A disk that was left incomplete is restored by itself too, but the instance is not to be started on it.
+    const mayBeIncomplete = request.start ? targetsOf(plan) : disksOf(plan)
+    await assertNoUnsettledRun(stateDir, plan.instance?.name, disksOf(plan), mayBeIncomplete)
     const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
@@ -151,15 +157,15 @@ export class RestorePipeline {
       failure = error
     }
     const { onEvent } = run
-    const { started, incomplete, refusal } = await settleRestore(
+    const { finished, started, incomplete, refusal } = await settleRestore(
       journal,
       host,
       onEvent ? { onEvent } : {},
     ).catch(error => {
       throw settleError(error, failure, undefined)
     })
-    if (incomplete.length > 0) throw incompleteError(failure, incomplete)
-    if (failure !== undefined) throw failure
+    if (incomplete.length > 0) throw incompleteError(failure, journal, incomplete)
+    if (failure !== undefined) throw request.inPlace && finished ? restoredError(failure, plan) : failure
     if (refusal) throw refusal
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
@@ -185,20 +191,27 @@ function disksOf(plan: RestorePlan): readonly { readonly name: string; readonly 
   return [...targetsOf(plan), ...(plan.instance?.disks ?? [])]
 }
 
-/** The chain of a backup, full backup first, with every object there in its recorded size. */
-function wholeChain(backup: StoredBackup, catalog: Catalog): StoredBackup[] {
-  const { links, problem } = walkChain(backup.folder, indexChains(catalog))
-  if (problem) throw problem
-  const [damage] = links.flatMap(link => missingObjects(link, catalog.objects))
-  if (damage) throw damage
-  return links
+function incompleteError(failure: unknown, journal: RunJournal, disks: readonly string[]): VarveError {
+  const names = disks.join(', ')
+  const what =
+    journal.of('written-in-place').length > 0
+      ? `The disk ${names} was restored in place, but not all that was to be restored with it`
+      : `The restore in place was cut short: the disk ${names} holds neither the old nor the restored content`
+  const message = `${errorMessage(failure)} ${what}. Restore again before the instance is started.`
+  return withContext(failure, message, { incomplete: disks })
 }
 
-function incompleteError(failure: unknown, disks: readonly string[]): VarveError {
-  const message = `${errorMessage(failure)} The restore in place was cut short: ${disks.join(', ')} holds neither the old nor the restored content. Restore again before the instance is started.`
+/** What came after a restore in place went wrong. */
+function restoredError(failure: unknown, { disks }: RestorePlan): VarveError {
+  const names = disks.map(({ disk }) => disk.name)
+  const message = `The disk ${names.join(', ')} is restored in place, and whole. What failed came after that, so the next backup may be a full one: ${errorMessage(failure)}`
+  return withContext(failure, message, { restored: names })
+}
+
+function withContext(failure: unknown, message: string, context: ErrorContext): VarveError {
   const known = isVarveError(failure) ? failure : undefined
   return new VarveError(known?.code ?? 'ABORTED', message, {
-    context: { ...known?.context, incomplete: disks },
+    context: { ...known?.context, ...context },
     cause: failure,
   })
 }

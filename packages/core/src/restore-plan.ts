@@ -5,10 +5,10 @@ import { chooseDisks } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { readDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
+import { type FileDisk, type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ManifestDisk } from './manifest.ts'
-import { readImageInfo, readOfflineDisk } from './qemu-img.ts'
+import { offlineDisk, readImageInfo, readOfflineDisk, resolveDisk } from './qemu-img.ts'
 import { RBD_PREFIX, rbdImageOf } from './rbd.ts'
 import type { RestoreDestination, RestoreRequest } from './restore-pipeline.ts'
 import { planRbdDisk, planRbdPath, type RbdRestore } from './restore-plan-rbd.ts'
@@ -27,6 +27,8 @@ export interface FileRestore {
   readonly temporary?: string
   /** Whether nothing may be at the target when the new file gets its name. Default: false. */
   readonly isNew?: boolean
+  /** Whether what is written to can carry bitmaps. */
+  readonly holdsBitmaps: boolean
 }
 
 /** How one disk is written. */
@@ -140,9 +142,10 @@ async function planInstance(
       disks.push(await planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId }, run))
       continue
     }
-    const { path, format } = target
+    const { path, format, holdsBitmaps } = target
     if (request.inPlace) {
-      disks.push({ disk, format, target: path })
+      assertNoDataFile(target)
+      disks.push({ disk, format, target: path, holdsBitmaps })
       continue
     }
     if (target.blockDevice) {
@@ -154,7 +157,8 @@ async function planInstance(
         },
       )
     }
-    disks.push({ disk, format, target: path, temporary: temporaryOf(path, runId) })
+    const temporary = temporaryOf(path, runId)
+    disks.push({ disk, format, target: path, temporary, holdsBitmaps: format === 'qcow2' })
   }
   const renewed = new Set(disks.flatMap(({ disk, temporary }) => (temporary === undefined ? [] : disk.name)))
   return { disks, instance, backed: backedDisks(instance).filter(disk => renewed.has(disk)) }
@@ -174,6 +178,12 @@ async function planNewInstance(
   run: RunOptions,
 ): Promise<RestorePlan> {
   const { newInstance: name, directory } = to
+  if (request.inPlace) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      'A new instance gets new disks, so there is nothing to restore in place (inPlace, --in-place). Leave that out, or name an instance or files that are there.',
+    )
+  }
   instanceFolder(name) // refuses names that are none
   if (name.includes('/'))
     throw new VarveError('INVALID_ARGUMENT', `Not an instance name: ${name}.`, {
@@ -250,8 +260,9 @@ async function planNewFile(
     )
   }
   await assertUnused(target, run)
+  const { format = 'qcow2', overwrite = false } = options
   const temporary = temporaryOf(target, runId)
-  return { disk, format: options.format ?? 'qcow2', target, temporary, isNew: !options.overwrite }
+  return { disk, format, target, temporary, isNew: !overwrite, holdsBitmaps: format === 'qcow2' }
 }
 
 async function planInPlacePath(
@@ -260,18 +271,50 @@ async function planInPlacePath(
   format: 'qcow2' | 'raw' | undefined,
   run: RunOptions,
 ): Promise<FileRestore> {
-  const found = format ?? (await readImageInfo(path, undefined, run)).format
-  if (found !== 'qcow2' && found !== 'raw') {
-    throw new VarveError(
-      'DISK_UNSUPPORTED',
-      `${path} has the format ${found}. Varve writes qcow2 and raw in place.`,
-      { context: { path, format: found } },
-    )
-  }
-  const target = await readOfflineDisk(disk.name, path, found, run)
+  const target = await (format ? readOfflineDisk(disk.name, path, format, run) : guess(disk.name, path, run))
+  assertNoDataFile(target)
   await assertUnused(target.path, run)
   assertFits(disk, target)
-  return { disk, format: found, target: target.path }
+  return { disk, format: target.format, target: target.path, holdsBitmaps: target.holdsBitmaps }
+}
+
+/**
+ * A target whose format nobody has stated. A guest can write any header into a raw disk, and with it name files of the
+ * host: such a header is not believed.
+ */
+async function guess(name: string, path: string, run: RunOptions): Promise<FileDisk> {
+  const resolved = await resolveDisk(name, path)
+  const info = await readImageInfo(resolved, undefined, run)
+  const { format } = info
+  if (format !== 'qcow2' && format !== 'raw') {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `${path} looks like an image of the format ${format}. Varve writes qcow2 and raw in place: where it is a raw disk, state that (format, --format raw).`,
+      { context: { disk: name, path, format } },
+    )
+  }
+  const target = await offlineDisk(name, resolved, format, info)
+  if (
+    format === 'qcow2' &&
+    (target.blockDevice || info.backing !== undefined || target.dataFile !== undefined)
+  ) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `${path} looks like a qcow2 image, which a guest can make a raw disk look like. State its format (format, --format) to restore to it in place.`,
+      { context: { disk: name, path } },
+    )
+  }
+  return target
+}
+
+/** Refuses an image in place whose data is in a file that only its header names. */
+function assertNoDataFile({ name, path, dataFile }: FileDisk): void {
+  if (dataFile === undefined) return
+  throw new VarveError(
+    'DISK_UNSUPPORTED',
+    `The image ${path} names the external data file ${dataFile}, which Varve does not write to. Restore ${name} to a new file. Nothing was changed.`,
+    { context: { disk: name, path, dataFile } },
+  )
 }
 
 /** Refuses a target in place that is smaller than the disk in the backup. */

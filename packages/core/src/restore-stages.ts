@@ -33,9 +33,9 @@ export async function mark(
   const elsewhere = plan.newInstance ?? (plan.instance && plan.instance.name !== manifest.instance.name)
   if (elsewhere) return
   const known = new Set(backups.map(stored => stored.manifest.id))
-  const files = plan.disks.flatMap(({ disk, format, target, temporary }) =>
-    format === 'qcow2' && disk.format === 'qcow2' && disk.bitmap
-      ? [{ bitmap: disk.bitmap, name: disk.name, path: temporary ?? target }]
+  const files = plan.disks.flatMap(one =>
+    one.format !== 'rbd' && one.holdsBitmaps && one.disk.format === 'qcow2' && one.disk.bitmap
+      ? [{ bitmap: one.disk.bitmap, name: one.disk.name, path: one.temporary ?? one.target }]
       : [],
   )
   const images = plan.disks.filter(
@@ -72,8 +72,10 @@ export async function powerOff(restore: RestoreContext): Promise<void> {
     })
   if (!instance) return
   stage(run, 'power-off', `Shutting ${instance.name} down`)
-  const { name, running } = instance
+  const { name } = instance
   const timeoutMs = request.powerOffTimeoutMs ?? 60_000
+  // As it is by now: since the plan hours may have gone by.
+  const running = !(await host.waitUntilOff(name, 0, run))
   await journal.record({
     step: 'power-off',
     instance: name,

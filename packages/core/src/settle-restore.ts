@@ -2,7 +2,15 @@ import { rm } from 'node:fs/promises'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import type { ImageRename, JournalStepOf, Rename, RunJournal, TargetImage } from './journal.ts'
+import { forgetIncomplete, incompleteDisks, isStillThere } from './incomplete.ts'
+import type {
+  ImageRename,
+  JournalStepOf,
+  OverwrittenDisk,
+  Rename,
+  RunJournal,
+  TargetImage,
+} from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { type RbdCluster, rbdImageOf } from './rbd.ts'
@@ -28,7 +36,7 @@ export interface SettledRestore {
  * Ends a restore: after success, failure or, by `recover`, the death of its process. Once every new file is
  * complete, which the step `finish` tells, it is carried through; before, or where libvirt refuses the
  * definition, the new files are removed. Then the instance is started if it is to run, unless a disk of it is
- * incomplete. May be cut short and called again.
+ * incomplete: such disks stay on record until they have been restored, or are gone. May be cut short and called again.
  *
  * @throws RUN_UNRESOLVED when the instance runs again, or has run, on disks that were to be replaced
  */
@@ -37,6 +45,8 @@ export async function settleRestore(
   host: Host,
   run: Omit<RunOptions, 'signal'>,
 ): Promise<SettledRestore> {
+  const known = incompleteDisks(journal)
+  if (known) return settleIncomplete(journal, known, host, run)
   const names = journal.header.disks.map(({ name }) => name)
   for (const { folder } of journal.of('export')) await stopExports(folder, names)
 
@@ -71,10 +81,24 @@ export async function settleRestore(
   for (const step of renamed) await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
   if (failures.length > 0)
     throw worstOf([...failures, notStarted, refusal].filter(error => error !== undefined))
-  await journal.settled() // an instance that does not start is no reason to hold its disks
+  if (finished || overwritten) await forgetIncomplete(journal)
+  await journal.settledBut(writing) // an instance that does not start is no reason to hold its disks
   if (notStarted !== undefined) throw notStarted
   const incomplete = writing.map(({ disk }) => disk)
   return { finished, started: start, incomplete, ...(refusal && { refusal }) }
+}
+
+/** All else was settled before. */
+async function settleIncomplete(
+  journal: RunJournal,
+  known: readonly OverwrittenDisk[],
+  host: Host,
+  run: RunOptions,
+): Promise<SettledRestore> {
+  const left: OverwrittenDisk[] = []
+  for (const disk of known) if (await isStillThere(disk, host, run)) left.push(disk)
+  if (left.length < known.length) await journal.settledBut(left)
+  return { finished: false, started: false, incomplete: left.map(({ disk }) => disk) }
 }
 
 /** A server that was killed counts as a client of the image for half a minute more. */
@@ -144,21 +168,25 @@ function openElsewhere(
   )
 }
 
+/** What libvirt may take to end a QEMU that it was told to destroy, in milliseconds: it kills one that stays after 10 s. */
+const DESTROY_MS = 15_000
+
 /** A process that died in the middle may have told the guest to shut down: it still runs, and goes at any moment. */
 async function waitUntilOff(
   { instance, timeoutMs }: JournalStepOf<'power-off'>,
   host: Host,
   run: RunOptions,
 ): Promise<void> {
+  const waitMs = Math.max(timeoutMs, DESTROY_MS)
   emit(run, {
     type: 'stage',
     stage: 'power-off',
     message: `Waiting for ${instance}, which may be shutting down`,
   })
-  if (await host.waitUntilOff(instance, timeoutMs, run)) return
+  if (await host.waitUntilOff(instance, waitMs, run)) return
   emit(run, {
     type: 'warning',
-    message: `${instance} may have been told to shut down and still runs after ${timeoutMs / 1000} s. Start it again if it goes off after all.`,
+    message: `${instance} may have been told to shut down and still runs after ${waitMs / 1000} s. Start it again if it goes off after all.`,
   })
 }
 

@@ -1,5 +1,6 @@
 import { markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
 import type { TargetImage } from './journal.ts'
+import { imageSize } from './manifest.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { RbdRestore } from './restore-plan-rbd.ts'
@@ -9,39 +10,51 @@ import { writeExport } from './write-export.ts'
 /** Writes a new RBD image, or over the one that is there. */
 export async function writeRbdImage(restore: RestoreContext, disk: RbdRestore): Promise<RestoredDisk> {
   const { journal, run } = restore
-  const { cluster, image, existing, temporary } = disk
-  const { name, virtualSize: size } = disk.disk
-  let base: string | undefined
-  if (temporary === undefined) {
-    await journal.record({ step: 'write-in-place', disk: name, path: disk.target })
-    base = await rollBack(restore, disk)
-  } else {
-    await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
-    await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
+  const { cluster, existing, temporary } = disk
+  if (temporary === undefined) return writeOver(restore, disk)
+  const size = disk.disk.format === 'qcow2' ? imageSize(disk.disk) : disk.disk.virtualSize
+  await journal.record({ step: 'image-create', ...targetImage(restore, disk, temporary) })
+  await cluster.createImage(temporary, { size, ...(existing && { like: existing.image }) }, run)
+  const open = (folder: string) => cluster.fileName(temporary, folder)
+  return writeExport(restore, disk, { open, format: 'raw', isNew: true })
+}
+
+/** Brings the image back to the newest snapshot that it still has of the chain: only what is newer is downloaded. */
+async function writeOver(restore: RestoreContext, disk: RbdRestore): Promise<RestoredDisk> {
+  const { journal, run } = restore
+  const { cluster, image, existing } = disk
+  const { of } = targetImage(restore, disk, image)
+  const begin = () =>
+    journal.record({
+      ...{ step: 'write-in-place', disk: disk.disk.name, path: disk.target },
+      ...(existing && { identity: existing.state.id }),
+      ...(of && { of }),
+    })
+  const base = newestSnapshot(restore, disk)
+  const open = async (folder: string) => {
+    const name = await cluster.fileName(image, folder)
+    if (base !== undefined) {
+      const snapshot = markName(base)
+      stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
+      await begin()
+      await cluster.rollback(image, snapshot, run) // while nobody has it open
+    }
+    return name
   }
-  return writeExport(restore, disk, {
-    open: folder => cluster.fileName(temporary ?? image, folder),
-    format: 'raw',
-    isNew: temporary !== undefined,
-    ...(base && { base }),
-  })
+  const how = base === undefined ? { beforeWrite: begin } : { base }
+  return writeExport(restore, disk, { open, format: 'raw', ...how })
 }
 
 /**
- * Brings an image back to the newest snapshot that it still has of the chain, and returns that backup's id: only what
- * is newer has to be downloaded. Not where the size differs, which a rollback changes too.
+ * The newest backup of the chain whose snapshot an image still has. None where the size differs, which a rollback
+ * changes too.
  */
-async function rollBack({ chain, run }: RestoreContext, disk: RbdRestore): Promise<string | undefined> {
-  const { cluster, image, existing } = disk
+function newestSnapshot({ chain }: RestoreContext, { disk, existing }: RbdRestore): string | undefined {
   if (!existing) return undefined
   for (const { manifest } of chain.toReversed()) {
-    const stored = manifest.disks.find(({ name }) => name === disk.disk.name)
+    const stored = manifest.disks.find(({ name }) => name === disk.name)
     if (!stored || stored.virtualSize !== existing.virtualSize) continue
-    if (snapshotObstacle(existing, stored, manifest.id) !== undefined) continue
-    const snapshot = markName(manifest.id)
-    stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
-    await cluster.rollback(image, snapshot, run)
-    return manifest.id
+    if (snapshotObstacle(existing, stored, manifest.id) === undefined) return manifest.id
   }
   return undefined
 }

@@ -1,4 +1,5 @@
 import type { LayeredExtents } from '@varve/qcow2'
+import { fileIdentity } from './bitmap-twin.ts'
 import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { RawFileTarget } from './raw-file-target.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
@@ -51,8 +52,12 @@ function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promi
   return Qcow2FileTarget.create({ path, ...clusterSize }, merged)
 }
 
-async function writeInPlace(restore: RestoreContext, disk: FileRestore): Promise<RestoredDisk> {
+async function writeInPlace(
+  { journal, ...restore }: RestoreContext,
+  disk: FileRestore,
+): Promise<RestoredDisk> {
   const { format, target: path } = disk
-  await restore.journal.record({ step: 'write-in-place', disk: disk.disk.name, path })
-  return writeExport(restore, disk, { open: async () => path, format })
+  const beforeWrite = async () =>
+    journal.record({ step: 'write-in-place', disk: disk.disk.name, path, identity: await fileIdentity(path) })
+  return writeExport({ journal, ...restore }, disk, { open: async () => path, format, beforeWrite })
 }

@@ -1,10 +1,11 @@
-import { appendFile, mkdtemp, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
+import { appendFile, mkdtemp, readdir, readFile, rename, rm, truncate, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
+import { fileIdentity } from '../src/bitmap-twin.ts'
 import { JOURNAL_STEPS, type JournalHeader, type JournalStep, RunJournal } from '../src/journal.ts'
 import { recover } from '../src/recover.ts'
 import { assertNoUnsettledRun } from '../src/unsettled.ts'
@@ -81,7 +82,9 @@ test('every kind of step is read with all that it tells', async () => {
     { step: 'image-create', image: 'pool/a.new', of },
     { step: 'image-create', image: 'pool/b.new' },
     { step: 'write-in-place', disk: 'vda', path: '/dev/a' },
+    { step: 'write-in-place', disk: 'vdb', path: 'rbd:pool/b', identity: '5e', of },
     { step: 'written-in-place' },
+    { step: 'incomplete', disks: ['vda'] },
     {
       step: 'finish',
       renames: [
@@ -154,6 +157,40 @@ test('a disk with an unsettled run is refused, another disk is not', async () =>
   await check('/img/b.qcow2', 'vda', 'web-2')
   await journal.settled()
   await check('/img/a.qcow2', 'vda', 'web-1')
+})
+
+test('a disk that a restore in place left incomplete is refused until it is another one, or to be restored', async () => {
+  const path = join(stateDir, 'vda.img')
+  await writeFile(path, 'half')
+  const disks = [
+    { name: 'vda', path },
+    { name: 'vdb', path: 'rbd:pool/b' },
+    { name: 'vdc', path: '/img/c' },
+  ]
+  const journal = await RunJournal.begin(stateDir, { ...header(), kind: 'restore', disks })
+  await journal.record({ step: 'write-in-place', disk: 'vda', path, identity: await fileIdentity(path) })
+  await journal.record({ step: 'write-in-place', disk: 'vdb', path: 'rbd:pool/b', identity: '5e' })
+  const vda = { name: 'vda', path }
+  const vdb = { name: 'vdb', path: 'rbd:pool/b', state: { id: '5e' } }
+  const check = (disk: typeof vda | typeof vdb, restored: { path: string }[] = []) =>
+    assertNoUnsettledRun(stateDir, 'web-1', [disk], restored)
+  await expect(check(vda, [vda])).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' }) // it may be written to still
+  await journal.record({ step: 'incomplete', disks: ['vda', 'vdb'] })
+  await expect(check(vda)).rejects.toMatchObject({
+    code: 'DISK_INCOMPLETE',
+    message: expect.stringContaining(`runs/${journal.header.id}.jsonl`),
+    context: { disk: 'vda', path, run: journal.header.id },
+  })
+  await expect(check(vdb)).rejects.toMatchObject({ code: 'DISK_INCOMPLETE', context: { disk: 'vdb' } })
+  await check(vda, [vda])
+  await expect(check(vda, [vdb])).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
+  await check({ name: 'vdc', path: '/img/c' })
+  await check({ ...vdb, state: { id: '6f' } }) // made anew under its name
+  await rename(path, `${path}.old`)
+  await writeFile(path, 'another file')
+  await check(vda)
+  await journal.record({ step: 'incomplete', disks: ['vda'] })
+  await check(vdb)
 })
 
 test('a journal that cannot be read is an error and not an empty list', async () => {

@@ -243,6 +243,18 @@ describe('a restore from a storage that fails', () => {
     expect(asked).toBe(1)
   })
 
+  test('takes a size that ends within a sector for the next whole one, as the image does', async () => {
+    const backups = await stored()
+    const chain = (less: number) =>
+      backups.chain.map(({ folder, manifest }) => {
+        const disks = manifest.disks.map(disk => ({ ...disk, virtualSize: disk.virtualSize - less }))
+        return { folder, manifest: { ...manifest, disks } }
+      })
+    expectRestored(await restore({ ...backups, chain: chain(511) }), backups.reference)
+    const { error } = await restore({ ...backups, chain: chain(512) })
+    expect(error).toMatchObject({ code: 'IMAGE_INVALID' })
+  })
+
   test('refuses an image that is whole but not the one of the manifest', async () => {
     const backups = await stored()
     const other = await stored(LAYERS.map(layer => ({ ...layer, size: layer.size + 512 })))

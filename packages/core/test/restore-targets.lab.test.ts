@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { writeFileSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
@@ -14,7 +14,7 @@ import { markName } from '../src/backup-plan.ts'
 import { diskMark, twinOf } from '../src/bitmap-twin.ts'
 import { blake3Hex } from '../src/digest.ts'
 import type { VarveEvent } from '../src/events.ts'
-import type { Instance } from '../src/host.ts'
+import type { Host, Instance } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
@@ -23,6 +23,7 @@ import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts
 const SIZE = 8 * 1024 * 1024
 
 let workshop: string
+let stateDir: string
 let storage: LocalDriver
 let manifest: BackupManifest
 let wanted: string
@@ -32,6 +33,7 @@ let events: VarveEvent[]
 
 beforeAll(async () => {
   workshop = await mkdtemp(join(tmpdir(), 'varve-targets-'))
+  stateDir = join(workshop, 'state')
   await mkdir(join(workshop, 'storage'))
   storage = new LocalDriver({ path: join(workshop, 'storage') })
   const disk = join(workshop, 'disk.qcow2')
@@ -39,7 +41,7 @@ beforeAll(async () => {
   await qemuIo(disk, 'qcow2', ['write -P 0x11 1M 3M'])
   wanted = await sha256Content(disk, 'qcow2')
   const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
-  manifest = await new BackupPipeline({ host, storage, stateDir: join(workshop, 'state') }).run({
+  manifest = await new BackupPipeline({ host, storage, stateDir }).run({
     instance: 'web-1',
   })
 })
@@ -52,12 +54,13 @@ beforeEach(async () => {
 afterEach(() => rm(folder, { recursive: true }))
 
 async function restore(
-  request: Omit<RestoreRequest, 'backup'>,
+  request: Omit<RestoreRequest, 'backup'> & { backup?: string },
   onEvent: (event: VarveEvent) => void = event => void events.push(event),
+  host: Host = new ImageHost({ instance: 'web-1', disks: {} }),
+  signal?: AbortSignal,
 ): Promise<void> {
-  const host = new ImageHost({ instance: 'web-1', disks: {} })
-  const pipeline = new RestorePipeline({ host, storage, stateDir: join(workshop, 'state') })
-  await pipeline.run({ backup: manifest.id, ...request }, { onEvent })
+  const pipeline = new RestorePipeline({ host, storage, stateDir })
+  await pipeline.run({ backup: manifest.id, ...request }, { onEvent, ...(signal && { signal }) })
 }
 
 const stages = () => events.flatMap(event => (event.type === 'stage' ? [event.stage] : []))
@@ -79,7 +82,7 @@ test('a file that appears at the target meanwhile is never replaced', async () =
   await rm(path)
   const unresolved = { code: 'RUN_UNRESOLVED', message: expect.stringMatching(/complete as .*varve recover/) }
   await expect(restore({ to }, theirs('swap'))).rejects.toMatchObject(unresolved)
-  const recoverNow = () => recover({ stateDir: join(workshop, 'state'), storages: [storage] })
+  const recoverNow = () => recover({ stateDir, storages: [storage] })
   expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
   expect(await readFile(path, 'utf8')).toBe('theirs')
   await rm(path)
@@ -105,7 +108,7 @@ test('a disk of the instance that moves before it is held is refused', async () 
     }
   }
   const host = new MovingHost({ instance: 'web-1', disks: {} })
-  const pipeline = new RestorePipeline({ host, storage, stateDir: join(workshop, 'state') })
+  const pipeline = new RestorePipeline({ host, storage, stateDir })
   await expect(pipeline.run({ backup: manifest.id, to: { instance: 'web-1' } })).rejects.toMatchObject({
     code: 'DISK_BUSY',
     context: { path: second },
@@ -150,10 +153,180 @@ test('a definition whose download breaks off is asked for again', async () => {
   }
   const host = new Host({ instance: 'web-2', disks: {} })
   const unsteady = new Unsteady({ path: join(workshop, 'storage') })
-  const pipeline = new RestorePipeline({ host, storage: unsteady, stateDir: join(workshop, 'state') })
+  const pipeline = new RestorePipeline({ host, storage: unsteady, stateDir })
   await pipeline.run({ backup: manifest.id, to: { newInstance: 'copy', directory: folder } })
   expect(tries).toHaveLength(2)
   expect(host.defined).toContain(join(folder, 'copy-vda.qcow2'))
+})
+
+/** What `size` bytes of a file begin with. */
+async function headOf(path: string, size: number): Promise<Buffer> {
+  await using file = await open(path)
+  const { buffer } = await file.read(Buffer.alloc(size), 0, size, 0)
+  return buffer
+}
+
+test('what a guest has written into its raw disk is not believed where the format of a target in place is guessed', async () => {
+  const secret = join(folder, 'of the host')
+  await writeFile(secret, 'untouched'.padEnd(SIZE, '.'))
+  const before = await sha256File(secret)
+  const header = join(folder, 'header')
+  await execa('qemu-img', ['create', '-f', 'qcow2', '-o', `data_file=${secret}`, header, String(SIZE)])
+  await writeFile(secret, 'untouched'.padEnd(SIZE, '.'))
+  const target = join(folder, 'target')
+  await createRaw(target, SIZE)
+  await using raw = await open(target, 'r+')
+  await raw.write(await headOf(header, 1024 * 1024))
+  const guessed = { to: { disks: { vda: target } }, inPlace: true }
+  const forged = await sha256File(target)
+  await expect(restore(guessed)).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    message: expect.stringContaining('--format'),
+  })
+  const stated = { to: { ...guessed.to, format: 'qcow2' }, inPlace: true } as const
+  await expect(restore(stated)).rejects.toMatchObject({
+    code: 'DISK_UNSUPPORTED',
+    context: { path: target, dataFile: secret },
+  })
+  const named = new ImageHost({ instance: 'web-1', disks: { vda: { path: target, format: 'qcow2' } } })
+  const ofInstance = { to: { instance: 'web-1' }, inPlace: true }
+  await expect(restore(ofInstance, undefined, named)).rejects.toMatchObject({ context: { dataFile: secret } })
+  expect(await sha256File(target)).toBe(forged)
+  await restore({ to: { ...guessed.to, format: 'raw' }, inPlace: true })
+  expect(await sha256Content(target, 'raw')).toBe(wanted)
+  expect(await sha256File(secret)).toBe(before)
+
+  // One that names no other file may be what it looks like, a backing file may not.
+  const plain = join(folder, 'plain')
+  await createQcow2(plain, SIZE)
+  await restore({ to: { disks: { vda: plain } }, inPlace: true })
+  expect(await sha256Content(plain, 'qcow2')).toBe(wanted)
+  await execa('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', secret, plain])
+  const backed = { to: { disks: { vda: plain } }, inPlace: true }
+  await expect(restore(backed)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' })
+})
+
+test('a block device is restored in place, as raw or as what is stated, and never replaced by a file', async () => {
+  const file = join(folder, 'device')
+  await createRaw(file, SIZE)
+  const { stdout: device } = await execa('losetup', ['--find', '--show', file])
+  try {
+    const host = new ImageHost({ instance: 'web-3', disks: { vda: { path: device, format: 'raw' } } })
+    await qemuIo(device, 'raw', ['write -P 0x22 2M 1M'])
+    const full = await new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-3' })
+    const content = await sha256Content(device, 'raw')
+    await qemuIo(device, 'raw', ['write -P 0x33 0 4M'])
+    const over = { backup: full.id, to: { instance: 'web-3' } }
+    await expect(restore(over, undefined, host)).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringMatching(/block device .*in place/),
+    })
+    const toPath = { to: { disks: { vda: device } } }
+    await expect(restore({ to: { ...toPath.to, overwrite: true } })).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('in place'),
+    })
+    await restore({ ...over, inPlace: true }, undefined, host)
+    expect(await sha256Content(device, 'raw')).toBe(content)
+
+    await restore({ ...toPath, inPlace: true })
+    expect(await sha256Content(device, 'raw')).toBe(wanted)
+    // A guest can make its disk look so, and an image on a device is as good.
+    await execa('qemu-img', ['create', '-f', 'qcow2', device, String(SIZE / 2)])
+    await expect(restore({ ...toPath, inPlace: true })).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('--format'),
+    })
+    const small = { ...toPath, to: { ...toPath.to, format: 'qcow2' }, inPlace: true } as const
+    await expect(restore(small)).rejects.toMatchObject({ code: 'TARGET_TOO_SMALL' })
+    await restore({ to: { ...toPath.to, format: 'raw' }, inPlace: true })
+    expect(await sha256Content(device, 'raw')).toBe(wanted)
+  } finally {
+    await execa('losetup', ['--detach', device])
+  }
+})
+
+test('a restore to a new file that is given up leaves nothing', async () => {
+  const given = new AbortController()
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'progress') given.abort(new Error('enough'))
+  }
+  const to = { disks: { vda: join(folder, 'restored') } }
+  await expect(restore({ to }, onEvent, undefined, given.signal)).rejects.toMatchObject({
+    code: 'ABORTED',
+    context: {},
+    cause: new Error('enough'),
+  })
+  expect(await readdir(folder)).toEqual([])
+  expect(await readdir(join(stateDir, 'runs'))).toEqual([])
+})
+
+test('a disk that a restore in place has left half written is not backed up, and told of, until it is restored', async () => {
+  const disk = join(folder, 'disk')
+  await createQcow2(disk, SIZE)
+  await qemuIo(disk, 'qcow2', ['write -P 0x22 0 8M'])
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: { path: disk, format: 'qcow2' } } })
+  const request = { to: { instance: 'web-1' }, inPlace: true }
+  const backup = () => new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-1' })
+  const recoverNow = () => recover({ stateDir, storages: [storage] })
+  const before = await sha256File(disk)
+
+  // Before the first write nothing is lost.
+  const list = join(workshop, 'storage', 'web-1', manifest.chain, manifest.id, 'vda.blake3')
+  const digests = await readFile(list)
+  await writeFile(list, Buffer.from(digests.map(byte => byte ^ 1)))
+  const failed = restore(request, undefined, host)
+  await expect(failed).rejects.toMatchObject({ code: 'DIGEST_MISMATCH' })
+  await expect(failed).rejects.not.toMatchObject({ context: { incomplete: ['vda'] } })
+  await writeFile(list, digests)
+  expect(await sha256File(disk)).toBe(before)
+  expect(await recoverNow()).toEqual({ ok: true, runs: [] })
+
+  const given = new AbortController()
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'progress' && event.bytesDone > 0) given.abort(new Error('enough'))
+  }
+  await expect(restore(request, onEvent, host, given.signal)).rejects.toMatchObject({
+    code: 'ABORTED',
+    message: expect.stringContaining('neither the old nor the restored'),
+    context: { incomplete: ['vda'] },
+  })
+  const incomplete = { ok: false, runs: [{ kind: 'restore', instance: 'web-1', outcome: 'incomplete' }] }
+  for (const _ of ['at once', 'and for ever']) {
+    expect(await recoverNow()).toMatchObject(incomplete)
+    await expect(backup()).rejects.toMatchObject({ code: 'DISK_INCOMPLETE', context: { path: disk } })
+  }
+  await restore(request, undefined, host)
+  expect(await sha256Content(disk, 'qcow2')).toBe(wanted)
+  expect(await recoverNow()).toEqual({ ok: true, runs: [] })
+  await backup()
+
+  // What goes wrong after the last byte is told as that.
+  const again = new AbortController()
+  const atMark = (event: VarveEvent) => {
+    if (event.type === 'stage' && event.stage === 'mark') again.abort(new Error('enough'))
+  }
+  await expect(restore(request, atMark, host, again.signal)).rejects.toMatchObject({
+    code: 'ABORTED',
+    message: expect.stringContaining('is restored in place, and whole'),
+    context: { restored: ['vda'] },
+  })
+  expect(await sha256Content(disk, 'qcow2')).toBe(wanted)
+  expect(await recoverNow()).toEqual({ ok: true, runs: [] })
+})
+
+test('an image that can hold no bitmap is restored in place without one', async () => {
+  const disk = join(folder, 'disk')
+  await execa('qemu-img', ['create', '-f', 'qcow2', '-o', 'compat=0.10', disk, String(SIZE)])
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: { path: disk, format: 'qcow2' } } })
+  await restore({ to: { instance: 'web-1' }, inPlace: true }, undefined, host)
+  expect(stages()).not.toContain('mark')
+  expect(await sha256Content(disk, 'qcow2')).toBe(wanted)
+})
+
+test('a new instance is not restored in place', async () => {
+  const to = { newInstance: 'copy', directory: folder }
+  await expect(restore({ to, inPlace: true })).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' })
 })
 
 /** A virtual machine that has the image open, and never gets to its first instruction. */

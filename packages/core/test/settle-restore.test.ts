@@ -1,12 +1,14 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
+import { fileIdentity } from '../src/bitmap-twin.ts'
 import { VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { RunJournal } from '../src/journal.ts'
-import type { RbdCluster } from '../src/rbd.ts'
+import type { RbdCluster, RbdImage } from '../src/rbd.ts'
+import { recover } from '../src/recover.ts'
 import { settleRestore } from '../src/settle-restore.ts'
 import { statIfThere } from '../src/stat-if-there.ts'
 
@@ -173,4 +175,132 @@ test('an instance whose image is open in a virtual machine of another host is no
   })
   expect(done).toEqual(['remove vms/a.new'])
   expect(await RunJournal.unsettled(folder)).toEqual([journal.header.id])
+})
+
+const host = new ImageHost({ instance: 'web-1', disks: {} })
+
+/** The journal of a restore in place of these disks, as far as it was written over them. */
+async function restoreInPlace(...disks: string[]): Promise<RunJournal> {
+  const paths = disks.map(name => ({ name, path: join(folder, name) }))
+  const journal = await RunJournal.begin(folder, {
+    version: 1,
+    id: newBackupId(),
+    kind: 'restore',
+    instance: 'web-1',
+    host: host.reference,
+    storage: { type: 'local', location: folder },
+    disks: paths,
+    startedAt: new Date().toISOString(),
+  })
+  for (const { name, path } of paths) {
+    await writeFile(path, 'half', { flag: 'a' })
+    await journal.record({ step: 'write-in-place', disk: name, path, identity: await fileIdentity(path) })
+  }
+  return journal
+}
+
+async function recovered(): Promise<unknown> {
+  const { runs, ok } = await recover({ stateDir: folder, storages: [], host })
+  return [ok, ...runs.map(({ id, outcome }) => [id, outcome])]
+}
+
+test('a disk that was left incomplete is told of until a restore of it is complete', async () => {
+  const half = await restoreInPlace('vda', 'vdb')
+  const again = [false, [half.header.id, 'incomplete']]
+  expect(await recovered()).toEqual(again)
+  expect(await recovered()).toEqual(again)
+
+  // Another one that was cut short puts nothing right; one that is complete does, for its disks.
+  const short = await restoreInPlace('vda')
+  expect(await settleRestore(short, host, {})).toMatchObject({ finished: false, incomplete: ['vda'] })
+  const whole = await restoreInPlace('vda')
+  await whole.record({ step: 'written-in-place' })
+  expect(await settleRestore(whole, host, {})).toMatchObject({ finished: true, incomplete: [] })
+  expect(await RunJournal.unsettled(folder)).toEqual([half.header.id])
+  const left = await RunJournal.read(folder, half.header.id)
+  expect(left?.of('incomplete').at(-1)).toEqual({ step: 'incomplete', disks: ['vdb'] })
+  expect(await recovered()).toEqual(again)
+
+  // A new file that takes its place is another disk.
+  const swap = await completeRestore({ images: ['vms/a', 'vms/a.new'] })
+  await settleRestore(swap.journal, swap.host, {})
+  expect(await recovered()).toEqual([true])
+  expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('a journal that cannot be read keeps no restore that is complete from being settled', async () => {
+  const half = await restoreInPlace('vda')
+  await settleRestore(half, host, {})
+  const unreadable = await restoreInPlace('vdb')
+  await writeFile(join(folder, 'runs', `${unreadable.header.id}.jsonl`), 'not json\n')
+  const whole = await restoreInPlace('vda')
+  await whole.record({ step: 'written-in-place' })
+  await settleRestore(whole, host, {})
+  expect(await RunJournal.unsettled(folder)).toEqual([unreadable.header.id])
+})
+
+test('an incomplete disk that is gone, or is another one by now, is told of no more', async () => {
+  const half = await restoreInPlace('vda', 'vdb')
+  expect(await recovered()).toEqual([false, [half.header.id, 'incomplete']])
+  await rm(join(folder, 'vda'))
+  expect(await recovered()).toEqual([false, [half.header.id, 'incomplete']])
+  await writeFile(join(folder, 'other'), 'another disk')
+  await rename(join(folder, 'other'), join(folder, 'vdb'))
+  expect(await recovered()).toEqual([true])
+  expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('an RBD image is told from another one that has its name by now', async () => {
+  let id = '5e'
+  const asked: unknown[] = []
+  class Domain extends ImageHost {
+    override async rbd(...args: unknown[]) {
+      asked.push(args[0])
+      const cluster: Partial<RbdCluster> = {
+        async image() {
+          if (id === '') throw new VarveError('DISK_NOT_FOUND', 'no image')
+          return { id } as RbdImage
+        },
+      }
+      return cluster as RbdCluster
+    }
+  }
+  const domain = new Domain({ instance: 'web-1', disks: {} })
+  const of = { instance: 'web-1', disk: 'vda' }
+  for (const other of ['6f', '']) {
+    const journal = await restoreInPlace()
+    id = '5e'
+    const path = 'rbd:vms/a'
+    await journal.record({ step: 'write-in-place', disk: 'vda', path, identity: id, of })
+    for (const _ of [1, 2])
+      expect(await settleRestore(journal, domain, {})).toMatchObject({ incomplete: ['vda'] })
+    id = other
+    expect(await settleRestore(journal, domain, {})).toMatchObject({ incomplete: [] })
+    expect(await RunJournal.unsettled(folder)).toEqual([])
+  }
+  expect(asked).toEqual(Array(4).fill(of))
+})
+
+test('an instance that libvirt may be destroying is given the time that this takes, whatever the guest was given', async () => {
+  const waited: number[] = []
+  const started: string[] = []
+  class Domain extends ImageHost {
+    override async waitUntilOff(_instance?: string, timeoutMs = 0) {
+      waited.push(timeoutMs)
+      return true
+    }
+    override async start(instance?: string) {
+      started.push(instance ?? '')
+    }
+  }
+  for (const timeoutMs of [0, 60_000]) {
+    const journal = await restoreInPlace()
+    await journal.record({
+      ...{ step: 'power-off', instance: 'web-1', wasRunning: true, start: true },
+      timeoutMs,
+    })
+    await settleRestore(journal, new Domain({ instance: 'web-1', disks: {} }), {})
+  }
+  expect(waited).toEqual([15_000, 60_000])
+  expect(started).toEqual(['web-1', 'web-1'])
 })

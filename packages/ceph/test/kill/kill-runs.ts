@@ -59,7 +59,7 @@ export const RUNS: readonly KillRun[] = INSTANCES.flatMap(kind =>
 )
 
 /** Steps that have nothing of RBD; packages/core/test/torture has them. A new step belongs in a run here. */
-const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'unmerged']
+const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'unmerged', 'incomplete']
 
 /** The steps that a journal may hold, and no run here records. */
 export function stepsWithoutARun(): JournalStepName[] {

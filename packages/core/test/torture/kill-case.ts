@@ -14,7 +14,7 @@ import type { Kill } from './kill-points.ts'
 import { serversWith } from './processes.ts'
 import type { Content, ProvingGround, StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
-import { aroundSteps, type Prepared, type Scenario } from './scenarios.ts'
+import { aroundSteps, damage, isToFail, type Prepared, type Scenario } from './scenarios.ts'
 import type { End, Meanwhile, Victims } from './victims.ts'
 
 /** Where things happen, and how. */
@@ -53,7 +53,7 @@ export async function findPoints(
   const task = scenario.task(prepared, ground)
   const end = await runVictim(ground, victims, { scenario, seed: 0 }, task, new Random(0))
   if (end.killed) throw new Error(`${scenario.name} was killed`)
-  if ((end.failure !== undefined) !== (scenario.from === 'refused'))
+  if ((end.failure !== undefined) !== isToFail(scenario))
     throw new Error(`${scenario.name} ended with ${end.failure?.message ?? 'success'}`)
   const missing = aroundSteps(scenario).filter(point => !end.points.includes(point))
   if (missing.length > 0) throw new Error(`${scenario.name} does not reach: ${missing.join(', ')}`)
@@ -85,7 +85,9 @@ export async function runKillCase(
   const recoverKilled = await recoverDies(ground, victims, killCase)
   const settled = await settle(ground, task)
 
-  if (!end.killed && end.failure && scenario.from !== 'refused') throw new Error(end.failure.message)
+  if (scenario.from === 'damaged') await damage(ground, prepared.middle)
+
+  if (!end.killed && end.failure && !isToFail(scenario)) throw new Error(end.failure.message)
   const isRemoval = task.kind === 'delete' || task.kind === 'prune'
   const kept = isRemoval ? await expectRemoved(ground, task, known) : known
   const ids = await backupIds(ground)
@@ -178,7 +180,7 @@ async function settle(ground: ProvingGround, task: Task): Promise<RecoveredRun[]
  */
 async function expectRestored(
   ground: ProvingGround,
-  { scenario, mishap, recoverKill }: KillCase,
+  { scenario, mishap }: KillCase,
   task: Task & { kind: 'restore' },
   { before, settled, end }: { before: Content; settled: readonly RecoveredRun[]; end: End },
 ): Promise<void> {
@@ -188,12 +190,17 @@ async function expectRestored(
   const content = await ground.stored()
   const found = [before, restored].find(one => DISKS.every(disk => sameBytes(one[disk], content[disk])))
   const outcome = settled[0]?.outcome
-  // Where recover() was killed after it had removed the journal of a restore in place, the second one finds nothing any more:
-  // the disks may be half written, or be about to be, and the instance is off.
-  const isLost = task.request.inPlace && recoverKill !== undefined && outcome === undefined
-  if (outcome === 'incomplete' || (isLost && (!found || state === 'off'))) {
+  if (outcome === 'incomplete') {
     const { stateDir, host } = ground
     expectSame('the state of an instance with half a disk', state, 'off')
+    const refusal = await ground.backup('first').catch((error: unknown) => error)
+    if (!isVarveError(refusal, 'DISK_INCOMPLETE'))
+      throw new Error('half a disk is backed up', { cause: refusal })
+    expectSame(
+      'the outcome of a restore that is not done again',
+      (await settle(ground, task)).map(run => run.outcome),
+      ['incomplete'],
+    )
     await new RestorePipeline({ host, stateDir, storage: ground.storage('first') }).run(task.request)
     await ground.stop()
     ground.content = restored

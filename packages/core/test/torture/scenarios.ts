@@ -22,9 +22,10 @@ export interface Scenario {
   readonly instance: 'images' | 'off' | 'running'
   /**
    * Makes the state that the run begins with; `chain` has three backups and changes since, `chains` a second full one,
-   * `refused` a backup whose definition no host takes, `backed` a definition that names a backing file.
+   * `refused` a backup whose definition no host takes, `backed` a definition that names a backing file, `damaged` a backup of
+   * which one disk can be restored, see {@link damage}.
    */
-  readonly from: 'empty' | 'chain' | 'chains' | 'refused' | 'backed'
+  readonly from: 'empty' | 'chain' | 'chains' | 'refused' | 'backed' | 'damaged'
   /** What the journal of the run holds. */
   readonly steps: readonly JournalStepName[]
   task(prepared: Prepared, ground: ProvingGround): Task
@@ -139,6 +140,13 @@ export const SCENARIOS: readonly Scenario[] = [
     task: ({ middle }) => over(middle.id, { inPlace: true }),
   },
   {
+    name: 'restore in place that fails at its second disk',
+    instance: 'images',
+    from: 'damaged',
+    steps: ['power-off', 'powered-off', 'export', 'write-in-place', 'incomplete'],
+    task: ({ middle }) => over(middle.id, { inPlace: true }),
+  },
+  {
     name: 'deletion of the newest backup',
     instance: 'images',
     from: 'chain',
@@ -153,6 +161,11 @@ export const SCENARIOS: readonly Scenario[] = [
     task: () => ({ kind: 'prune', policy: { instance: INSTANCE, keepLast: 1 } }),
   },
 ]
+
+/** Whether the run of a scenario is to fail, where nobody kills it. */
+export function isToFail({ from }: Scenario): boolean {
+  return from === 'refused' || from === 'damaged'
+}
 
 /** The points before and after the steps of a scenario. */
 export function aroundSteps({ steps }: Scenario): string[] {
@@ -180,6 +193,10 @@ export async function prepareTemplates(ground: ProvingGround): Promise<Prepared>
   await ground.write(random)
   await ground.save('chains')
 
+  await ground.load('chain')
+  await damage(ground, middle)
+  await ground.save('damaged')
+
   if (ground.hasDomain) {
     await ground.load('chain')
     await refuseDefinition(ground, newest)
@@ -190,6 +207,16 @@ export async function prepareTemplates(ground: ProvingGround): Promise<Prepared>
     await ground.save('backed')
   }
   return { full, middle, newest }
+}
+
+/** Damages the second disk of a backup; called again, it puts it right. */
+export async function damage(ground: ProvingGround, { chain, id }: BackupManifest): Promise<void> {
+  const path = join(ground.storagePath('first'), INSTANCE, chain, id, 'vdb.blake3')
+  const digests = await readFile(path)
+  await writeFile(
+    path,
+    digests.map(byte => byte ^ 1),
+  )
 }
 
 /** Puts a definition that no host takes into a backup. */

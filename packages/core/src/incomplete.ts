@@ -1,0 +1,56 @@
+import { fileIdentity } from './bitmap-twin.ts'
+import { isVarveError } from './errors.ts'
+import type { Host } from './host.ts'
+import { type OverwrittenDisk, RunJournal } from './journal.ts'
+import { rbdImageOf } from './rbd.ts'
+import type { RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
+
+/** The disks that a restore in place has left incomplete; undefined where it is not settled besides. */
+export function incompleteDisks(journal: RunJournal): readonly OverwrittenDisk[] | undefined {
+  const last = journal.of('incomplete').at(-1)
+  return last && journal.of('write-in-place').filter(({ disk }) => last.disks.includes(disk))
+}
+
+/** Whether what is at the path of a disk is still what was written over. */
+export async function isStillThere(
+  { path, identity, of }: OverwrittenDisk,
+  host: Host,
+  run: RunOptions,
+): Promise<boolean> {
+  const image = rbdImageOf(path)
+  const now =
+    image === undefined
+      ? (await statIfThere(path)) && (await fileIdentity(path))
+      : await imageIdentity(image, of, host, run)
+  return now !== undefined && (identity === undefined || now === identity)
+}
+
+async function imageIdentity(
+  image: string,
+  of: OverwrittenDisk['of'],
+  host: Host,
+  run: RunOptions,
+): Promise<string | undefined> {
+  try {
+    const cluster = await host.rbd(of, run)
+    return (await cluster.image(image, run)).id
+  } catch (error) {
+    if (isVarveError(error, 'DISK_NOT_FOUND')) return undefined
+    throw error
+  }
+}
+
+/** Takes the disks of a restore that is complete off the record of those that were left incomplete before. */
+export async function forgetIncomplete({ header, stateDir }: RunJournal): Promise<void> {
+  const restored = new Set(header.disks.map(({ path }) => path))
+  for (const id of await RunJournal.unsettled(stateDir)) {
+    const journal = await RunJournal.read(stateDir, id).catch(error => {
+      if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined // "recover" tells of one that cannot be read
+      throw error
+    })
+    const disks = (journal && incompleteDisks(journal)) ?? []
+    const left = disks.filter(({ path }) => !restored.has(path))
+    if (left.length < disks.length) await journal?.settledBut(left)
+  }
+}
