@@ -34,7 +34,9 @@ export type RestoreDestination =
   | { readonly instance: string }
   /**
    * New files, by disk name, or new RBD images: `rbd:<pool>/[<namespace>/]<image>`. Those that exist are refused
-   * unless `overwrite` is set. Format: `qcow2` unless stated; an RBD image is always raw.
+   * unless `overwrite` is set. Format: `qcow2` unless stated; an RBD image is always raw. In place they exist, and the
+   * format is theirs: what they look like unless stated, as it must be for a block device, or an image that names other
+   * files, which looks like qcow2: a guest can make its raw disk look so.
    */
   | {
       readonly disks: Readonly<Record<string, string>>
@@ -62,7 +64,8 @@ export interface RestoreRequest {
   disks?: readonly string[]
   /**
    * Writes over the target instead of replacing it by a new file. Needed for block devices. A restore in
-   * place that fails leaves the target incomplete. Default: false.
+   * place that fails after its first write leaves the target incomplete: until it has been restored no backup takes it
+   * (DISK_INCOMPLETE), and `recover` tells of it. Default: false.
    */
   inPlace?: boolean
   /** Whether the instance is started afterwards. Default: if it ran before; a new instance is not started. */

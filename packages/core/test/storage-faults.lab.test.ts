@@ -9,7 +9,7 @@ import { afterAll, beforeAll, expect, test } from 'vitest'
 import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
 import { diskMark, twinOf } from '../src/bitmap-twin.ts'
 import { ChainManager } from '../src/chain-manager.ts'
-import { VarveError } from '../src/errors.ts'
+import { isVarveError, VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import type { PruneReport } from '../src/prune.ts'
@@ -127,6 +127,13 @@ async function restore(
   return bytes
 }
 
+/** Restores the second backup. */
+async function restoreInPlace(place: string, storage: StorageDriver, signal?: AbortSignal): Promise<void> {
+  const pipeline = new RestorePipeline({ host: host(place), storage, stateDir: at(place).stateDir })
+  const request = { backup: ids[1] ?? '', to: { instance: INSTANCE }, inPlace: true }
+  await pipeline.run(request, signal ? { signal } : {})
+}
+
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-faults-'))
   // Where the cases are too: a disk under another path is another disk, and its backup a full one.
@@ -158,6 +165,8 @@ interface Task {
   readonly name: string
   /** What it removes of the template's backups. Default: nothing. */
   readonly removes?: () => readonly string[]
+  /** Whether the disk holds the second backup afterwards. Default: false. */
+  readonly restores?: boolean
   run(place: string, storage: StorageDriver, signal: AbortSignal): Promise<unknown>
 }
 
@@ -176,6 +185,11 @@ const TASKS: readonly Task[] = [
       const id = ids[1] ?? ''
       expect((await restore(place, storage, id, signal)).equals(contents.get(id) ?? now)).toBe(true)
     },
+  },
+  {
+    name: 'a restore in place',
+    restores: true,
+    run: (place, storage, signal) => restoreInPlace(place, storage, signal),
   },
   {
     name: 'a deep verification',
@@ -229,13 +243,24 @@ type Outcome = Awaited<ReturnType<typeof runWith>>
 
 /** Nothing of the run is left on the host, every backup is there and what it was, and the next one is right. */
 async function expectSound(task: Task, outcome: Outcome): Promise<void> {
-  const { place } = outcome
+  const { place, error } = outcome
   const { storage: path, stateDir, disk } = at(place)
   const storage = new LocalDriver({ path })
-  expect(await recover({ stateDir, storages: [storage] })).toMatchObject({ ok: true })
+  const { ok, runs } = await recover({ stateDir, storages: [storage] })
+  const isHalf = task.restores && runs.some(run => run.outcome === 'incomplete')
+  expect(isVarveError(error) && error.context.incomplete !== undefined).toBe(isHalf ?? false)
+  if (isHalf) {
+    await expect(backup(place, storage)).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
+    await restoreInPlace(place, storage)
+    expect(await recover({ stateDir, storages: [storage] })).toEqual({ ok: true, runs: [] })
+  } else expect(ok).toBe(true)
+  // Restored in place, or not at all where an error does not say so.
+  const isRestored =
+    isHalf || (task.restores && !(isVarveError(error) && error.context.restored === undefined))
+  const holds = (isRestored && contents.get(ids[1] ?? '')) || now
   expect((await readdir(place)).filter(name => name !== 'state').sort()).toEqual(['disk.qcow2', 'storage'])
   expect(await readdir(join(stateDir, 'runs'))).toEqual([])
-  expect((await content(place)).equals(now)).toBe(true)
+  expect((await content(place)).equals(holds)).toBe(true)
   await checkQcow2(disk)
   const next = await backup(place, storage)
   const { backups, damaged } = await new ChainManager({ storage }).list()
@@ -243,7 +268,7 @@ async function expectSound(task: Task, outcome: Outcome): Promise<void> {
   const there = backups.map(({ manifest }) => manifest.id).filter(id => id !== next.id)
   expectThere(there, task, outcome)
   for (const { manifest } of backups) {
-    const wanted = contents.get(manifest.id) ?? now // those that were not in the template are of the disk as it is
+    const wanted = contents.get(manifest.id) ?? holds // those that were not in the template are of the disk as it is
     expect((await restore(place, storage, manifest.id)).equals(wanted), manifest.id).toBe(true)
   }
   expect(backups.at(-1)?.manifest.id).toBe(next.id)

@@ -70,12 +70,15 @@ export function restoreCommand(program: Command, session: Session): void {
       ),
     )
     .addOption(
-      new Option('--format <format>', 'format of new files (default: qcow2)').choices(['qcow2', 'raw']),
+      new Option(
+        '--format <format>',
+        'format of new files (default: qcow2), or with --in-place of the target',
+      ).choices(['qcow2', 'raw']),
     )
     .option('--overwrite', 'replace files that --to-disk names and that exist')
     .option(
       '--in-place',
-      'write over the target itself, as block devices need; a failure leaves it incomplete',
+      'write over the target itself, as block devices need; a failure while it writes leaves it incomplete',
     )
     .option('--with-definition', "put the instance's definition and UEFI variables back as well")
     .option('--no-start', 'leave the instance switched off afterwards')
