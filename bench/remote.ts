@@ -1,12 +1,10 @@
-import { createReadStream } from 'node:fs'
-import { readFile } from 'node:fs/promises'
+import { createReadStream, readFileSync } from 'node:fs'
 import { PutObjectCommand, S3Client } from '@aws-sdk/client-s3'
 import type { StorageDriver, UploadBody } from '@varve/core'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
-import { childProcesses } from '@varve/testkit/lab'
 import { Client as FtpClient } from 'basic-ftp'
 import SftpClient from 'ssh2-sftp-client'
 
@@ -33,17 +31,24 @@ async function withChildren<T>(
 ): Promise<{ result: T; childMiB: number }> {
   if (type !== 'rclone') return { result: await work(), childMiB: 0 }
   let childMiB = 0
-  const timer = setInterval(async () => {
-    for (const pid of await childProcesses()) {
-      const status = await readFile(`/proc/${pid}/status`, 'utf8').catch(() => '') // it has ended
-      childMiB = Math.max(childMiB, Number(/^VmHWM:\s+(\d+) kB$/m.exec(status)?.[1] ?? 0) / 1024)
-    }
+  const timer = setInterval(() => {
+    const children = readFileSync(`/proc/self/task/${process.pid}/children`, 'utf8')
+    for (const pid of children.split(' ').filter(Boolean)) childMiB = Math.max(childMiB, peakMiBOf(pid))
   }, LOOK_EVERY_MS)
   try {
     const result = await work()
     return { result, childMiB }
   } finally {
     clearInterval(timer)
+  }
+}
+
+function peakMiBOf(pid: string): number {
+  try {
+    const [, kiB = 0] = /^VmHWM:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8')) ?? []
+    return Number(kiB) / 1024
+  } catch {
+    return 0 // it has ended
   }
 }
 
