@@ -169,7 +169,7 @@ function thinned(points: CutPoint[], most: number): CutPoint[] {
   if (points.length <= most) return points
   const chosen = Array.from(
     { length: most },
-    (_, index) => Math.round(((index + 1) * points.length) / most) - 1,
+    (_, index) => Math.floor(((index + 1) * points.length) / most) - 1,
   )
   return points.filter((_, index) => chosen.includes(index))
 }
