@@ -19,7 +19,7 @@ beforeAll(async () => {
   site = await RbdSite.start()
   large = await site.create(32 * MIB)
   await site.write(large, 'write -P 1 0 32M')
-  await site.cluster.createSnapshot(large, 'one')
+  await site.ceph.client.createSnapshot(large, 'one')
 })
 afterAll(() => site[Symbol.asyncDispose]())
 
@@ -133,7 +133,7 @@ test('an image is rolled back to a snapshot, size included', async () => {
   const before = await site.bytes(image)
   await cluster.createSnapshot(image, 'one')
   await site.write(image, 'write -P 2 0 5M')
-  await ceph.run('rbd', 'resize', '--no-progress', image, '--size', '16M')
+  await ceph.client.resize(image, 16 * MIB)
   await cluster.rollback(image, 'one')
   expect((await site.bytes(image)).equals(before)).toBe(true)
   await expect(cluster.rollback(image, 'two')).rejects.toMatchObject({ code: 'RBD_SNAPSHOT_NOT_FOUND' })
@@ -227,7 +227,7 @@ test('an export is refused where rbd fails at its end, ends early, or gives anot
   const image = await site.create(4 * MIB)
   for (const snapshot of ['one', 'two', 'three']) {
     await site.write(image, `write -P ${snapshot.length} 0 256k`)
-    await cluster.createSnapshot(image, snapshot)
+    await ceph.client.createSnapshot(image, snapshot)
   }
   const failed = { code: 'RBD_FAILED', message: expect.stringContaining('Input/output error') }
   const invalid = { code: 'RBD_STREAM_INVALID' }

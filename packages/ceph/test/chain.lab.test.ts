@@ -77,8 +77,7 @@ class ModelDisk {
 
   async #resize(size: number): Promise<void> {
     if (size === this.bytes.length) return
-    const args = ['resize', '--no-progress', '--allow-shrink', '--size', `${size}B`, this.image]
-    await site.ceph.run('rbd', ...args)
+    await site.ceph.client.resize(this.image, size)
     const kept = this.bytes.subarray(0, size)
     this.bytes = Buffer.concat([kept, Buffer.alloc(size - kept.length)])
   }

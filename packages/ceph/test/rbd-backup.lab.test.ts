@@ -115,9 +115,7 @@ async function restoredToQcow2({ id }: BackupManifest): Promise<Buffer> {
   return rawOf(path)
 }
 
-async function snapshots(image: string): Promise<string[]> {
-  return (await site.cluster.image(image)).snapshots.map(({ name }) => name)
-}
+const snapshots = (image: string) => site.snapshots(image)
 
 function expectSame(found: Buffer, expected: Buffer): void {
   expect(found.length).toBe(expected.length)
@@ -150,12 +148,10 @@ test('a full backup and increments of an image that is written, zeroed and trimm
 test('an image may shrink, grow, and shrink and grow again between backups', async () => {
   const image = await site.create(32 * MIB)
   const disks = { vda: `rbd:${image}` }
-  const resize = (size: string) =>
-    site.ceph.run('rbd', 'resize', '--no-progress', '--allow-shrink', '-s', size, image)
   await site.write(image, 'write -P 1 0 32M')
   await backup(disks)
-  for (const sizes of [['12M'], ['40M'], ['8M', '24M']]) {
-    for (const size of sizes) await resize(size)
+  for (const sizes of [[12], [40], [8, 24]]) {
+    for (const size of sizes) await site.ceph.client.resize(image, size * MIB)
     await site.write(image, 'write -P 7 2M 64k')
     const manifest = await backup(disks)
     expect(manifest.kind).toBe('incremental')
@@ -182,8 +178,8 @@ test('an instance may have images and files at once, of which one begins anew in
   expectSame(await restoredBytes(second, 'vdb'), await rawOf(file))
 
   // The image is stored in full again in the middle of the chain, and has less than it had.
-  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${second.id}`)
-  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${first.id}`)
+  await site.ceph.client.removeSnapshots(image, `varve-${second.id}`)
+  await site.ceph.client.removeSnapshots(image, `varve-${first.id}`)
   await site.write(image, 'discard 0 4M')
   const third = await backup(disks)
   await site.write(image, 'write -P 5 9M 1M')
@@ -229,9 +225,7 @@ test('a restore makes a new image, or replaces one by a new one, and the chain g
   const after = await site.cluster.image(image)
   expect(after.id).not.toBe(before.id)
   expect(await site.ceph.run('rbd', 'info', image)).toContain('order 20') // objects of 1 MiB, as before
-  expect(
-    (await site.ceph.run('rbd', 'ls', 'vms')).split('\n').filter(name => name.includes('varve')),
-  ).toEqual([])
+  expect((await site.ceph.client.list('vms')).filter(name => name.includes('varve'))).toEqual([])
 
   await site.write(image, 'write -P 3 15M 64k')
   const next = await backup(disks)
@@ -255,13 +249,13 @@ test('a restore in place rolls the image back and fetches only what is newer', a
 
   // Its newest snapshot is gone: from the older one on.
   await site.write(image, 'write -P 9 0 16M')
-  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', `${image}@varve-${second.id}`)
+  await site.ceph.client.removeSnapshots(image, `varve-${second.id}`)
   expect((await inPlace(second)).disks[0]?.bytesWritten).toBe(4 * MIB)
   expectSame(await site.bytes(image), wanted)
 
   // All are gone: everything.
   await site.write(image, 'write -P 9 0 16M')
-  await site.ceph.run('rbd', 'snap', 'purge', '--no-progress', image)
+  await site.ceph.client.removeSnapshots(image, ...(await snapshots(image)))
   expect((await inPlace(full)).disks[0]?.bytesWritten).toBe(9 * MIB)
   expectSame(await site.bytes(image), first)
   await site.write(image, 'write -P 3 15M 64k')
@@ -336,18 +330,18 @@ test('an image that was made again under its name, or whose snapshot was, is sto
   const disks = { vda: `rbd:${image}` }
   await site.write(image, 'write -P 1 0 4M')
   const full = await backup(disks)
-  const again = `${image}@varve-${full.id}`
-  await site.ceph.run('rbd', 'snap', 'rm', '--no-progress', again)
+  const again = `varve-${full.id}`
+  await site.ceph.client.removeSnapshots(image, again)
   await site.write(image, 'write -P 2 0 1M')
-  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', again)
+  await site.ceph.client.createSnapshot(image, again)
   const second = await backup(disks)
   expect(second.disks[0]).toMatchObject({ kind: 'full', fallback: 'snapshot-replaced' })
   expectSame(await restoredBytes(second), await site.bytes(image))
 
-  await site.ceph.run('rbd', 'snap', 'purge', '--no-progress', image)
+  await site.ceph.client.removeSnapshots(image, ...(await snapshots(image)))
   await site.ceph.run('rbd', 'rm', '--no-progress', image)
-  await site.ceph.run('rbd', 'create', image, '--size', '8M')
-  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', `${image}@varve-${second.id}`)
+  await site.ceph.client.create(image, 8 * MIB)
+  await site.ceph.client.createSnapshot(image, `varve-${second.id}`)
   await site.write(image, 'write -P 3 0 1M')
   const third = await backup(disks)
   expect(third.disks[0]).toMatchObject({ kind: 'full', fallback: 'disk-replaced' })
@@ -472,14 +466,12 @@ test('snapshots and images that no run and no backup knows are found, and left a
     disks: [],
     startedAt: '2025-01-02T03:04:05Z',
   })
-  const make = (...args: string[]) => site.ceph.run('rbd', ...args)
-  await make('snap', 'create', '--no-progress', `${image}@varve-${old}`)
-  await make('snap', 'create', '--no-progress', `${image}@varve-${cut}`)
-  await make('snap', 'create', '--no-progress', `${image}@varve-${now}`) // another machine may be at it
-  await make('snap', 'create', '--no-progress', `${image}@varve-mine`)
-  await make('create', '--size', '1M', `${image}.varve-restore-${old}`)
-  await make('create', '--size', '1M', `${image}.varve-replaced-${now}`)
-  await make('create', '--size', '1M', `${image}0.varve-restore-${old}`) // for an image that was still to be
+  const { client } = site.ceph
+  const others = [old, cut, now, 'mine'] // of `now` another machine may be at it
+  for (const id of others) await client.createSnapshot(image, `varve-${id}`)
+  await client.create(`${image}.varve-restore-${old}`, MIB)
+  await client.create(`${image}.varve-replaced-${now}`, MIB)
+  await client.create(`${image}0.varve-restore-${old}`, MIB) // for an image that was still to be
   const options = { host: hostOf(disks), storages: [storage], stateDir: stateDir() }
   expect(await findOrphans(options)).toEqual([
     { image, snapshot: `varve-${old}`, run: old },

@@ -1,6 +1,5 @@
 import type { RbdCluster } from '@varve/core'
 import { type CephLab, type CephUser, startCeph } from '@varve/testkit/lab'
-import { execa } from 'execa'
 import { CephConnector } from '../src/index.ts'
 
 /** A Ceph cluster with one pool, and a connection as a user that may use its images. */
@@ -37,26 +36,27 @@ export class RbdSite implements AsyncDisposable {
     return `vms/disk-${process.pid}-${this.#images}`
   }
 
-  /** Makes an image of `size` bytes with options of `rbd create`. */
+  /** Makes an image of `size` bytes, with options of `rbd create`. */
   async create(size: number, ...options: string[]): Promise<string> {
     const image = this.newImage()
-    await this.ceph.run('rbd', 'create', image, '--size', `${size}B`, ...options)
+    if (options.length === 0) await this.ceph.client.create(image, size)
+    else await this.ceph.run('rbd', 'create', image, '--size', `${size}B`, ...options)
     return image
   }
 
-  /** Runs `qemu-io` on an image. Each command is one of its own, such as `write -P 7 0 4k`. */
-  async write(image: string, ...commands: string[]): Promise<void> {
-    const args = [...commands, 'flush'].flatMap(command => ['-c', command])
-    const path = `rbd:${image}:conf=${this.ceph.conf}`
-    const { stdout } = await execa('qemu-io', ['-d', 'unmap', '-f', 'raw', ...args, path])
-    if (/error|failed/i.test(stdout)) throw new Error(stdout)
+  /** Changes an image by commands of `qemu-io`, such as `write -P 7 0 4k`. */
+  write(image: string, ...commands: string[]): Promise<void> {
+    return this.ceph.client.write(image, commands)
   }
 
-  /** What an image holds at a snapshot, such as `vms/disk@one`, or now: by `rbd export`. */
-  async bytes(image: string): Promise<Buffer> {
-    const args = ['--conf', this.ceph.conf, 'export', '--no-progress', image, '-']
-    const { stdout } = await execa('rbd', args, { encoding: 'buffer', maxBuffer: 1024 ** 3 })
-    return Buffer.from(stdout)
+  /** What an image holds at a snapshot, such as `vms/disk@one`, or now: by Ceph's own library. */
+  bytes(image: string): Promise<Buffer> {
+    return this.ceph.client.read(image)
+  }
+
+  /** The snapshots of an image, the oldest first. */
+  snapshots(image: string): Promise<string[]> {
+    return this.ceph.client.snapshots(image)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

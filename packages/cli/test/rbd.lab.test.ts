@@ -41,10 +41,10 @@ async function json<T>(args: string): Promise<T> {
 const backup = () => json<{ id: string; chain: string; kind: string }>(`backup web-1 --disk vda=rbd:${IMAGE}`)
 
 test('an image in a namespace is backed up, restored with Varve and with rbd alone, and tidied up after', async () => {
-  await site.ceph.run('rbd', 'create', '--size', '12M', IMAGE)
+  await site.ceph.client.create(IMAGE, 12 * MIB)
   await site.write(IMAGE, 'write -P 1 0 5M')
   const full = await backup()
-  await site.ceph.run('rbd', 'resize', '--no-progress', '--size', '16M', IMAGE)
+  await site.ceph.client.resize(IMAGE, 16 * MIB)
   await site.write(IMAGE, 'write -P 2 4M 1M', 'discard 0 1M', 'write -P 3 15M 64k')
   const second = await backup()
   expect([full.kind, second.kind]).toEqual(['full', 'incremental'])
@@ -57,7 +57,7 @@ test('an image in a namespace is backed up, restored with Varve and with rbd alo
   expect((await readFile(join(folder, 'disk.raw'))).equals(wanted)).toBe(true)
 
   // As docs/ceph.md has it.
-  await site.ceph.run('rbd', 'create', '--size', `${16 * MIB}B`, 'vms/plain')
+  await site.ceph.client.create('vms/plain', 16 * MIB)
   for (const { id } of [full, second]) {
     const stream = join(folder, 'nas', 'web-1', full.chain, id, 'vda.rbd-diff')
     await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, 'vms/plain')
@@ -66,9 +66,8 @@ test('an image in a namespace is backed up, restored with Varve and with rbd alo
 
   expect(await run(`delete ${second.id} --yes`)).toMatchObject({ code: 0 })
   const lost = 'varve-20250102-030405-006-abcdef'
-  await site.ceph.run('rbd', 'snap', 'create', '--no-progress', `${IMAGE}@${lost}`)
-  const names = (await site.cluster.image(IMAGE)).snapshots.map(({ name }) => name)
-  expect(names).toEqual([`varve-${full.id}`, lost])
+  await site.ceph.client.createSnapshot(IMAGE, lost)
+  expect(await site.snapshots(IMAGE)).toEqual([`varve-${full.id}`, lost])
   const orphan = { image: IMAGE, snapshot: lost, run: lost.replace('varve-', '') }
   expect(await json('recover --orphans')).toMatchObject({ ok: true, orphans: [orphan] })
   const { stdout, stderr } = await run('recover --orphans')

@@ -4,24 +4,29 @@ import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
+/** A complete image that is to take its name. */
+export interface Replacement {
+  readonly rename: ImageRename
+  readonly cluster: RbdCluster
+  /** Whether there is an image of that name, to be put aside. */
+  readonly replaces: boolean
+}
+
 /**
  * Gives a complete image the name of the one that it replaces. Two renames: for a moment there is no image of that
  * name. May be cut short and called again, as long as the image has its temporary name.
  */
 export async function replaceImage(
-  cluster: RbdCluster,
-  rename: ImageRename,
+  { rename: { image, target }, cluster, replaces }: Replacement,
   runId: string,
   run: RunOptions,
 ): Promise<void> {
-  const { image, target } = rename
-  if (await assertReplaceable(cluster, rename, run))
-    await cluster.renameImage(target, replacedName(target, runId), run)
+  if (replaces) await cluster.renameImage(target, replacedName(target, runId), run)
   await cluster.renameImage(image, target, run)
 }
 
 /**
- * Refuses what {@link replaceImage} would. Returns whether there is an image to put aside.
+ * Refuses to replace an image that is open, or that nobody knew of. Returns whether there is an image to put aside.
  *
  * @throws RUN_UNRESOLVED
  */
@@ -30,13 +35,18 @@ export async function assertReplaceable(
   { image, target, isNew }: ImageRename,
   run: RunOptions,
 ): Promise<boolean> {
-  if ((await cluster.imageId(target, run)) === undefined) return false
-  if (isNew) throw notReplaced(image, target)
-  await assertImageUnused(cluster, target, run).catch(error => {
-    if (!isVarveError(error, 'DISK_BUSY')) throw error
-    throw stillInUse(`${RBD_PREFIX}${target}`, error)
-  })
-  return true
+  if (isNew) {
+    if ((await cluster.imageId(target, run)) === undefined) return false
+    throw notReplaced(image, target)
+  }
+  try {
+    await assertImageUnused(cluster, target, run)
+    return true
+  } catch (error) {
+    if (isVarveError(error, 'DISK_NOT_FOUND')) return false
+    if (isVarveError(error, 'DISK_BUSY')) throw stillInUse(`${RBD_PREFIX}${target}`, error)
+    throw error
+  }
 }
 
 /** Removes the image that {@link replaceImage} has put aside; one that cannot be removed is a warning. */

@@ -15,7 +15,13 @@ import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { type RbdCluster, rbdImageOf } from './rbd.ts'
 import { isImageGone } from './rbd-disk.ts'
-import { assertReplaceable, removeReplaced, replaceImage, stillInUse } from './replace-image.ts'
+import {
+  assertReplaceable,
+  type Replacement,
+  removeReplaced,
+  replaceImage,
+  stillInUse,
+} from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { worstOf } from './settle-backup.ts'
@@ -214,14 +220,16 @@ async function finishSwap(
     await assertOff(step.target, run)
     if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
   }
-  for (const { rename, cluster } of leftImages) await assertReplaceable(cluster, rename, run)
+  const replacements: Replacement[] = []
+  for (const { rename, cluster } of leftImages)
+    replacements.push({ rename, cluster, replaces: await assertReplaceable(cluster, rename, run) })
   const refusal = await changeDefinition(journal, host, run)
   if (refusal) {
     await journal.record({ step: 'undo' })
     return refusal
   }
   for (const step of left) await putInPlace(step).catch(error => throwUnresolved(step, error))
-  for (const { rename, cluster } of leftImages) await replaceImage(cluster, rename, journal.header.id, run)
+  for (const replacement of replacements) await replaceImage(replacement, journal.header.id, run)
   return undefined
 }
 

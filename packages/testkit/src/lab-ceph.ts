@@ -3,6 +3,7 @@ import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { execa } from 'execa'
+import { CephClient } from './ceph-client.ts'
 import { freePorts, LabDaemon } from './lab-daemon.ts'
 
 const START_TIMEOUT_MS = 60_000
@@ -34,6 +35,7 @@ export class CephLab implements AsyncDisposable {
   readonly folder: string
   readonly #daemons: LabDaemon[] = []
   #monitor = ''
+  #client: CephClient | undefined
 
   /** @internal */
   constructor(folder: string) {
@@ -52,17 +54,27 @@ export class CephLab implements AsyncDisposable {
     return this.#monitor
   }
 
+  /** A client that stays, as the administrator. */
+  get client(): CephClient {
+    this.#client ??= new CephClient(this.conf, this.folder)
+    return this.#client
+  }
+
   /** Makes a pool for RBD images. */
   async createRbdPool(pool: string): Promise<void> {
-    await this.run('ceph', 'osd', 'pool', 'create', pool)
-    await this.run('rbd', 'pool', 'init', pool)
+    await this.client.monitor({ prefix: 'osd pool create', pool })
+    await this.client.initPool(pool)
   }
 
   /** Makes a user that may use RBD images in all pools, or what `osdRights` says, with a keyring of its own. */
   async createUser(user: string, osdRights = 'profile rbd'): Promise<CephUser> {
     const keyring = join(this.folder, `client.${user}.keyring`)
-    const rights = ['mon', 'profile rbd', 'osd', osdRights]
-    const text = await this.run('ceph', 'auth', 'get-or-create', `client.${user}`, ...rights)
+    const caps = ['mon', 'profile rbd', 'osd', osdRights]
+    const text = await this.client.monitor({
+      prefix: 'auth get-or-create',
+      entity: `client.${user}`,
+      caps,
+    })
     const secret = /key = (\S+)/.exec(text)?.[1]
     if (secret === undefined) throw new Error(`The user ${user} has no key.`)
     await writeFile(keyring, `${text}\n`, { mode: 0o600 })
@@ -95,14 +107,17 @@ export class CephLab implements AsyncDisposable {
     this.#spawn('ceph-mon', 'a')
     const uuid = randomUUID()
     // The same uuid for both, or the OSD never comes up.
-    await this.run('ceph', '--connect-timeout', '30', 'osd', 'new', uuid, '0')
+    await this.client.monitor({ prefix: 'osd new', uuid, id: 0 })
     await this.run('ceph-osd', '--mkfs', '-i', '0', '--osd-uuid', uuid)
     const osd = this.#spawn('ceph-osd', '0')
-    await osd.ready(async () => (await this.run('ceph', 'osd', 'stat')).includes('1 up'), START_TIMEOUT_MS)
+    const isUp = async () =>
+      JSON.parse(await this.client.monitor({ prefix: 'osd stat', format: 'json' })).num_up_osds === 1
+    await osd.ready(isUp, START_TIMEOUT_MS)
   }
 
   /** Ends the cluster and removes its files. */
   async [Symbol.asyncDispose](): Promise<void> {
+    await this.#client?.[Symbol.asyncDispose]()
     await Promise.all(this.#daemons.map(daemon => daemon.kill()))
     await rm(this.folder, { recursive: true, force: true })
   }

@@ -19,6 +19,8 @@
  *
  * @packageDocumentation
  */
+
+export { CephClient } from './ceph-client.ts'
 export { backUpAcrossCut, type CutBackup, type CutBackupOptions } from './cut-backup.ts'
 export { createDenseQcow2 } from './dense-image.ts'
 export * from './disk-image.ts'

@@ -171,7 +171,7 @@ export class KillGround implements AsyncDisposable {
     return { vda, vdb }
   }
 
-  /** What an image holds, by `rbd export`, or a qcow2 file, by `qemu-img`; also while a domain runs on it. */
+  /** What an image holds, by Ceph's own library, or a qcow2 file, by `qemu-img`; also while a domain runs on it. */
   async bytes(path: string): Promise<Buffer> {
     if (path.startsWith('rbd:')) return this.#lab.site.bytes(path.slice(4))
     const raw = join(this.folder, 'raw')
@@ -196,10 +196,7 @@ export class KillGround implements AsyncDisposable {
 
   async #marks(disk: DiskName): Promise<string[]> {
     const path = this.path(disk)
-    if (path.startsWith('rbd:')) {
-      const list = await this.#lab.site.ceph.run('rbd', 'snap', 'ls', path.slice(4), '--format', 'json')
-      return JSON.parse(list).map(({ name }: { name: string }) => name)
-    }
+    if (path.startsWith('rbd:')) return this.#lab.site.snapshots(path.slice(4))
     const { disks } = await this.host.instance(this.instance) // QEMU stores the newest bitmaps in the file when it ends
     return disks.flatMap(disk => ('bitmaps' in disk ? disk.bitmaps.map(({ name }) => name) : []))
   }

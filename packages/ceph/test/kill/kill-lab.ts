@@ -57,8 +57,8 @@ export class KillLab implements AsyncDisposable {
   }
 
   /** The images in the pool, sorted. */
-  async images(): Promise<string[]> {
-    return JSON.parse(await this.site.ceph.run('rbd', 'ls', 'vms', '--format', 'json')).sort()
+  images(): Promise<string[]> {
+    return this.site.ceph.client.list('vms')
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
