@@ -62,13 +62,11 @@ console.log(
 if (next < all.length || all === first) console.log(`to go on: --seed ${seed} --from ${next}`)
 process.exitCode = failures > 0 ? 1 : 0
 
-/** Before and after each step of a run: those are known without a run. */
+/** Before and after each step of a run, or what it removes of the images: those are known without a run. */
 function aroundSteps({ kind, name: run, steps }: KillRun): KillCase[] {
-  return steps.flatMap(step =>
-    ['before', 'after'].map(when =>
-      withChance({ kind, run, point: `${when} ${step}`, nth: 0, scope: 'process' }),
-    ),
-  )
+  const around = steps.flatMap(step => [`before ${step}`, `after ${step}`])
+  const points = steps.length > 0 ? around : ['start rbd snap rm', 'end rbd snap rm']
+  return points.map(point => withChance({ kind, run, point, nth: 0, scope: 'process' }))
 }
 
 /** All other points of the runs, by a run of each that nobody kills. */

@@ -1,11 +1,11 @@
 import { readdir, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
-import { ChainManager, RestorePipeline, recover } from '@varve/core'
+import { ChainManager, isVarveError, RestorePipeline, recover } from '@varve/core'
 import { expectContent } from '../../../core/test/torture/expect-content.ts'
-import { expectNoOtherObjects } from '../../../core/test/torture/expect-objects.ts'
+import { expectNoOtherObjects, pruneLater } from '../../../core/test/torture/expect-objects.ts'
 import { expectCleanState, expectNoTemporaryState } from '../../../core/test/torture/expect-state.ts'
 import { DISKS } from '../../../core/test/torture/guest.ts'
-import type { Job } from '../../../core/test/torture/job.ts'
+import type { Job, Task } from '../../../core/test/torture/job.ts'
 import { serversWith } from '../../../core/test/torture/processes.ts'
 import { Random } from '../../../core/test/torture/random.ts'
 import { Victims } from '../../../core/test/torture/victims.ts'
@@ -74,8 +74,11 @@ export class KillCases implements AsyncDisposable {
 
   async #attempt(ground: KillGround, run: RunName, kill: KillCase | undefined) {
     await ground.write()
+    if (run === 'prune') await ground.backup('full') // what was before goes
+    if (run === 'deletion') await ground.backup() // there is one that it rests on
     const [before, known] = [copied(ground.content), await backupIds(ground)]
-    const backup = this.#random.pick(known)
+    const newest = known.at(-1) ?? ''
+    const backup = run === 'deletion' ? newest : this.#random.pick(known)
     const task = taskOf(run, backup, ground)
     const job = {
       host: ground.host.reference,
@@ -85,7 +88,7 @@ export class KillCases implements AsyncDisposable {
       ceph: this.#lab.ceph,
     }
     const at = kill && this.#killAt(kill.nth + 1, kill, kill.point)
-    const runs = await ground.state() // a guest writes while it is backed up
+    const runs = ground.wantedState === 'running' // a guest writes while it is backed up
     const end = await this.#victims.run(
       { ...job, task, ...(at && { kill: at }) },
       { streaming: async () => void (runs && (await ground.write())) },
@@ -99,7 +102,16 @@ export class KillCases implements AsyncDisposable {
       }))
     const outcome = await this.#settle(ground)
 
-    const published = (await backupIds(ground)).filter(id => !known.includes(id))
+    const isRemoval = task.kind === 'delete' || task.kind === 'prune'
+    const kept = task.kind === 'delete' ? known.slice(0, -1) : task.kind === 'prune' ? [newest] : known
+    if (isRemoval) await removeAgain(ground, task, kept)
+    const ids = await backupIds(ground)
+    expectSame(
+      'the backups of before',
+      ids.filter(id => known.includes(id)),
+      kept,
+    )
+    const published = ids.filter(id => !known.includes(id))
     const restored = ground.backups.get(backup) ?? before
     if (task.kind === 'restore' && task.request.inPlace && outcome === 'incomplete') {
       if (runs) expectSame('the state of a domain with half a disk', await ground.state(), 'shut off')
@@ -114,6 +126,9 @@ export class KillCases implements AsyncDisposable {
       if (outcome && (outcome === 'finished') !== (published.length === 1))
         throw new Error(`a backup is ${outcome} and ${published.length} were published`)
       expectContent('the disks', stored, ground.content)
+    } else if (isRemoval) {
+      expectSame('what was published', published, [])
+      expectContent('the disks', stored, ground.content)
     } else if (run === 'restore to copies') {
       expectContent('the disks', stored, before)
       await this.#lookAtCopies(ground, restored, outcome)
@@ -126,7 +141,9 @@ export class KillCases implements AsyncDisposable {
       ground.content = copied(isNew ? restored : before)
     }
     await this.#expectClean(ground)
+    if (!isRemoval) await expectNoStrayMarks(ground)
     await this.#expectGoesOn(ground, published)
+    await expectNoStrayMarks(ground) // the snapshot of a backup that was deleted goes with the next one at the latest
     return { end, recoverKilled }
   }
 
@@ -172,27 +189,23 @@ export class KillCases implements AsyncDisposable {
 
   /** Nothing is left but the disks, and the bitmaps and snapshots of backups that are there. */
   async #expectClean(ground: KillGround): Promise<void> {
-    const ids = await backupIds(ground)
     const images = [...this.#grounds.values()].flatMap(({ images }) => images)
     const files = DISKS.map(disk => ground.path(disk)).filter(path => !path.startsWith('rbd:'))
     expectSame('the images', await this.#lab.images(), images.sort())
     expectSame('the files', (await ground.files()).length, files.length)
-    const marked = await ground.marked()
-    const stray = marked.filter(id => !ids.includes(id))
-    expectSame('the stray bitmaps and snapshots', stray, [])
     await expectCleanState(ground.stateDir)
     expectSame('the temporary files', await readdir(this.#lab.temporary), [])
     expectSame('the servers', serversWith(this.#lab.folder, ...images.map(image => `/${image}`)), [])
     const agent = await readFile(ground.frozenFlag, 'utf8').catch(() => 'thawed')
     expectSame('the guest agent', agent, 'thawed')
-    const state = await ground.state()
-    if (state !== undefined) expectSame('the state of the domain', state, 'running')
+    expectSame('the state of the domain', await ground.state(), ground.wantedState)
     const { storage, storagePlace } = ground
     await expectNoOtherObjects(storage, typeof storagePlace === 'string' ? storagePlace : undefined)
   }
 
-  /** The next backup is an increment, and it and what the victim published hold what they must. */
+  /** The next backup is an increment, and it, what the victim published and one of before hold what they must. */
   async #expectGoesOn(ground: KillGround, published: readonly string[]): Promise<void> {
+    const older = (await backupIds(ground)).filter(id => !published.includes(id))
     await ground.write()
     const next = await ground.backup()
     await expectNoTemporaryState(ground.stateDir)
@@ -202,9 +215,10 @@ export class KillCases implements AsyncDisposable {
       kinds,
       DISKS.map(disk => [disk, 'incremental', undefined]),
     )
-    const looks = [...published, next.id].map(async id => {
+    const looks = [...published, next.id, this.#random.pick(older)].map(async id => {
       const wanted = ground.backups.get(id)
-      if (wanted) expectContent(`the backup ${id}`, await ground.restored(id), wanted)
+      if (!wanted) throw new Error(`nobody took the backup ${id}`)
+      expectContent(`the backup ${id}`, await ground.restored(id), wanted)
     })
     await Promise.all(looks)
   }
@@ -214,6 +228,32 @@ export class KillCases implements AsyncDisposable {
     for (const ground of this.#grounds.values()) await ground[Symbol.asyncDispose]()
     await this.#lab[Symbol.asyncDispose]()
   }
+}
+
+/**
+ * A removal that was cut short has removed nothing that was to be kept. It is done again: then all that was to go is gone,
+ * and what the first try left besides is garbage a day later.
+ */
+async function removeAgain(
+  { host, storage, stateDir }: KillGround,
+  task: Task & { kind: 'delete' | 'prune' },
+  kept: readonly string[],
+): Promise<void> {
+  const manager = new ChainManager({ host, storage, stateDir })
+  for (const id of kept) expectSame(`the problems of ${id}`, (await manager.verify(id)).problems, [])
+  if (task.kind === 'prune') await manager.prune(task.policy)
+  else {
+    await manager.delete(task.backup).catch(error => {
+      if (!isVarveError(error, 'BACKUP_NOT_FOUND')) throw error
+    })
+  }
+  await pruneLater(storage)
+}
+
+async function expectNoStrayMarks(ground: KillGround): Promise<void> {
+  const ids = await backupIds(ground)
+  const stray = (await ground.marked()).filter(id => !ids.includes(id))
+  expectSame('the stray bitmaps and snapshots', stray, [])
 }
 
 async function backupIds({ storage }: KillGround): Promise<string[]> {

@@ -13,10 +13,10 @@ import type { RbdSite } from '../rbd-site.ts'
 import type { KillLab } from './kill-lab.ts'
 
 /**
- * What an instance is: a running domain on two RBD images; one on an RBD image and a qcow2 file; two RBD images that no
- * libvirt knows, whose backups go to S3.
+ * What an instance is: a running domain on two RBD images, or one that is off; one on an RBD image and a qcow2 file; two
+ * RBD images that no libvirt knows, whose backups go to S3.
  */
-export const INSTANCES = ['domain', 'mixed', 'images'] as const
+export const INSTANCES = ['domain', 'off', 'mixed', 'images'] as const
 export type InstanceKind = (typeof INSTANCES)[number]
 
 export type Content = Readonly<Record<DiskName, Buffer>>
@@ -123,13 +123,20 @@ export class KillGround implements AsyncDisposable {
     return DISKS.filter(disk => this.path(disk).startsWith('rbd:')).map(disk => this.imageName(disk))
   }
 
+  /** The state that the domain is to be in; undefined for images, which do not run. */
+  get wantedState(): 'running' | 'shut off' | undefined {
+    if (this.#kind === 'images') return undefined
+    return this.#kind === 'off' ? 'shut off' : 'running'
+  }
+
   /** Undefined for images, which do not run. */
   async state(): Promise<string | undefined> {
     return (await this.#libvirt?.virsh(['domstate', this.instance]))?.trim()
   }
 
   async start(): Promise<void> {
-    if ((await this.state()) === 'shut off') await this.#libvirt?.virsh(['start', this.instance])
+    if (this.wantedState === 'running' && (await this.state()) === 'shut off')
+      await this.#libvirt?.virsh(['start', this.instance])
   }
 
   /** The guest writes, zeroes and trims at random, and flushes. */
@@ -140,7 +147,7 @@ export class KillGround implements AsyncDisposable {
     })
     await Promise.all(
       changes.map(({ disk, commands }) =>
-        this.#libvirt
+        this.#libvirt && this.wantedState === 'running'
           ? deviceIo(this.#libvirt, this.instance, disk, [...commands, 'flush'])
           : this.#lab.site.write(`vms/${this.imageName(disk)}`, ...commands),
       ),
@@ -148,9 +155,9 @@ export class KillGround implements AsyncDisposable {
   }
 
   /** Backs up in this process and remembers what the backup must hold. */
-  async backup() {
-    const { host, storage, stateDir } = this
-    const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: this.instance })
+  async backup(type: 'auto' | 'full' = 'auto') {
+    const { host, storage, stateDir, instance } = this
+    const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance, type })
     this.backups.set(manifest.id, copied(this.content))
     return manifest
   }

@@ -12,11 +12,14 @@ export interface KillRun {
 
 export type RunName =
   | 'backup'
+  | 'full'
   | 'frozen backup'
   | 'restore'
   | 'restore with definition'
   | 'restore in place'
   | 'restore to copies'
+  | 'deletion'
+  | 'prune'
 
 const BACKUP = ['rbd-snapshot', 'upload', 'publish', 'published'] as const
 const OVERLAY = ['bitmap-add', 'snapshot', 'export', 'pivot', 'merged'] as const
@@ -31,25 +34,40 @@ const STEPS: Readonly<Record<InstanceKind, Readonly<Partial<Record<RunName, read
   {
     domain: {
       backup: [...BACKUP, ...SUSPENDED],
+      full: [...BACKUP, ...SUSPENDED],
       'frozen backup': [...BACKUP, ...FROZEN],
       restore: [...OFF, ...SWAP],
       'restore with definition': [...OFF, ...SWAP, ...DEFINITION],
       'restore in place': IN_PLACE,
       'restore to copies': SWAP,
+      deletion: [],
+      prune: [],
     },
+    off: {
+      backup: BACKUP,
+      restore: [...OFF, ...SWAP],
+      'restore with definition': [...OFF, ...SWAP, ...DEFINITION],
+      'restore in place': IN_PLACE,
+    },
+    // Not a deletion: the file has the bitmap of the newest backup alone.
     mixed: {
       backup: [...BACKUP, ...OVERLAY, ...SUSPENDED],
+      full: [...BACKUP, ...OVERLAY, ...SUSPENDED],
       'frozen backup': [...BACKUP, ...OVERLAY, ...FROZEN],
       restore: [...OFF, ...SWAP, 'target-create'],
       'restore with definition': [...OFF, ...SWAP, 'target-create', ...DEFINITION],
       'restore in place': IN_PLACE,
       'restore to copies': [...SWAP, 'target-create'],
+      prune: [],
     },
     images: {
       backup: BACKUP,
+      full: BACKUP,
       restore: [...OFF, ...SWAP],
       'restore in place': IN_PLACE,
       'restore to copies': SWAP,
+      deletion: [],
+      prune: [],
     },
   }
 
@@ -70,6 +88,9 @@ export function stepsWithoutARun(): JournalStepName[] {
 export function taskOf(name: RunName, backup: string, ground: KillGround): Task {
   const { instance } = ground
   if (name === 'backup') return { kind: 'backup', request: { instance } }
+  if (name === 'full') return { kind: 'backup', request: { instance, type: 'full' } }
+  if (name === 'deletion') return { kind: 'delete', backup }
+  if (name === 'prune') return { kind: 'prune', policy: { instance, keepLast: 1 } }
   if (name === 'frozen backup') return { kind: 'backup', request: { instance, freeze: 'require' } }
   if (name === 'restore to copies') {
     const disks = { vda: ground.copyPath('vda'), vdb: ground.copyPath('vdb') }

@@ -71,10 +71,10 @@ async function run(job: Job): Promise<Result> {
       await new RestorePipeline({ host, storage, stateDir }).run(task.request)
       return {}
     case 'delete':
-      await new ChainManager({ storage }).delete(task.backup)
+      await new ChainManager({ storage, host, stateDir }).delete(task.backup)
       return { removed: [task.backup] }
     case 'prune': {
-      const { removed } = await new ChainManager({ storage }).prune(task.policy)
+      const { removed } = await new ChainManager({ storage, host, stateDir }).prune(task.policy)
       return { removed: removed.map(({ manifest }) => manifest.id) }
     }
     case 'recover': {
