@@ -150,13 +150,27 @@ test('an image may shrink, grow, and shrink and grow again between backups', asy
   const disks = { vda: `rbd:${image}` }
   await site.write(image, 'write -P 1 0 32M')
   await backup(disks)
+  let last: BackupManifest | undefined
   for (const sizes of [[12], [40], [8, 24]]) {
     for (const size of sizes) await site.ceph.client.resize(image, size * MIB)
     await site.write(image, 'write -P 7 2M 64k')
     const manifest = await backup(disks)
     expect(manifest.kind).toBe('incremental')
     expectSame(await restoredBytes(manifest), await site.bytes(image))
+    last = manifest
   }
+
+  // In place over an image that has grown since: what is behind the disk's end reads as zeros.
+  const wanted = Buffer.alloc(40 * MIB)
+  wanted.set(await site.bytes(image))
+  await site.ceph.client.resize(image, 40 * MIB)
+  await site.write(image, 'write -P 9 0 40M')
+  await restore({ backup: last?.id ?? '', to: { disks }, inPlace: true })
+  expectSame(await site.bytes(image), wanted)
+  await site.write(image, 'write -P 3 39M 64k')
+  const next = await backup(disks)
+  expect([next.kind, next.parent]).toEqual(['incremental', last?.id])
+  expectSame(await restoredBytes(next), await site.bytes(image))
 })
 
 test('an instance may have images and files at once, of which one begins anew in the middle of a chain', async () => {

@@ -107,7 +107,7 @@ export class ChainManager {
   /**
    * Looks for damage to a backup and all that it rests on, and collects every problem. Without `deep`: the
    * manifests are valid and form a chain, and every object is there with its recorded size. With `deep` also:
-   * every byte has its recorded digest, and each image is what its manifest says, down to its backing file.
+   * every byte has its recorded digest, and each qcow2 image is what its manifest says, down to its backing file.
    *
    * @throws BACKUP_NOT_FOUND, and MANIFEST_INVALID where two folders have one of this id; damage is reported, not thrown
    */

@@ -64,7 +64,7 @@ export interface RbdImage {
   readonly snapshots: readonly RbdSnapshot[]
   /** The image's metadata of the keys that begin with `varve.`. */
   readonly metadata: ReadonlyMap<string, string>
-  /** Whether Ceph has found its object map, or that of a snapshot, to be wrong and so goes without it. */
+  /** Whether Ceph has found its object map to be wrong and so goes without it. Not told of that of a snapshot. */
   readonly objectMapInvalid: boolean
   /** The group of images that it is in. */
   readonly group?: string
