@@ -76,8 +76,8 @@ export const RUNS: readonly KillRun[] = INSTANCES.flatMap(kind =>
   (Object.keys(STEPS[kind]) as RunName[]).map(name => ({ kind, name, steps: STEPS[kind][name] ?? [] })),
 )
 
-/** Steps that have nothing of RBD; packages/core/test/torture has them. A new step belongs in a run here. */
-const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'unmerged', 'incomplete']
+/** Steps that have nothing of RBD; the tests of packages/core have them. A new step belongs in a run here. */
+export const ELSEWHERE: readonly JournalStepName[] = ['drop-backing', 'undo', 'unmerged', 'incomplete']
 
 /** The steps that a journal may hold, and no run here records. */
 export function stepsWithoutARun(): JournalStepName[] {

@@ -26,7 +26,7 @@ const { values } = parseArgs({
 })
 
 /** How long a walk is. */
-const WALK_STEPS = 100
+const WALK_STEPS = 300
 
 /** A case as it is printed and replayed. */
 type Replay = Omit<KillCase, 'scenario'> & { scenario: string }
