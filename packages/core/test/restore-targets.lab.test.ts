@@ -315,6 +315,51 @@ test('a disk that a restore in place has left half written is not backed up, and
   expect(await recoverNow()).toEqual({ ok: true, runs: [] })
 })
 
+/** Images of an instance that can be switched on and off. */
+class Machine extends ImageHost {
+  isOn = false
+
+  override async instance(...args: Parameters<ImageHost['instance']>) {
+    return { ...(await super.instance(...args)), running: this.isOn }
+  }
+  override async waitUntilOff(): Promise<boolean> {
+    return !this.isOn
+  }
+  override async powerOff(): Promise<void> {
+    this.isOn = false
+  }
+  override async start(): Promise<void> {
+    this.isOn = true
+  }
+}
+
+test('an instance is started after a restore where it ran right before, and is not switched off for one that cannot fit', async () => {
+  const disk = join(folder, 'disk')
+  await createQcow2(disk, SIZE)
+  const disks = { vda: { path: disk, format: 'qcow2' } } as const
+  const machine = new Machine({ instance: 'web-1', disks })
+  const to = { instance: 'web-1' }
+  for (const isOn of [true, false]) {
+    machine.isOn = !isOn
+    const changes = (event: VarveEvent) => {
+      if (event.type === 'stage' && event.stage === 'write') machine.isOn = isOn
+    }
+    await restore({ to }, changes, machine)
+    expect(machine.isOn).toBe(isOn)
+  }
+
+  await createQcow2(join(folder, 'small'), SIZE / 2)
+  const small = { vda: { path: join(folder, 'small'), format: 'qcow2' } } as const
+  const other = new Machine({ instance: 'web-1', disks: small })
+  other.isOn = true
+  await expect(restore({ to, inPlace: true }, undefined, other)).rejects.toMatchObject({
+    code: 'TARGET_TOO_SMALL',
+    context: { needed: SIZE, available: SIZE / 2 },
+  })
+  expect(stages()).not.toContain('power-off')
+  expect(other.isOn).toBe(true)
+})
+
 test('an image that can hold no bitmap is restored in place without one', async () => {
   const disk = join(folder, 'disk')
   await execa('qemu-img', ['create', '-f', 'qcow2', '-o', 'compat=0.10', disk, String(SIZE)])
@@ -326,7 +371,10 @@ test('an image that can hold no bitmap is restored in place without one', async 
 
 test('a new instance is not restored in place', async () => {
   const to = { newInstance: 'copy', directory: folder }
-  await expect(restore({ to, inPlace: true })).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' })
+  await expect(restore({ to, inPlace: true })).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    message: expect.stringContaining('--in-place'),
+  })
 })
 
 /** A virtual machine that has the image open, and never gets to its first instruction. */
