@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -697,7 +697,11 @@ test('an image whose object map Ceph has found to be wrong is backed up right, a
 test('a stream or an index that was changed is refused, and nothing is restored', async () => {
   const image = await site.create(8 * MIB)
   await site.write(image, 'write -P 1 0 4M')
-  const { id, chain } = await backup({ vda: `rbd:${image}` })
+  const disks = { vda: `rbd:${image}` }
+  const { id, chain } = await backup(disks)
+  await site.write(image, 'write -P 2 0 4M')
+  const now = await site.bytes(image)
+  const inPlace = () => restore({ backup: id, to: { disks }, inPlace: true })
   for (const name of ['vda.rbd-diff', 'vda.index']) {
     const path = join(folder, 'storage', 'web-1', chain, id, name)
     const { stdout: size } = await execa('stat', ['-c', '%s', path])
@@ -716,6 +720,23 @@ test('a stream or an index that was changed is refused, and nothing is restored'
     expect(problems.map(({ code, key }) => [code, key?.split('/').at(-1)])).toEqual([
       ['DIGEST_MISMATCH', name],
     ])
+    // In place, of which the stream is not needed: the image has the backup's snapshot.
+    if (name === 'vda.index') await expect(inPlace()).rejects.toMatchObject({ code: 'DIGEST_MISMATCH' })
     await flip()
   }
+  // Nor is an image rolled back that QEMU cannot serve.
+  const bin = join(folder, 'bin')
+  await mkdir(bin)
+  await writeFile(join(bin, 'qemu-nbd'), '#!/bin/sh\necho "Unknown protocol \'rbd\'" >&2\nexit 1\n', {
+    mode: 0o755,
+  })
+  vi.stubEnv('PATH', `${bin}:${process.env.PATH}`)
+  await expect(inPlace().finally(() => vi.unstubAllEnvs())).rejects.toMatchObject({
+    code: 'NBD_SOCKET_MISSING',
+    message: expect.stringContaining('qemu-block-extra'),
+  })
+  expectSame(await site.bytes(image), now)
+  expect(await recover({ stateDir: stateDir(), storages: [storage], rbd })).toEqual({ runs: [], ok: true })
+  await inPlace()
+  expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
 })

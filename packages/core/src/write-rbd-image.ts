@@ -1,6 +1,7 @@
 import { markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
 import type { TargetImage } from './journal.ts'
 import { imageSize } from './manifest.ts'
+import { exportDisk } from './qemu-nbd.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { RbdRestore } from './restore-plan-rbd.ts'
@@ -34,6 +35,16 @@ async function writeOver(restore: RestoreContext, disk: RbdRestore): Promise<Res
   const open = async (folder: string) => {
     const name = await cluster.fileName(image, folder)
     if (base !== undefined) {
+      // Where QEMU cannot serve it, it keeps what it holds.
+      const served = {
+        ...run,
+        disk: disk.disk.name,
+        path: name,
+        format: 'raw',
+        writable: true,
+        folder,
+      } as const
+      await (await exportDisk(served)).stop()
       const snapshot = markName(base)
       stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
       await begin()
