@@ -67,14 +67,12 @@ test('two disks whose files somebody exchanged are not taken for what they were'
   const full = await rightBackup()
   expect(full.disks).toMatchObject([{ fallback: 'disk-replaced' }, { fallback: 'disk-replaced' }])
   expect(full.chain).not.toBe(first.chain)
-  const next = await rightBackup()
-  expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
 
   // Back in its place before the next backup a file has still all that it needs.
   await exchange()
   for (const disk of DISKS) await qemuIo(image(disk), 'qcow2', ['write -P 0x40 1M 64k'])
   await exchange()
-  expect(await rightBackup()).toMatchObject({ kind: 'incremental', parent: next.id })
+  expect(await rightBackup()).toMatchObject({ kind: 'incremental', parent: full.id })
 })
 
 test.each(['replaced', 'written over'])(
