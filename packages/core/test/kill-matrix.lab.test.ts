@@ -28,8 +28,18 @@ interface Case extends KillCase {
   readonly kill: { readonly at: number; readonly label: string }
 }
 
+// Nobody can tell whether libvirt was told to put the disk on its base: it must not end up on what that rests on.
+const afterPivot: Case = {
+  scenario: scenarioOf('increment of a running instance on a template'),
+  kill: { at: 1, label: 'after pivot' },
+  recoverKill: 'after unmerged',
+  seed: 1,
+}
+
 const random = new Random(SEED)
-const withSteps = SCENARIOS.filter(({ steps, from }) => steps.length > 0 && from !== 'damaged')
+const withSteps = SCENARIOS.filter(
+  one => one.steps.length > 0 && one.from !== 'damaged' && one !== afterPivot.scenario,
+)
 const cases: Case[] = Array.from({ length: CASES }, (_, index) => {
   // Images and domains in turn.
   const scenario = random.pick(
@@ -52,7 +62,7 @@ const half: Case = {
   seed: 1,
 }
 
-test.each([...cases, half].map(one => [one.scenario.name, one.kill.label, one] as const))(
+test.each([...cases, half, afterPivot].map(one => [one.scenario.name, one.kill.label, one] as const))(
   '%s, killed %s',
   async (_name, _at, killCase) => {
     const { end, recoverKilled } = await matrix.run(killCase)

@@ -45,6 +45,8 @@ export class ProvingGround implements AsyncDisposable {
   readonly #templates = new Map<string, Memory>()
   /** The backing file of the first disk, where the domain's definition names one. */
   #backing: string | undefined
+  /** What a backing file holds, which no run may change. */
+  #backingBytes: Buffer | undefined
 
   private constructor(folder: string, lab: LibvirtLab | undefined) {
     this.folder = folder
@@ -126,8 +128,16 @@ export class ProvingGround implements AsyncDisposable {
     const options = ['-f', 'qcow2', '-F', 'qcow2', '-b', backing]
     await execa('qemu-img', ['rebase', ...options, this.image('vda')])
     this.#backing = backing
+    this.#backingBytes = await readFile(backing)
     await this.#lab?.virsh(['undefine', INSTANCE])
     await this.#define()
+  }
+
+  /** Rejects where the backing file was written to: other instances would rest on it too. */
+  async expectBackingUntouched(): Promise<void> {
+    if (this.#backing === undefined || !this.#backingBytes) return
+    if (!(await readFile(this.#backing)).equals(this.#backingBytes))
+      throw new Error('the backing file was written to')
   }
 
   /** Remembers the state under a name; the instance is off. */

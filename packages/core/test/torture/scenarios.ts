@@ -91,6 +91,13 @@ export const SCENARIOS: readonly Scenario[] = [
     task: () => backup({ type: 'full' }),
   },
   {
+    name: 'increment of a running instance on a template',
+    instance: 'running',
+    from: 'backed',
+    steps: RUNNING_BACKUP,
+    task: () => backup(),
+  },
+  {
     name: 'restore over images',
     instance: 'images',
     from: 'chain',
