@@ -129,7 +129,7 @@ test.each([
   ['--version --json', ''],
   ['frobnicate --json', 'Error: Unknown command'],
 ])('varve %s on a full disk fails and says that its output is not there', async (args, also) => {
-  const output = createWriteStream('/dev/full', { autoDestroy: false }).on('error', () => undefined)
+  const output = createWriteStream('/dev/full').on('error', () => undefined)
   const { code, stderr } = await run(args, { output })
   expect(code).toBe(also === '' ? 1 : 2)
   expect(stderr).toContain(also)
