@@ -1,6 +1,6 @@
 import { type ChildProcess, type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { watch } from 'node:fs'
+import { readFileSync, watch } from 'node:fs'
 import { copyFile, mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -116,21 +116,24 @@ test.each([
   },
 )
 
-/** A restore from the slow storage that gets a Ctrl-C when a file whose name has `written` in it is written to. */
+/** A restore from the slow storage that gets a Ctrl-C once its journal has recorded a step. */
 async function interruptedRestore(
-  written: string,
+  step: string,
   ...args: string[]
 ): Promise<{ code: unknown; stderr: string }> {
   const child = startVarve('restore', ...args, '--storage', 'slow')
-  const watcher = watch(folder, (event, name) => {
-    if (event === 'change' && name?.includes(written)) send(child, 'SIGINT')
+  const runs = join(folder, 'state', 'runs')
+  const isRecorded = (name: string) => readFileSync(join(runs, name), 'utf8').includes(`"${step}"`)
+  const watcher = watch(runs, (event, name) => {
+    if (event !== 'change' || !name || !isRecorded(name)) return
+    watcher.close()
+    send(child, 'SIGINT')
   })
   let stderr = ''
   child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
     stderr += chunk
   })
   const [code] = await once(child, 'close')
-  watcher.close()
   return { code, stderr }
 }
 
@@ -142,22 +145,28 @@ test('Ctrl-C during a restore leaves no file, and one in place is told to be inc
   await qemuIo(disk, 'qcow2', ['write -P 0x22 0 32M'])
   const files = await readdir(folder)
 
-  const toFile = await interruptedRestore('new', id, '--to-disk', `vda=${join(folder, 'new.qcow2')}`)
+  const toFile = await interruptedRestore(
+    'target-create',
+    id,
+    '--to-disk',
+    `vda=${join(folder, 'new.qcow2')}`,
+  )
   expect(toFile.code, toFile.stderr).toBe(1)
   expect(toFile.stderr).toMatch(/^Error: Stopped by Ctrl-C\.\n {2}code: ABORTED\n$/m)
   expect(await readdir(folder)).toEqual(files)
   await expectSettled()
 
-  const inPlace = await interruptedRestore('disk', id, '--to-disk', `vda=${disk}`, '--in-place')
+  const inPlace = await interruptedRestore('write-in-place', id, '--to-disk', `vda=${disk}`, '--in-place')
   expect(inPlace.code, inPlace.stderr).toBe(1)
   expect(inPlace.stderr).toMatch(
     /^Error: Stopped by Ctrl-C\. .* vda holds neither .* Restore again .*\n {2}code: ABORTED\n$/m,
   )
   expect(await readdir(folder)).toEqual(files)
-  await expectSettled()
+  expect(await readdir(join(folder, 'state', 'runs')), 'the disk stays on record').toHaveLength(1)
 
   const again = await run('restore', id, '--to-disk', `vda=${disk}`, '--in-place', '--storage', 'nas')
   expect(again.code, again.stderr).toBe(0)
+  await expectSettled()
   const image = (name: string) => ({ path: join(folder, name), format: 'qcow2' }) as const
   expect(await compareImages(image('disk.qcow2'), image('wanted'))).toMatchObject({ identical: true })
 })

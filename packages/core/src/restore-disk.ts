@@ -58,13 +58,16 @@ export async function restoreDisk(options: RestoreDiskOptions): Promise<void> {
     onProgress?.(bytesDone, bytesTotal)
   }
   onWritten(0)
-  const target = await options.createTarget(merged)
+  const failureOf = (error: unknown) => (signal.aborted ? abortError(signal) : error)
+  const target = await options.createTarget(merged).catch(error => {
+    throw failureOf(error)
+  })
   try {
     const seek = storage.capabilities.rangeRead
     await writeDisk({ merged, objects: written, pool, target, downloads, seek, onWritten, signal })
     await target.finish({ signal })
   } catch (error) {
-    const failure = signal.aborted ? abortError(signal) : error
+    const failure = failureOf(error)
     await target.abort().catch((left: unknown) => {
       throw notRemoved(failure, left)
     })

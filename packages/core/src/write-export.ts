@@ -6,6 +6,7 @@ import { exportDisk, type NbdExport, newExportFolder } from './qemu-nbd.ts'
 import type { RestoreContext } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { DiskRestore } from './restore-plan.ts'
+import { targetError } from './restore-target.ts'
 import { writeTarget } from './write-target.ts'
 
 /** What {@link writeExport} writes to. */
@@ -52,7 +53,9 @@ async function writeServed(
     const server = await exportDisk({ ...run, disk: disk.disk.name, path, format, writable: true, folder })
     opened.server = server
     server.died.addEventListener('abort', () => died.abort(server.died.reason))
-    opened.client = await NbdClient.connect({ socketPath: server.socketPath }, { signal })
+    opened.client = await NbdClient.connect({ socketPath: server.socketPath }, { signal }).catch(error => {
+      throw targetError(error, disk.target)
+    })
     const target = new NbdTarget(opened.client, merged, { path: disk.target, isNew })
     await beforeWrite?.()
     return target

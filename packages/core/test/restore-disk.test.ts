@@ -335,6 +335,18 @@ describe('a restore that is given up', () => {
     expect(target?.state).toBe('aborted')
   })
 
+  test('by an abort while the target is made is told as one', async () => {
+    const controller = new AbortController()
+    const { error } = await restore(await stored(), {
+      signal: controller.signal,
+      async createTarget() {
+        controller.abort()
+        throw new Error('the request was given up')
+      },
+    })
+    expect(error).toMatchObject({ code: 'ABORTED' })
+  })
+
   test('tells of a target that could not be removed, with what made it fail', async () => {
     const backups = await stored()
     flipBit(backups.storage, backups.images[0] ?? '', 800_000)
