@@ -21,11 +21,9 @@ import { MiB, useVmSite } from './vm-site.ts'
 const site = useVmSite()
 const { createVm, image, backup, restore, content, sum, restoredSums, expectCleanHost } = site
 
-/** Blocks of a restored disk must be what a prefix of the writer's writes left; returns that prefix's length. */
+/** Blocks of a disk restored to a raw file must be what a prefix of the writer's writes left; returns that prefix's length. */
 async function consistentPrefix(writer: GuestWriter, path: string): Promise<number> {
-  const raw = `${path}.raw`
-  await execa('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', path, raw])
-  const bytes = await readFile(raw)
+  const bytes = await readFile(path)
   const digest = (content: Buffer) => createHash('sha256').update(content).digest('hex')
   const actual = new Map<number, string>()
   for (let block = 0; block * writerBlockSize < bytes.length; block++) {
@@ -101,22 +99,50 @@ test('a guest that writes, zeroes and trims during full and incremental backups 
   expect(stored(second)).toBeLessThan(MiB)
 })
 
-test('each backup of a disk under constant writes holds what the guest had flushed up to one moment', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
+test('each backup of disks under constant writes holds what the guest had flushed to all of them up to one moment', async () => {
+  const vm = await createVm(
+    [
+      { target: 'vda', size: MiB },
+      { target: 'vdb', size: 16 * MiB },
+      { target: 'vdc', size: MiB },
+    ],
+    { guest: true },
+  )
   await vm.boot()
-  const writer = vm.startWriter({ device: '/dev/vda', blocks: (16 * MiB) / writerBlockSize })
+  const writer = vm.startWriter({ device: '/dev/vdb', blocks: (16 * MiB) / writerBlockSize })
+  // The same numbers to one disk after the other, each flushed before the next: of any moment, both have the same one, or the
+  // first disk has one more.
+  const numbers = vm.spawn(`number=0
+    while [ ! -e /run/stop ]; do
+      number=$((number + 1))
+      for disk in vda vdc; do
+        printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
+      done
+      touch /run/begun
+    done`)
+  await vm.run('while [ ! -e /run/begun ]; do usleep 10000; done')
   let before = 0
+  let last = 0
   for (const kind of ['full', 'incremental', 'incremental']) {
     before = (await writer.waitForWrites(4)).length
     const manifest = await backup()
     expect(manifest.kind).toBe(kind)
     const after = (await writer.writes()).length
-    const path = join(site.folder, `${manifest.id}.qcow2`)
-    await restore({ backup: manifest.id, to: { disks: { vda: path } } })
-    const prefix = await consistentPrefix(writer, path)
+    const path = (disk: string) => join(site.folder, `${manifest.id}-${disk}`)
+    const disks = { vda: path('vda'), vdb: path('vdb'), vdc: path('vdc') }
+    await restore({ backup: manifest.id, to: { disks, format: 'raw' } })
+    const prefix = await consistentPrefix(writer, disks.vdb)
     expect(prefix).toBeGreaterThanOrEqual(before)
     expect(prefix).toBeLessThanOrEqual(after + 1)
+
+    const numberOn = async (file: string) => Number((await readFile(file)).toString('latin1', 0, 512))
+    const [first, second] = [await numberOn(disks.vda), await numberOn(disks.vdc)]
+    expect([0, 1], `${first} on vda, ${second} on vdc`).toContain(first - second)
+    expect(second).toBeGreaterThan(last) // the guest went on
+    last = second
   }
+  await vm.run('touch /run/stop')
+  expect((await numbers.result).exitCode).toBe(0)
   await writer.stop()
 })
 

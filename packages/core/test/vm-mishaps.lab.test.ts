@@ -1,4 +1,4 @@
-import { readdir, stat, symlink, writeFile } from 'node:fs/promises'
+import { readdir, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa, execaSync } from 'execa'
@@ -99,12 +99,11 @@ test('an overlay under a snapshot that somebody made meanwhile is never removed'
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.start()
   const top = join(site.folder, 'theirs')
-  before('manifest.json', () =>
-    site.lab.virsh([
-      ...['snapshot-create-as', vm.name, '--disk-only', '--no-metadata'],
-      ...['--diskspec', `vda,snapshot=external,file=${top}`],
-    ]),
-  )
+  const snapshot = [
+    ...['snapshot-create-as', vm.name, '--disk-only', '--no-metadata'],
+    ...['--diskspec', `vda,snapshot=external,file=${top}`],
+  ]
+  before('manifest.json', () => site.lab.virsh(snapshot))
   const error = await backup().catch(error => error)
   expect(error).toMatchObject({
     code: 'BLOCK_COMMIT_FAILED',
@@ -116,6 +115,31 @@ test('an overlay under a snapshot that somebody made meanwhile is never removed'
   await site.lab.virsh(['blockcommit', vm.name, 'vda', '--active', '--shallow', '--pivot', '--wait'])
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   await expectCleanHost([`varve-${error.context.published}`])
+
+  // Before the freeze: the disk's own file is of that moment then.
+  await rm(top)
+  const early = await backup(
+    {},
+    {
+      onEvent: event => {
+        if (event.type === 'stage' && event.stage === 'freeze')
+          execaSync('virsh', ['--connect', site.lab.uri, ...snapshot])
+      },
+    },
+  ).catch(error => error)
+  expect(early).toMatchObject({
+    code: 'SNAPSHOT_FAILED',
+    context: { disk: 'vda', path: image('vda'), found: top },
+    retryable: true,
+  })
+  expect(await sources(vm.name)).toEqual({ vda: top })
+  expect((await new ChainManager({ storage: site.storage }).list()).backups).toHaveLength(1)
+  await vm.io('vda', 'write -P 0x77 1M 1M')
+  await site.lab.virsh(['blockcommit', vm.name, 'vda', '--active', '--pivot', '--wait'])
+  // What the run left under that snapshot goes with the next backup.
+  const next = await backup()
+  await expectCleanHost([`varve-${next.id}`])
+  await qemuIo(await site.restored(next), 'qcow2', ['read -P 0x77 1M 1M'])
 })
 
 test('while disks are backed up all those of their instance are busy', async () => {
