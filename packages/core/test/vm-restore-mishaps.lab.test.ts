@@ -1,12 +1,15 @@
+import { renameSync } from 'node:fs'
 import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa, execaSync } from 'execa'
-import { expect, test } from 'vitest'
+import { expect, test, vi } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { blake3Hex } from '../src/digest.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
+import { ImageHost } from '../src/image-host.ts'
 import { RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
@@ -95,6 +98,77 @@ test('an instance that somebody started again before the restore was complete ha
   expect(await vm.state()).toBe('running')
   await vm.destroy()
   expect(await content('vda')).toBe(theirs)
+  await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test('an instance that was started or switched off while its new disk was written is so afterwards', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 8M'])
+  const manifest = await backup()
+  const wanted = await content('vda')
+  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
+  const virsh = (verb: string) => () => execaSync('virsh', ['--connect', site.lab.uri, verb, vm.name])
+  expect(await restore(request, onStage('write', virsh('start')))).toMatchObject({ started: true })
+  expect(await vm.state()).toBe('running')
+  expect(await restore(request, onStage('write', virsh('destroy')))).toMatchObject({ started: false })
+  expect(await vm.state()).toBe('shut off')
+  expect(await content('vda')).toBe(wanted)
+  await expectCleanHost([`varve-${manifest.id}`])
+})
+
+test('a running instance is as it was where a restore in place fails before its first write, and is not switched off for one that cannot fit', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 8M')
+  const manifest = await backup()
+  await vm.io('vda', 'write -P 0x22 4M 8M')
+  const theirs = ['read -P 0x11 0 4M', 'read -P 0x22 4M 8M', 'read -P 0 12M 4M']
+
+  const larger = join(site.folder, 'larger')
+  await createQcow2(larger, 32 * MiB)
+  const images = new ImageHost({ instance: 'other', disks: { vda: larger } })
+  const { storage, stateDir } = site
+  const { id } = await new BackupPipeline({ host: images, storage, stateDir }).run({ instance: 'other' })
+  const inPlace = { to: { instance: vm.name }, inPlace: true, ...AT_ONCE }
+  const pid = await vm.qemuPid()
+  await expect(restore({ backup: id, ...inPlace })).rejects.toMatchObject({
+    code: 'TARGET_TOO_SMALL',
+    context: { path: image('vda'), needed: 32 * MiB, available: 16 * MiB },
+  })
+  expect(await vm.qemuPid()).toBe(pid)
+
+  // The storage goes away once the instance is off.
+  const away = `${site.storagePath}.away`
+  const goesAway = onStage('write', () => renameSync(site.storagePath, away))
+  const failed = await restore({ backup: manifest.id, ...inPlace }, goesAway).catch((error: unknown) => error)
+  expect(failed).toBeInstanceOf(VarveError)
+  expect(failed).not.toMatchObject({ context: { incomplete: ['vda'] } })
+  renameSync(away, site.storagePath)
+  expect(await vm.state()).toBe('running')
+  expect(await vm.qemuPid()).not.toBe(pid)
+  await site.expectHolds('vda', ...theirs)
+  await expectCleanHost([`varve-${manifest.id}`])
+
+  // Cut short in the middle, it is not started; the next restore may not start it either while a disk is half written.
+  const given = new AbortController()
+  const { record } = RunJournal.prototype
+  const recording = vi.spyOn(RunJournal.prototype, 'record').mockImplementation(async function (
+    this: RunJournal,
+    step,
+  ) {
+    await record.call(this, step)
+    if (step.step === 'write-in-place') given.abort(new Error('enough'))
+  })
+  const incomplete = { code: 'ABORTED', context: { incomplete: ['vda'] } }
+  const cut = restore({ backup: manifest.id, ...inPlace }, { signal: given.signal })
+  await expect(cut)
+    .rejects.toMatchObject(incomplete)
+    .finally(() => recording.mockRestore())
+  expect(await vm.state()).toBe('shut off')
+  await expect(backup()).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
+  await restore({ backup: manifest.id, to: { instance: vm.name }, start: true })
+  await site.expectHolds('vda', 'read -P 0x11 0 8M', 'read -P 0 8M 8M')
+  expect(await recoverNow()).toEqual({ ok: true, runs: [] })
   await expectCleanHost([`varve-${manifest.id}`])
 })
 
