@@ -27,7 +27,9 @@ async function writeOver(restore: RestoreContext, disk: RbdRestore): Promise<Res
   const { of } = targetImage(restore, disk, image)
   const begin = () =>
     journal.record({
-      ...{ step: 'write-in-place', disk: disk.disk.name, path: disk.target },
+      step: 'write-in-place',
+      disk: disk.disk.name,
+      path: disk.target,
       ...(existing && { identity: existing.state.id }),
       ...(of && { of }),
     })
@@ -36,15 +38,8 @@ async function writeOver(restore: RestoreContext, disk: RbdRestore): Promise<Res
     const name = await cluster.fileName(image, folder)
     if (base !== undefined) {
       // Where QEMU cannot serve it, it keeps what it holds.
-      const served = {
-        ...run,
-        disk: disk.disk.name,
-        path: name,
-        format: 'raw',
-        writable: true,
-        folder,
-      } as const
-      await (await exportDisk(served)).stop()
+      const served = { disk: disk.disk.name, path: name, format: 'raw', writable: true, folder } as const
+      await (await exportDisk({ ...run, ...served })).stop()
       const snapshot = markName(base)
       stage(run, 'write', `Rolling ${disk.target} back to its snapshot ${snapshot}`)
       await begin()
