@@ -240,7 +240,8 @@ test('two hosts that back up, delete and prune the same instance on one storage 
       expect(backups.map(({ manifest }) => manifest.id).sort()).toEqual(
         [...wanted.keys()].filter(id => !gone.has(id)).sort(),
       )
-      const looked = round === ROUNDS - 1 ? backups : [random.pick(backups)]
+      // There may be none: a prune kept only what was deleted meanwhile.
+      const looked = round === ROUNDS - 1 || backups.length === 0 ? backups : [random.pick(backups)]
       for (const { manifest } of looked) {
         const content = wanted.get(manifest.id)
         if (!content) throw new Error(`nobody took ${manifest.id}`)
@@ -248,7 +249,8 @@ test('two hosts that back up, delete and prune the same instance on one storage 
         expectContent(manifest.id, await restored(manifest.id), content)
       }
     }
-    expect(wanted.size).toBeGreaterThan(ROUNDS)
+    // A backup fails only when its parent has gone, and the one after it is then a full one.
+    expect(wanted.size).toBeGreaterThanOrEqual(ROUNDS)
   } catch (error) {
     throw new Error(`seed ${seed}:\n${story.join('\n')}`, { cause: error })
   }

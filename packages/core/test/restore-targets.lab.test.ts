@@ -19,6 +19,7 @@ import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
+import { abortAtStep } from './abort-at-step.ts'
 
 const SIZE = 8 * 1024 * 1024
 
@@ -282,11 +283,7 @@ test('a disk that a restore in place has left half written is not backed up, and
   expect(await sha256File(disk)).toBe(before)
   expect(await recoverNow()).toEqual({ ok: true, runs: [] })
 
-  const given = new AbortController()
-  const onEvent = (event: VarveEvent) => {
-    if (event.type === 'progress' && event.bytesDone > 0) given.abort(new Error('enough'))
-  }
-  await expect(restore(request, onEvent, host, given.signal)).rejects.toMatchObject({
+  await expect(restore(request, undefined, host, abortAtStep('write-in-place'))).rejects.toMatchObject({
     code: 'ABORTED',
     message: expect.stringContaining('neither the old nor the restored'),
     context: { incomplete: ['vda'] },

@@ -3,7 +3,7 @@ import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa, execaSync } from 'execa'
-import { expect, test, vi } from 'vitest'
+import { expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { blake3Hex } from '../src/digest.ts'
@@ -15,6 +15,7 @@ import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { type RecoverReport, recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
+import { abortAtStep } from './abort-at-step.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -150,20 +151,9 @@ test('a running instance is as it was where a restore in place fails before its 
   await expectCleanHost([`varve-${manifest.id}`])
 
   // Cut short in the middle, it is not started; the next restore may not start it either while a disk is half written.
-  const given = new AbortController()
-  const { record } = RunJournal.prototype
-  const recording = vi.spyOn(RunJournal.prototype, 'record').mockImplementation(async function (
-    this: RunJournal,
-    step,
-  ) {
-    await record.call(this, step)
-    if (step.step === 'write-in-place') given.abort(new Error('enough'))
-  })
   const incomplete = { code: 'ABORTED', context: { incomplete: ['vda'] } }
-  const cut = restore({ backup: manifest.id, ...inPlace }, { signal: given.signal })
-  await expect(cut)
-    .rejects.toMatchObject(incomplete)
-    .finally(() => recording.mockRestore())
+  const cut = restore({ backup: manifest.id, ...inPlace }, { signal: abortAtStep('write-in-place') })
+  await expect(cut).rejects.toMatchObject(incomplete)
   expect(await vm.state()).toBe('shut off')
   await expect(backup()).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
   await restore({ backup: manifest.id, to: { instance: vm.name }, start: true })
