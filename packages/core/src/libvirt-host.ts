@@ -1,10 +1,18 @@
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
-import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
+import {
+  freezeFilesystems,
+  isPaused,
+  powerOff,
+  resume,
+  suspend,
+  thawFilesystems,
+  waitUntilOff,
+} from './guest-state.ts'
 import type {
   DiskOverlay,
   FileDisk,
@@ -23,17 +31,10 @@ import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { takeSnapshot } from './take-snapshot.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
 
-/** How long libvirt may take for a snapshot, in milliseconds: the guest's writes in flight are waited for. */
-const SNAPSHOT_TIMEOUT_MS = 10 * 60_000
-/** How long a suspend may take, in milliseconds: as long as the storage of the guest's disks lets its writes wait. */
-const SUSPEND_TIMEOUT_MS = 10 * 60_000
-/** How long a suspend may be on its way to libvirt whose asker has died, in milliseconds. */
-const SUSPEND_ARRIVAL_MS = 5_000
-/** How long the guest agent may take to flush and freeze, in milliseconds. */
-const FREEZE_TIMEOUT_MS = 60_000
 /** An overlay of Varve's, and the backup that it was made for. */
 const OVERLAY = /\.varve-(\d{8}-\d{6}-\d{3}-[0-9a-f]{6})$/
 
@@ -162,44 +163,8 @@ export class LibvirtHost implements Host {
     return join(folder, `${basename(disk.path)}.${disk.name}.varve-${backupId}`)
   }
 
-  async snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
-    const byDisk = new Map(overlays.map(overlay => [overlay.disk, overlay.overlay]))
-    const questions = [['dumpxml'], ['dumpxml', '--inactive']]
-    const [live = '', inactive = ''] = await this.#virsh.ask(run, instance, ...questions)
-    const { disks } = readDomainXml(live)
-    const defined = readDomainXml(inactive)
-    for (const overlay of overlays) {
-      const disk = disks.find(({ name }) => name === overlay.disk)
-      const found = disk && (await this.#domains.diskPath(disk, run))
-      if (!disk || found !== overlay.base) throw movedDisk(instance, overlay, found)
-      assertSameSource(instance, disk, defined.disks)
-    }
-    const specs = disks.flatMap(({ name }) => {
-      const overlay = byDisk.get(name)
-      // In a diskspec a comma is written twice.
-      return [
-        '--diskspec',
-        overlay
-          ? `${name},snapshot=external,driver=qcow2,file=${overlay.replaceAll(',', ',,')}`
-          : `${name},snapshot=no`,
-      ]
-    })
-    try {
-      const options = ['--disk-only', '--atomic', '--no-metadata']
-      // Without the signal: libvirt would go on with it, and an overlay that is removed meanwhile takes writes along.
-      const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SNAPSHOT_TIMEOUT_MS }
-      await this.#virsh.onDomain(whole, instance, 'snapshot-create-as', ...options, ...specs)
-    } catch (error) {
-      if (!isVarveError(error, 'COMMAND_FAILED')) throw error
-      throw new VarveError(
-        'SNAPSHOT_FAILED',
-        `The disks of ${instance} could not be frozen: ${error.message}. Nothing was changed; look for a running block job or snapshot of the instance and for free space beside its disks.`,
-        {
-          context: { instance, disks: overlays.map(({ disk }) => disk) },
-          cause: error,
-        },
-      )
-    }
+  snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
+    return takeSnapshot(this.#domains, instance, overlays, run)
   }
 
   commitOverlay(
@@ -209,85 +174,6 @@ export class LibvirtHost implements Host {
     run: RunOptions = {},
   ): Promise<void> {
     return commitOverlay(this.#domains, { instance, overlay, merge }, run)
-  }
-
-  async freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
-    try {
-      await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsfreeze')
-    } catch (error) {
-      if (isVarveError(error, 'ABORTED')) throw error
-      const stderr = isVarveError(error) ? String(error.context.stderr) : ''
-      const agent = !/agent is not (configured|connected)/i.test(stderr)
-      throw new VarveError(
-        'FREEZE_FAILED',
-        `The guest agent of ${instance} did not freeze its file systems: ${errorMessage(error)}. Check that qemu-guest-agent runs in the guest, or back up without a freeze.`,
-        { context: { instance, agent }, cause: error, retryable: true },
-      )
-    }
-  }
-
-  async thawFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
-    // A guest that stays frozen is worse than a failed backup, so this is tried for a while.
-    for (let attempt = 1; ; attempt++) {
-      try {
-        if (await this.#domains.isRunning(instance, run))
-          await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
-        return
-      } catch (error) {
-        if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
-        const stderr = isVarveError(error) ? String(error.context.stderr) : ''
-        if (/agent is not configured/i.test(stderr)) return // so it has frozen nothing
-        if (attempt === 5) {
-          throw new VarveError(
-            'FREEZE_FAILED',
-            `The file systems of ${instance} could not be thawed: ${errorMessage(error)}. Run "virsh domfsthaw ${instance}" at once: the guest cannot write until then.`,
-            {
-              context: { instance },
-              cause: error,
-              retryable: true,
-            },
-          )
-        }
-        await sleep(attempt * 500)
-      }
-    }
-  }
-
-  async suspend(instance: string, run: RunOptions = {}): Promise<boolean> {
-    if (await this.isPaused(instance, run)) return false
-    // Without the signal: libvirt would go on with it, and nobody could resume the guest before it is done.
-    const whole = { ...(run.onEvent && { onEvent: run.onEvent }), timeoutMs: SUSPEND_TIMEOUT_MS }
-    await this.#virsh.onDomain(whole, instance, 'suspend')
-    return true
-  }
-
-  async isPaused(instance: string, run: RunOptions = {}): Promise<boolean> {
-    return ['paused', 'pmsuspended'].includes(await this.#domains.state(instance, run))
-  }
-
-  async resume(instance: string, run: RunOptions = {}): Promise<void> {
-    // Whatever the state is: a suspend that is under way would come after the look at it.
-    const startedAt = performance.now()
-    for (let attempt = 1; ; attempt++) {
-      try {
-        await this.#virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'resume')
-        return
-      } catch (error) {
-        const stderr = isVarveError(error) ? String(error.context.stderr) : ''
-        if (isVarveError(error, 'INSTANCE_NOT_FOUND') || /domain is (not running|pmsuspended)/i.test(stderr))
-          return
-        const waited = performance.now() - startedAt
-        if (/domain is already running/i.test(stderr) && waited > SUSPEND_ARRIVAL_MS) return
-        if (waited > SUSPEND_TIMEOUT_MS) {
-          throw new VarveError(
-            'RESUME_FAILED',
-            `${instance} could not be resumed: ${errorMessage(error)}. Run "virsh resume ${instance}" at once: its guest stands still until then.`,
-            { context: { instance }, cause: error, retryable: true },
-          )
-        }
-        await sleep(Math.min(attempt, 10) * 500)
-      }
-    }
   }
 
   async rbd(disk?: { instance: string; disk: string }, run: RunOptions = {}): Promise<RbdCluster> {
@@ -340,49 +226,32 @@ export class LibvirtHost implements Host {
     )
   }
 
-  async powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
-    // Once the guest was asked to go it goes, also after an abort: whoever starts it again must find it off.
-    const { signal, ...rest } = run
-    if (signal?.aborted) throw abortError(signal)
-    try {
-      if (!(await this.#domains.isRunning(instance, rest))) return
-      const asked = await this.#askToShutDown(instance, rest)
-      if (!(await this.waitUntilOff(instance, asked ? timeoutMs : 0, rest))) {
-        if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
-        await this.#virsh.onDomain(rest, instance, 'destroy')
-      }
-    } catch (error) {
-      // It may have gone by itself in between.
-      if (!isVarveError(error, 'COMMAND_FAILED')) throw error
-      if (await this.#domains.isRunning(instance, rest)) {
-        throw new VarveError(
-          'POWER_OFF_FAILED',
-          `${instance} could not be switched off: ${error.message} Switch it off by hand and restore again; its disks are untouched.`,
-          { context: { instance }, cause: error },
-        )
-      }
-    }
-    if (signal?.aborted) throw abortError(signal)
+  freezeFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
+    return freezeFilesystems(this.#domains, instance, run)
   }
 
-  async waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {
-    const deadline = Date.now() + timeoutMs
-    while (await this.#domains.isRunning(instance, run)) {
-      if (Date.now() >= deadline) return false
-      await sleep(250)
-    }
-    return true
+  thawFilesystems(instance: string, run: RunOptions = {}): Promise<void> {
+    return thawFilesystems(this.#domains, instance, run)
   }
 
-  /** Whether it was asked. A paused guest, for one, cannot be. */
-  async #askToShutDown(instance: string, run: RunOptions): Promise<boolean> {
-    try {
-      await this.#virsh.onDomain(run, instance, 'shutdown')
-      return true
-    } catch (error) {
-      if (isVarveError(error, 'COMMAND_FAILED')) return false
-      throw error
-    }
+  suspend(instance: string, run: RunOptions = {}): Promise<boolean> {
+    return suspend(this.#domains, instance, run)
+  }
+
+  isPaused(instance: string, run: RunOptions = {}): Promise<boolean> {
+    return isPaused(this.#domains, instance, run)
+  }
+
+  resume(instance: string, run: RunOptions = {}): Promise<void> {
+    return resume(this.#domains, instance, run)
+  }
+
+  powerOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<void> {
+    return powerOff(this.#domains, instance, timeoutMs, run)
+  }
+
+  waitUntilOff(instance: string, timeoutMs: number, run: RunOptions = {}): Promise<boolean> {
+    return waitUntilOff(this.#domains, instance, timeoutMs, run)
   }
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
@@ -400,36 +269,6 @@ export class LibvirtHost implements Host {
   define(xml: string, run: RunOptions = {}): Promise<void> {
     return this.#domains.define(xml, run)
   }
-}
-
-/** Such as by a snapshot of another tool: the base is from that moment then, and the other disks are from a later one. */
-function movedDisk(instance: string, { disk, base }: DiskOverlay, found: string | undefined): VarveError {
-  const now = found === undefined ? 'gone' : `on ${found}`
-  return new VarveError(
-    'SNAPSHOT_FAILED',
-    `The disk ${disk} of ${instance} was on ${base} when the backup began, and is ${now} since a moment ago: something else snapshots or changes the disks of the instance. Nothing was published; back up again once that is done.`,
-    { context: { instance, disk, path: base, found }, retryable: true },
-  )
-}
-
-/**
- * libvirt puts the overlay into an instance's definition only where that names the very source which the instance
- * runs on. Otherwise an instance that shut down meanwhile would be back on its disk without its last writes.
- */
-function assertSameSource(instance: string, live: DomainDisk, defined: readonly DomainDisk[]): void {
-  const disk = defined.find(({ name }) => name === live.name)
-  if (!disk) return // plugged in while it runs: it goes when the instance stops
-  const [runs, starts] = [live, disk].map(sourceText)
-  if (runs === starts) return
-  throw new VarveError(
-    'SNAPSHOT_FAILED',
-    `The disk ${live.name} of ${instance} is on ${runs}, but defined to be on ${starts} at the next start. Nothing was changed; make the definition name what the instance runs on (virsh edit), or back it up while it is off.`,
-    { context: { instance, disk: live.name, runsOn: runs, definedAs: starts } },
-  )
-}
-
-function sourceText({ source, volume, type }: DomainDisk): string {
-  return volume ? `volume ${volume.name} of pool ${volume.pool}` : (source ?? `a source of type ${type}`)
 }
 
 async function readDisk(
