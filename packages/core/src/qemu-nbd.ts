@@ -9,6 +9,8 @@ import { saysLocked } from './image-lock.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
 const SOCKET_TIMEOUT_MS = 15_000
+/** How long a server may take to end, in milliseconds. After a third of it, it is killed. */
+const END_TIMEOUT_MS = 15_000
 
 /**
  * Of glibc's allocator, see mallopt(3): qemu-nbd allocates a buffer for each request, and by default has the
@@ -170,19 +172,59 @@ function diedError(
   )
 }
 
-/** Ends every `qemu-nbd` that a run which died left with its socket in `folder`, and removes the folder. */
-export async function stopExports(folder: string, disks: readonly string[]): Promise<void> {
-  for (const disk of disks) {
-    const pid = Number(await readFile(join(folder, `${disk}.pid`), 'utf8').catch(() => ''))
-    if (Number.isSafeInteger(pid) && pid > 1 && (await runsWith(pid, join(folder, `${disk}.sock`)))) {
-      process.kill(pid, 'SIGTERM')
-      for (let waited = 0; await runsWith(pid, join(folder, `${disk}.sock`)); waited += 20) {
-        if (waited === 5_000) process.kill(pid, 'SIGKILL')
-        await sleep(20)
-      }
-    }
+/**
+ * Ends every `qemu-nbd` that a run which died left with its socket in `folder`, and removes the folder.
+ *
+ * @throws NBD_FAILED where one does not end, as while the storage below its disk hangs; the folder then stays
+ */
+export async function stopExports(
+  folder: string,
+  disks: readonly string[],
+  timeoutMs: number = END_TIMEOUT_MS,
+): Promise<void> {
+  const ends = await Promise.allSettled(disks.map(disk => endServer(folder, disk, timeoutMs)))
+  const failed = ends.find(end => end.status === 'rejected')
+  if (failed) throw failed.reason
+  await rm(folder, { recursive: true, force: true }).catch(error => {
+    throw new VarveError(
+      'NBD_FAILED',
+      `The folder ${folder} of a qemu-nbd that has ended cannot be removed: ${errorMessage(error)}. Remove it, then run "varve recover".`,
+      { context: { folder }, cause: error },
+    )
+  })
+}
+
+async function endServer(folder: string, disk: string, timeoutMs: number): Promise<void> {
+  const pid = Number(await readFile(join(folder, `${disk}.pid`), 'utf8').catch(() => ''))
+  if (!Number.isSafeInteger(pid) || pid <= 1) return
+  const isThere = () => runsWith(pid, join(folder, `${disk}.sock`))
+  if (!(await isThere())) return
+  const startedAt = performance.now()
+  send(pid, 'SIGTERM')
+  for (let killed = false; await isThere(); await sleep(20)) {
+    const waited = performance.now() - startedAt
+    if (waited > timeoutMs) throw endlessServer(disk, pid)
+    if (killed || waited < timeoutMs / 3) continue
+    killed = true
+    send(pid, 'SIGKILL')
   }
-  await rm(folder, { recursive: true, force: true })
+}
+
+/** It ends by itself with its last client, so it may be gone by now. */
+function send(pid: number, signal: NodeJS.Signals): void {
+  try {
+    process.kill(pid, signal)
+  } catch (error) {
+    if (!(error instanceof Error && 'code' in error && error.code === 'ESRCH')) throw error
+  }
+}
+
+function endlessServer(disk: string, pid: number): VarveError {
+  return new VarveError(
+    'NBD_FAILED',
+    `The qemu-nbd of the disk ${disk} (process ${pid}) does not end, not even by SIGKILL: the storage below the disk hangs. See that it answers again, then run "varve recover".`,
+    { context: { disk, pid }, retryable: true },
+  )
 }
 
 /** Whether the process is still the one that was started with this argument: process ids are used again. */

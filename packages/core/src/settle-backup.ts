@@ -42,10 +42,10 @@ export async function settleBackup(
   const { instance, disks } = journal.header
   const names = disks.map(({ name }) => name)
 
-  for (const { folder } of journal.of('export')) await stopExports(folder, names)
   const failures: unknown[] = []
   // Whatever fails is no reason to leave overlays to grow.
   const attempt = (work: Promise<void>) => work.catch(error => void failures.push(error))
+  for (const { folder } of journal.of('export')) await attempt(stopExports(folder, names))
   // The agent of a guest that stands still does not answer.
   if (journal.of('suspend').length > journal.of('resumed').length) await attempt(host.resume(instance, run))
   const frozen = journal.of('filesystem-freeze').length > journal.of('filesystem-thawed').length

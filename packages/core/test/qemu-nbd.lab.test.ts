@@ -1,8 +1,12 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { spawn } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterEach, beforeEach, expect, test } from 'vitest'
-import { exportDisk } from '../src/qemu-nbd.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { createQcow2 } from '@varve/testkit/lab'
+import { afterEach, beforeEach, expect, test, vi } from 'vitest'
+import { exportDisk, stopExports } from '../src/qemu-nbd.ts'
 
 let folder: string
 const { PATH } = process.env
@@ -11,7 +15,8 @@ beforeEach(async () => {
 })
 afterEach(async () => {
   process.env.PATH = PATH
-  await rm(folder, { recursive: true })
+  vi.restoreAllMocks()
+  await rm(folder, { recursive: true, force: true })
 })
 
 test('without the driver of RBD images the error names the package that has it', async () => {
@@ -30,4 +35,73 @@ test('a path with the word "lock" in it does not make a missing image a locked o
   const path = join(folder, 'block', 'vda.qcow2')
   const options = { disk: 'vda', path, format: 'qcow2', writable: false, folder } as const
   await expect(exportDisk(options)).rejects.toMatchObject({ code: 'NBD_SOCKET_MISSING' })
+})
+
+/** Serves an image as a run does that died since: a server that nobody here waits for. */
+async function leaveServer(disk: string): Promise<number> {
+  const path = join(folder, `${disk}.qcow2`)
+  await createQcow2(path, 1024 * 1024)
+  const [socket, pidFile] = [join(folder, `${disk}.sock`), join(folder, `${disk}.pid`)]
+  const serve = ['qemu-nbd', '--fork', '--persistent', '--socket', socket, '--pid-file', pidFile, path]
+  // Whoever waits for it meanwhile takes it away at once, so that it is no zombie.
+  spawn('python3', ['-c', REAPER, ...serve], { stdio: 'ignore' })
+  for (;;) {
+    const pid = Number(await readFile(pidFile, 'utf8').catch(() => ''))
+    if (pid > 0) return pid
+    await sleep(10)
+  }
+}
+
+/** Starts a program and waits for all that it leaves. PR_SET_CHILD_SUBREAPER of prctl(2) is 36. */
+const REAPER = `
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)
+subprocess.run(sys.argv[1:])
+try:
+    while True: os.wait()
+except ChildProcessError: pass
+`
+
+const isAlive = (pid: number) => existsSync(`/proc/${pid}`)
+
+test('servers that a run left are ended, and their folder goes', async () => {
+  const pids = [await leaveServer('vda'), await leaveServer('vdb')]
+  await stopExports(folder, ['vda', 'vdb', 'vdc'])
+  expect(pids.filter(isAlive)).toEqual([])
+  expect(existsSync(folder)).toBe(false)
+})
+
+test('a server that ends by itself right before it is told to is none that cannot be ended', async () => {
+  const pid = await leaveServer('vda')
+  const { kill } = process
+  const told = vi.spyOn(process, 'kill').mockImplementation((target, signal) => {
+    if (isAlive(target)) kill.call(process, target, 'SIGKILL')
+    while (isAlive(target)); // its last client has gone
+    return kill.call(process, target, signal)
+  })
+  await stopExports(folder, ['vda'])
+  expect(told).toHaveBeenCalledWith(pid, 'SIGTERM')
+  expect(existsSync(folder)).toBe(false)
+})
+
+test('a server that does not end is told of in time, with its process, and is found again by the next try', async () => {
+  const pids = [await leaveServer('vda'), await leaveServer('vdb')]
+  const { kill } = process
+  // No signal reaches a process that waits for storage which hangs.
+  const told = vi.spyOn(process, 'kill').mockImplementation((target, signal) => {
+    return target === pids[0] || kill.call(process, target, signal)
+  })
+  await expect(stopExports(folder, ['vda', 'vdb'], 600)).rejects.toMatchObject({
+    code: 'NBD_FAILED',
+    context: { disk: 'vda', pid: pids[0] },
+    message: expect.stringContaining('varve recover'),
+  })
+  expect(told.mock.calls.filter(([pid]) => pid === pids[0])).toEqual([
+    [pids[0], 'SIGTERM'],
+    [pids[0], 'SIGKILL'],
+  ])
+  expect(pids.map(isAlive)).toEqual([true, false])
+  told.mockRestore()
+  await stopExports(folder, ['vda', 'vdb'])
+  expect(pids.map(isAlive)).toEqual([false, false])
 })

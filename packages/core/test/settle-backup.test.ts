@@ -1,10 +1,11 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
 import { type ErrorCode, VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
+import type { DiskOverlay } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { RunJournal } from '../src/journal.ts'
 import type { RbdCluster } from '../src/rbd.ts'
@@ -15,6 +16,20 @@ beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-settle-'))
 })
 afterEach(() => rm(folder, { recursive: true }))
+
+/** The journal of a backup that has just begun. */
+function beginJournal(host: ImageHost): Promise<RunJournal> {
+  return RunJournal.begin(folder, {
+    version: 1,
+    id: newBackupId(),
+    kind: 'backup',
+    instance: 'web-1',
+    host: host.reference,
+    storage: { type: 'local', location: folder },
+    disks: [],
+    startedAt: new Date().toISOString(),
+  })
+}
 
 /** A backup that was cut short once it had a snapshot of an RBD image, which cannot be removed. */
 async function cutBackup(error: ErrorCode) {
@@ -29,16 +44,7 @@ async function cutBackup(error: ErrorCode) {
     }
   }
   const host = new WithoutSnapshot({ instance: 'web-1', disks: { vda: 'rbd:vms/a' } })
-  const journal = await RunJournal.begin(folder, {
-    version: 1,
-    id: newBackupId(),
-    kind: 'backup',
-    instance: 'web-1',
-    host: host.reference,
-    storage: { type: 'local', location: folder },
-    disks: [],
-    startedAt: new Date().toISOString(),
-  })
+  const journal = await beginJournal(host)
   await journal.record({
     step: 'rbd-snapshot',
     snapshot: 'varve-mine',
@@ -62,5 +68,27 @@ test.for<ErrorCode>(['CEPH_POOL_NOT_FOUND', 'RBD_SNAPSHOT_PROTECTED'])(
 test('a backup stays on record while its cluster does not answer', async () => {
   const { settled } = await cutBackup('CEPH_UNREACHABLE')
   await expect(settled).rejects.toMatchObject({ code: 'CEPH_UNREACHABLE' })
+  expect(await RunJournal.unsettled(folder)).toHaveLength(1)
+})
+
+test('a server that cannot be cleared away keeps no overlay from being merged', async () => {
+  const merged: DiskOverlay[] = []
+  class Merging extends ImageHost {
+    override async commitOverlay(_instance: string, overlay: DiskOverlay) {
+      merged.push(overlay)
+    }
+  }
+  const host = new Merging({ instance: 'web-1', disks: { vda: join(folder, 'vda') } })
+  const journal = await beginJournal(host)
+  const file = join(folder, 'file')
+  await writeFile(file, '')
+  const overlay = { disk: 'vda', base: '/vda', baseFormat: 'qcow2', overlay: '/vda.varve' } as const
+  await journal.record({ step: 'snapshot', overlays: [overlay] })
+  await journal.record({ step: 'export', folder: join(file, 'sockets') }) // a path that leads through a file
+  await expect(settleBackup(journal, { host, storage: undefined, run: {} })).rejects.toMatchObject({
+    code: 'NBD_FAILED',
+    message: expect.stringContaining(`${file}/sockets`),
+  })
+  expect(merged).toEqual([overlay])
   expect(await RunJournal.unsettled(folder)).toHaveLength(1)
 })
