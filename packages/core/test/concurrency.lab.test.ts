@@ -201,6 +201,8 @@ test('of two backups of the same disk one wins, and the other is told at once, i
 const MET_ANOTHER: readonly ErrorCode[] = ['PARENT_MISSING', 'BACKUP_NOT_FOUND', 'CHAIN_DEPENDENCY']
 
 const ROUNDS = 6
+/** Where by then no run has met another, or none had anything to build on. */
+const MOST_ROUNDS = 18
 
 test('two hosts that back up, delete and prune the same instance on one storage damage no backup', async () => {
   const seed = Number(process.env.VARVE_SEED ?? 3)
@@ -210,8 +212,11 @@ test('two hosts that back up, delete and prune the same instance on one storage 
   const wanted = new Map<string, Content>()
   const gone = new Set<string>()
   const story: string[] = []
+  const increments = new Set<string>()
+  let meetings = 0
+  const isEnough = () => increments.size > 0 && meetings > 0
   try {
-    for (let round = 0; round < ROUNDS; round++) {
+    for (let round = 0; round < ROUNDS || (!isEnough() && round < MOST_ROUNDS); round++) {
       for (const host of hosts) await host.write(random)
       const some = wanted.size > 0 ? random.pick([...wanted.keys()]) : undefined
       const runs = hosts.map(async host => {
@@ -231,6 +236,7 @@ test('two hosts that back up, delete and prune the same instance on one storage 
       for (const end of ends) {
         if (end.killed) throw new Error('nobody kills here')
         if (end.failure) expect(MET_ANOTHER).toContain(end.failure.code)
+        if (end.failure) meetings++
         for (const id of end.removed ?? []) gone.add(id)
       }
       expect(ends[2], 'the prune').not.toHaveProperty('failure') // which would not tell what it removed
@@ -240,8 +246,9 @@ test('two hosts that back up, delete and prune the same instance on one storage 
       expect(backups.map(({ manifest }) => manifest.id).sort()).toEqual(
         [...wanted.keys()].filter(id => !gone.has(id)).sort(),
       )
+      for (const { manifest } of backups) if (manifest.kind === 'incremental') increments.add(manifest.id)
       // There may be none: a prune kept only what was deleted meanwhile.
-      const looked = round === ROUNDS - 1 || backups.length === 0 ? backups : [random.pick(backups)]
+      const looked = round >= ROUNDS - 1 || backups.length === 0 ? backups : [random.pick(backups)]
       for (const { manifest } of looked) {
         const content = wanted.get(manifest.id)
         if (!content) throw new Error(`nobody took ${manifest.id}`)
@@ -251,6 +258,9 @@ test('two hosts that back up, delete and prune the same instance on one storage 
     }
     // A backup fails only when its parent has gone, and the one after it is then a full one.
     expect(wanted.size).toBeGreaterThanOrEqual(ROUNDS)
+    // Runs that never meet, and backups that rest on nothing, would damage none either.
+    expect(increments.size, 'increments').toBeGreaterThan(0)
+    expect(meetings, 'runs that met another one').toBeGreaterThan(0)
   } catch (error) {
     throw new Error(`seed ${seed}:\n${story.join('\n')}`, { cause: error })
   }

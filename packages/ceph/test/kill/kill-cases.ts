@@ -181,7 +181,7 @@ export class KillCases implements AsyncDisposable {
     if (outcome === 'undone' && copies.length > 0) throw new Error(`${copies} were left`)
     for (const disk of copies) {
       const path = ground.copyPath(disk)
-      expectContent('the copies', { [disk]: await ground.bytes(path) }, restored)
+      expectContent('the copies', { [disk]: await ground.bytes(path) }, { [disk]: restored[disk] })
       if (path.startsWith('rbd:')) await this.#lab.site.cluster.removeImage(path.slice(4))
       else await rm(path)
     }

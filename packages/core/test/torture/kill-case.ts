@@ -102,7 +102,7 @@ export async function runKillCase(
   if (published.length > (task.kind === 'backup' ? 1 : 0)) throw new Error(`${published} were published`)
   if (!end.killed && end.backup !== undefined) expectSame('what was published', published, [end.backup])
   if (task.kind === 'backup') {
-    for (const id of published) ground.backups.set(id, before)
+    for (const id of published) ground.remember(id, task.request.disks, before)
     if (settled.length > 0) {
       const outcome = published.length > 0 ? 'finished' : 'undone'
       expectSame(

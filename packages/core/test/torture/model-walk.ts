@@ -8,7 +8,7 @@ import { RestorePipeline } from '../../src/restore-pipeline.ts'
 import { expectContent } from './expect-content.ts'
 import { expectNoOtherObjects } from './expect-objects.ts'
 import { expectCleanState } from './expect-state.ts'
-import { DISKS, INSTANCE } from './guest.ts'
+import { DISKS, type DiskName, INSTANCE } from './guest.ts'
 import type { ProvingGround, StorageName } from './proving-ground.ts'
 import { Random } from './random.ts'
 
@@ -100,9 +100,7 @@ export class ModelWalk {
       case 'backups behind a listing that lags':
         return this.#lag(storage)
       case 'backup of one disk':
-        this.#add(storage, await ground.backup(storage, { disks: [random.pick(DISKS)] }))
-        this.#next[storage] = undefined
-        return
+        return this.#addOneDisk(storage, random.pick(DISKS))
       case 'backup that fails':
         return this.#fail(storage)
       case 'restore':
@@ -162,6 +160,11 @@ export class ModelWalk {
     this.#next[storage] = undefined
   }
 
+  async #addOneDisk(storage: StorageName, disk: DiskName): Promise<void> {
+    this.#add(storage, await this.#ground.backup(storage, { disks: [disk] }), [disk])
+    this.#next[storage] = undefined
+  }
+
   /** One of all disks, whose kind was not asked for. */
   #addAuto(storage: StorageName, manifest: BackupManifest): void {
     const next = this.#next[storage]
@@ -189,8 +192,8 @@ export class ModelWalk {
     return [...found]
   }
 
-  #add(storage: StorageName, manifest: BackupManifest): void {
-    this.#ground.remember(manifest)
+  #add(storage: StorageName, manifest: BackupManifest, disks?: readonly DiskName[]): void {
+    this.#ground.remember(manifest.id, disks)
     const kinds = manifest.disks.map(({ name, kind, fallback }) => `${name} ${kind} ${fallback ?? ''}`)
     this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
     this.#there[storage].push(manifest)

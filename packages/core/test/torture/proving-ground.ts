@@ -217,17 +217,14 @@ export class ProvingGround implements AsyncDisposable {
       stateDir: this.stateDir,
     })
     const manifest = await pipeline.run({ instance: INSTANCE, ...request })
-    this.remember(manifest)
+    this.remember(manifest.id, request.disks)
     return manifest
   }
 
-  /** A backup holds what its disks hold now. */
-  remember({ id, disks }: BackupManifest): void {
-    const { content } = this
-    this.backups.set(
-      id,
-      Object.fromEntries(disks.map(({ name }) => [name, content[name] ?? Buffer.alloc(0)])),
-    )
+  /** A backup holds what the disks hold now that were asked for, whatever its manifest says. */
+  remember(id: string, disks: BackupRequest['disks'] = 'all', content: Content = this.content): void {
+    const asked = Object.entries(content).filter(([name]) => disks === 'all' || disks.includes(name))
+    this.backups.set(id, Object.fromEntries(asked))
   }
 
   /** What a restore of a backup gives. */
