@@ -5,6 +5,7 @@ import { abortError } from './errors.ts'
 import type { BackupStage } from './events.ts'
 import type { Host, Instance } from './host.ts'
 import type { RunJournal } from './journal.ts'
+import type { SizedOverlay } from './overlay-space.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -18,6 +19,8 @@ export interface BackupContext {
   readonly instance: Instance
   readonly request: BackupRequest
   readonly plan: BackupPlan
+  /** Where a running instance is to write to meanwhile. */
+  readonly overlays: readonly SizedOverlay[]
   readonly journal: RunJournal
   /** Of all disks of the instance. */
   readonly lock: DiskLock

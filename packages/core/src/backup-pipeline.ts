@@ -13,7 +13,7 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { freeze, mark, stream } from './backup-stages.ts'
+import { freeze, mark, planOverlays, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { VarveError } from './errors.ts'
@@ -162,6 +162,7 @@ export class BackupPipeline {
     }
 
     const id = newBackupId(backups.at(-1)?.manifest.id, startedAt)
+    const overlays = await planOverlays(host, instance, disks, id)
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
       id,
@@ -181,6 +182,7 @@ export class BackupPipeline {
       instance,
       request,
       plan,
+      overlays,
       journal,
       lock,
       run,

@@ -1,13 +1,21 @@
-import { mkdir, readFile, stat } from 'node:fs/promises'
+import { readFile, stat } from 'node:fs/promises'
 import PQueue from 'p-queue'
 import { type BackupContext, stage } from './backup-context.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, markName } from './backup-plan.ts'
 import { diskError } from './disk-error.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import { type DiskOverlay, type FileDisk, isFileDisk, type RbdDisk } from './host.ts'
+import {
+  type DiskOverlay,
+  type FileDisk,
+  type Host,
+  type HostDisk,
+  type Instance,
+  isFileDisk,
+  type RbdDisk,
+} from './host.ts'
 import type { Consistency, ManifestDisk } from './manifest.ts'
 import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
-import { newExportFolder } from './qemu-nbd.ts'
+import { makeExportFolder, newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -16,6 +24,29 @@ import { streamRbdDisk } from './stream-rbd-disk.ts'
 
 function fileDisks({ disks }: BackupPlan): FileDisk[] {
   return disks.map(({ disk }) => disk).filter(isFileDisk)
+}
+
+/**
+ * Where a running instance is to write to while the backup of this id is taken.
+ *
+ * @throws INVALID_ARGUMENT where there is no such folder
+ */
+export async function planOverlays(
+  host: Host,
+  { running }: Instance,
+  disks: readonly HostDisk[],
+  id: string,
+): Promise<SizedOverlay[]> {
+  if (!running) return []
+  return Promise.all(
+    disks.filter(isFileDisk).map(async disk => ({
+      disk: disk.name,
+      base: disk.path,
+      baseFormat: disk.format,
+      overlay: await host.overlayPath(disk, id),
+      virtualSize: disk.virtualSize,
+    })),
+  )
 }
 
 /** Begins a bitmap of this backup's on every qcow2 disk, before the freeze: no write falls between the two. */
@@ -45,15 +76,12 @@ export interface Frozen {
 /** Freezes the disks of a running instance at one moment; those of a stopped one are still anyway. */
 export async function freeze(backup: BackupContext): Promise<Frozen> {
   const { instance, plan, run } = backup
-  const files = fileDisks(plan)
   const images = plan.disks.map(({ disk }) => disk).filter(disk => !isFileDisk(disk))
   if (instance.running || images.length > 0) {
     const count = plan.disks.length === 1 ? 'one disk' : `${plan.disks.length} disks`
     stage(run, 'freeze', `Freezing ${count} by a snapshot`)
   }
-  const moment = instance.running
-    ? await freezeRunning(backup, files, images)
-    : await freezeStopped(backup, images)
+  const moment = instance.running ? await freezeRunning(backup, images) : await freezeStopped(backup, images)
   const nvram = instance.nvram === undefined ? undefined : await readNvram(instance.nvram, run)
   return { ...moment, ...(nvram && { nvram }) }
 }
@@ -101,23 +129,8 @@ async function admitOpenImages(
   return true
 }
 
-async function freezeRunning(
-  backup: BackupContext,
-  files: readonly FileDisk[],
-  images: readonly RbdDisk[],
-): Promise<Frozen> {
-  const { id, host, instance, journal, lock, run, request } = backup
-  const overlays = await Promise.all(
-    files.map(
-      async (disk): Promise<SizedOverlay> => ({
-        disk: disk.name,
-        base: disk.path,
-        baseFormat: disk.format,
-        overlay: await host.overlayPath(disk, id),
-        virtualSize: disk.virtualSize,
-      }),
-    ),
-  )
+async function freezeRunning(backup: BackupContext, images: readonly RbdDisk[]): Promise<Frozen> {
+  const { host, instance, overlays, journal, lock, run, request } = backup
   const lack = await lackOfSpace(overlays, request.overlayReserve)
   if (lack) throw lack
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
@@ -276,7 +289,7 @@ async function serveDisks(backup: BackupContext, served: Map<string, ServedDisk>
   stage(run, 'export', 'Serving the frozen disks with qemu-nbd')
   const folder = newExportFolder()
   await journal.record({ step: 'export', folder })
-  await mkdir(folder, { mode: 0o700 })
+  await makeExportFolder(folder)
   const outcomes = await Promise.allSettled(
     plan.disks.map(async diskPlan => {
       const { disk } = diskPlan

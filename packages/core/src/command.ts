@@ -103,7 +103,7 @@ export async function runCommand(
   if (result.timedOut) {
     throw new VarveError(
       'COMMAND_TIMEOUT',
-      `${label} did not end within ${timeoutMs / 1000} s and was stopped.`,
+      `${label} did not end within ${timeoutMs / 1000} s and was stopped. See that libvirt and the file system of the disks answer, and try again.`,
       {
         context,
         cause: keepsSecret ? undefined : result,
@@ -114,7 +114,7 @@ export async function runCommand(
   const said = lastLine(result.stderr) || (secretOutput ? '' : lastLine(result.stdout)) || result.shortMessage
   throw new VarveError(
     'COMMAND_FAILED',
-    `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}`,
+    `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}; put that right and try again`, // it is often a part of a sentence
     {
       context,
       cause: keepsSecret ? undefined : result,

@@ -138,7 +138,7 @@ export interface Host {
   ): Promise<void>
   /** Removes bitmaps and their twins from a disk; those that are not there are left out. */
   removeBitmaps(instance: string, disk: string, bitmaps: readonly string[], run?: RunOptions): Promise<void>
-  /** Where the overlay of a disk goes. */
+  /** Where the overlay of a disk goes. @throws INVALID_ARGUMENT where there is no such folder */
   overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */
   snapshot(instance: string, overlays: readonly DiskOverlay[], run?: RunOptions): Promise<void>

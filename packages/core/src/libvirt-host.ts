@@ -3,7 +3,7 @@ import { basename, dirname, join } from 'node:path'
 import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
-import { isVarveError, VarveError } from './errors.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import {
   freezeFilesystems,
   isPaused,
@@ -159,7 +159,7 @@ export class LibvirtHost implements Host {
         { context: { disk: disk.name, path: disk.path } },
       )
     }
-    const folder = await realpath(this.#overlayFolder ?? dirname(disk.path))
+    const folder = await overlayFolderOf(this.#overlayFolder ?? dirname(disk.path))
     return join(folder, `${basename(disk.path)}.${disk.name}.varve-${backupId}`)
   }
 
@@ -269,6 +269,25 @@ export class LibvirtHost implements Host {
   define(xml: string, run: RunOptions = {}): Promise<void> {
     return this.#domains.define(xml, run)
   }
+}
+
+/** The folder of overlays, symbolic links resolved. */
+async function overlayFolderOf(folder: string): Promise<string> {
+  try {
+    const path = await realpath(folder)
+    if ((await stat(path)).isDirectory()) return path
+  } catch (error) {
+    throw noOverlayFolder(folder, error)
+  }
+  throw noOverlayFolder(folder, new Error('it is no folder'))
+}
+
+function noOverlayFolder(folder: string, cause: unknown): VarveError {
+  return new VarveError(
+    'INVALID_ARGUMENT',
+    `No overlay can be made in ${folder}: ${errorMessage(cause)}. Make that folder, or set overlayFolder (--overlay-folder) to one that is there.`,
+    { context: { overlayFolder: folder }, cause },
+  )
 }
 
 async function readDisk(

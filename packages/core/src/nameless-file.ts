@@ -2,6 +2,7 @@ import { constants } from 'node:fs'
 import { mkdtemp, open, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { inTemporaryFolder } from './state-folder.ts'
 
 /** open(2): a file that has no name in its folder, and is gone once nobody has it open. Node has no constant for it. */
 const O_TMPFILE = 0o20000000 | constants.O_DIRECTORY
@@ -12,8 +13,12 @@ export interface NamelessFile extends AsyncDisposable {
   readonly path: string
 }
 
-/** A file that holds a text and of which nothing stays when this process is killed. */
-export async function namelessFile(text: string): Promise<NamelessFile> {
+/** A file that holds a text and of which nothing stays when this process is killed. @throws STATE_DIR_FAILED */
+export function namelessFile(text: string): Promise<NamelessFile> {
+  return inTemporaryFolder(tmpdir(), () => writeNameless(text))
+}
+
+async function writeNameless(text: string): Promise<NamelessFile> {
   const file = await open(tmpdir(), constants.O_RDWR | O_TMPFILE, 0o600).catch(openAndRemove)
   const close = () => file.close()
   try {

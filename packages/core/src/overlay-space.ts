@@ -27,8 +27,24 @@ export interface SizedOverlay extends DiskOverlay {
  *
  * @param reserve bytes to keep free; default: 1 GiB, or 5 % of a smaller file system
  * @returns OVERLAY_SPACE_LOW, or undefined where there is room
+ * @throws OVERLAY_SPACE_LOW where that cannot be told
  */
 export async function lackOfSpace(
+  overlays: readonly SizedOverlay[],
+  reserve: number | undefined,
+): Promise<VarveError | undefined> {
+  try {
+    return await findLack(overlays, reserve)
+  } catch (error) {
+    throw new VarveError(
+      'OVERLAY_SPACE_LOW',
+      `How much room the overlays have cannot be told: ${errorMessage(error)}. See that the folders of the disks and of their overlays can be read, and back up again.`,
+      { cause: error, retryable: true },
+    )
+  }
+}
+
+async function findLack(
   overlays: readonly SizedOverlay[],
   reserve: number | undefined,
 ): Promise<VarveError | undefined> {
@@ -96,11 +112,7 @@ export class OverlayWatch implements AsyncDisposable {
     let warned = false
     while (!this.#end.signal.aborted) {
       const lack = await lackOfSpace(overlays, reserve).catch(error => {
-        if (!warned)
-          emit(run, {
-            type: 'warning',
-            message: `How much room the overlays have cannot be told: ${errorMessage(error)}`,
-          })
+        if (!warned) emit(run, { type: 'warning', message: errorMessage(error) })
         warned = true
         return undefined
       })

@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { readFile, rm, stat } from 'node:fs/promises'
+import { mkdir, readFile, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -7,6 +7,7 @@ import { execa } from 'execa'
 import { errorMessage, VarveError } from './errors.ts'
 import { saysLocked } from './image-lock.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { inTemporaryFolder } from './state-folder.ts'
 
 const SOCKET_TIMEOUT_MS = 15_000
 /** How long a server may take to end, in milliseconds. After a third of it, it is killed. */
@@ -57,6 +58,11 @@ export interface NbdExport extends AsyncDisposable {
  */
 export function newExportFolder(): string {
   return join(tmpdir(), `varve-nbd-${randomBytes(6).toString('hex')}`)
+}
+
+/** Makes that folder. @throws STATE_DIR_FAILED */
+export async function makeExportFolder(folder: string): Promise<void> {
+  await inTemporaryFolder(folder, () => mkdir(folder, { mode: 0o700 }))
 }
 
 /**

@@ -71,7 +71,7 @@ export class Qmp {
     if (!node) {
       throw new VarveError(
         'DISK_UNSUPPORTED',
-        `QEMU has no block node of ${path} (${format}) in ${this.#domain}.`,
+        `QEMU has no block node of ${path} (${format}) in ${this.#domain}: it runs on something else than its definition says. Compare the disks of "virsh dumpxml" with it, and back up the others by their names (--disks), or this one once the instance was started anew.`,
         {
           context: { instance: this.#domain, path, format },
         },
@@ -111,9 +111,13 @@ async function execute(monitor: Monitor, domain: string, command: string, args: 
   const output = await monitor(JSON.stringify({ execute: command, arguments: args }))
   const reply = monitorReply.parse(JSON.parse(output))
   if (reply.error) {
-    throw new VarveError('COMMAND_FAILED', `QEMU refused ${command} for ${domain}: ${reply.error.desc}`, {
-      context: { instance: domain, command, reason: reply.error.desc },
-    })
+    throw new VarveError(
+      'COMMAND_FAILED',
+      `QEMU refused ${command} for ${domain}: ${reply.error.desc}; put that right and try again`,
+      {
+        context: { instance: domain, command, reason: reply.error.desc },
+      },
+    )
   }
   return reply.return
 }

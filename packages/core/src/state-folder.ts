@@ -26,6 +26,20 @@ export async function inStateFolder<T>(path: string, work: () => Promise<T>): Pr
   }
 }
 
+/** Does something in the folder of temporary files; an error of its file system becomes STATE_DIR_FAILED with the path. */
+export async function inTemporaryFolder<T>(path: string, work: () => Promise<T>): Promise<T> {
+  try {
+    return await work()
+  } catch (error) {
+    const errno = error instanceof Error && 'code' in error ? String(error.code) : undefined
+    throw new VarveError(
+      'STATE_DIR_FAILED',
+      `The folder of temporary files cannot be used, at ${path}: ${errorMessage(error)}. Make room there and look at its permissions, or set TMPDIR to another folder.`,
+      { context: { path, errno }, cause: error },
+    )
+  }
+}
+
 /** The names in a folder of the state folder; none where it is not there. @throws STATE_DIR_FAILED */
 export function namesIn(folder: string): Promise<string[]> {
   return inStateFolder(folder, async () => (await unlessMissing(readdir(folder))) ?? [])

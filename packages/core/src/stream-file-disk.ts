@@ -180,9 +180,13 @@ async function layOut(
   const allocation = maps.get(ALLOCATION)
   const dirty = isIncrement ? maps.get(dirtyContext(plan.since)) : undefined
   if (!allocation || (isIncrement && !dirty)) {
-    throw new VarveError('NBD_FAILED', `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}).`, {
-      context: { disk: disk.name },
-    })
+    throw new VarveError(
+      'NBD_FAILED',
+      `qemu-nbd does not tell the extents of ${disk.name} (${disk.path}). See that it is of version 6 or newer (qemu-nbd --version); a full backup (type, --type full) does without the bitmap.`,
+      {
+        context: { disk: disk.name },
+      },
+    )
   }
   const since = isIncrement && dirty && lost && { dirty, size: plan.parentSize, lost: lost.ranges }
   const extents = imageExtents({ size, clusterSize, allocation, ...(since && { since }) })

@@ -60,7 +60,7 @@ export class Virsh {
       const { stdout, stderr } = await this.#execute(run, args)
       const said = /^error: *(.*)/m.exec(stderr)?.[1] // the exit code is that of the last command
       if (said !== undefined) {
-        throw new VarveError('COMMAND_FAILED', `virsh failed: ${said}`, {
+        throw new VarveError('COMMAND_FAILED', `virsh failed: ${said}; put that right and try again`, {
           context: { command: 'virsh', args, stderr },
         })
       }

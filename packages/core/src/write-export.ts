@@ -1,8 +1,8 @@
-import { mkdir, rm } from 'node:fs/promises'
+import { rm } from 'node:fs/promises'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
 import { NbdTarget } from './nbd-target.ts'
-import { exportDisk, type NbdExport, newExportFolder } from './qemu-nbd.ts'
+import { exportDisk, makeExportFolder, type NbdExport, newExportFolder } from './qemu-nbd.ts'
 import type { RestoreContext } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { DiskRestore } from './restore-plan.ts'
@@ -30,7 +30,7 @@ export async function writeExport(
 ): Promise<RestoredDisk> {
   const folder = newExportFolder()
   await restore.journal.record({ step: 'export', folder })
-  await mkdir(folder, { mode: 0o700 })
+  await makeExportFolder(folder)
   try {
     return await writeServed(restore, disk, to, folder)
   } finally {

@@ -30,3 +30,14 @@ test('a command that a Ctrl-C always ends is an error, and one that was given up
   given.abort(new Error('enough'))
   await expect(aborted).rejects.toMatchObject({ code: 'ABORTED' })
 })
+
+test('an error of a command says what to do', async () => {
+  await expect(runCommand('sh', ['-c', 'echo no room >&2; exit 3'])).rejects.toMatchObject({
+    code: 'COMMAND_FAILED',
+    message: 'sh -c failed (exit 3): no room; put that right and try again',
+  })
+  await expect(runCommand('sleep', ['60'], { timeoutMs: 100 })).rejects.toMatchObject({
+    code: 'COMMAND_TIMEOUT',
+    message: expect.stringMatching(/^sleep 60 did not end within 0.1 s.*file system.*try again/),
+  })
+})

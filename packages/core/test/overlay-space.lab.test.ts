@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { mkdtemp, rm, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { type LabDomain, mountTmpfs, qemuIo, sha256Content, type Tmpfs } from '@varve/testkit/lab'
@@ -72,6 +73,37 @@ test('a backup does not begin where its overlay would have too little room', asy
   })
   await site.expectCleanHost([])
   await pipeline.run({ instance: vm.name }) // 5 % of 24 MiB are kept free
+})
+
+test('a folder of overlays that is not there, or is none, is told before anything was done', async () => {
+  const vm = await site.createVm([{ target: 'vda', size: MiB }])
+  await vm.start()
+  for (const overlayFolder of [join(site.folder, 'typo'), site.image('vda')]) {
+    const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder })
+    const stages: string[] = []
+    const run = new BackupPipeline({ host, storage: site.storage, stateDir: site.stateDir }).run(
+      { instance: vm.name },
+      { onEvent: event => void (event.type === 'stage' && stages.push(event.stage)) },
+    )
+    await expect(run).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringMatching(new RegExp(`${overlayFolder}.*Make that folder, or set overlayFolder`)),
+      context: { overlayFolder },
+    })
+    expect(stages).toEqual(['plan'])
+  }
+  expect(existsSync(site.stateDir)).toBe(false)
+})
+
+test('where nobody can tell how much room there is, no backup begins', async () => {
+  const base = join(site.folder, 'gone', 'vda')
+  const overlays = [
+    { disk: 'vda', base, baseFormat: 'raw', overlay: `${base}.varve`, virtualSize: MiB },
+  ] as const
+  await expect(lackOfSpace(overlays, 0)).rejects.toMatchObject({
+    code: 'OVERLAY_SPACE_LOW',
+    message: expect.stringMatching(/gone.*back up again/),
+  })
 })
 
 /** Writes so many bytes into a new file. */

@@ -4,10 +4,13 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, mountTmpfs } from '@varve/testkit/lab'
-import { afterEach, beforeEach, expect, onTestFinished, test } from 'vitest'
+import { afterEach, beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { ImageHost } from '../src/image-host.ts'
+import type { BackupManifest } from '../src/manifest.ts'
+import { namelessFile } from '../src/nameless-file.ts'
 import { recover } from '../src/recover.ts'
+import { RestorePipeline } from '../src/restore-pipeline.ts'
 
 let folder: string
 let disk: string
@@ -17,12 +20,16 @@ beforeEach(async () => {
   await createQcow2(disk, 1024 * 1024)
   await mkdir(join(folder, 'storage'))
 })
-afterEach(() => rm(folder, { recursive: true }))
+afterEach(async () => {
+  vi.unstubAllEnvs()
+  await rm(folder, { recursive: true })
+})
 
-function backup(stateDir: string): Promise<unknown> {
+const storage = () => new LocalDriver({ path: join(folder, 'storage') })
+
+function backup(stateDir: string): Promise<BackupManifest> {
   const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
-  const storage = new LocalDriver({ path: join(folder, 'storage') })
-  return new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-1' })
+  return new BackupPipeline({ host, storage: storage(), stateDir }).run({ instance: 'web-1' })
 }
 
 /** A backup that cannot use its state folder names it, and touches neither the disk nor the storage. */
@@ -74,4 +81,32 @@ test('a state folder that is read-only, below a file, or where none can be, is t
     code: 'STATE_DIR_FAILED',
   })
   await expectFailure('/proc/nope', 'ENOENT')
+})
+
+test('a folder of temporary files that takes none is told, and TMPDIR as what can be done', async () => {
+  const stateDir = join(folder, 'state')
+  const target = join(folder, 'target.qcow2')
+  const { id } = await backup(stateDir)
+  await createQcow2(target, 1024 * 1024)
+  const before = await readFile(target)
+  const readOnly = await mounted()
+  execFileSync('mount', ['-o', 'remount,ro', readOnly])
+  vi.stubEnv('TMPDIR', readOnly)
+  const error = {
+    code: 'STATE_DIR_FAILED',
+    message: expect.stringMatching(new RegExp(`${readOnly}.*TMPDIR`)),
+    context: { errno: 'EROFS' },
+  }
+  await expect(backup(stateDir)).rejects.toMatchObject(error)
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: target } })
+  const restore = new RestorePipeline({ host, stateDir, storage: storage() })
+  await expect(restore.run({ backup: id, to: { instance: 'web-1' }, inPlace: true })).rejects.toMatchObject(
+    error,
+  )
+  await expect(namelessFile('<domain/>')).rejects.toMatchObject(error)
+  expect(before.equals(await readFile(target))).toBe(true)
+
+  vi.unstubAllEnvs()
+  expect(await recover({ stateDir, storages: [storage()] })).toEqual({ runs: [], ok: true })
+  expect(await backup(stateDir)).toMatchObject({ kind: 'incremental', parent: id })
 })
