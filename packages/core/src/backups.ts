@@ -14,6 +14,7 @@ const never: AbortSignal = new AbortController().signal
 
 /** A backup on a storage. */
 export interface StoredBackup {
+  /** What it is. */
   readonly manifest: BackupManifest
   /** Where its objects are: `<instance>/<chain>/<id>`. */
   readonly folder: string
@@ -21,6 +22,7 @@ export interface StoredBackup {
 
 /** A manifest on a storage that cannot be used. */
 export interface DamagedManifest {
+  /** Where it is. */
   readonly key: string
   /** MANIFEST_INVALID or MANIFEST_VERSION. */
   readonly error: VarveError

@@ -32,7 +32,9 @@ export interface CommandOptions extends RunOptions {
 
 /** What a command that succeeded printed. */
 export interface CommandResult {
+  /** All that it printed. */
   readonly stdout: string
+  /** All that it said of its work and its errors. */
   readonly stderr: string
 }
 

@@ -17,7 +17,9 @@ export type RestoreStage = 'preflight' | 'power-off' | 'write' | 'swap' | 'mark'
 
 /** A stage begins. */
 export interface StageEvent {
+  /** Tells the events apart. */
   readonly type: 'stage'
+  /** The stage that begins; the one before it has ended. */
   readonly stage: BackupStage | RestoreStage
   /** One sentence for people. */
   readonly message: string
@@ -25,11 +27,13 @@ export interface StageEvent {
 
 /** How far one disk is. Sent a few times a second, and once at its end. */
 export interface ProgressEvent {
+  /** Tells the events apart. */
   readonly type: 'progress'
   /** The disk, such as `vda`. */
   readonly disk: string
-  /** Bytes done and to do; the total is exact from the first event on. */
+  /** Bytes that are done. May go back where an upload is begun again. */
   readonly bytesDone: number
+  /** Bytes that there are to do: exact from the first event on. */
   readonly bytesTotal: number
   /** 0 to 100. */
   readonly percent: number
@@ -41,8 +45,11 @@ export interface ProgressEvent {
 
 /** A disk gets a full image where an increment was wanted. */
 export interface FallbackEvent {
+  /** Tells the events apart. */
   readonly type: 'fallback'
+  /** The disk, such as `vda`. */
   readonly disk: string
+  /** Why it gets a full image. */
   readonly reason: FallbackReason
   /** One sentence for people. */
   readonly message: string
@@ -50,20 +57,27 @@ export interface FallbackEvent {
 
 /** An external program has ended. */
 export interface CommandEvent {
+  /** Tells the events apart. */
   readonly type: 'command'
+  /** The program, such as `qemu-img`. */
   readonly command: string
   /** Its arguments; secrets are never among them. */
   readonly args: readonly string[]
   /** Undefined when it was ended by a signal or could not be started. */
   readonly exitCode: number | undefined
+  /** What it printed, without what may hold secrets. */
   readonly stdout: string
+  /** What it said of its work and its errors, without secrets. */
   readonly stderr: string
+  /** From its start to its end, in milliseconds. */
   readonly durationMs: number
 }
 
 /** Something that someone should look at, though the run goes on. */
 export interface WarningEvent {
+  /** Tells the events apart. */
   readonly type: 'warning'
+  /** What to look at, and what to do, in a sentence or two. */
   readonly message: string
 }
 

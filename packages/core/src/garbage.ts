@@ -11,6 +11,7 @@ const LEAST_GARBAGE_AGE_MS = 60 * 60 * 1000
 
 /** A backup's folder without a manifest: an upload that broke off, or a deletion that did. */
 export interface GarbageFolder {
+  /** `<instance>/<chain>/<id>` */
   readonly folder: string
   /** Objects in it. */
   readonly objects: number

@@ -4,6 +4,7 @@ import type { RunOptions } from './run-options.ts'
 
 /** A bitmap that an image carries. */
 export interface DiskBitmap {
+  /** Its name, without what marks a twin. */
   readonly name: string
   /** Bytes that one bit stands for. */
   readonly granularity: number
@@ -27,11 +28,13 @@ export interface FileDisk {
   readonly name: string
   /** The file or block device that the instance writes to, with symbolic links resolved. */
   readonly path: string
+  /** The format of the image. */
   readonly format: 'qcow2' | 'raw'
   /** Whether `path` is a block device. */
   readonly blockDevice: boolean
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
+  /** The bitmaps that it carries, whoever made them. */
   readonly bitmaps: readonly DiskBitmap[]
   /** The external data file that a qcow2 image names; not told of one that an instance runs on. */
   readonly dataFile?: string
@@ -45,6 +48,7 @@ export interface RbdDisk {
   readonly name: string
   /** `rbd:<pool>/[<namespace>/]<image>` */
   readonly path: string
+  /** Always this. */
   readonly format: 'rbd'
   /** `<pool>/[<namespace>/]<image>` */
   readonly image: string
@@ -64,8 +68,17 @@ export function isFileDisk(disk: HostDisk): disk is FileDisk {
   return disk.format !== 'rbd'
 }
 
+/** Where one disk of an instance is. */
+export interface DiskPlace {
+  /** The target name, such as `vda`. */
+  readonly name: string
+  /** The file or block device, with symbolic links resolved, or `rbd:<pool>/[<namespace>/]<image>`. */
+  readonly path: string
+}
+
 /** Where the disks of an instance are. */
-export interface InstanceDisks<D = { readonly name: string; readonly path: string }> {
+export interface InstanceDisks<D = DiskPlace> {
+  /** The instance's name. */
   readonly name: string
   /** The disks that can be backed up, the primary one first. */
   readonly disks: readonly D[]
@@ -75,7 +88,9 @@ export interface InstanceDisks<D = { readonly name: string; readonly path: strin
 
 /** An instance, as it is now. */
 export interface Instance extends InstanceDisks<HostDisk> {
+  /** libvirt's UUID of it; absent for plain images. */
   readonly uuid?: string
+  /** Whether it runs, be it paused or not. */
   readonly running: boolean
   /** Whether it runs, but somebody has stopped its processors. */
   readonly paused?: boolean
@@ -93,6 +108,7 @@ export interface DiskOverlay {
   readonly disk: string
   /** The disk's own file, read-only while the overlay is active. */
   readonly base: string
+  /** The format of `base`. */
   readonly baseFormat: 'qcow2' | 'raw'
   /** The overlay file. */
   readonly overlay: string
@@ -100,8 +116,20 @@ export interface DiskOverlay {
 
 /** Enough to make the same host again, when another process cleans up after one that died. */
 export type HostReference =
-  | { readonly kind: 'libvirt'; readonly uri: string }
-  | { readonly kind: 'image'; readonly instance: string; readonly disks: Readonly<Record<string, ImageDisk>> }
+  | {
+      /** A {@link LibvirtHost}. */
+      readonly kind: 'libvirt'
+      /** Its connection URI. */
+      readonly uri: string
+    }
+  | {
+      /** An {@link ImageHost}. */
+      readonly kind: 'image'
+      /** The name of its instance. */
+      readonly instance: string
+      /** Its images, by disk name. */
+      readonly disks: Readonly<Record<string, ImageDisk>>
+    }
 
 /** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
 export interface MergeRecord {
@@ -117,6 +145,7 @@ export interface MergeRecord {
  * looks at the state first.
  */
 export interface Host {
+  /** What makes the same host again in another process. */
   readonly reference: HostReference
   /**
    * Where the disks are, to take their locks: no disk is looked into.

@@ -32,10 +32,18 @@ export interface ImageHostOptions {
 }
 
 /** A disk image: its path, or its path and format. */
-export type ImageDisk = string | { readonly path: string; readonly format: 'qcow2' | 'raw' }
+export type ImageDisk =
+  | string
+  | {
+      /** The file or block device, or `rbd:<pool>/[<namespace>/]<image>`. */
+      readonly path: string
+      /** Its format, which is looked up where it is not stated. */
+      readonly format: 'qcow2' | 'raw'
+    }
 
 /** Disk images that no virtual machine uses while they are backed up or restored; libvirt is not needed. */
 export class ImageHost implements Host {
+  /** What makes the same host again in another process. */
   readonly reference: HostReference
   readonly #instance: string
   readonly #disks: Readonly<Record<string, ImageDisk>>

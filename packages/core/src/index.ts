@@ -24,6 +24,7 @@ export * from './giving-up.ts'
 export type {
   DiskBitmap,
   DiskOverlay,
+  DiskPlace,
   FileDisk,
   Host,
   HostDisk,

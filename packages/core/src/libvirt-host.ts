@@ -53,6 +53,7 @@ export interface LibvirtHostOptions {
 
 /** The domains of a libvirt daemon, through `virsh`. */
 export class LibvirtHost implements Host {
+  /** What makes the same host again in another process. */
   readonly reference: HostReference
   readonly #virsh: Virsh
   readonly #domains: LibvirtDomains

@@ -51,6 +51,7 @@ interface ManifestDiskBase {
   readonly virtualSize: number
   /** Size of the image object in bytes. */
   readonly storedSize: number
+  /** Digest of the image object. */
   readonly digest: ObjectDigest
   /** The image that an incremental one rests on: `../<parent>/<image of the parent>`. */
   readonly backing?: string
@@ -60,26 +61,50 @@ interface ManifestDiskBase {
 
 /** A disk that was a file or a block device, stored as a qcow2 image. */
 export interface Qcow2ManifestDisk extends ManifestDiskBase {
+  /** What the stored image is. */
   readonly format: 'qcow2'
   /** Cluster size of the image in bytes. */
   readonly clusterSize: number
   /** Where the disk had data, for the next increment; see docs/storage-format.md. None of raw disks. */
   readonly map?: ManifestFile
   /** The bitmap that records what changes after this backup, `varve-<id>`; none on raw disks. */
-  readonly bitmap?: { readonly name: string; readonly granularity: number }
+  readonly bitmap?: {
+    /** Its name on the disk. */
+    readonly name: string
+    /** Bytes that one bit stands for. */
+    readonly granularity: number
+  }
   /** The source when it was backed up. */
-  readonly source: { readonly path: string; readonly format: 'qcow2' | 'raw' }
+  readonly source: {
+    /** The file or block device on its host. */
+    readonly path: string
+    /** The format that it had there. */
+    readonly format: 'qcow2' | 'raw'
+  }
 }
 
 /** A disk that was an RBD image, stored as the stream that `rbd export-diff` writes. */
 export interface RbdManifestDisk extends ManifestDiskBase {
+  /** What the stored image is. */
   readonly format: 'rbd-diff'
   /** Where the stream's records are in it, so that a restore need not read it through; see docs/storage-format.md. */
   readonly index: ManifestFile
   /** The snapshot that was backed up, `varve-<id>`, and its number in the image. */
-  readonly snapshot: { readonly name: string; readonly id: number }
+  readonly snapshot: {
+    /** Its name. */
+    readonly name: string
+    /** Its number. */
+    readonly id: number
+  }
   /** The source when it was backed up: `<pool>/[<namespace>/]<image>` and the image's own id. */
-  readonly source: { readonly path: string; readonly format: 'rbd'; readonly imageId: string }
+  readonly source: {
+    /** The image's name, with its pool and namespace. */
+    readonly path: string
+    /** Always this. */
+    readonly format: 'rbd'
+    /** The id that Ceph gave the image. */
+    readonly imageId: string
+  }
 }
 
 /** A disk in a stored image is counted in sectors of so many bytes. */
@@ -97,6 +122,7 @@ export type ManifestDisk = Qcow2ManifestDisk | RbdManifestDisk
 export interface ManifestFile {
   /** Key, relative to the manifest's folder. */
   readonly key: string
+  /** In bytes. */
   readonly size: number
   /** BLAKE3 of the bytes, 64 lower-case hex digits. */
   readonly blake3: string
@@ -104,6 +130,7 @@ export interface ManifestFile {
 
 /** The record of one backup. It is written last: it alone makes the backup exist. */
 export interface BackupManifest {
+  /** The version of the format; see docs/storage-format.md. */
   readonly version: typeof MANIFEST_VERSION
   /** Sorts by time; see docs/storage-format.md. */
   readonly id: string
@@ -111,20 +138,30 @@ export interface BackupManifest {
   readonly chain: string
   /** The backup that the increments rest on; absent in a full one. */
   readonly parent?: string
+  /** `incremental` as soon as one of the disks is. */
   readonly kind: 'full' | 'incremental'
-  readonly instance: { readonly name: string; readonly uuid?: string }
+  /** Whose disks they are. */
+  readonly instance: {
+    /** Its name on its host. */
+    readonly name: string
+    /** libvirt's UUID of it; absent for plain images. */
+    readonly uuid?: string
+  }
   /** ISO 8601, UTC. */
   readonly startedAt: string
   /** The moment that the backup shows; ISO 8601, UTC. */
   readonly frozenAt: string
   /** ISO 8601, UTC. */
   readonly finishedAt: string
+  /** What the moment is like to the guest's file systems. */
   readonly consistency: Consistency
   /** Whether the instance ran. */
   readonly running: boolean
+  /** The disks that were backed up, in the order of the instance. */
   readonly disks: readonly ManifestDisk[]
   /** libvirt's XML of the instance. */
   readonly definition?: ManifestFile
+  /** Its UEFI variables. */
   readonly nvram?: ManifestFile
   /** The programs that made it, by name. */
   readonly tools: Readonly<Record<string, string>>

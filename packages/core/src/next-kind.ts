@@ -12,11 +12,13 @@ export interface ChainPolicy {
 /** What the next backup of an instance is, as far as the storage tells. */
 export type NextKind =
   | {
+      /** All disks get a full image. */
       readonly kind: 'full'
       /** Why it is no increment. */
       readonly reason: FallbackReason
     }
   | {
+      /** The disks get an increment as far as their bitmaps and snapshots allow. */
       readonly kind: 'incremental'
       /** What it rests on. */
       readonly parent: StoredBackup

@@ -36,7 +36,9 @@ export interface PruneOptions extends RunOptions {
 
 /** A backup that is kept, and why. */
 export interface KeptBackup {
+  /** The backup. */
   readonly backup: StoredBackup
+  /** Each rule that keeps it. */
   readonly reasons: readonly RetentionReason[]
 }
 
@@ -44,6 +46,7 @@ export interface KeptBackup {
 export interface DamagedBackup {
   /** `<instance>/<chain>/<id>` */
   readonly folder: string
+  /** What is wrong with it. */
   readonly error: VarveError
 }
 

@@ -49,6 +49,7 @@ export interface RbdConnector {
 
 /** A snapshot of an RBD image. */
 export interface RbdSnapshot {
+  /** Its name. */
   readonly name: string
   /** Its number in the image; never used again. */
   readonly id: number
@@ -74,7 +75,9 @@ export interface RbdImage {
 
 /** What is exported: the content of a snapshot, or what changed from another one to it. */
 export interface RbdExport {
+  /** The name of the snapshot that the stream leads to. */
   readonly snapshot: string
+  /** The name of the one that it starts from. Default: none, for a full stream. */
   readonly from?: string
 }
 

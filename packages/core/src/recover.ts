@@ -26,9 +26,11 @@ export interface RecoverOptions {
 
 /** A run that was cut short, and what became of it. */
 export interface RecoveredRun {
+  /** The run's id: that of the backup, or one of the restore's own. */
   readonly id: string
   /** Absent, as the instance is, where the run's journal cannot be read: see `error`. */
   readonly kind?: 'backup' | 'restore'
+  /** The instance whose disks it had. */
   readonly instance?: string
   /**
    * `finished`: it had reached the point from which it is carried through. `undone`: everything is as
@@ -43,6 +45,7 @@ export interface RecoveredRun {
 
 /** The outcome of {@link recover}. */
 export interface RecoverReport {
+  /** Each run that was found cut short, or is running. */
   readonly runs: readonly RecoveredRun[]
   /** Whether nothing is left to look at. */
   readonly ok: boolean

@@ -31,7 +31,10 @@ export interface RestorePipelineOptions {
 /** Where a backup is restored to. */
 export type RestoreDestination =
   /** The disks of an instance that is defined; it is switched off for it. */
-  | { readonly instance: string }
+  | {
+      /** The instance's name. */
+      readonly instance: string
+    }
   /**
    * New files, by disk name, or new RBD images: `rbd:<pool>/[<namespace>/]<image>`. Those that exist are refused
    * unless `overwrite` is set. Format: `qcow2` unless stated; an RBD image is always raw. In place they exist, and the
@@ -39,8 +42,11 @@ export type RestoreDestination =
    * files, which looks like qcow2: a guest can make its raw disk look so.
    */
   | {
+      /** The target of each disk, by its name. */
       readonly disks: Readonly<Record<string, string>>
+      /** The format of the files. */
       readonly format?: 'qcow2' | 'raw'
+      /** Whether what exists is replaced. Default: false. */
       readonly overwrite?: boolean
     }
   /**
@@ -49,9 +55,13 @@ export type RestoreDestination =
    * original's disk, or where that is gone, of the host's own options.
    */
   | {
+      /** The name of the new instance. */
       readonly newInstance: string
+      /** The folder of its new disks. */
       readonly directory: string
+      /** Their format. Default: `qcow2`. */
       readonly format?: 'qcow2' | 'raw'
+      /** Where disks that were RBD images become new ones. Default: they become files. */
       readonly rbdPool?: string
     }
 
@@ -59,6 +69,7 @@ export type RestoreDestination =
 export interface RestoreRequest {
   /** The backup's id. */
   backup: string
+  /** Where it is restored to. */
   to: RestoreDestination
   /** Which of the backup's disks. Default: all of them; with files as the target, those named there. */
   disks?: readonly string[]
@@ -80,8 +91,11 @@ export interface RestoreRequest {
 
 /** A disk that was restored. */
 export interface RestoredDisk {
+  /** Its name in the backup, such as `vda`. */
   readonly name: string
+  /** Where it is now. */
   readonly path: string
+  /** Its format there. */
   readonly format: 'qcow2' | 'raw' | 'rbd'
   /** Size of the guest's disk in bytes. */
   readonly virtualSize: number
@@ -91,7 +105,9 @@ export interface RestoredDisk {
 
 /** The outcome of a restore. */
 export interface RestoreResult {
+  /** The backup's id. */
   readonly backup: string
+  /** The disks that were restored. */
   readonly disks: readonly RestoredDisk[]
   /** The instance whose disks they are. */
   readonly instance?: string

@@ -57,7 +57,9 @@ export function backupFolder(instance: string, chain: string, backup: string): s
 export interface BackupPlace {
   /** The instance's name. */
   readonly instance: string
+  /** The id of the full backup that its chain began with. */
   readonly chain: string
+  /** The backup's id. */
   readonly backup: string
   /** `<instance>/<chain>/<backup>` */
   readonly folder: string

@@ -4,7 +4,9 @@ import type { CommandEvent } from './events.ts'
 
 /** A half-open range of bytes: `start` is the first byte, `end` the first one after it. */
 export interface ByteRange {
+  /** Offset of the first byte. */
   readonly start: number
+  /** Offset of the first byte that is no more of it. */
   readonly end: number
 }
 

@@ -138,6 +138,7 @@ export class LocalDriver implements StorageDriver {
     return removed
   }
 
+  /** Does nothing. */
   async [Symbol.asyncDispose](): Promise<void> {
     // nothing to end: no file stays open between calls
   }

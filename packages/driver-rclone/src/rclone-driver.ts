@@ -144,6 +144,7 @@ export class RcloneDriver implements StorageDriver {
     return removed
   }
 
+  /** Ends what the driver has running. */
   async [Symbol.asyncDispose](): Promise<void> {
     // nothing to end: no process outlives its call
   }

@@ -160,6 +160,7 @@ export class S3Driver implements StorageDriver {
     return removed
   }
 
+  /** Closes the connections. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#bucket[Symbol.dispose]()
   }

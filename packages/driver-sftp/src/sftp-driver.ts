@@ -152,6 +152,7 @@ export class SftpDriver implements StorageDriver {
     return removed
   }
 
+  /** Closes the connections. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#session.end()
   }

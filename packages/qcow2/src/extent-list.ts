@@ -5,7 +5,14 @@ import { grown } from './grown.ts'
 export const MAX_RUNS: number = 2 ** 24
 
 /** What a run of a guest disk is; see {@link ExtentKind:type}. */
-export const ExtentKind = { unallocated: 0, zero: 1, data: 2 } as const
+export const ExtentKind = {
+  /** Not in this image. */
+  unallocated: 0,
+  /** Reads as zeros. */
+  zero: 1,
+  /** Stored in this image. */
+  data: 2,
+} as const
 
 /**
  * - `unallocated` (0): not in this image; it reads as the backing file does, and as zeros without one.

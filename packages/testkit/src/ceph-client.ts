@@ -94,6 +94,7 @@ export class CephClient implements AsyncDisposable {
     return this.#ask('snapshots', image)
   }
 
+  /** Makes a snapshot of an image. */
   createSnapshot(image: string, snapshot: string): Promise<void> {
     return this.#ask('create_snapshot', image, snapshot)
   }

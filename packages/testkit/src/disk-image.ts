@@ -10,7 +10,9 @@ export type ImageFormat = 'qcow2' | 'raw'
 
 /** An image file, or what QEMU takes for one, such as `rbd:pool/image:conf=/etc/ceph/ceph.conf`. */
 export interface DiskImage {
+  /** Its file. */
   readonly path: string
+  /** Its format. */
   readonly format: ImageFormat
 }
 

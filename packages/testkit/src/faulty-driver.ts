@@ -25,6 +25,7 @@ interface Change {
 
 /** A call that a {@link FaultyDriver} was asked for. */
 export interface StorageCall {
+  /** The method. */
   readonly operation: StorageOperation
   /** The key, or the prefix of a listing; empty for `check` and `cleanUp`. */
   readonly key: string
@@ -38,6 +39,7 @@ export interface FaultRule {
   readonly key?: string | RegExp
   /** Only this one of the calls that match, counted from 1. Default: all of them. */
   readonly call?: number
+  /** What goes wrong. */
   readonly fault: Fault
 }
 
@@ -128,6 +130,7 @@ export class FaultyDriver implements StorageDriver {
     return around(this.#begin('check', ''), options, () => this.#driver.check(options))
   }
 
+  /** Disposes of the driver behind it. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#driver[Symbol.asyncDispose]()
   }

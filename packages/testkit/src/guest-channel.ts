@@ -2,14 +2,19 @@ import { connect, type Socket } from 'node:net'
 
 /** What a command in the guest came to. */
 export interface GuestResult {
+  /** What the command printed. */
   readonly stdout: string
+  /** What it said of its errors. */
   readonly stderr: string
+  /** Its exit code. */
   readonly exitCode: number
 }
 
 /** A command in the guest ended with another exit code than 0. */
 export class GuestCommandError extends Error {
+  /** The command that failed. */
   readonly command: string
+  /** What came of it. */
   readonly result: GuestResult
 
   constructor(command: string, result: GuestResult) {

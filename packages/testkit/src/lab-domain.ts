@@ -16,8 +16,16 @@ export interface LabDisk {
   readonly target: string
   /** Absolute path of the image; with `rbd` the image's name, such as `vms/web-1`. */
   readonly path: string
-  /** Where the image is one of a Ceph cluster: a monitor's address, the user, and libvirt's secret with its key. */
-  readonly rbd?: { readonly monitor: string; readonly user: string; readonly secretUuid: string }
+  /** Where the image is one of a Ceph cluster. */
+  readonly rbd?: {
+    /** A monitor's address. */
+    readonly monitor: string
+    /** The user, without `client.`. */
+    readonly user: string
+    /** libvirt's secret with the user's key. */
+    readonly secretUuid: string
+  }
+  /** The format of the image. */
   readonly format: 'qcow2' | 'raw'
   /** `unmap` passes the guest's discards on to the image. Default: QEMU's, which is to ignore them. */
   readonly discard?: 'unmap' | 'ignore'
@@ -27,6 +35,7 @@ export interface LabDisk {
 
 /** What {@link LibvirtLab.createDomain} is to define. */
 export interface LabDomainOptions {
+  /** The domain's name. */
   readonly name: string
   /** Default: 256, or 32 without a guest. */
   readonly memoryMiB?: number
@@ -35,6 +44,7 @@ export interface LabDomainOptions {
    * reads and writes, by {@link LabDomain.io}, and much lighter. Default: true.
    */
   readonly guest?: boolean
+  /** Its disks, in their order. */
   readonly disks: readonly LabDisk[]
   /** Run the guest agent, for `domfsfreeze` and the like. Default: false. */
   readonly agent?: boolean
@@ -71,6 +81,7 @@ const dayMs = 24 * 60 * 60 * 1000
 
 /** A libvirt domain whose guest takes commands from the test. */
 export class LabDomain {
+  /** The domain's name in libvirt. */
   readonly name: string
   /** UEFI only: the file with the domain's firmware variables. It exists from the first start on. */
   readonly nvram: string | undefined

@@ -10,7 +10,9 @@ const START_TIMEOUT_MS = 60_000
 export interface S3User {
   /** The name that `radosgw-admin` knows it by. */
   readonly uid: string
+  /** The id of its key. */
   readonly accessKey: string
+  /** The secret of its key. */
   readonly secretKey: string
 }
 

@@ -133,6 +133,7 @@ export class SshdLab implements AsyncDisposable {
     await chown(path, USER.id, USER.id)
   }
 
+  /** Stops the server and removes its folder. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.kill()
     await rm(this.#folder, { recursive: true, force: true })

@@ -114,6 +114,7 @@ export class VsftpdLab implements AsyncDisposable {
     await chown(path, USER.id, USER.id)
   }
 
+  /** Stops the server and removes its folder. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.kill()
     await rm(this.#folder, { recursive: true, force: true })

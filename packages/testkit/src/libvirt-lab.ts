@@ -91,6 +91,7 @@ export class LibvirtLab implements AsyncDisposable {
     return this.#daemon.stopLibvirtd()
   }
 
+  /** Starts libvirtd again; resolves when it answers. */
   startLibvirtd(): Promise<void> {
     return this.#daemon.startLibvirtd()
   }
@@ -100,6 +101,7 @@ export class LibvirtLab implements AsyncDisposable {
     await this.#daemon.stop('remove')
   }
 
+  /** Ends the domains and the daemons, and removes their folder. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.stop()
   }

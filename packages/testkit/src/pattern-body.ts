@@ -21,6 +21,7 @@ export interface PatternBodyOptions {
 export class PatternBody implements UploadBody {
   readonly size: number
   readonly replayable: boolean
+  /** The seed of its pattern. */
   readonly seed: number
   /** What the driver did against the contract, in words. */
   readonly faults: string[] = []

@@ -5,6 +5,7 @@ import { join } from 'node:path'
 
 /** A small file system of its own; needs root. Whoever mounts it unmounts it. */
 export interface Tmpfs {
+  /** Where it is mounted. */
   readonly path: string
   /** Mounts it again with other options, such as `ro`. */
   remount(options: string): void
