@@ -1,10 +1,11 @@
 import { randomUUID } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
-import { backupOfMark, markName } from './backup-plan.ts'
+import { backupOfMark, markName, marksOfBackups } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { untwinned } from './bitmap-twin.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
-import { abortError, VarveError } from './errors.ts'
+import { abortError, isVarveError, VarveError } from './errors.ts'
+import type { RbdDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ImageRename, Rename } from './journal.ts'
 import { loadRecorded } from './load-object.ts'
@@ -12,9 +13,9 @@ import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
 import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
-import { planRestore } from './restore-plan.ts'
+import { planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
-import type { RunOptions } from './run-options.ts'
+import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { takeOwnership } from './take-ownership.ts'
 import { markImage, targetImage } from './write-rbd-image.ts'
@@ -23,7 +24,7 @@ import { markImage, targetImage } from './write-rbd-image.ts'
  * Gives each qcow2 target a fresh bitmap of the restored backup, so that the chain goes on from it; a disk of
  * another instance has no part in the chain. An RBD image gets a snapshot; not a copy of one, as no backup of it would
  * ever remove that. In place, the bitmaps of the instance's other backups on this storage go: all that they would tell is
- * that everything was written.
+ * that everything was written. So do the snapshots of {@link supersededBackups}.
  */
 export async function mark(
   { backup, plan, request, run }: RestoreContext,
@@ -55,7 +56,43 @@ export async function mark(
     }
     await addImageBitmap(disk, bitmap, run)
   }
-  for (const image of images) await markImage(image, manifest.id, run)
+  const superseded = supersededBackups(manifest.id, plan, backups)
+  for (const image of images) {
+    await markImage(image, manifest.id, run)
+    if (image.existing && request.inPlace) await removeMarks(image, image.existing, superseded, run)
+  }
+}
+
+/**
+ * The backups that are newer than the restored one, which the next backup would else take for its parent by the snapshots
+ * that images still have of them. Not those with a disk that was not restored: its chain goes on from them.
+ */
+function supersededBackups(
+  restored: string,
+  { disks }: RestorePlan,
+  backups: readonly StoredBackup[],
+): ReadonlySet<string> {
+  const names = new Set(disks.map(({ disk }) => disk.name))
+  const superseded = backups.filter(
+    ({ manifest }) => manifest.id > restored && manifest.disks.every(({ name }) => names.has(name)),
+  )
+  return new Set(superseded.map(({ manifest }) => manifest.id))
+}
+
+/** Removes the snapshots of some backups from an image; one that clones need stays. */
+async function removeMarks(
+  { cluster, image }: RbdRestore,
+  existing: RbdDisk,
+  backups: ReadonlySet<string>,
+  run: RunOptions,
+): Promise<void> {
+  for (const snapshot of marksOfBackups(existing, backups)) {
+    await cluster.removeSnapshots(image, [snapshot], run).catch(error => {
+      if (!isVarveError(error, 'RBD_SNAPSHOT_PROTECTED')) throw error
+      const message = `${error.message} The next backup goes on from that snapshot, and not from the restored backup.`
+      emit(run, { type: 'warning', message })
+    })
+  }
 }
 
 /** Switches the instance off, if there is one; `settleRestore` starts it again. */
