@@ -10,6 +10,9 @@ const nothing = () => undefined
 /** The SDK would warn on the console of requests that are made again here. */
 const SILENT = { trace: nothing, debug: nothing, info: nothing, warn: nothing, error: nothing }
 
+/** A rule of S3 for a body with a trailer, of which the SDK makes a chunk of each that it is given. */
+const LEAST_CHUNK = 8192
+
 /** How a call is made. */
 export interface CallRules {
   /** Ends the call with `ABORTED`. */
@@ -42,6 +45,11 @@ export class Bucket implements Disposable {
     this.settings = settings
     this.location = `${host}/${bucket}/${prefix}`.replace(/\/$/, '')
     this.client = new S3Client(clientConfig(settings))
+  }
+
+  /** The least size of the chunks of a request but the last, in bytes; undefined where any may be. */
+  get leastChunk(): number | undefined {
+    return this.settings.checksums === 'WHEN_SUPPORTED' ? LEAST_CHUNK : undefined
   }
 
   /** What a command names its place by. */

@@ -92,7 +92,8 @@ export class MultipartUpload {
       // A part that is with the storage as a whole is stored whether anyone waits or not: one that was given up is waited
       // for a little, or it would come after the upload was removed, and stay.
       const cut = new AbortController()
-      const stream = new UploadStream(body, { key, range, signal: cut.signal, onSent })
+      const { leastChunk } = bucket
+      const stream = new UploadStream(body, { key, range, leastChunk, signal: cut.signal, onSent })
       const giveUp = () => {
         if (!stream.complete) cut.abort(signal.reason)
       }

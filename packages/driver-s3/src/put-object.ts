@@ -46,7 +46,7 @@ export async function putObject(upload: Upload, body: UploadBody, size: number):
     }
     // before the storage can have the whole, so that a callback that throws fails an upload that is not stored
     const onLast = () => onProgress?.(size)
-    const stream = new UploadStream(body, { key, signal, onSent, onLast })
+    const stream = new UploadStream(body, { key, leastChunk: bucket.leastChunk, signal, onSent, onLast })
     try {
       const command = new PutObjectCommand({
         ...bucket.at(key),

@@ -46,10 +46,12 @@ export class S3Driver implements StorageDriver {
   readonly location: string
   readonly capabilities: DriverCapabilities
   readonly #bucket: Bucket
+  readonly #options: S3DriverOptions
 
   /** @throws INVALID_CONFIG for an option that is wrong; nothing is contacted */
   constructor(options: S3DriverOptions) {
     const settings = settingsOf(options)
+    this.#options = { ...options }
     this.#bucket = new Bucket(settings)
     this.location = this.#bucket.location
     this.capabilities = {
@@ -145,7 +147,16 @@ export class S3Driver implements StorageDriver {
       await this.#bucket.probe({ retries: 0, signal })
       return {}
     }
-    return checkStorage(this, { connect, ...(signal && { signal }) })
+    const call = signal ? { signal } : {}
+    const health = await checkStorage(this, { connect, ...call })
+    const isOpen =
+      this.#options.checksums === undefined && this.#bucket.settings.checksums === 'WHEN_REQUIRED'
+    if (!health.ok || !isOpen || !(await this.#takesChecksums(call))) return health
+    return {
+      ...health,
+      notice:
+        'The server takes uploads with a checksum, by which it finds what is damaged on the way. Set checksums to WHEN_SUPPORTED.',
+    }
   }
 
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
@@ -163,6 +174,12 @@ export class S3Driver implements StorageDriver {
   /** Closes the connections. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#bucket[Symbol.dispose]()
+  }
+
+  /** Whether the storage takes uploads with a checksum, and gives back what was sent so. */
+  async #takesChecksums(call: CallOptions): Promise<boolean> {
+    await using other = new S3Driver({ ...this.#options, checksums: 'WHEN_SUPPORTED', retries: 0 })
+    return (await checkStorage(other, { connect: async () => ({}), ...call })).ok
   }
 
   async #store(upload: Parameters<typeof putObject>[0], body: UploadBody): Promise<number> {

@@ -30,6 +30,9 @@ const FULL = new Set([
 ])
 const WRONG_REGION = new Set(['PermanentRedirect', 'IllegalLocationConstraintException', '301'])
 
+/** What a request is refused with that has no checksum, among others. */
+const NO_CHECKSUM = new Set(['InvalidRequest', 'MissingContentMD5'])
+
 /** An error of the SDK or the network as one that says what was done, where, and what to do now. */
 export function s3Error(error: unknown, { doing, permission }: S3Action, location: string): VarveError {
   if (isVarveError(error)) return error
@@ -76,6 +79,12 @@ export function s3Error(error: unknown, { doing, permission }: S3Action, locatio
     return make(
       'STORAGE_FAILED',
       `the server does not know this kind of upload (${name}). Set checksums to WHEN_REQUIRED.`,
+    )
+  }
+  if (status === 400 && NO_CHECKSUM.has(name) && /content-md5|x-amz-checksum/i.test(errorMessage(error))) {
+    return make(
+      'STORAGE_FAILED',
+      `the bucket takes no upload without a checksum, as where its objects are locked (${name}). Set checksums to WHEN_SUPPORTED.`,
     )
   }
   const again = options.retryable ? 'The storage is busy or has a fault; try again later' : 'Look at its log'

@@ -46,7 +46,7 @@ export interface S3DriverOptions {
   /**
    * When uploads carry a CRC32 for the server to check, in a trailer of the body. `WHEN_SUPPORTED`: each
    * upload; `WHEN_REQUIRED`: none. Many compatible servers, Ceph 16 among them, refuse the trailer.
-   * Default: `WHEN_REQUIRED` with an `endpoint`, `WHEN_SUPPORTED` without.
+   * Default: `WHEN_SUPPORTED` at AWS, `WHEN_REQUIRED` with an `endpoint` elsewhere.
    */
   checksums?: 'WHEN_SUPPORTED' | 'WHEN_REQUIRED'
   /**
@@ -120,7 +120,7 @@ export function settingsOf(options: S3DriverOptions): S3Settings {
     region: region ?? 'us-east-1',
     prefix: folder === '' ? '' : `${folder}/`,
     pathStyle: options.pathStyle ?? endpoint !== undefined,
-    checksums: options.checksums ?? (endpoint === undefined ? 'WHEN_SUPPORTED' : 'WHEN_REQUIRED'),
+    checksums: options.checksums ?? (isAws(endpoint) ? 'WHEN_SUPPORTED' : 'WHEN_REQUIRED'),
     partSize: whole(options, 'partSize', 16 * MIB, MIN_PART_SIZE, MAX_PART_SIZE),
     maxParts: whole(options, 'maxParts', MOST_PARTS, 1, MOST_PARTS),
     equalParts: options.equalParts ?? false,
@@ -137,6 +137,12 @@ function assertEndpoint(endpoint: string): void {
   if (url.username || url.password || url.search || url.hash || url.pathname !== '/') {
     throw invalid('endpoint', rule)
   }
+}
+
+/** Whether an endpoint is one of Amazon's own, which all take a checksum in a trailer. */
+function isAws(endpoint: string | undefined): boolean {
+  if (endpoint === undefined) return true
+  return /\.(amazonaws\.com|amazonaws\.com\.cn|api\.aws)$/.test(new URL(endpoint).hostname)
 }
 
 function whole(

@@ -5,6 +5,8 @@ import { type ByteRange, errorMessage, readUpload, type UploadBody } from '@varv
 export interface UploadStreamOptions {
   /** The key that is uploaded, for messages. */
   key: string
+  /** The least size of its chunks but the last, in bytes: smaller ones are copied together. Default: any. */
+  leastChunk?: number | undefined
   /** Only these bytes of a replayable body. Default: all. */
   range?: ByteRange
   /** Fails the stream with `ABORTED`, until its last byte has been taken. */
@@ -13,6 +15,13 @@ export interface UploadStreamOptions {
   onSent?: (bytes: number) => void
   /** Called before the last chunk is given, when the source has ended as it should. What it throws fails the stream. */
   onLast?: () => void
+}
+
+/** What is sent as one: a chunk of the source, to be given back, or a copy of several. */
+interface Piece {
+  readonly bytes: Uint8Array
+  /** Whether the memory is the source's. */
+  readonly lent: boolean
 }
 
 const chunksOnTheirWay = new WeakMap<Uint8Array, () => void>()
@@ -33,17 +42,17 @@ export class UploadStream extends Readable {
   /** Whether the last byte has been given, from where on the server may have the whole. */
   complete = false
   readonly #body: UploadBody
-  readonly #source: AsyncGenerator<Uint8Array>
+  readonly #source: AsyncGenerator<Piece>
   readonly #givenUp = new AbortController()
   readonly #onSent: ((bytes: number) => void) | undefined
   readonly #onLast: (() => void) | undefined
-  #held: Uint8Array | undefined
+  #held: Piece | undefined
 
-  constructor(body: UploadBody, { signal, onSent, onLast, ...options }: UploadStreamOptions) {
+  constructor(body: UploadBody, { signal, onSent, onLast, leastChunk = 0, ...options }: UploadStreamOptions) {
     super({ highWaterMark: 1 }) // one chunk waits while the next is read: none are joined, which copies
     const ends = signal ? AbortSignal.any([signal, this.#givenUp.signal]) : this.#givenUp.signal
     this.#body = body
-    this.#source = readUpload(body, { ...options, signal: ends })
+    this.#source = this.#pieces(readUpload(body, { ...options, signal: ends }), leastChunk)
     this.#onSent = onSent
     this.#onLast = onLast
   }
@@ -67,6 +76,30 @@ export class UploadStream extends Readable {
     )
   }
 
+  /** The chunks of the source, of which those that are too small are copied together and given back at once. */
+  async *#pieces(source: AsyncGenerator<Uint8Array>, least: number): AsyncGenerator<Piece> {
+    const small = Buffer.allocUnsafeSlow(least)
+    let length = 0
+    for await (const chunk of source) {
+      if (length === 0 && chunk.byteLength >= least) {
+        yield { bytes: chunk, lent: true }
+        continue
+      }
+      const whole = length + chunk.byteLength
+      if (whole < least) {
+        small.set(chunk, length)
+        length = whole
+        this.#body.recycle?.(chunk)
+      } else {
+        const bytes = Buffer.concat([small.subarray(0, length), chunk], whole)
+        length = 0
+        this.#body.recycle?.(chunk)
+        yield { bytes, lent: false }
+      }
+    }
+    if (length > 0) yield { bytes: small.subarray(0, length), lent: false }
+  }
+
   async #next(): Promise<Buffer | undefined> {
     const held = this.#held
     this.#held = undefined
@@ -87,13 +120,13 @@ export class UploadStream extends Readable {
     }
   }
 
-  #track(chunk: Uint8Array): Buffer {
+  #track({ bytes, lent }: Piece): Buffer {
     // a view of its own, by which the chunk is known again
-    const view = Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength)
+    const view = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
     chunksOnTheirWay.set(view, () => {
       try {
-        this.#body.recycle?.(chunk)
-        this.#onSent?.(chunk.byteLength)
+        if (lent) this.#body.recycle?.(bytes)
+        this.#onSent?.(bytes.byteLength)
       } catch (error) {
         this.#fail(error)
       }

@@ -3,6 +3,7 @@ import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { buffer } from 'node:stream/consumers'
+import { crc32 } from 'node:zlib'
 import type { S3DriverOptions } from '@varve/driver-s3'
 
 /** The calls that {@link FakeS3} knows. */
@@ -15,6 +16,7 @@ export type Call =
   | 'part'
   | 'complete'
   | 'abort'
+  | 'delete'
   | 'uploads'
   | 'parts'
 
@@ -22,7 +24,7 @@ export type Call =
 export interface Fault {
   readonly when: 'before' | 'after'
   /** An answer with an error of S3 in it, a connection that is cut, or the right answer when a promise resolves. */
-  readonly answer: { status: number; code: string } | 'cut' | (() => Promise<void>)
+  readonly answer: { status: number; code: string; message?: string } | 'cut' | (() => Promise<void>)
 }
 
 /** An upload in parts that is neither completed nor aborted. */
@@ -51,6 +53,8 @@ export class FakeS3 implements AsyncDisposable {
   etagOf: (bytes: Buffer) => string | undefined = etag
   /** Whether `if-match` is looked at. */
   heedsIfMatch = true
+  /** Whether a body with a checksum behind it is taken apart, and not stored as it came. */
+  knowsTrailers = true
   /** Calls that are answered well, once each, before their body is read. */
   readonly hasty = new Set<Call>()
   /** How many bytes of a range a `get` sends at most. */
@@ -93,7 +97,7 @@ export class FakeS3 implements AsyncDisposable {
     const fault = this.faults.get(call)?.shift()
     if (fault?.when === 'before') await this.#spoil(response, fault)
     if (response.writableEnded || response.destroyed) return
-    const answer = this.#carryOut(call, url, request, body)
+    const answer = this.#take(call, url, request, body)
     if (fault?.when === 'after') await this.#spoil(response, fault)
     if (!response.writableEnded && !response.destroyed) answer(response)
   }
@@ -101,7 +105,22 @@ export class FakeS3 implements AsyncDisposable {
   async #spoil(response: ServerResponse, { answer }: Fault): Promise<void> {
     if (answer === 'cut') response.destroy()
     else if (typeof answer === 'function') await answer()
-    else this.#fail(response, answer.status, answer.code)
+    else this.#fail(response, answer.status, answer.code, answer.message)
+  }
+
+  /** Carries a call out whose body is as it was sent. */
+  #take(call: Call, url: URL, request: IncomingMessage, body: Buffer): (response: ServerResponse) => void {
+    if (!this.knowsTrailers || request.headers['content-encoding'] !== 'aws-chunked') {
+      return this.#carryOut(call, url, request, body)
+    }
+    const sent = decoded(body)
+    const refusal =
+      sent.fault ?? (sent.bytes.length === decodedLength(request) ? undefined : 'IncompleteBody')
+    if (refusal !== undefined) {
+      return response => this.#fail(response, refusal === 'InvalidChunkSizeError' ? 403 : 400, refusal)
+    }
+    const answer = this.#carryOut(call, url, request, sent.bytes)
+    return response => answer(response.setHeader('x-amz-checksum-crc32', sent.checksum))
   }
 
   #carryOut(
@@ -127,11 +146,7 @@ export class FakeS3 implements AsyncDisposable {
       }
       case 'part':
         upload?.parts.set(Number(url.searchParams.get('partNumber')), body)
-        return response => {
-          const [, checksum] = /x-amz-checksum-crc32:(\S+)/.exec(body.subarray(-100).toString('latin1')) ?? []
-          if (checksum !== undefined) response.setHeader('x-amz-checksum-crc32', checksum)
-          response.setHeader('etag', etag(body)).end()
-        }
+        return response => response.setHeader('etag', etag(body)).end()
       case 'complete': {
         if (!upload) return response => this.#fail(response, 404, 'NoSuchUpload')
         const numbers = [...upload.parts.keys()].sort((a, b) => a - b)
@@ -146,6 +161,9 @@ export class FakeS3 implements AsyncDisposable {
           if (this.uploads.delete(id)) response.writeHead(204).end()
           else this.#fail(response, 404, 'NoSuchUpload')
         }
+      case 'delete':
+        this.objects.delete(key)
+        return response => response.writeHead(204).end()
       case 'uploads':
         return response => response.end(this.#listing('ListMultipartUploadsResult', this.#uploadItems()))
       case 'parts':
@@ -215,10 +233,39 @@ export class FakeS3 implements AsyncDisposable {
     return this.encodesNames ? encodeURIComponent(key).replaceAll('%20', '+') : key
   }
 
-  #fail(response: ServerResponse, status: number, code: string): void {
+  #fail(response: ServerResponse, status: number, code: string, message = 'as told'): void {
     response.statusCode = status
-    response.end(`<?xml version="1.0"?><Error><Code>${code}</Code><Message>as told</Message></Error>`)
+    response.end(`<?xml version="1.0"?><Error><Code>${code}</Code><Message>${message}</Message></Error>`)
   }
+}
+
+const LEAST_CHUNK = 8192
+
+/** What is in a body of chunks with a CRC32 behind them, and why S3 would refuse it. */
+function decoded(body: Buffer): { bytes: Buffer; checksum: string; fault?: string } {
+  const chunks: Buffer[] = []
+  let at = 0
+  for (;;) {
+    const head = body.indexOf('\r\n', at)
+    const size = Number.parseInt(body.toString('latin1', at, head), 16)
+    at = head + 2
+    if (!(size > 0)) break
+    chunks.push(body.subarray(at, at + size))
+    at += size + 2
+  }
+  const bytes = Buffer.concat(chunks)
+  const [, checksum = ''] = /^x-amz-checksum-crc32:(\S+)\r\n/.exec(body.toString('latin1', at)) ?? []
+  const sum = Buffer.alloc(4)
+  sum.writeUInt32BE(crc32(bytes))
+  if (checksum !== sum.toString('base64')) return { bytes, checksum, fault: 'BadDigest' }
+  if (chunks.slice(0, -1).some(chunk => chunk.length < LEAST_CHUNK)) {
+    return { bytes, checksum, fault: 'InvalidChunkSizeError' }
+  }
+  return { bytes, checksum }
+}
+
+function decodedLength(request: IncomingMessage): number {
+  return Number(request.headers['x-amz-decoded-content-length'])
 }
 
 function etag(bytes: Buffer): string {
@@ -235,7 +282,7 @@ function partItems(parts: ReadonlyMap<number, Buffer>): string[] {
 function callOf(method: string, { searchParams, pathname }: URL): Call {
   if (method === 'POST') return searchParams.has('uploads') ? 'create' : 'complete'
   if (method === 'PUT') return searchParams.has('partNumber') ? 'part' : 'put'
-  if (method === 'DELETE') return 'abort'
+  if (method === 'DELETE') return searchParams.has('uploadId') ? 'abort' : 'delete'
   if (method === 'HEAD') return 'head'
   if (searchParams.has('uploads')) return 'uploads'
   if (searchParams.has('uploadId')) return 'parts'

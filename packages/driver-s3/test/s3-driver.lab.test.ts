@@ -263,6 +263,11 @@ test('a gateway that does not know the checksum in the trailer refuses the uploa
     message: expect.stringContaining('WHEN_REQUIRED'),
   })
   expect(await inBucket(bucket.client, bucket.name, 'crc/')).toEqual([])
+
+  await using other = new S3Driver({ ...bucket.options, pathPrefix: 'crc' })
+  const { ok, notice } = await other.check()
+  expect({ ok, notice }).toEqual({ ok: true, notice: undefined })
+  expect(await inBucket(bucket.client, bucket.name, 'crc/')).toEqual([])
 })
 
 test('an upload takes little memory, or that of its largest part where it opens once', async () => {
