@@ -149,7 +149,7 @@ class DiffOutput extends Readable {
     if (fromSnapshot === from && toSnapshot === to) return
     throw new VarveError(
       'RBD_STREAM_INVALID',
-      `rbd export-diff gave the changes from ${fromSnapshot ?? 'nothing'} to ${toSnapshot}, where those from ${from ?? 'nothing'} to ${to} were asked for.`,
+      `rbd export-diff gave the changes from ${fromSnapshot ?? 'nothing'} to ${toSnapshot}, where those from ${from ?? 'nothing'} to ${to} were asked for. Look at which program \`rbd\` is, then back up again.`,
       { context: { fromSnapshot, toSnapshot } },
     )
   }
@@ -170,8 +170,8 @@ class DiffOutput extends Readable {
   #failure({ exitCode, signal }: { exitCode?: number; signal?: string }, stderr: string): VarveError {
     const { image, snapshot, from } = this.#options
     const snapshots = from === undefined ? snapshot : `${from} or ${snapshot}` // rbd does not say which it misses
-    const said = stderr.trim() || (signal === undefined ? '' : `nothing; it was ended by ${signal}`)
-    return rbdError({ label: 'rbd export-diff', image, snapshot: snapshots, exitCode, stderr: said })
+    const label = 'rbd export-diff'
+    return rbdError({ label, image, snapshot: snapshots, exitCode, endedBy: signal, stderr: stderr.trim() })
   }
 
   #tell(ended: Pick<CommandEvent, 'exitCode' | 'stderr' | 'durationMs'>): void {

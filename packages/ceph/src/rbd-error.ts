@@ -10,7 +10,10 @@ export interface FailedRbd {
   readonly snapshot?: string | undefined
   /** The image that may be in the way. Default: `image`. */
   readonly target?: string | undefined
+  /** Undefined where a signal ended it. */
   readonly exitCode: number | undefined
+  /** The signal, such as `SIGKILL`. */
+  readonly endedBy?: string | undefined
   readonly stderr: string
   readonly cause?: unknown
 }
@@ -118,8 +121,8 @@ const MEANINGS: readonly Meaning[] = [
 
 /** An `rbd` that failed, as an error that tells what is wrong and what to do. */
 export function rbdError(failed: FailedRbd): VarveError {
-  const { label, image, snapshot, target = image, exitCode, stderr, cause } = failed
-  const context = { image, snapshot, command: label, exitCode, stderr }
+  const { label, image, snapshot, target = image, exitCode, endedBy, stderr, cause } = failed
+  const context = { image, snapshot, command: label, exitCode, endedBy, stderr }
   const said = saidLine(stderr)
   const meaning = MEANINGS.find(
     ({ exitCodes, words }) =>
@@ -127,10 +130,12 @@ export function rbdError(failed: FailedRbd): VarveError {
       (words === undefined || words.test(stderr)),
   )
   if (!meaning) {
-    return new VarveError('RBD_FAILED', `${label} of ${image} failed (exit ${exitCode ?? '?'}): ${said}`, {
-      context,
-      cause,
-    })
+    const end = endedBy === undefined ? `exit ${exitCode ?? '?'}` : `ended by ${endedBy}`
+    return new VarveError(
+      'RBD_FAILED',
+      `${label} of ${image} failed (${end}) and said: ${said}. See \`ceph health detail\`, then try again.`,
+      { context, cause },
+    )
   }
   const { code, says, retryable = false } = meaning
   return new VarveError(

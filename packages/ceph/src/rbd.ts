@@ -52,9 +52,17 @@ export class Rbd {
       return (await runCommand('rbd', args, { ...run, label, timeoutMs, env })).stdout
     } catch (error) {
       if (!isVarveError(error, 'COMMAND_FAILED')) throw error
-      const { exitCode, stderr } = error.context
-      const failed = { label, image, snapshot, target, cause: error }
-      throw rbdError({ ...failed, exitCode: Number(exitCode), stderr: String(stderr) })
+      const { exitCode, endedBy, stderr } = error.context
+      throw rbdError({
+        label,
+        image,
+        snapshot,
+        target,
+        exitCode: typeof exitCode === 'number' ? exitCode : undefined,
+        endedBy: typeof endedBy === 'string' ? endedBy : undefined,
+        stderr: String(stderr),
+        cause: error,
+      })
     }
   }
 }

@@ -93,7 +93,8 @@ export async function runCommand(
   if (!result.failed) return { stdout: result.stdout, stderr: result.stderr }
   if (signal?.aborted && (result.isCanceled || result.signal === 'SIGINT')) throw abortError(signal)
 
-  const context = { command, args, exitCode: result.exitCode, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
+  const { exitCode, signal: endedBy } = result
+  const context = { command, args, exitCode, endedBy, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
   if (result.code === 'ENOENT') {
     const from = PACKAGES[command]
     throw new VarveError(
