@@ -287,6 +287,7 @@ test.each([
   ['--cluster-size 3K', 'power of two'],
   ['--concurrency 0', 'at least 1'],
   ['--max-chain 1.5', 'whole number'],
+  ['--rbd-snapshots 0', 'whole number'],
   ['--freeze maybe', 'require'],
   ['--disk vda=a --disk vda=b', 'twice'],
   ['--freeze require', '--freeze does not go with --disk'],

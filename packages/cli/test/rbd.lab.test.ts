@@ -38,7 +38,8 @@ async function json<T>(args: string): Promise<T> {
   return JSON.parse(stdout)
 }
 
-const backup = () => json<{ id: string; chain: string; kind: string }>(`backup web-1 --disk vda=rbd:${IMAGE}`)
+const backup = (options = '') =>
+  json<{ id: string; chain: string; kind: string }>(`backup web-1 --disk vda=rbd:${IMAGE}${options}`)
 
 test('an image in a namespace is backed up, restored with Varve and with rbd alone, and tidied up after', async () => {
   await site.ceph.client.create(IMAGE, 12 * MIB)
@@ -73,6 +74,9 @@ test('an image in a namespace is backed up, restored with Varve and with rbd alo
   const { stdout, stderr } = await run('recover --orphans')
   expect(stdout).toContain(`  rbd snap rm ${IMAGE}@${lost}`)
   expect(stderr).toContain('Only images that backups name are looked at') // there is no libvirt
+
+  const third = await backup(' --rbd-snapshots 1')
+  expect(await site.snapshots(IMAGE)).toEqual([lost, `varve-${third.id}`])
 
   const missing = await run('backup web-1 --disk vda=rbd:vms/tenant/nothing')
   expect(missing).toMatchObject({ code: 1, stderr: expect.stringContaining('DISK_NOT_FOUND') })

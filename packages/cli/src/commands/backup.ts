@@ -30,6 +30,7 @@ interface BackupOptions {
   bandwidth?: number
   concurrency?: number
   clusterSize?: number
+  rbdSnapshots?: number
   overlayFolder?: string
   overlayReserve?: number
   verifyUpload?: boolean
@@ -70,6 +71,9 @@ export function backupCommand(program: Command, session: Session): void {
     .addOption(sizeOption('--bandwidth <size>', 'bytes a second for all disks together, such as 50M'))
     .addOption(numberOption('--concurrency <n>', 'disks that are read at the same time (default: 2)', 1))
     .addOption(sizeOption('--cluster-size <size>', 'cluster size of the images, 4K to 2M (default: 64K)'))
+    .addOption(
+      numberOption('--rbd-snapshots <n>', 'snapshots that stay on each RBD image afterwards (default: 2)', 1),
+    )
     .option(
       '--overlay-folder <folder>',
       'where a running domain writes meanwhile (default: beside each disk; block devices need it)',
@@ -97,7 +101,8 @@ Examples:
 }
 
 async function backup(session: Session, instance: string, options: BackupOptions): Promise<void> {
-  const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize, overlayReserve } = options
+  const { type, freeze, disks, maxChain, bandwidth, concurrency, clusterSize, rbdSnapshots, overlayReserve } =
+    options
   if (options.disk) refuseDomainOptions(options)
   await using storage = await session.openStorage(options.storage)
   const request: BackupRequest = {
@@ -109,6 +114,7 @@ async function backup(session: Session, instance: string, options: BackupOptions
     ...(bandwidth !== undefined && { bandwidth }),
     ...(concurrency !== undefined && { concurrency }),
     ...(clusterSize !== undefined && { clusterSize }),
+    ...(rbdSnapshots !== undefined && { rbdSnapshots }),
     ...(overlayReserve !== undefined && { overlayReserve }),
     verifyUpload: options.verifyUpload ? 'digest' : 'size',
   }
