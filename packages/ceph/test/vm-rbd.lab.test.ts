@@ -290,6 +290,20 @@ test('a secret that libvirt does not hand out is an error that says what to do',
   )
   await lab.virsh(['secret-define', definition])
   await refused(/has no value/)
+
+  // Named by its usage.
+  await lab.virsh(['secret-set-value', secret, site.user.secret])
+  const domain = (await lab.virsh(['dumpxml', 'web-1'])).replace(`uuid='${secret}'`, `usage='${secret}'`)
+  await writeFile(definition, domain)
+  await lab.virsh(['define', definition])
+  await backup()
+  expect(await lab.virsh(['dumpxml', 'web-1'])).toContain(`usage='${secret}'`)
+  await lab.virsh(['secret-undefine', secret])
+  await expect(backup()).rejects.toMatchObject({
+    code: 'CEPH_ACCESS_DENIED',
+    message: expect.stringMatching(/is not there.*secret-define/),
+    context: { usage: secret },
+  })
 })
 
 test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {

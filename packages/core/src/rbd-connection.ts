@@ -61,11 +61,12 @@ function explained(error: unknown, secret: string): unknown {
 
 async function secretOfUsage(virsh: Virsh, usage: string, run: RunOptions): Promise<string> {
   const lines = (await virsh.run(run, 'secret-list')).split('\n')
-  const found = lines.map(line => line.trim().split(/\s+/)).find(words => words.slice(2).join(' ') === usage)
+  const rows = lines.map(line => line.trim().split(/\s+/))
+  const found = rows.find(([, type, ...name]) => type === 'ceph' && name.join(' ') === usage)
   if (found?.[0]) return found[0]
   throw new VarveError(
-    'DISK_UNSUPPORTED',
-    `libvirt has no secret of the usage ${usage}, with which a disk reaches its Ceph cluster. Define it (virsh secret-define, secret-set-value).`,
+    'CEPH_ACCESS_DENIED',
+    `libvirt's secret of the usage ${usage}, with which a disk reaches its Ceph cluster, is not there. Define it (virsh secret-define, secret-set-value), or correct the disk (virsh edit).`,
     { context: { usage } },
   )
 }

@@ -1,3 +1,4 @@
+import { isAbsolute } from 'node:path'
 import type { DomainDisk, RbdSource } from './domain-xml.ts'
 import { isRbdImage, type RbdConnector } from './rbd.ts'
 
@@ -10,6 +11,8 @@ export function unsupportedReason(
   if (disk.rbd) return unsupportedRbdReason(disk, disk.rbd, connector)
   if (path === undefined || !['file', 'block', 'volume'].includes(disk.type))
     return `its type is ${disk.type}`
+  if (disk.volume && !isAbsolute(path))
+    return `it is a volume of the libvirt pool ${disk.volume.pool} that is no file; define one of RBD with type='network'`
   if (disk.encrypted) return 'libvirt encrypts it'
   if (disk.shareable) return 'it is shared between instances'
   if (disk.sliced) return 'it is a slice of its source'
