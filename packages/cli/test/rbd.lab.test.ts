@@ -1,6 +1,7 @@
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { RbdSite } from '../../ceph/test/rbd-site.ts'
 import { type CliResult, cli } from './test-terminal.ts'
@@ -27,6 +28,24 @@ afterAll(async () => {
   await site[Symbol.asyncDispose]()
   await rm(folder, { recursive: true })
 })
+
+/** The block of shell commands of a page with a word in it, with the paths of this test. */
+async function guide(page: string, word: string, replacements: [RegExp, string][]): Promise<string> {
+  const text = await readFile(new URL(`../../../docs/${page}`, import.meta.url), 'utf8')
+  const blocks = [...text.matchAll(/```sh\n([\s\S]*?)```/g)].flatMap(([, block = '']) => block)
+  let script = blocks.find(block => block.includes(word)) ?? ''
+  for (const [pattern, value] of replacements) {
+    expect(script).toMatch(pattern)
+    script = script.replace(pattern, value)
+  }
+  return script
+}
+
+/** What commands print, with Ceph's own configuration being that of the cluster. */
+async function shell(script: string): Promise<string> {
+  const env = { CEPH_CONF: site.ceph.conf }
+  return (await execa('bash', ['-euo', 'pipefail', '-c', script], { env })).stdout
+}
 
 const run = (args: string): Promise<CliResult> =>
   cli(args.split(' '), { cwd: folder, env: { CEPH_KEY: site.user.secret } })
@@ -57,13 +76,25 @@ test('an image in a namespace is backed up, restored with Varve and with rbd alo
   expect(await run(`restore ${second.id} --to-disk vda=disk.raw --format raw`)).toMatchObject({ code: 0 })
   expect((await readFile(join(folder, 'disk.raw'))).equals(wanted)).toBe(true)
 
-  // As docs/ceph.md has it.
-  await site.ceph.client.create('vms/plain', 16 * MIB)
-  for (const { id } of [full, second]) {
-    const stream = join(folder, 'nas', 'web-1', full.chain, id, 'vda.rbd-diff')
-    await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, 'vms/plain')
-  }
-  expect((await site.bytes('vms/plain')).equals(wanted)).toBe(true)
+  const chain = join(folder, 'nas', 'web-1', full.chain)
+  const commands = await guide('ceph.md', 'rbd import-diff', [
+    [/cd \/mnt\/backup\S+/, `cd ${chain}`],
+    [/--size 10G/, '--size 16M'],
+    [/20261125-…/, full.id],
+    [/20261126-…/, second.id],
+  ])
+  expect(await shell(commands)).toBe(`${full.id}/vda.rbd-diff t\n${second.id}/vda.rbd-diff f`)
+  expect((await site.bytes('vms/web-1-copy')).equals(wanted)).toBe(true)
+
+  const check = await guide('restoring-without-varve.md', 'b3sum', [[/\.qcow2/, '.rbd-diff']])
+  expect(await shell(`cd ${chain}\n${check}`)).toBe('')
+  const stream = join(chain, second.id, 'vda.rbd-diff')
+  const bytes = await readFile(stream)
+  await writeFile(stream, bytes.with(bytes.length - 9, 1))
+  await expect(shell(`cd ${chain}\n${check}`)).rejects.toMatchObject({
+    stdout: expect.stringContaining(`${second.id}//vda.blake3 differ: byte`),
+  })
+  await writeFile(stream, bytes)
 
   expect(await run(`delete ${second.id} --yes`)).toMatchObject({ code: 0 })
   const lost = 'varve-20250102-030405-006-abcdef'
