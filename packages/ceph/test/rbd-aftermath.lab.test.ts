@@ -4,15 +4,19 @@ import { join } from 'node:path'
 import {
   type BackupManifest,
   BackupPipeline,
+  ChainManager,
   type Host,
   ImageHost,
   RestorePipeline,
   type RestoreRequest,
+  recover,
   type VarveEvent,
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { newBackupId } from '../../core/src/backup-id.ts'
+import { RunJournal } from '../../core/src/journal.ts'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 
@@ -58,6 +62,22 @@ async function restored({ id }: BackupManifest, disk: string): Promise<string> {
   const request: RestoreRequest = { backup: id, to: { disks: { [disk]: path }, format: 'raw' } }
   await new RestorePipeline(options(hostOf({}))).run(request, run)
   return path
+}
+
+const recoverAll = () => recover({ stateDir: join(folder, 'state'), storages: [storage], rbd }, run)
+
+/** The journal of a run whose process has died. */
+function unfinished(kind: 'backup' | 'restore', disks: Record<string, string>): Promise<RunJournal> {
+  return RunJournal.begin(join(folder, 'state'), {
+    version: 1,
+    id: newBackupId(),
+    kind,
+    instance: 'web-1',
+    host: hostOf(disks).reference,
+    storage: { type: storage.type, location: storage.location },
+    disks: Object.entries(disks).map(([name, path]) => ({ name, path })),
+    startedAt: new Date().toISOString(),
+  })
 }
 
 const kinds = ({ parent, disks }: BackupManifest) => [parent, ...disks.map(({ kind }) => kind)]
@@ -113,4 +133,74 @@ test('the chain of an image alone goes on from what was restored in place, unles
   const third = await backup(disks)
   expect(kinds(third)).toEqual([first.id, 'incremental'])
   expect((await readFile(await restored(third, 'vda'))).equals(await site.bytes(image))).toBe(true)
+})
+
+test('an image that is gone with its namespace is no longer on record as incomplete, and its snapshot is not told of', async () => {
+  const image = 'vms/gone/disk'
+  const disks = { vda: `rbd:${image}` }
+  await site.ceph.run('rbd', 'namespace', 'create', 'vms/gone')
+  await site.ceph.client.create(image, MIB)
+  const { id } = await backup(disks)
+  const controller = new AbortController()
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'stage' && event.message.startsWith('Rolling')) controller.abort()
+  }
+  const request: RestoreRequest = { backup: id, to: { instance: 'web-1' }, inPlace: true }
+  const restore = new RestorePipeline(options(hostOf(disks)))
+  await expect(restore.run(request, { onEvent, signal: controller.signal })).rejects.toMatchObject({
+    context: { incomplete: ['vda'] },
+  })
+  expect(await recoverAll()).toMatchObject({ ok: false, runs: [{ outcome: 'incomplete' }] })
+  await site.ceph.client.removeSnapshots(image, `varve-${id}`)
+  await site.ceph.run('rbd', 'rm', '--no-progress', image)
+  await site.ceph.run('rbd', 'namespace', 'remove', 'vms/gone')
+  expect(await recoverAll()).toEqual({ ok: true, runs: [] })
+  await new ChainManager(options(hostOf(disks))).delete(id, run)
+  expect(warnings()).toEqual([])
+})
+
+test('recover leaves clones whole that rest on what an unfinished run has made', async () => {
+  const [kept, hidden] = [await site.create(MIB), await site.create(MIB)]
+  const disks = { vda: `rbd:${kept}`, vdb: `rbd:${hidden}` }
+  const clone = async (snapshot: string, format: '1' | '2') => {
+    const name = site.newImage()
+    if (format === '1') await site.ceph.run('rbd', 'snap', 'protect', snapshot)
+    await site.ceph.run('rbd', 'clone', '--rbd-default-clone-format', format, snapshot, name)
+    return name
+  }
+  const holds = async (image: string, byte: number) => (await site.bytes(image)).every(one => one === byte)
+
+  // A backup that died once its snapshots were taken.
+  const mark = `varve-${newBackupId()}`
+  const backupRun = await unfinished('backup', disks)
+  const images = [kept, hidden].map((image, i) => ({ disk: ['vda', 'vdb'][i] ?? '', image }))
+  await backupRun.record({ step: 'rbd-snapshot', snapshot: mark, disks: images })
+  for (const image of [kept, hidden]) {
+    await site.write(image, 'write -P 1 0 1M')
+    await site.ceph.client.createSnapshot(image, mark)
+  }
+  const clones = [await clone(`${kept}@${mark}`, '1'), await clone(`${hidden}@${mark}`, '2')]
+  for (const image of [kept, hidden]) await site.write(image, 'write -P 2 0 1M')
+  expect(await recoverAll()).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  expect(warnings()).toEqual([expect.stringContaining(`${mark} of ${kept} is protected`)])
+  expect(await site.snapshots(kept)).toEqual([mark])
+  expect(await site.cluster.snapshots(hidden)).toEqual([]) // but out of sight, as long as the clone needs it
+  for (const image of clones) expect(await holds(image, 1)).toBe(true)
+
+  // A restore that died before its new image was whole: that one stays as long as a clone needs it.
+  const restoreRun = await unfinished('restore', disks)
+  const made = `${kept}.varve-restore-${restoreRun.header.id}`
+  await restoreRun.record({ step: 'image-create', image: made })
+  await site.ceph.client.create(made, MIB)
+  await site.write(made, 'write -P 3 0 1M')
+  await site.ceph.client.createSnapshot(made, mark)
+  const last = await clone(`${made}@${mark}`, '2')
+  const unresolved = { outcome: 'unresolved', error: { code: 'RBD_SNAPSHOT_PROTECTED' } }
+  expect(await recoverAll()).toMatchObject({ ok: false, runs: [unresolved] })
+  await expect(backup(disks)).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  expect(await holds(last, 3)).toBe(true)
+  await site.ceph.run('rbd', 'flatten', '--no-progress', last)
+  expect(await recoverAll()).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  expect(await site.cluster.imageId(made)).toBeUndefined()
+  expect(await holds(last, 3)).toBe(true)
 })

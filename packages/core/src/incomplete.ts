@@ -3,6 +3,7 @@ import { isVarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { type OverwrittenDisk, RunJournal } from './journal.ts'
 import { rbdImageOf } from './rbd.ts'
+import { isImageGone } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 
@@ -36,7 +37,7 @@ async function imageIdentity(
     const cluster = await host.rbd(of, run)
     return (await cluster.image(image, run)).id
   } catch (error) {
-    if (isVarveError(error, 'DISK_NOT_FOUND')) return undefined
+    if (isImageGone(error)) return undefined
     throw error
   }
 }

@@ -1,11 +1,12 @@
 import { markName } from './backup-plan.ts'
 import { DiskLock } from './disk-lock.ts'
-import { errorMessage, isVarveError } from './errors.ts'
+import { errorMessage } from './errors.ts'
 import type { Host } from './host.ts'
 import type { StorageReference } from './journal.ts'
 import type { BackupManifest } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { RBD_PREFIX } from './rbd.ts'
+import { isImageGone } from './rbd-disk.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
 /** What {@link removeSnapshotsOf} works with. */
@@ -59,7 +60,7 @@ export async function removeSnapshotsOf(
       await remove()
     } catch (error) {
       if (run.signal?.aborted) throw error
-      if (isVarveError(error, 'DISK_NOT_FOUND')) continue // the image took its snapshots along
+      if (isImageGone(error)) continue // the image took its snapshots along
       warn(` until the next backup to the same storage: ${errorMessage(error)}`)
     }
   }
