@@ -30,7 +30,7 @@ export interface ChainManagerOptions {
   storage: StorageDriver
   /**
    * Where the instances live. With it and `stateDir`, `delete` and `prune` also remove the snapshots of what they delete
-   * from RBD images. Default: those go with the next backup to the same storage.
+   * from RBD images. Default: those go with the next backup from the machine that took them to the same storage.
    */
   host?: Host
   /**
