@@ -10,9 +10,9 @@ const CAPACITY = 8 * 1024 * 1024
 
 /** With TLS, what is about the data: it goes another way. */
 const SCOPE: Record<'none' | 'explicit', Pick<ContractOptions, 'parts' | 'largeSize' | 'turns'>> = {
-  none: { largeSize: 12_000_011 },
+  none: { largeSize: 6_000_011 },
   explicit: {
-    parts: ['objects', 'publishing', 'reading', 'early ends'],
+    parts: ['publishing', 'reading', 'early ends'],
     largeSize: 5_000_011,
     turns: 5,
   },
@@ -61,12 +61,14 @@ describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
       capacity: CAPACITY,
     }),
     async fill({ path }, keys) {
-      for (const key of keys) {
+      const make = async (key: string) => {
         await mkdir(join(path, dirname(key)), { recursive: true })
         await writeFile(join(path, key), key)
       }
+      await Promise.all(keys.map(make))
     },
-    manyObjects: 1100,
+    manyObjects: 300, // a listing has no pages
+    brief: true,
     ...SCOPE[tls],
     remote: {
       create: () => throughTunnel(lab, tls),

@@ -9,6 +9,7 @@ describeDriver('LocalDriver, with a disk that fills up,', {
   create: localTarget,
   leaveUnfinished,
   neighbour,
+  parts: ['storage'], // the others are tried on any folder, as a unit
   async createFull() {
     const disk = await mountTmpfs(`size=${CAPACITY}`)
     const target = await localTarget(disk.path)

@@ -8,4 +8,5 @@ describeDriver('LocalDriver', {
   neighbour,
   largeSize: 5_000_011,
   manyObjects: 300,
+  brief: true,
 })

@@ -11,8 +11,9 @@ import { filesIn, fillFolder } from './rclone-target.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 const WRONG = 'not the password'
+const isThorough = process.env.VARVE_THOROUGH === '1'
 /** Long enough for the start of a program on a busy machine. */
-const IDLE_TIMEOUT_MS = process.env.VARVE_THOROUGH === '1' ? 8000 : 4000
+const IDLE_TIMEOUT_MS = isThorough ? 8000 : 4000
 
 /** One whose folder is looked at. */
 interface FolderTarget extends RemoteTarget {
@@ -26,8 +27,8 @@ let folder: string
 let obscured: { readonly right: string; readonly wrong: string }
 /** Targets that have been used. Their drivers know the server already, which saves three rclones of a dozen. */
 const free: FolderTarget[] = []
-/** What is left out without it also needs targets without folders. */
-const reuses = process.env.VARVE_THOROUGH !== '1'
+/** What is left out otherwise also needs targets without folders. */
+const reuses = !isThorough
 const proxies: NetworkProxy[] = []
 
 beforeAll(async () => {
@@ -96,8 +97,10 @@ describeDriver('RcloneDriver over SFTP', {
   fill: ({ path }, keys) => fillFolder(path, keys),
   // OpenSSH does not say that its disk is full
   createFull: async () => ({ ...(await throughProxy(disk.path)), capacity: CAPACITY, code: 'UPLOAD_FAILED' }),
-  // the rest was tried on a folder; a connection of SSH that ends early is to rclone one that is cut
-  parts: ['cuts', 'silence', 'refusal', 'restart', 'staging'],
+  // The rest was tried on a folder, also that nothing is staged. A connection of SSH that ends early is to rclone one that is
+  // cut; what it does when a move over an object or a listing breaks off, and that it waits for sources and readers, is tried
+  // with scripts.
+  parts: ['cut uploads', 'cut downloads', 'silence', 'slowness', 'refusal', 'restart'],
   largeSize: 4_000_011,
   turns: 2,
   brief: true,
@@ -108,7 +111,7 @@ describeDriver('RcloneDriver over SFTP', {
     idleTimeoutMs: IDLE_TIMEOUT_MS,
     keepsConnections: false,
     cutSize: 300_007,
-    mostCuts: 2,
+    mostCuts: isThorough ? 4 : 2,
     refused: [
       {
         what: 'a wrong password',

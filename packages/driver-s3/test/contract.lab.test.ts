@@ -1,25 +1,34 @@
 import { randomBytes } from 'node:crypto'
+import { appendFile } from 'node:fs/promises'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
-import { type RadosgwLab, type S3User, startRadosgw } from '@varve/testkit/lab'
+import { type CephLab, type RadosgwLab, type S3User, startCeph, startRadosgw } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
 import { TestBucket } from './s3-target.ts'
 
 const MIB = 1024 * 1024
 const CAPACITY = 8 * MIB
+/** Of a listing. The gateway's own are of 1000 objects, which take a while to be stored. */
+const PAGE = 80
+let ceph: CephLab
 let gateway: RadosgwLab
 let bucket: TestBucket
 let stranger: S3User
 const secrets: string[] = []
 
 beforeAll(async () => {
-  gateway = await startRadosgw()
+  ceph = await startCeph()
+  await appendFile(ceph.conf, `\n[client.rgw]\nrgw_max_listing_results = ${PAGE}\n`)
+  gateway = await startRadosgw(ceph)
   const user = await gateway.createUser('varve')
   bucket = await TestBucket.make(gateway, user)
   stranger = await gateway.createUser('stranger')
   secrets.push(user.secretKey)
 })
-afterAll(() => gateway?.[Symbol.asyncDispose]())
+afterAll(async () => {
+  await gateway?.[Symbol.asyncDispose]()
+  await ceph?.[Symbol.asyncDispose]()
+})
 
 const refused = async (options: Partial<S3DriverOptions>) =>
   new S3Driver({ ...bucket.options, retries: 1, ...options })
@@ -44,14 +53,15 @@ describeDriver('S3Driver', {
     // the gateway counts a part when it is stored, so that several at once may pass together
     return { ...(await small.target({ parallelParts: 1 })), capacity: CAPACITY }
   },
-  largeSize: 24 * MIB + 12_345,
+  largeSize: (process.env.VARVE_THOROUGH === '1' ? 24 : 12) * MIB + 12_345, // three parts; two where its size is not known
   streamSize: 18_000_000, // the first part, of 8 MiB, is in its first half
-  manyObjects: 1100, // more than a page
+  manyObjects: 2.5 * PAGE,
+  brief: true,
   remote: {
     async create() {
       const proxy = await NetworkProxy.start(gateway)
       const endpoint = `http://127.0.0.1:${proxy.port}`
-      const target = await bucket.target({ endpoint, timeoutMs: 1500, retries: 2 })
+      const target = await bucket.target({ endpoint, timeoutMs: 1500, retries: 1 })
       const dispose = async () => {
         await target.dispose()
         await proxy[Symbol.asyncDispose]()

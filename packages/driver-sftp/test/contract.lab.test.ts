@@ -1,12 +1,14 @@
-import { writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { mkdir, writeFile } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
 import { afterAll, beforeAll } from 'vitest'
 import { login, sftpTarget } from './sftp-target.ts'
 
-const CAPACITY = 8 * 1024 * 1024
+const MIB = 1024 * 1024
+const CAPACITY = 8 * MIB
+const isThorough = process.env.VARVE_THOROUGH === '1'
 
 let disk: Tmpfs
 let lab: SshdLab
@@ -33,8 +35,16 @@ describeDriver('SftpDriver', {
     return new SftpDriver({ ...(await login(lab)), pathPrefix: `${path}2` })
   },
   createFull: async () => ({ ...(await sftpTarget(lab, {}, disk.path)), capacity: CAPACITY }),
-  largeSize: 24 * 1024 * 1024 + 12345,
-  manyObjects: 1000,
+  async fill({ path }, keys) {
+    const make = async (key: string) => {
+      await mkdir(join(path, dirname(key)), { recursive: true })
+      await writeFile(join(path, key), key)
+    }
+    await Promise.all(keys.map(make))
+  },
+  largeSize: (isThorough ? 24 : 6) * MIB + 12345,
+  manyObjects: 1000, // a folder of them takes more than one answer
+  brief: true,
   remote: {
     async create() {
       const proxy = await NetworkProxy.start({ port: lab.port })
@@ -42,7 +52,7 @@ describeDriver('SftpDriver', {
       const target = await sftpTarget(lab, {
         port: proxy.port,
         timeoutMs: 1500,
-        retries: 2,
+        retries: 1,
         username,
         password,
       })
@@ -53,6 +63,7 @@ describeDriver('SftpDriver', {
       return { ...target, proxy, dispose }
     },
     restartServer: () => lab.restart(),
+    resumeSize: 20 * MIB, // of which 8 are known to be durable well before the end
     refused: [
       {
         what: 'a wrong password',

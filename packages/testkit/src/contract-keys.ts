@@ -54,7 +54,9 @@ export function describeKeys(contract: Contract): void {
       await Promise.all(oddKeys.map(key => target.driver.put(key, bytesBody(Buffer.from(`<${key}>`)))))
       await Promise.all(oddKeys.map(key => expectStored(target, key, Buffer.from(`<${key}>`))))
       expect(await listed(target.driver)).toEqual([...oddKeys].sort())
-      await Promise.all(oddKeys.map(async key => expect(await listed(target.driver, key)).toEqual([key])))
+      // each as a prefix, or the oddest
+      const prefixes = contract.brief ? oddKeys.filter(key => /[%*]/.test(key)) : oddKeys
+      await Promise.all(prefixes.map(async key => expect(await listed(target.driver, key)).toEqual([key])))
       await Promise.all(oddKeys.map(key => target.driver.delete(key)))
       await expectNothing(target)
     })

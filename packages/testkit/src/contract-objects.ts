@@ -72,7 +72,7 @@ export function describeObjects(contract: Contract): void {
     test('memory that is given back may be overwritten at once', async () => {
       const target = await begin(contract.create)
       const bodies = Array.from(
-        { length: 3 },
+        { length: contract.brief ? 2 : 3 },
         (_, seed) => new PatternBody({ size: 6_000_000 + seed, seed, chunkSize: 100_000 }),
       )
       await Promise.all(bodies.map(body => target.driver.put(`recycled/${body.seed}`, body)))
@@ -93,10 +93,11 @@ export function describeObjects(contract: Contract): void {
 
     test('an object is replaced by a longer, a shorter and an empty one', async () => {
       const target = await begin(contract.create)
-      for (const size of [1000, 200_000, 10, 0]) {
+      for (const size of contract.brief ? [1000, 200_000, 0] : [1000, 200_000, 10, 0]) {
         const bytes = patternBytes(size, 0, size)
         await target.driver.put('replaced', bytesBody(bytes))
-        await expectFound(target, 'replaced', bytes)
+        if (size === 0 || !contract.brief) await expectFound(target, 'replaced', bytes)
+        else expect(Buffer.from(await target.readRaw('replaced')).equals(bytes)).toBe(true)
       }
     })
 

@@ -3,12 +3,12 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import { type Contract, expectStored, listed } from './contract-target.ts'
-import { findProcess } from './lab-process.ts'
+import { findProcessWithAny } from './lab-process.ts'
 import { beginRemote, expectAllRefused, expectNoSecrets, outcomeOf, type Remote } from './remote-target.ts'
 import { troubledSource } from './troubled-source.ts'
 
-/** How often all processes are looked at. A program takes much longer. */
-const LOOK_EVERY_MS = 10
+/** How often all processes are looked at, which is work. A program takes longer. */
+const LOOK_EVERY_MS = 30
 
 /** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
 export function describeRefusal(contract: Contract, remote: Remote): void {
@@ -49,9 +49,8 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
     test('are in no command line while a driver is at work, and are not seen of it afterwards', async () => {
       const { driver } = await beginRemote(remote)
       const lookAround = async () => {
-        for (const secret of remote.secrets) {
-          expect(await findProcess(secret), 'the process whose command line shows a secret').toBeUndefined()
-        }
+        const found = await findProcessWithAny(remote.secrets)
+        expect(found, 'the process whose command line shows a secret').toBeUndefined()
       }
       const size = contract.largeSize
       const seen = Promise.withResolvers<void>()
@@ -64,7 +63,7 @@ export function describeRefusal(contract: Contract, remote: Remote): void {
         await Promise.all([seen.promise, driver.put('a/large', source)])
         for await (const _ of await driver.get('a/large'));
         await listed(driver)
-        await driver.check()
+        if (!contract.brief) await driver.check() // which makes such calls
         await driver.delete('a/large')
       }
       const outcome = outcomeOf(work()).finally(() => {

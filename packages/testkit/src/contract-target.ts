@@ -40,6 +40,7 @@ export type ContractPart =
   | 'objects'
   | 'keys'
   | 'sources'
+  | 'odd sources'
   | 'publishing'
   | 'reading'
   | 'listing'
@@ -47,7 +48,18 @@ export type ContractPart =
   | RemotePart
 
 /** A part of the contract's tests that needs a {@link RemoteOptions}. */
-export type RemotePart = 'cuts' | 'early ends' | 'silence' | 'refusal' | 'restart' | 'staging'
+export type RemotePart =
+  | 'cut uploads'
+  | 'cut replacements'
+  | 'cut downloads'
+  | 'cut calls'
+  | 'early ends'
+  | 'silence'
+  | 'slowness'
+  | 'pauses'
+  | 'refusal'
+  | 'restart'
+  | 'staging'
 
 /** How {@link describeDriver} gets at a driver, and what it can expect of it. */
 export interface ContractOptions<T extends DriverTarget = DriverTarget> {
@@ -92,8 +104,8 @@ export interface ContractOptions<T extends DriverTarget = DriverTarget> {
    */
   turns?: number
   /**
-   * Whether cases that differ from one that is tried in a number alone are left out: for a driver whose calls cost much. Default:
-   * false. With `VARVE_THOROUGH=1` none is.
+   * Whether cases that differ from one that is tried in a number alone are left out, most places of a cut too: for a suite that
+   * is to be short. Default: false. With `VARVE_THOROUGH=1` none is.
    */
   brief?: boolean
   /** For one test, in milliseconds. Default: 60000. */
@@ -152,8 +164,13 @@ export interface RemoteOptions {
    */
   cutSize?: number
   /**
-   * At how many places at most a call is cut in either direction. Default: all that the suite knows, up to 14. Fewer for
-   * a driver whose calls cost much; those near the end are the last to go.
+   * The size in bytes of an upload that is cut and has to go on where it broke off. Default: that of a large object. More is
+   * for a driver that can go on only from some megabytes back.
+   */
+  resumeSize?: number
+  /**
+   * At how many places at most a call is cut in either direction. Default: all that the suite knows, up to 14, or 3 where
+   * {@link ContractOptions.brief} is set. Fewer for a driver whose calls cost much; those near the end are the last to go.
    */
   mostCuts?: number
 }

@@ -2,6 +2,7 @@ import { describe } from 'vitest'
 import { describeKeys } from './contract-keys.ts'
 import { describeListing } from './contract-listing.ts'
 import { describeObjects } from './contract-objects.ts'
+import { describeOddSources } from './contract-odd-sources.ts'
 import { describePublishing } from './contract-publishing.ts'
 import { describeReading } from './contract-reading.ts'
 import { describeRemote } from './contract-remote.ts'
@@ -48,6 +49,7 @@ export function describeDriver<T extends DriverTarget>(name: string, options: Co
     if (tries(contract, 'objects')) describeObjects(contract)
     if (tries(contract, 'keys')) describeKeys(contract)
     if (tries(contract, 'sources')) describeSources(contract)
+    if (tries(contract, 'odd sources')) describeOddSources(contract)
     if (tries(contract, 'publishing')) describePublishing(contract)
     if (tries(contract, 'reading')) describeReading(contract)
     if (tries(contract, 'listing')) describeListing(contract)

@@ -2,12 +2,19 @@ import { buffer } from 'node:stream/consumers'
 import { inspect } from 'node:util'
 import { bytesBody, type CallOptions, type ErrorCode, isVarveError, type StorageDriver } from '@varve/core'
 import { expect, onTestFinished } from 'vitest'
-import { expectStored, listed, type RemoteOptions, type RemoteTarget, rawNames } from './contract-target.ts'
+import {
+  type Contract,
+  expectStored,
+  listed,
+  type RemoteOptions,
+  type RemoteTarget,
+  rawNames,
+} from './contract-target.ts'
 import { pollUntil } from './lab-poll.ts'
 import { shownOf, shows } from './secret-forms.ts'
 
 /** {@link RemoteOptions} with their defaults. */
-export type Remote = Required<RemoteOptions>
+export type Remote = Required<RemoteOptions> & Pick<Contract, 'brief'>
 
 /** What a call may fail with over a bad network. None says that anything is missing, denied or wrong. */
 const NETWORK_CODES: readonly ErrorCode[] = [
@@ -25,20 +32,6 @@ export async function beginRemote(remote: Remote): Promise<RemoteTarget> {
   const target = await remote.create()
   onTestFinished(() => end(target), 3 * SETTLE_MS)
   return target
-}
-
-/** A target for one of several trials in a test. */
-export async function tryOn<T>(remote: Remote, trial: (target: RemoteTarget) => Promise<T>): Promise<T> {
-  const target = await remote.create()
-  let result: T
-  try {
-    result = await trial(target)
-  } catch (error) {
-    await target.dispose()
-    throw error
-  }
-  await end(target)
-  return result
 }
 
 /** The same as after a test with a network that is well, but the server has a moment. */
@@ -88,27 +81,31 @@ export async function outcomeOf<T>(call: Promise<T>): Promise<Outcome<T>> {
   )
 }
 
-/** Every kind of call that a driver takes, all begun at once. */
+/** Every kind of call that a driver takes, or some, all begun at once. */
 export function everyCall(
   driver: StorageDriver,
   call: CallOptions = {},
+  names: readonly string[] = ['put', 'get', 'stat', 'list', 'delete'],
 ): [string, Promise<Outcome<unknown>>][] {
-  return [
-    ['put', outcomeOf(driver.put('calls/put', bytesBody(Buffer.from('new')), call))],
-    ['get', outcomeOf(driver.get('calls/get', call).then(buffer))],
-    ['stat', outcomeOf(driver.stat('calls/stat', call))],
-    ['list', outcomeOf(listed(driver, 'calls/', call))],
-    ['delete', outcomeOf(driver.delete('calls/delete', call))],
+  const calls: [string, () => Promise<unknown>][] = [
+    ['put', () => driver.put('calls/put', bytesBody(Buffer.from('new')), call)],
+    ['get', () => driver.get('calls/get', call).then(buffer)],
+    ['stat', () => driver.stat('calls/stat', call)],
+    ['list', () => listed(driver, 'calls/', call)],
+    ['delete', () => driver.delete('calls/delete', call)],
   ]
+  return calls.filter(([name]) => names.includes(name)).map(([name, begin]) => [name, outcomeOf(begin())])
 }
 
 /** Expects every call to fail with one of these codes and without secrets; a check fails as well, and does not throw. */
 export async function expectAllRefused(
   driver: StorageDriver,
   codes: readonly ErrorCode[],
-  { secrets }: Remote,
+  { secrets, brief, keepsConnections }: Remote,
 ): Promise<void> {
-  const calls = everyCall(driver).map(async ([name, call]) => {
+  // without a connection that stays, every call begins in the same way
+  const begun = everyCall(driver, {}, brief && !keepsConnections ? ['put', 'list'] : undefined)
+  const calls = begun.map(async ([name, call]) => {
     const outcome = await call
     if ('value' in outcome) expect.unreachable(`${name} gave ${inspect(outcome.value)}`)
     expectVarveError(outcome.error, codes, secrets, name)

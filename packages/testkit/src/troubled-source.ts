@@ -1,4 +1,5 @@
 import { Readable } from 'node:stream'
+import type { UploadBody } from '@varve/core'
 import { patternBytes } from './pattern.ts'
 
 const CHUNK_SIZE = 64 * 1024
@@ -52,4 +53,9 @@ export function troubledSource(trouble: Trouble, options: TroubledSourceOptions)
       this.push(length === 0 ? null : patternBytes(seed, position - length, length))
     },
   })
+}
+
+/** A body that opens once, of a size that it promises. */
+export function bodyOf(size: number, open: () => Readable): UploadBody {
+  return { size, replayable: false, open }
 }

@@ -43,6 +43,7 @@ describeDriver('The driver of a toy server', {
   },
   largeSize: 3_000_011,
   manyObjects: 50,
+  brief: true,
   remote: {
     async create() {
       const proxy = await NetworkProxy.start({ port: server.port })
