@@ -4,7 +4,7 @@ import { Readable } from 'node:stream'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 
 const MIB = 1024 * 1024
-const BODY_SIZE = 200 * MIB
+const BODY_SIZE = 100 * MIB
 const STREAM_SIZE = 240 * MIB
 
 /** The same MiB again and again, so that the source itself takes no memory. */

@@ -38,7 +38,7 @@ describe('a login', () => {
     const file = join(folder, 'key')
     await copyFile(lab.keyFile, file)
     await chmod(file, 0o600)
-    execFileSync('ssh-keygen', ['-q', '-p', '-P', '', '-N', 'sesame', '-f', file])
+    execFileSync('ssh-keygen', ['-q', '-p', '-a', '1', '-P', '', '-N', 'sesame', '-f', file])
     await expectWorks({ ...options, privateKey: await readFile(file, 'utf8'), passphrase: 'sesame' })
   })
 
@@ -193,7 +193,7 @@ describe('over distance', () => {
     proxy.latencyMs = 400
     const before = proxy.bytesToServer
     let sentAtFirstAnswer = 0
-    const body = new PatternBody({ size: 8 * MIB, seed: 3 })
+    const body = new PatternBody({ size: 4 * MIB, seed: 3 })
     await target.driver.put('large', body, {
       onProgress: () => {
         sentAtFirstAnswer ||= proxy.bytesToServer - before
@@ -207,7 +207,7 @@ describe('over distance', () => {
     await using proxy = await NetworkProxy.start({ port: lab.port })
     const target = await sftpTarget(lab, { port: proxy.port })
     onTestFinished(() => target.dispose())
-    const body = new PatternBody({ size: 24 * MIB, seed: 8 })
+    const body = new PatternBody({ size: 12 * MIB, seed: 8 })
     await target.driver.put('large', body)
     const before = proxy.bytesToClient
     const download = await target.driver.get('large')
@@ -241,7 +241,7 @@ describe('over distance', () => {
     await using proxy = await NetworkProxy.start({ port: lab.port })
     const target = await sftpTarget(lab, { port: proxy.port })
     onTestFinished(() => target.dispose())
-    const body = new PatternBody({ size: 64 * MIB, seed: 4 })
+    const body = new PatternBody({ size: 36 * MIB, seed: 4 })
     const starts: number[] = []
     const watched: UploadBody = {
       size: body.size,
@@ -255,7 +255,7 @@ describe('over distance', () => {
     const reports: number[] = []
     let cuts = 0
     const onProgress = (bytes: number) => {
-      if (cuts < 2 && bytes >= (cuts + 1) * 24 * MIB) {
+      if (cuts < 2 && bytes >= (cuts + 1) * 16 * MIB) {
         cuts++
         proxy.cutAll()
       }
@@ -279,10 +279,10 @@ describe('over distance', () => {
     await using proxy = await NetworkProxy.start({ port: lab.port })
     const target = await sftpTarget(lab, { port: proxy.port })
     onTestFinished(() => target.dispose())
-    const body = new PatternBody({ size: 24 * MIB, seed: 5 })
+    const body = new PatternBody({ size: 12 * MIB, seed: 5 })
     await target.driver.put('large', body)
     const before = proxy.bytesToClient
-    proxy.cutAfter(12 * MIB, 'toClient')
+    proxy.cutAfter(6 * MIB, 'toClient')
     const bytes = await buffer(await target.driver.get('large'))
     expect(bytes.equals(patternBytes(5, 0, body.size))).toBe(true)
     expect(proxy.cuts).toBe(1)
@@ -293,10 +293,10 @@ describe('over distance', () => {
     await using proxy = await NetworkProxy.start({ port: lab.port })
     const target = await sftpTarget(lab, { port: proxy.port })
     onTestFinished(() => target.dispose())
-    await target.driver.put('large', new PatternBody({ size: 24 * MIB, seed: 6 }))
+    await target.driver.put('large', new PatternBody({ size: 12 * MIB, seed: 6 }))
     const download = await target.driver.get('large')
     await once(download, 'readable')
-    await target.driver.put('large', new PatternBody({ size: 24 * MIB - 1, seed: 7 }))
+    await target.driver.put('large', new PatternBody({ size: 12 * MIB - 1, seed: 7 }))
     proxy.cutAll()
     await expect(buffer(download)).rejects.toMatchObject({ code: 'STORAGE_FAILED' })
   })
@@ -342,7 +342,7 @@ test('a server without any of the extensions keeps objects as well, also where i
   }
   let lostPower = false
   const losePower = (bytes: number) => {
-    if (bytes < 18 * MIB || lostPower) return
+    if (bytes < 10 * MIB || lostPower) return
     lostPower = true
     proxy.cutAll()
     const [file = ''] = globSync(join(target.path, 'a/.varve-part-*'))
@@ -350,9 +350,9 @@ test('a server without any of the extensions keeps objects as well, also where i
     truncateSync(file, 4 * MIB) // what it had not written to its disk yet is zeros
     truncateSync(file, size)
   }
-  await driver.put('a/large', new PatternBody({ size: 24 * MIB, seed: 3 }), { onProgress: losePower })
+  await driver.put('a/large', new PatternBody({ size: 14 * MIB, seed: 3 }), { onProgress: losePower })
   expect(lostPower).toBe(true)
-  expect(Buffer.from(await target.readRaw('a/large')).equals(patternBytes(3, 0, 24 * MIB))).toBe(true)
+  expect(Buffer.from(await target.readRaw('a/large')).equals(patternBytes(3, 0, 14 * MIB))).toBe(true)
   expect((await filesIn(target.path)).map(file => file.name).sort()).toEqual(['a/large', 'a/object'])
 })
 
