@@ -1,10 +1,10 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises'
+import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody, type CommandEvent, isVarveError, type StorageDriver } from '@varve/core'
+import { bytesBody, type CommandEvent } from '@varve/core'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import { PatternBody, patternBytes, troubledSource } from '@varve/testkit'
 import {
@@ -13,41 +13,30 @@ import {
   freePorts,
   type RadosgwLab,
   type S3User,
-  type SshdLab,
   startRadosgw,
-  startSshd,
   startVsftpd,
 } from '@varve/testkit/lab'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { filesIn } from './rclone-target.ts'
+import { expectRefused, sizes } from './remotes.ts'
 
 const LARGE = 12_000_011 // more than two parts of S3
 
 let folder: string
-let sshd: SshdLab
 let gateway: RadosgwLab
 let user: S3User
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-remotes-'))
-  sshd = await startSshd()
   gateway = await startRadosgw()
   user = await gateway.createUser('rclone')
 })
 
 afterAll(async () => {
-  await sshd?.[Symbol.asyncDispose]()
   await gateway?.[Symbol.asyncDispose]()
   await rm(folder, { recursive: true })
 })
 
-const sftp = () => ({
-  type: 'sftp',
-  host: '127.0.0.1',
-  port: String(sshd.port),
-  user: sshd.username,
-  pass: sshd.password,
-})
 const s3 = () => ({
   type: 's3',
   provider: 'Ceph',
@@ -57,7 +46,6 @@ const s3 = () => ({
 })
 
 const REMOTES: [string, () => RcloneDriverOptions][] = [
-  ['sftp', () => ({ remoteName: 'nas', remotes: { nas: sftp() }, pathPrefix: 'backups', create: true })],
   [
     's3',
     () => ({ remoteName: 'cloud', remotes: { cloud: s3() }, pathPrefix: 'bucket/backups', create: true }),
@@ -72,67 +60,35 @@ const REMOTES: [string, () => RcloneDriverOptions][] = [
   ],
 ]
 
-describe.each(REMOTES)('over %s, given by the environment,', (_, optionsOf) => {
-  let driver: StorageDriver
-  const commands: CommandEvent[] = []
-
-  beforeAll(() => {
-    driver = new RcloneDriver({ ...optionsOf(), onCommand: event => commands.push(event) })
-  })
-
-  test('a large object is stored, replaced, read in ranges, listed and deleted', async () => {
+// All of the contract over each kind of remote is for a longer run.
+test.each(REMOTES)(
+  'over %s, given by the environment, objects are kept and no secret is told',
+  async (_, optionsOf) => {
+    const commands: CommandEvent[] = []
+    const driver = new RcloneDriver({ ...optionsOf(), onCommand: event => commands.push(event) })
+    expect(await driver.check()).toMatchObject({ ok: true })
     await driver.put('a/large', bytesBody(Buffer.from('former')))
     const body = new PatternBody({ size: LARGE, seed: 2 })
     await driver.put('a/large', body)
     expect(body.faults).toEqual([])
-    expect(await driver.stat('a/large')).toMatchObject({ key: 'a/large', size: LARGE })
-    const bytes = patternBytes(2, 0, LARGE)
-    for (const [start, end] of [
-      [0, LARGE],
-      [5_000_001, 6_000_003],
-    ] as const) {
-      const part = await buffer(await driver.get('a/large', { range: { start, end } }))
-      expect(part.equals(bytes.subarray(start, end))).toBe(true)
-    }
-    await driver.put('a/ün ïcode/%2F', bytesBody(Buffer.from('odd')))
-    await driver.put('empty', bytesBody(new Uint8Array()))
-    expect(await sizes(driver, '')).toEqual({ 'a/large': LARGE, 'a/ün ïcode/%2F': 3, empty: 0 })
-    expect(await sizes(driver, 'none/')).toEqual({})
+    const stream = troubledSource({ kind: 'end' }, { bytes: 6_000_000 })
+    await driver.put('a/ün ïcode/%2F', stream)
+    expect(await sizes(driver, '')).toEqual({ 'a/large': LARGE, 'a/ün ïcode/%2F': 6_000_000 })
     expect(await driver.stat('none')).toBeUndefined()
     await expect(driver.get('a')).rejects.toMatchObject({ code: 'OBJECT_NOT_FOUND' })
-    for (const key of ['a/large', 'a/ün ïcode/%2F', 'none']) await driver.delete(key)
-    expect(await sizes(driver, '')).toEqual({ empty: 0 })
-  })
+    expect((await buffer(await driver.get('a/large'))).equals(patternBytes(2, 0, LARGE))).toBe(true)
+    const range = { start: 5_000_001, end: 5_900_003 }
+    const part = await buffer(await driver.get('a/ün ïcode/%2F', { range }))
+    expect(part.equals(patternBytes(0, range.start, range.end - range.start))).toBe(true)
+    await driver.delete('a/large')
+    expect(await sizes(driver, '')).toEqual({ 'a/ün ïcode/%2F': 6_000_000 })
 
-  test('a stream of unknown size is stored whole', async () => {
-    const source = troubledSource({ kind: 'end' }, { bytes: 6_000_000 })
-    await driver.put('stream', source)
-    expect((await buffer(await driver.get('stream'))).equals(patternBytes(0, 0, 6_000_000))).toBe(true)
-  })
-
-  test('an upload that is given up leaves nothing', async () => {
-    const controller = new AbortController()
-    const upload = driver.put('a/b', new PatternBody({ size: LARGE }), {
-      signal: controller.signal,
-      onProgress: bytes => bytes > LARGE / 2 && controller.abort(),
-    })
-    await expect(upload).rejects.toMatchObject({ code: 'ABORTED' })
-    expect(await sizes(driver, 'a/')).toEqual({})
-    expect(await driver.cleanUp?.({ olderThan: new Date(Date.now() + 3_600_000) })).toBe(0)
-  })
-
-  test('a check passes', async () => {
-    expect(await driver.check()).toMatchObject({ ok: true })
-  })
-
-  test('no secret was in a command line or in what rclone said', () => {
     expect(commands.length).toBeGreaterThan(20)
     const told = JSON.stringify(commands)
-    for (const secret of [sshd.password, user.secretKey, user.accessKey, 'crypt-secret-1']) {
+    for (const secret of [user.secretKey, user.accessKey, 'crypt-secret-1'])
       expect(told).not.toContain(secret)
-    }
-  })
-})
+  },
+)
 
 describe('the parts of an upload to S3', () => {
   /** Fills two parts and some of a third, then waits. */
@@ -144,12 +100,17 @@ describe('the parts of an upload to S3', () => {
     return entries.map(({ name }) => name)
   }
   // Before the upload is removed: a part that is on its way then may stay in the gateway, where no client sees it.
-  const twoParts = (path = 'backups/a/') =>
+  const twoParts = (...paths: string[]) =>
     expect
-      .poll(async () => (await inBucket()).filter(name => name.startsWith(`_multipart_${path}`)), {
+      .poll(async () => (await inBucket()).filter(name => name.startsWith('_multipart_')), {
         timeout: 30_000,
+        interval: 300, // each look starts a program
       })
-      .toEqual(['1', '2', 'meta'].map(end => expect.stringMatching(`\\.${end}$`)))
+      .toEqual(
+        paths.flatMap(path =>
+          ['1', '2', 'meta'].map(end => expect.stringMatching(`^_multipart_${path}.*\\.${end}$`)),
+        ),
+      )
   const begin = () =>
     new RcloneDriver({
       remoteName: 'cloud',
@@ -160,7 +121,7 @@ describe('the parts of an upload to S3', () => {
 
   test('do not stay when the source fails, when it is given up, and when rclone is killed', async () => {
     const driver = begin()
-    const broken = twoParts().then(() => Promise.reject(new Error('boom')))
+    const broken = twoParts('backups/a/').then(() => Promise.reject(new Error('boom')))
     await expect(driver.put('a/failed', source(broken))).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
     expect(await inBucket()).toEqual([])
     const controller = new AbortController()
@@ -168,12 +129,12 @@ describe('the parts of an upload to S3', () => {
     const given = expect(driver.put('a/given-up', source(), { signal })).rejects.toMatchObject({
       code: 'ABORTED',
     })
-    await twoParts()
+    await twoParts('backups/a/')
     controller.abort()
     await given
     expect(await inBucket()).toEqual([])
     const killed = expect(driver.put('a/killed', source())).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
-    await twoParts()
+    await twoParts('backups/a/')
     await killRclone()
     await killed
     expect(await inBucket()).toEqual([])
@@ -182,9 +143,7 @@ describe('the parts of an upload to S3', () => {
   test('that nobody could remove are cleaned up when they are old; those of others stay', async () => {
     const driver = begin()
     await driver.put('whole', bytesBody(Buffer.from('stays')))
-    for (const name of ['backups/a/.varve-part-0123', 'backups2/.varve-part-0123', 'backups/others']) {
-      await leaveParts(name)
-    }
+    await leaveParts('backups/a/.varve-part-0123', 'backups/others', 'backups2/.varve-part-0123')
     const before = (await inBucket()).length
     const hour = 3_600_000
     expect(await driver.cleanUp({ olderThan: new Date(Date.now() - hour) })).toBe(0)
@@ -197,21 +156,26 @@ describe('the parts of an upload to S3', () => {
     expect(left).toContain('backups/whole')
   })
 
-  /** Kills an rclone in the middle of an upload. */
-  async function leaveParts(path: string): Promise<void> {
+  /** Kills rclones in the middle of an upload, each of which is to be a path; in the order of the bucket's listing. */
+  async function leaveParts(...paths: string[]): Promise<void> {
     const remote = Object.entries(s3()).map(([name, value]) => [
       `RCLONE_CONFIG_C_${name.toUpperCase()}`,
       value,
     ])
     const env = { ...Object.fromEntries(remote), PATH: process.env.PATH ?? '' }
-    const child = spawn('rclone', ['--config', '', 'rcat', `C:parts/${path}`], {
-      env,
-      stdio: ['pipe', 'ignore', 'ignore'],
+    const children = paths.map(path => {
+      const child = spawn('rclone', ['--config', '', 'rcat', `C:parts/${path}`], {
+        env,
+        stdio: ['pipe', 'ignore', 'ignore'],
+      })
+      child.stdin.on('error', () => undefined).write(Buffer.alloc(LARGE))
+      return child
     })
-    child.stdin.on('error', () => undefined).write(Buffer.alloc(LARGE))
-    await twoParts(path)
-    child.kill('SIGKILL')
-    await once(child, 'exit')
+    await twoParts(...paths)
+    for (const child of children) {
+      child.kill('SIGKILL')
+      await once(child, 'exit')
+    }
   }
 })
 
@@ -280,24 +244,12 @@ test('what is encrypted shows neither names nor bytes', async () => {
 
 test.each<[string, string, () => RcloneDriverOptions]>([
   [
-    'a wrong password',
-    'STORAGE_ACCESS_DENIED',
-    () => ({ remoteName: 'nas', remotes: { nas: { ...sftp(), pass: 'wrong-pass' } } }),
-  ],
-  [
-    'a server that is not there',
-    'STORAGE_UNREACHABLE',
-    () => ({ remoteName: 'nas', remotes: { nas: { ...sftp(), port: '9' } } }),
-  ],
-  [
     'a host without a name',
     'STORAGE_UNREACHABLE',
-    () => ({ remoteName: 'nas', remotes: { nas: { ...sftp(), host: 'nowhere.invalid' } } }),
-  ],
-  [
-    'a missing folder',
-    'STORAGE_NOT_FOUND',
-    () => ({ remoteName: 'nas', remotes: { nas: sftp() }, pathPrefix: 'no/such' }),
+    () => ({
+      remoteName: 'nas',
+      remotes: { nas: { type: 'sftp', host: 'nowhere.invalid', user: 'varve', pass: 'wrong-pass' } },
+    }),
   ],
   [
     'a wrong key',
@@ -313,38 +265,16 @@ test.each<[string, string, () => RcloneDriverOptions]>([
     'STORAGE_NOT_FOUND',
     () => ({ remoteName: 'cloud', remotes: { cloud: s3() }, pathPrefix: 'no-such-bucket' }),
   ],
-  [
-    'an endpoint that is not there',
-    'STORAGE_UNREACHABLE',
-    () => ({
-      remoteName: 'cloud',
-      remotes: { cloud: { ...s3(), endpoint: 'http://127.0.0.1:9' } },
-      pathPrefix: 'bucket',
-    }),
-  ],
 ])('%s is %s for a listing, and a failed check', async (_, code, options) => {
   const driver = new RcloneDriver({ ...options(), timeoutMs: 10_000 })
-  const listing = driver.list('').next()
-  const error = await listing.catch((error: unknown) => error)
-  expect(error).toMatchObject({ code })
-  for (const secret of [sshd.password, user.secretKey, 'wrong-pass']) {
-    expect(String(error) + JSON.stringify(isVarveError(error) && error.context)).not.toContain(secret)
-  }
-  expect((await driver.check()).checks).toMatchObject([{ name: 'connect', ok: false, code }])
+  await expectRefused(driver, code, [user.secretKey, 'wrong-pass'])
 })
 
-test('a check tells a certificate that is not trusted, and a folder that may not be written to or deleted from', async () => {
+test('a check tells a certificate that is not trusted, and a folder that may not be deleted from', async () => {
   const https = { ...s3(), endpoint: `https://127.0.0.1:${gateway.tlsPort}` }
   const untrusted = new RcloneDriver({ remoteName: 'cloud', remotes: { cloud: https }, pathPrefix: 'bucket' })
   expect((await untrusted.check()).checks).toMatchObject([
     { name: 'connect', ok: false, code: 'STORAGE_UNREACHABLE', message: expect.stringContaining('TLS') },
-  ])
-
-  await mkdir(join(sshd.home, 'fixed'), { mode: 0o755 }) // root's
-  const fixed = new RcloneDriver({ remoteName: 'nas', remotes: { nas: sftp() }, pathPrefix: 'fixed' })
-  expect((await fixed.check()).checks).toMatchObject([
-    { name: 'connect', ok: true },
-    { name: 'write', ok: false, code: 'STORAGE_ACCESS_DENIED' },
   ])
 
   await using keeper = await startVsftpd({ config: ['cmds_denied=DELE'] })
@@ -354,21 +284,6 @@ test('a check tells a certificate that is not trusted, and a folder that may not
   const driver = new RcloneDriver({ remoteName: 'nas', remotes: { nas: ftp } })
   const { checks } = await driver.check()
   expect(checks.at(-1)).toMatchObject({ name: 'delete', ok: false, code: 'STORAGE_ACCESS_DENIED' })
-})
-
-test('a server that is killed while it sends fails the download', async () => {
-  const driver = new RcloneDriver({
-    remoteName: 'nas',
-    remotes: { nas: sftp() },
-    pathPrefix: 'kill',
-    create: true,
-  })
-  await driver.put('large', new PatternBody({ size: 60_000_000 }))
-  const download = await driver.get('large')
-  await once(download, 'readable')
-  const [outcome] = await Promise.allSettled([buffer(download), sshd.restart()])
-  expect(outcome).toMatchObject({ status: 'rejected', reason: { name: 'VarveError' } })
-  expect(await driver.stat('large')).toMatchObject({ size: 60_000_000 })
 })
 
 /** Kills the rclone that a driver has started, as the kernel does when memory is short. */
@@ -383,11 +298,5 @@ async function rclones(): Promise<number[]> {
     const name = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '') // ended meanwhile
     if (name.trim() === 'rclone') found.push(pid)
   }
-  return found
-}
-
-async function sizes(driver: StorageDriver, prefix: string): Promise<Record<string, number>> {
-  const found: Record<string, number> = {}
-  for await (const { key, size } of driver.list(prefix)) found[key] = size
   return found
 }
