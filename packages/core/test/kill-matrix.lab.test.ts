@@ -62,6 +62,17 @@ const half: Case = {
   seed: 1,
 }
 
+test('a restore in place that dies when a part of a disk is written leaves it incomplete', async () => {
+  const { end, settled } = await matrix.run({
+    scenario: scenarioOf('restore in place of images'),
+    kill: { at: 2, label: 'target write done' },
+    scope: 'group',
+    seed: 2,
+  })
+  expect(end).toEqual({ killed: true, point: 'target write done' })
+  expect(settled.map(({ outcome }) => outcome)).toEqual(['incomplete'])
+})
+
 test.each([...cases, half, afterPivot].map(one => [one.scenario.name, one.kill.label, one] as const))(
   '%s, killed %s',
   async (_name, _at, killCase) => {

@@ -10,6 +10,10 @@ import { chanceOf } from '../../../core/test/torture/random.ts'
 import { type KillCase, KillCases } from './kill-cases.ts'
 import { type KillRun, RUNS, stepsWithoutARun } from './kill-runs.ts'
 
+/** Random moments at which each run dies; a run takes some seconds. */
+const MOMENTS = 4
+const LATEST_MOMENT_MS = 6000
+
 const { values } = parseArgs({
   options: {
     seconds: { type: 'string', default: '600' },
@@ -22,17 +26,18 @@ const { values } = parseArgs({
 const seed = Number(values.seed)
 const startedAt = Date.now()
 const deadline = startedAt + Number(values.seconds) * 1000
-let cases = await KillCases.prepare(seed)
-
 const without = stepsWithoutARun()
 if (without.length > 0) throw new Error(`No run has the steps ${without.join(', ')}`)
 const runs = RUNS.filter(({ name, kind }) => `${name} (${kind})`.includes(values.only))
+if (runs.length === 0) throw new Error(`No run has "${values.only}" in its name.`)
+let cases = await KillCases.prepare(seed)
 const replay: KillCase | undefined = values.replay && JSON.parse(values.replay)
-const first = replay ? [replay] : eachRunFirst(inOrder(runs.flatMap(aroundSteps)))
+const atSteps = replay ? [replay] : eachRunFirst(inOrder(runs.flatMap(aroundSteps)))
+const first = replay ? atSteps : withMoments(atSteps, inOrder(runs.flatMap(moments)))
 let all = first
 const from = Number(values.from)
 let next = from
-let [kills, recoverKills, failures] = [0, 0, 0]
+let [kills, killsAtMoments, recoverKills, failures] = [0, 0, 0, 0]
 while (Date.now() < deadline) {
   if (!replay && all === first && next >= first.length) all = [...first, ...inOrder(await otherCases())]
   const one = all[next++]
@@ -41,7 +46,9 @@ while (Date.now() < deadline) {
     const { killed, recoverKilled } = await cases.run(one)
     if (recoverKilled) recoverKills++
     if (killed) kills++
-    else if (next <= first.length) throw new Error(`The run does not reach "${one.point}".`)
+    if (killed && one.afterMs !== undefined) killsAtMoments++
+    if (!killed && one.afterMs === undefined && next <= first.length)
+      throw new Error(`The run does not reach "${one.point}".`)
   } catch (error) {
     failures++
     console.log(`FAILED: ${errorMessage(error)}`)
@@ -55,18 +62,36 @@ while (Date.now() < deadline) {
     console.log(`${next} of ${all.length}; ${kills} kills survived; ${seconds()} s`)
 }
 await cases[Symbol.asyncDispose]()
-const others = all === first ? `, the ${first.length} around the steps` : ''
+const others = all === first ? `, the ${first.length} around the steps and at random moments` : ''
 console.log(
-  `points ${from} to ${next} of ${all.length}${others}: ${kills} kills survived, ${recoverKills} of them with recover killed too, ${failures} failed, in ${seconds()} s (seed ${seed})`,
+  `points ${from} to ${next} of ${all.length}${others}: ${kills} kills survived, ${killsAtMoments} of them at a random moment, ${recoverKills} with recover killed too, ${failures} failed, in ${seconds()} s (seed ${seed})`,
 )
 if (next < all.length || all === first) console.log(`to go on: --seed ${seed} --from ${next}`)
-process.exitCode = failures > 0 ? 1 : 0
+if (kills === 0) console.log('FAILED: no run was killed, which proves nothing.')
+process.exitCode = failures > 0 || kills === 0 ? 1 : 0
 
 /** Before and after each step of a run, or what it removes of the images: those are known without a run. */
 function aroundSteps({ kind, name: run, steps }: KillRun): KillCase[] {
   const around = steps.flatMap(step => [`before ${step}`, `after ${step}`])
   const points = steps.length > 0 ? around : ['start rbd snap rm', 'end rbd snap rm']
   return points.map(point => withChance({ kind, run, point, nth: 0, scope: 'process' }))
+}
+
+/** Random moments of a run, some of them after its end: then it was none. */
+function moments({ kind, name: run }: KillRun): KillCase[] {
+  return Array.from({ length: MOMENTS }, (_, nth) => {
+    const one = withChance({ kind, run, point: 'a moment', nth, scope: 'process' })
+    return { ...one, afterMs: Math.floor(chance(one, 'moment') * LATEST_MOMENT_MS) }
+  })
+}
+
+/** One at a moment after every three at a step, and the rest behind. */
+function withMoments(atSteps: readonly KillCase[], atMoments: readonly KillCase[]): KillCase[] {
+  const mixed = atSteps.flatMap((one, index) => {
+    const moment = atMoments[(index - 2) / 3] // of every third index only
+    return moment ? [one, moment] : [one]
+  })
+  return [...mixed, ...atMoments.slice(Math.floor(atSteps.length / 3))]
 }
 
 /** All other points of the runs, by a run of each that nobody kills. */

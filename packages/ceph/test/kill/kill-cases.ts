@@ -21,6 +21,8 @@ export interface KillCase {
   readonly point: string
   /** Of several such points, which one. */
   readonly nth: number
+  /** Where it dies at a moment and not at a point, which then has a name only: after so many milliseconds. */
+  readonly afterMs?: number
   readonly scope: 'process' | 'group'
   /** The point at which the first try to settle the run dies too, counted from 1. Default: it does not. */
   readonly recoverAt?: number
@@ -87,11 +89,14 @@ export class KillCases implements AsyncDisposable {
       frozenFlag: ground.frozenFlag,
       ceph: this.#lab.ceph,
     }
-    const at = kill && this.#killAt(kill.nth + 1, kill, kill.point)
+    const at = kill && this.#deathOf(kill)
     const runs = ground.wantedState === 'running' // a guest writes while it is backed up
     const end = await this.#victims.run(
       { ...job, task, ...(at && { kill: at }) },
-      { streaming: async () => void (runs && (await ground.write())) },
+      {
+        streaming: async () => void (runs && (await ground.write())),
+        ...(kill?.afterMs !== undefined && { killAfterMs: kill.afterMs }),
+      },
     )
     const recoverKilled =
       kill?.recoverAt !== undefined &&
@@ -152,6 +157,11 @@ export class KillCases implements AsyncDisposable {
     const end = await this.#victims.run(job)
     if (!end.killed && end.failure) throw new Error(`recover that was to die failed: ${end.failure.message}`)
     return end.killed
+  }
+
+  /** At a moment it is killed from outside, and at no point. */
+  #deathOf(kill: KillCase): NonNullable<Job['kill']> {
+    return kill.afterMs === undefined ? this.#killAt(kill.nth + 1, kill, kill.point) : this.#killAt(-1, kill)
   }
 
   #killAt(at: number, { scope }: KillCase, label?: string): NonNullable<Job['kill']> {

@@ -3,6 +3,10 @@ import { writeFileSync } from 'node:fs'
 import fs from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
 import { RunJournal } from '../../src/journal.ts'
+import { NbdTarget } from '../../src/nbd-target.ts'
+import { Qcow2FileTarget } from '../../src/qcow2-file-target.ts'
+import { RawFileTarget } from '../../src/raw-file-target.ts'
+import type { RestoreTarget } from '../../src/restore-target.ts'
 import { killDescendants } from './processes.ts'
 
 /** When a victim dies. */
@@ -19,8 +23,8 @@ export interface Kill {
 
 /**
  * The points at which a run may be cut short: before and after every record of its journal, when an external
- * command has been started and when it has ended, and after every change of a file system. Each is counted, and
- * the process kills itself at the chosen one.
+ * command has been started and when it has ended, after every change of a file system, and after every write of a
+ * restore to a disk. Each is counted, and the process kills itself at the chosen one.
  */
 export class KillPoints {
   readonly labels: string[] = []
@@ -32,6 +36,7 @@ export class KillPoints {
     this.#watchJournal()
     this.#watchFiles()
     this.#watchCommands()
+    this.#watchTargets()
     syncBuiltinESMExports()
   }
 
@@ -70,6 +75,19 @@ export class KillPoints {
         reach(`${name} done`)
         return result
       })
+    }
+  }
+
+  #watchTargets(): void {
+    const reach = this.reach.bind(this)
+    for (const { prototype } of [Qcow2FileTarget, RawFileTarget, NbdTarget]) {
+      for (const name of ['write', 'zero'] as const) {
+        const call: (...args: unknown[]) => Promise<void> = prototype[name] as never
+        Reflect.set(prototype, name, async function (this: RestoreTarget, ...args: unknown[]) {
+          await call.apply(this, args)
+          reach(`target ${name} done`)
+        })
+      }
     }
   }
 

@@ -95,8 +95,10 @@ export class Victims implements AsyncDisposable {
     clearTimeout(timer)
     await writes // also those of a guest whose victim died meanwhile
     if (signal === 'SIGKILL') {
+      // From outside it writes no diary, where that of one before may still be.
+      if (meanwhile.killAfterMs !== undefined) return { killed: true, point: `${meanwhile.killAfterMs} ms` }
       const point = job.kill && (await readFile(job.kill.diary, 'utf8').catch(() => undefined))
-      return { killed: true, point: point ?? `${meanwhile.killAfterMs} ms` }
+      return { killed: true, point: point ?? 'nobody knows which' }
     }
     if (last?.say === 'done') return { killed: false, ...last }
     if (last?.say === 'failed') return { killed: false, points: last.points, failure: last }
