@@ -1,3 +1,4 @@
+import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { loadConfig, openStorage, parseConfig } from '../src/config.ts'
@@ -134,51 +135,61 @@ test('a missing file is named with the way to make one', async () => {
   })
 })
 
-test('whatever JSON it is given, it is a configuration or a VarveError', () => {
-  fc.assert(
-    fc.property(fc.jsonValue(), value => {
-      try {
-        expect(parse(value).storages.size).toBeGreaterThan(0)
-      } catch (error) {
-        expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
-      }
-    }),
-  )
-})
+test(
+  'whatever JSON it is given, it is a configuration or a VarveError',
+  () => {
+    fc.assert(
+      fc.property(fc.jsonValue(), value => {
+        try {
+          expect(parse(value).storages.size).toBeGreaterThan(0)
+        } catch (error) {
+          expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
+        }
+      }),
+      fuzz(100),
+    )
+  },
+  FUZZ_TIMEOUT_MS,
+)
 
-test('a configuration that is almost right is one, or a VarveError that names a field of it', () => {
-  const name = fc.constantFrom('nas', 'a/b', '__proto__', 'constructor', '', 'é')
-  const value = fc.oneof(fc.jsonValue(), fc.constantFrom<unknown>('local', '/mnt', true, { env: 'A' }))
-  const field = fc.constantFrom(
-    'type',
-    'path',
-    'create',
-    'marker',
-    'requireMountPoint',
-    '__proto__',
-    'toString',
-  )
-  const storage = fc
-    .dictionary(field, value)
-    .map(entry => ({ type: 'local', path: '/mnt/backup', ...entry }) as unknown)
-  const document = fc.record(
-    {
-      storages: fc.dictionary(name, fc.oneof(storage, value)),
-      stateDir: value,
-      libvirtUri: value,
-      '': value,
-    },
-    { requiredKeys: ['storages'] },
-  )
-  fc.assert(
-    fc.property(document, value => {
-      try {
-        for (const name of parse(value).storages.keys()) expect(name).toMatch(/^[\w.-]+$/)
-      } catch (error) {
-        expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
-        const named = /is not valid: (storages|stateDir|libvirtUri|\[""\])/
-        expect(error).toMatchObject({ message: expect.stringMatching(named) })
-      }
-    }),
-  )
-})
+test(
+  'a configuration that is almost right is one, or a VarveError that names a field of it',
+  () => {
+    const name = fc.constantFrom('nas', 'a/b', '__proto__', 'constructor', '', 'é')
+    const value = fc.oneof(fc.jsonValue(), fc.constantFrom<unknown>('local', '/mnt', true, { env: 'A' }))
+    const field = fc.constantFrom(
+      'type',
+      'path',
+      'create',
+      'marker',
+      'requireMountPoint',
+      '__proto__',
+      'toString',
+    )
+    const storage = fc
+      .dictionary(field, value)
+      .map(entry => ({ type: 'local', path: '/mnt/backup', ...entry }) as unknown)
+    const document = fc.record(
+      {
+        storages: fc.dictionary(name, fc.oneof(storage, value)),
+        stateDir: value,
+        libvirtUri: value,
+        '': value,
+      },
+      { requiredKeys: ['storages'] },
+    )
+    fc.assert(
+      fc.property(document, value => {
+        try {
+          for (const name of parse(value).storages.keys()) expect(name).toMatch(/^[\w.-]+$/)
+        } catch (error) {
+          expect(error).toMatchObject({ name: 'VarveError', code: 'INVALID_CONFIG' })
+          const named = /is not valid: (storages|stateDir|libvirtUri|\[""\])/
+          expect(error).toMatchObject({ message: expect.stringMatching(named) })
+        }
+      }),
+      fuzz(100),
+    )
+  },
+  FUZZ_TIMEOUT_MS,
+)
