@@ -212,11 +212,16 @@ export class BackupPipeline {
     const { published } = await settleBackup(journal, {
       host,
       storage,
+      overlayReserve: request.overlayReserve,
       run: onEvent ? { onEvent } : {},
     }).catch(error => {
       throw settleError(error, failure, failure === undefined ? id : undefined)
     })
-    if (published) await forgetUnused(ledger, marked, instance, backups)
+    if (published) {
+      await forgetUnused(ledger, marked, instance, backups).catch(error => {
+        throw settleError(error, failure, id)
+      })
+    }
     // A manifest that is there is a backup, also where its upload was answered with an error.
     if (manifest && published) return manifest
     throw failure

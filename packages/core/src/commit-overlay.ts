@@ -36,7 +36,7 @@ export async function commitOverlay(
   } catch (error) {
     throw new VarveError(
       'BLOCK_COMMIT_FAILED',
-      `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. The instance ${instance} goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
+      `Block commit failed: the overlay ${overlay.overlay} of disk ${overlay.disk} could not be merged back (${errorMessage(error)}). Nothing is lost as long as the overlay is there: do not delete it. Where the instance ${instance} runs, it goes on. Run "varve recover" once the cause is removed; no backup of this instance starts before.`,
       {
         context: { instance, disk: overlay.disk, overlay: overlay.overlay, base: overlay.base },
         cause: error,

@@ -33,15 +33,17 @@ export async function lackOfSpace(
   overlays: readonly SizedOverlay[],
   reserve: number | undefined,
 ): Promise<VarveError | undefined> {
-  try {
-    return await findLack(overlays, reserve)
-  } catch (error) {
-    throw new VarveError(
-      'OVERLAY_SPACE_LOW',
-      `How much room the overlays have cannot be told: ${errorMessage(error)}. See that the folders of the disks and of their overlays can be read, and back up again.`,
-      { cause: error, retryable: true },
-    )
-  }
+  return findLack(overlays, reserve).catch(error => {
+    throw unknownSpace(error)
+  })
+}
+
+function unknownSpace(cause: unknown): VarveError {
+  return new VarveError(
+    'OVERLAY_SPACE_LOW',
+    `How much room the overlays have cannot be told: ${errorMessage(cause)}. See that the folders of the disks and of their overlays can be read, and back up again.`,
+    { cause, retryable: true },
+  )
 }
 
 async function findLack(
@@ -59,9 +61,7 @@ async function findLack(
     if (growth > 0) await need(dirname(overlay.base), growth)
   }
   for (const { folder, growth } of needs.values()) {
-    const { bavail, blocks, bsize } = await statfs(folder)
-    const free = bavail * bsize
-    const kept = reserve ?? defaultReserve(blocks * bsize)
+    const { free, kept } = await spaceOf(folder, reserve)
     if (free >= growth + kept) continue
     return new VarveError(
       'OVERLAY_SPACE_LOW',
@@ -70,6 +70,12 @@ async function findLack(
     )
   }
   return undefined
+}
+
+/** What a file system has left, and what of it is kept free, both in bytes. */
+async function spaceOf(folder: string, reserve: number | undefined): Promise<{ free: number; kept: number }> {
+  const { bavail, blocks, bsize } = await statfs(folder)
+  return { free: bavail * bsize, kept: reserve ?? defaultReserve(blocks * bsize) }
 }
 
 /** What is kept free by default of a file system of this size, both in bytes. */
@@ -85,18 +91,18 @@ async function growthOfBase({ base, overlay, virtualSize }: SizedOverlay): Promi
   return Math.min((written?.blocks ?? 0) * BLOCK_BYTES, left)
 }
 
-/** Watches the space of overlays that are in use. Its signal is aborted, with the error as the reason, when that ends. */
-export class OverlayWatch implements AsyncDisposable {
-  readonly #lack = new AbortController()
+/** Looks at the space of file systems until there is too little of it somewhere, or it is told to end. */
+class SpaceWatch implements AsyncDisposable {
   readonly #end = new AbortController()
   readonly #watching: Promise<void>
 
-  constructor(overlays: readonly SizedOverlay[], reserve: number | undefined, run: RunOptions) {
-    this.#watching = overlays.length === 0 ? Promise.resolve() : this.#watch(overlays, reserve, run)
-  }
-
-  get signal(): AbortSignal {
-    return this.#lack.signal
+  /** @param find an error that tells where there is too little; rejects where that cannot be told */
+  constructor(
+    find: () => Promise<VarveError | undefined>,
+    onLack: (lack: VarveError) => void,
+    run: RunOptions,
+  ) {
+    this.#watching = this.#watch(find, onLack, run)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -105,19 +111,72 @@ export class OverlayWatch implements AsyncDisposable {
   }
 
   async #watch(
-    overlays: readonly SizedOverlay[],
-    reserve: number | undefined,
+    find: () => Promise<VarveError | undefined>,
+    onLack: (lack: VarveError) => void,
     run: RunOptions,
   ): Promise<void> {
     let warned = false
     while (!this.#end.signal.aborted) {
-      const lack = await lackOfSpace(overlays, reserve).catch(error => {
+      const lack = await find().catch(error => {
         if (!warned) emit(run, { type: 'warning', message: errorMessage(error) })
         warned = true
         return undefined
       })
-      if (lack) return this.#lack.abort(lack)
+      if (lack) return onLack(lack)
       await sleep(INTERVAL_MS, undefined, { signal: this.#end.signal, ref: false }).catch(() => undefined) // at the end
     }
   }
+}
+
+/** Watches the space of overlays that are in use. Its signal is aborted, with the error as the reason, when that ends. */
+export class OverlayWatch implements AsyncDisposable {
+  readonly #lack = new AbortController()
+  readonly #watch: SpaceWatch | undefined
+
+  constructor(overlays: readonly SizedOverlay[], reserve: number | undefined, run: RunOptions) {
+    if (overlays.length === 0) return
+    this.#watch = new SpaceWatch(
+      () => lackOfSpace(overlays, reserve),
+      lack => this.#lack.abort(lack),
+      run,
+    )
+  }
+
+  get signal(): AbortSignal {
+    return this.#lack.signal
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#watch?.[Symbol.asyncDispose]()
+  }
+}
+
+/** Warns, once, where the space runs low while overlays are merged back: there is nothing then to give up. */
+export function watchMerge(
+  overlays: readonly DiskOverlay[],
+  reserve: number | undefined,
+  run: RunOptions,
+): AsyncDisposable {
+  const warn = ({ message }: VarveError) => emit(run, { type: 'warning', message })
+  return new SpaceWatch(() => lackWhileMerged(overlays, reserve), warn, run)
+}
+
+/** The bases grow while the overlays are merged, as far as they have to: only what is to stay free is looked at. */
+async function lackWhileMerged(
+  overlays: readonly DiskOverlay[],
+  reserve: number | undefined,
+): Promise<VarveError | undefined> {
+  const folders = overlays.flatMap(({ base, overlay }) => [dirname(overlay), dirname(base)])
+  for (const folder of new Set(folders)) {
+    const { free, kept } = await spaceOf(folder, reserve).catch(error => {
+      throw unknownSpace(error)
+    })
+    if (free >= kept) continue
+    return new VarveError(
+      'OVERLAY_SPACE_LOW',
+      `The file system of ${folder} has ${free} bytes left while the guest's writes are merged back, less than the ${kept} that are kept free. Make room there now: a guest that finds none to write to is stopped, and what cannot be merged stays in its overlay.`,
+      { context: { folder, free, needed: kept }, retryable: true },
+    )
+  }
+  return undefined
 }

@@ -3,6 +3,7 @@ import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, MergeRecord } from './host.ts'
 import type { JournalStepOf, RunJournal } from './journal.ts'
+import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { removeFolder } from './remove-folder.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -24,6 +25,8 @@ export interface SettleOptions {
   readonly storage: StorageDriver | undefined
   /** Whether the backup's process died, so that what it had begun may be under way. Default: false. */
   readonly died?: boolean
+  /** Bytes to keep free where overlays are merged; below, it warns. Default: that of a backup. */
+  readonly overlayReserve?: number | undefined
   /** Without a signal: a clean-up is not given up half-way. */
   readonly run: Omit<RunOptions, 'signal'>
 }
@@ -54,7 +57,10 @@ export async function settleBackup(
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
   const mayCome = died && journal.steps.at(-1)?.step === 'snapshot'
   const arrivesBy = mayCome ? performance.now() + SNAPSHOT_ARRIVAL_MS : 0
-  for (const overlay of overlays) await attempt(commitWithRetry(journal, host, { overlay, arrivesBy }, run))
+  {
+    await using _ = watchMerge(overlays, options.overlayReserve, run)
+    for (const overlay of overlays) await attempt(commitWithRetry(journal, host, { overlay, arrivesBy }, run))
+  }
   if (failures.length > 0) throw worstOf(failures)
 
   const publish = journal.of('publish').at(-1)

@@ -10,6 +10,7 @@ import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { MarkLedger } from '../src/mark-ledger.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
+import type { StoredObject } from '../src/storage.ts'
 
 let folder: string
 let host: ImageHost
@@ -107,4 +108,30 @@ test('what a process left that died while it remembered a backup goes with a bac
   await utimes(join(marks, `${old}.json.tmp`), anHourAgo, anHourAgo)
   await new MarkLedger(stateDir(), 'web-1').add(next, storage('a'))
   expect((await readdir(marks)).sort()).toEqual([`${young}.json.tmp`, `${next}.json`])
+})
+
+test('a record that cannot be forgotten makes a backup fail that says that it is good', async () => {
+  const first = await backup('a')
+  await backup('a')
+  const record = join(stateDir(), 'marks', 'web-1', `${first.id}.json`)
+  class Spoiling extends LocalDriver {
+    /** Once the ledger has been read: a folder is removed by no means that is for files. */
+    override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+      await rm(record, { recursive: true })
+      await mkdir(record)
+      return super.put(...args)
+    }
+  }
+  const pipeline = new BackupPipeline({
+    host,
+    storage: new Spoiling({ path: join(folder, 'a') }),
+    stateDir: stateDir(),
+  })
+  const error = await pipeline.run({ instance: 'web-1' }).catch((error: unknown) => error)
+  const { backups } = await new ChainManager({ storage: storage('a') }).list()
+  expect(error).toMatchObject({
+    code: 'STATE_DIR_FAILED',
+    context: { path: record, published: backups.at(2)?.manifest.id },
+  })
+  expect(backups).toHaveLength(3)
 })

@@ -1,10 +1,11 @@
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
+import { existsSync, statfsSync, writeFileSync } from 'node:fs'
 import { mkdtemp, rm, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { type LabDomain, mountTmpfs, qemuIo, sha256Content, type Tmpfs } from '@varve/testkit/lab'
 import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import type { VarveEvent } from '../src/events.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import { defaultReserve, lackOfSpace, type SizedOverlay } from '../src/overlay-space.ts'
 import type { StoredObject } from '../src/storage.ts'
@@ -73,6 +74,27 @@ test('a backup does not begin where its overlay would have too little room', asy
   })
   await site.expectCleanHost([])
   await pipeline.run({ instance: vm.name }) // 5 % of 24 MiB are kept free
+})
+
+test('where the room runs low while the overlay is merged, that is told, and the backup is complete', async () => {
+  const vm = await site.createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 2M')
+  const rest = join(small.path, 'rest')
+  onTestFinished(() => rm(rest, { force: true }))
+  const warnings: string[] = []
+  const onEvent = (event: VarveEvent) => {
+    if (event.type === 'warning') warnings.push(event.message)
+    if (event.type === 'stage' && event.stage === 'thaw') {
+      const { bavail, bsize } = statfsSync(small.path)
+      writeFileSync(rest, Buffer.alloc(bavail * bsize - MiB))
+    }
+  }
+  const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder: small.path })
+  const pipeline = new BackupPipeline({ host, storage: site.storage, stateDir: site.stateDir })
+  const manifest = await pipeline.run({ instance: vm.name, overlayReserve: 2 * MiB }, { onEvent })
+  expect(warnings).toEqual([expect.stringMatching(new RegExp(`${small.path} has ${MiB} bytes left while`))])
+  await site.expectCleanHost([`varve-${manifest.id}`])
 })
 
 test('a folder of overlays that is not there, or is none, is told before anything was done', async () => {
