@@ -78,7 +78,7 @@ test('bytes that are no map are refused, and nothing else comes of them', {
         if (!isVarveError(error, 'IMAGE_INVALID')) throw error
       }
     }),
-    fuzz(1000),
+    fuzz(400),
   )
 })
 

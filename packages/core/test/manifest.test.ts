@@ -331,7 +331,7 @@ describe('a manifest', () => {
         expectSafe(parsed)
         expect(keyOf(parsed)).toBe(keyOf(manifest))
       }),
-      fuzz(800),
+      fuzz(300),
     )
   })
 })

@@ -53,7 +53,7 @@ describe("an instance's folder", () => {
         expect(instanceOfFolder(folder)).toBe(instance)
         assertKey(folder)
       }),
-      { numRuns: 500 },
+      { numRuns: 200 },
     )
   })
 

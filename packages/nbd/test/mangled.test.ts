@@ -188,7 +188,7 @@ describe('a conversation with damaged bytes', () => {
           const outcome = await converse(done, false, 100, manner)
           seen.add(outcome === 'right' ? outcome : outcome.code)
         }),
-        fuzz(300),
+        fuzz(150),
       )
       expect([...seen]).toEqual(expect.arrayContaining(['right', 'NBD_PROTOCOL']))
     },
