@@ -11,7 +11,7 @@ import type { RunOptions } from '../src/run-options.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, content, sum, restoredSums, expectCleanHost } = site
+const { createVm, image, backup, content, storedSums, expectCleanHost } = site
 
 const recoverNow = (): Promise<RecoverReport> =>
   recover({ stateDir: site.stateDir, storages: [site.storage] })
@@ -50,9 +50,8 @@ test('an overlay that cannot be committed is kept, holds the next backup up, and
   const write = async (at: number) => {
     for (const disk of ['vda', 'vdb']) await vm.io(disk, `write -P ${0x40 + at} ${at}M 2M`)
   }
+  const holds = (...places: number[]) => places.map(at => `read -P ${0x40 + at} ${at}M 2M`)
   await write(0)
-  const contents = async () => ({ vda: await content('vda'), vdb: await content('vdb') })
-  const wanted = await contents()
   before('manifest.json', async () => {
     await write(3)
     // Somebody else's block job: libvirt refuses a commit beside it.
@@ -84,15 +83,14 @@ test('an overlay that cannot be committed is kept, holds the next backup up, and
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ id, outcome: 'finished' }] })
   await expectCleanHost([`varve-${id}`])
 
-  expect(await restoredSums(published?.manifest ?? expect.fail())).toEqual(wanted)
-  const now = await contents()
-  expect(now).not.toEqual(wanted)
   const next = await backup()
   expect(next).toMatchObject({ kind: 'incremental', parent: id })
-  expect(await restoredSums(next)).toEqual(now)
   await vm.destroy()
-  for (const disk of ['vda', 'vdb'] as const)
-    expect(await sha256Content(image(disk), 'qcow2')).toBe(now[disk])
+  for (const disk of ['vda', 'vdb']) {
+    await site.expectStored(published?.manifest ?? expect.fail(), [...holds(0), 'read -P 0 2M 14M'], disk)
+    for (const path of [site.stored(next, `${disk}.qcow2`), image(disk)])
+      await qemuIo(path, 'qcow2', [...holds(0, 3, 6), 'read -P 0 8M 8M'])
+  }
 })
 
 test('an overlay under a snapshot that somebody made meanwhile is never removed', async () => {
@@ -139,7 +137,7 @@ test('an overlay under a snapshot that somebody made meanwhile is never removed'
   // What the run left under that snapshot goes with the next backup.
   const next = await backup()
   await expectCleanHost([`varve-${next.id}`])
-  await qemuIo(await site.restored(next), 'qcow2', ['read -P 0x77 1M 1M'])
+  await site.expectStored(next, ['read -P 0x77 1M 1M'])
 })
 
 test('while disks are backed up all those of their instance are busy', async () => {
@@ -151,8 +149,7 @@ test('while disks are backed up all those of their instance are busy', async () 
   const full = await backup()
   const others: unknown[] = []
   const tryAll = async () => {
-    for (const disks of [['vda'], ['vdb'], 'all'] as const)
-      others.push(await backup({ disks }).catch(error => error.code))
+    for (const disks of [['vda'], ['vdb']]) others.push(await backup({ disks }).catch(error => error.code))
     const restore = { backup: full.id, to: { instance: vm.name } }
     others.push(await site.restore(restore).catch(error => error.code))
   }
@@ -160,7 +157,7 @@ test('while disks are backed up all those of their instance are busy', async () 
   await backup({ disks: ['vda'] })
   before('manifest.json', tryAll) // now all of them are on overlays
   await backup()
-  expect(others).toEqual(Array(8).fill('DISK_BUSY'))
+  expect(others).toEqual(Array(6).fill('DISK_BUSY'))
   await backup({ disks: ['vdb'] })
 })
 
@@ -177,7 +174,7 @@ test('a commit of somebody else is kept from a raw disk while it is read, and th
   })
   const manifest = await backup()
   expect(refusal).toMatchObject({ stderr: expect.stringContaining('lock') })
-  expect(await restoredSums(manifest)).toEqual({ vda: wanted })
+  expect(await storedSums(manifest)).toEqual({ vda: wanted })
   await expectCleanHost([])
   await vm.destroy()
   await qemuIo(image('vda'), 'raw', ['read -P 0x11 0 1M', 'read -P 0x22 1M 2M', 'read -P 0 3M 1M'])
@@ -243,8 +240,8 @@ test('a disk that is to be on another file after the next start is refused, as i
 })
 
 test('a qemu-nbd that is killed in the middle of an upload is named, and nothing stays', async () => {
-  const vm = await createVm([{ target: 'vda', size: 48 * MiB }])
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 48M'])
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 16M'])
   const wanted = await sha256Content(image('vda'), 'qcow2')
   await vm.start()
   let killed = 0
@@ -268,29 +265,5 @@ test('a qemu-nbd that is killed in the middle of an upload is named, and nothing
   })
   await expectCleanHost([])
   expect(await readdir(site.storagePath)).toEqual([])
-  expect(await restoredSums(await backup())).toEqual({ vda: wanted })
-})
-
-test('a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
-  await vm.boot()
-  await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync')
-  const wanted = await sum('/dev/vda')
-  let last = ''
-  before('vda.qcow2', async () => {
-    await vm.run('dd if=/dev/urandom of=/dev/vda bs=1M count=3 seek=6 conv=fsync')
-    last = await sum('/dev/vda')
-    vm.spawn('/sbin/shutdown')
-    await vm.waitForState('shut off')
-  })
-  const manifest = await backup()
-  expect(manifest).toMatchObject({ consistency: 'crash', running: true })
-  expect(await vm.state()).toBe('shut off')
-  await expectCleanHost([`varve-${manifest.id}`])
-  expect(last).not.toBe(wanted)
-  expect(await restoredSums(manifest)).toEqual({ vda: wanted })
-  expect(await sha256Content(image('vda'), 'qcow2')).toBe(last)
-  const next = await backup()
-  expect(next).toMatchObject({ kind: 'incremental', parent: manifest.id, consistency: 'offline' })
-  expect(await restoredSums(next)).toEqual({ vda: last })
+  expect(await storedSums(await backup())).toEqual({ vda: wanted })
 })

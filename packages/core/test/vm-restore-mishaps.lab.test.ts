@@ -1,16 +1,14 @@
 import { renameSync } from 'node:fs'
-import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, open, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
-import { execa, execaSync } from 'execa'
+import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { execaSync } from 'execa'
 import { expect, test } from 'vitest'
-import { newBackupId } from '../src/backup-id.ts'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { blake3Hex } from '../src/digest.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
-import { RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { type RecoverReport, recover } from '../src/recover.ts'
@@ -162,65 +160,44 @@ test('a running instance is as it was where a restore in place fails before its 
   await expectCleanHost([`varve-${manifest.id}`])
 })
 
-test('a definition that libvirt refuses leaves the instance running as it was, and no copy behind', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
-  const nvram = vm.nvram ?? expect.fail('no UEFI')
-  await vm.start() // makes its UEFI variables
+const REFUSED = {
+  code: 'COMMAND_FAILED',
+  message: expect.stringMatching(/refused.*nothing was changed.*pc-q35-99.9.*disks alone/s),
+}
+
+test('a definition that libvirt refuses leaves the instance running as it was', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   const manifest = await backup()
   await changeDefinition(manifest, ofAnotherHost)
-  await vm.destroy()
-  const wanted = await content('vda')
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
-  // At the end, where firmware that runs writes nothing.
-  const file = await open(nvram, 'r+')
-  await file.write('theirs', (await file.stat()).size - 6)
-  await file.close()
-  const theirs = await content('vda')
-  const definition = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
-  const asItWas = async () => {
-    expect(await vm.state()).toBe('running')
-    await vm.destroy()
-    expect(await content('vda')).toBe(theirs)
-    expect((await readFile(nvram)).subarray(-6).toString()).toBe('theirs')
-    expect(await site.lab.virsh(['dumpxml', '--inactive', vm.name])).toBe(definition)
-    await expectCleanHost([`varve-${manifest.id}`])
-    expect(await readdir(site.folder)).toEqual(['copies', 'state', 'storage', 'vda'])
-  }
-  const directory = join(site.folder, 'copies')
-  await mkdir(directory)
-
   await vm.start()
+  await vm.io('vda', 'write -P 0x22 4M 8M')
+  const inactive = () => site.lab.virsh(['dumpxml', '--inactive', vm.name])
+  const definition = await inactive()
   const request = {
     backup: manifest.id,
     to: { instance: vm.name },
     definition: 'restore',
     ...AT_ONCE,
   } as const
-  const refused = {
-    code: 'COMMAND_FAILED',
-    message: expect.stringMatching(/refused.*nothing was changed.*pc-q35-99.9.*disks alone/s),
+  const asItWas = async () => {
+    expect(await vm.state()).toBe('running')
+    expect(await inactive()).toBe(definition)
+    await site.expectHolds('vda', 'read -P 0 0 4M', 'read -P 0x22 4M 8M', 'read -P 0 12M 4M')
+    await expectCleanHost([`varve-${manifest.id}`])
+    expect(await readdir(site.folder)).toEqual(['state', 'storage', 'vda'])
   }
-  await expect(restore(request)).rejects.toMatchObject(refused)
+  await expect(restore(request)).rejects.toMatchObject(REFUSED)
   await asItWas()
-
-  const copy = `${vm.name}-copy`
-  const to = { newInstance: copy, directory }
-  await expect(restore({ backup: manifest.id, to, start: true })).rejects.toMatchObject(refused)
-  expect(await readdir(directory)).toEqual([])
-  await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
 
   // One that is damaged on the storage is found out before the guest has to stop.
   const stored = await readFile(site.stored(manifest, 'domain.xml'), 'utf8')
   await writeFile(site.stored(manifest, 'domain.xml'), stored.replace('pc-q35', 'pc-q53'))
-  await vm.start()
   const pid = await vm.qemuPid()
   await expect(restore(request)).rejects.toMatchObject({ code: 'DIGEST_MISMATCH' })
   expect(await vm.qemuPid()).toBe(pid)
-  await asItWas()
   await writeFile(site.stored(manifest, 'domain.xml'), stored)
 
   // The process dies, or libvirt gives no answer, right when the definition is to go in.
-  await vm.start()
   class Silent extends LibvirtHost {
     override define(): Promise<void> {
       return Promise.reject(new VarveError('COMMAND_TIMEOUT', 'virsh define did not end.'))
@@ -231,8 +208,35 @@ test('a definition that libvirt refuses leaves the instance running as it was, a
   await expect(pipeline.run(request)).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
   await asItWas()
+})
 
-  await expect(restore({ ...request, inPlace: true })).rejects.toMatchObject({
+test('a definition that libvirt refuses leaves disks and UEFI variables as they were, no copy, or in place restored disks', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+  const nvram = vm.nvram ?? expect.fail('no UEFI')
+  await vm.start() // makes its UEFI variables
+  await vm.destroy()
+  const manifest = await backup()
+  await changeDefinition(manifest, ofAnotherHost)
+  const wanted = await content('vda')
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+  await using variables = await open(nvram, 'r+')
+  await variables.write('theirs', 1000)
+  const before = [await content('vda'), await sha256File(nvram)]
+  const directory = join(site.folder, 'copies')
+  await mkdir(directory)
+
+  const over = { backup: manifest.id, to: { instance: vm.name }, definition: 'restore' } as const
+  await expect(restore(over)).rejects.toMatchObject(REFUSED)
+  expect([await content('vda'), await sha256File(nvram)]).toEqual(before)
+  await expectCleanHost([`varve-${manifest.id}`])
+
+  const copy = `${vm.name}-copy`
+  const to = { newInstance: copy, directory }
+  await expect(restore({ backup: manifest.id, to, start: true })).rejects.toMatchObject(REFUSED)
+  expect(await readdir(directory)).toEqual([])
+  await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+
+  await expect(restore({ ...over, inPlace: true })).rejects.toMatchObject({
     code: 'COMMAND_FAILED',
     message: expect.stringContaining('only its disks were restored'),
   })
@@ -262,53 +266,6 @@ test('a copy whose definition was cut short is defined by recover, be it defined
   } finally {
     await site.lab.virsh(['undefine', copy])
   }
-})
-
-test('a restore that is given up while the guest shuts down has it run again', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
-  await vm.boot()
-  const before = await vm.qemuPid()
-  const manifest = await backup()
-  const given = new AbortController()
-  const onEvent = (event: VarveEvent) => {
-    if (event.type === 'command' && event.args.includes('shutdown')) given.abort(new Error('enough'))
-  }
-  await expect(
-    restore({ backup: manifest.id, to: { instance: vm.name } }, { signal: given.signal, onEvent }),
-  ).rejects.toMatchObject({ code: 'ABORTED' })
-  expect(await vm.state()).toBe('running')
-  expect(await vm.qemuPid()).not.toBe(before)
-  await expectCleanHost([`varve-${manifest.id}`])
-})
-
-test('a guest that shuts down slowly for a restore whose process died runs again after recover', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
-  await vm.boot()
-  const slow = '#!/bin/sh\nwhile [ ! -e /run/go ]; do usleep 50000; done\nexec poweroff -f'
-  await vm.run(`rm /sbin/shutdown; echo '${slow}' > /sbin/shutdown; chmod +x /sbin/shutdown`)
-  const before = await vm.qemuPid()
-  const disks = [{ name: 'vda', path: image('vda') }]
-  const journal = await RunJournal.begin(site.stateDir, {
-    ...{ version: 1, id: newBackupId(), kind: 'restore', instance: vm.name, disks },
-    host: site.host.reference,
-    storage: { type: site.storage.type, location: site.storage.location },
-    startedAt: new Date().toISOString(),
-  })
-  await journal.record({
-    ...{ step: 'power-off', instance: vm.name, wasRunning: true, start: true },
-    timeoutMs: 60_000,
-  })
-  await site.lab.virsh(['shutdown', vm.name])
-  let looks = 0
-  const onEvent = (event: VarveEvent) => {
-    if (event.type === 'command' && event.args.includes('domstate')) looks += 1
-    if (looks === 3) vm.spawn('touch /run/go')
-  }
-  const report = await recover({ stateDir: site.stateDir, storages: [site.storage] }, { onEvent })
-  expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
-  expect(await vm.state()).toBe('running')
-  expect(await vm.qemuPid()).not.toBe(before)
-  await expectCleanHost([])
 })
 
 test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
@@ -385,26 +342,4 @@ test("a backing file that the definition names for itself does not show through 
   await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_BUSY' })
   expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: made }])
   await holds('read -P 0x11 0 4M', 'read -P 0 4M 5M', 'read -P 0x55 9M 1M', 'read -P 0 10M 6M')
-})
-
-test('an instance on a template keeps being restored after its backups', async () => {
-  const template = join(site.folder, 'template')
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await createQcow2(template, 16 * MiB)
-  await qemuIo(template, 'qcow2', ['write -P 0x11 0 8M'])
-  await rm(image('vda'))
-  await execa('qemu-img', ['create', '-f', 'qcow2', '-F', 'qcow2', '-b', template, image('vda')])
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 1M 1M', 'write -z 4M 1M'])
-  const wanted = await content('vda')
-  await vm.start()
-  await backup()
-  const manifest = await backup()
-  await vm.destroy()
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x33 2M 9M'])
-  await restore({ backup: manifest.id, to: { instance: vm.name } })
-  expect(await content('vda')).toBe(wanted)
-  await vm.start()
-  expect(await vm.xml()).not.toContain(template)
-  await vm.destroy()
-  expect(await content('vda')).toBe(wanted)
 })

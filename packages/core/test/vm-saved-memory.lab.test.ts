@@ -1,54 +1,14 @@
-import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execaSync } from 'execa'
 import { expect, test } from 'vitest'
 import { type RecoverReport, recover } from '../src/recover.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
-const { createVm, image, backup, restore, sum, restoredSums, expectCleanHost } = site
+const { createVm, image, backup, restore, expectCleanHost } = site
 
 const recoverNow = (): Promise<RecoverReport> =>
   recover({ stateDir: site.stateDir, storages: [site.storage] })
-
-test('an instance with its memory saved is backed up as after a power cut, and goes on from that memory', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { guest: true })
-  await vm.boot()
-  const write = (at: number) => vm.run(`dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=${at} conv=fsync`)
-  await write(0)
-  const full = await backup()
-  await write(3)
-  await vm.run('echo here > /run/mark')
-  await site.lab.virsh(['managedsave', vm.name])
-  const saved = await backup()
-  expect(saved).toMatchObject({ parent: full.id, running: false, consistency: 'crash' })
-  expect(site.events).toContainEqual({
-    type: 'warning',
-    message: expect.stringMatching(/memory saved.*crash-consistent/),
-  })
-  expect(await restoredSums(saved)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
-
-  await vm.start()
-  expect((await vm.run('cat /run/mark')).stdout).toBe('here')
-  await write(6)
-  const wanted = await sum('/dev/vda')
-  const next = await backup()
-  expect(next).toMatchObject({ kind: 'incremental', parent: saved.id, running: true, consistency: 'crash' })
-  expect(await restoredSums(next)).toEqual({ vda: wanted })
-
-  await site.lab.virsh(['managedsave', vm.name])
-  const untouched = await sha256File(image('vda'))
-  const request = { backup: full.id, to: { instance: vm.name } }
-  for (const inPlace of [false, true]) {
-    await expect(restore({ ...request, inPlace })).rejects.toMatchObject({
-      code: 'MEMORY_SAVED',
-      message: expect.stringContaining(`virsh managedsave-remove ${vm.name}`),
-    })
-  }
-  expect(await sha256File(image('vda'))).toBe(untouched)
-  await vm.start()
-  expect((await vm.run('cat /run/mark')).stdout).toBe('here')
-  expect(await sum('/dev/vda')).toBe(wanted)
-})
 
 test('memory that is saved in the middle of a backup keeps its overlay until the instance runs again', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
