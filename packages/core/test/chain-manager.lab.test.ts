@@ -24,7 +24,7 @@ beforeAll(async () => {
   workshop = await mkdtemp(join(tmpdir(), 'varve-chains-'))
   const disk = join(workshop, 'disk.qcow2')
   await mkdir(join(workshop, 'storage'))
-  await execa('qemu-img', ['create', '-f', 'qcow2', disk, '64M'])
+  await execa('qemu-img', ['create', '-f', 'qcow2', disk, '16M'])
   const pipeline = new BackupPipeline({
     host: new ImageHost({ instance: 'web 1', disks: { vda: disk } }),
     storage: new LocalDriver({ path: join(workshop, 'storage') }),
@@ -32,10 +32,10 @@ beforeAll(async () => {
   })
   backups = []
   const writes = [
-    ['auto', 'write -P 1 0 40M'],
-    ['auto', 'write -P 2 1M 9M', 'write -z 20M 5M'],
-    ['auto', 'write -P 3 60M 64k', 'write -z 0 64k'],
-    ['full', 'write -P 4 30M 20M'],
+    ['auto', 'write -P 1 0 10M'],
+    ['auto', 'write -P 2 1M 5M', 'write -z 6M 2M'],
+    ['auto', 'write -P 3 15M 64k', 'write -z 0 64k'],
+    ['full', 'write -P 4 7M 5M'],
   ] as const
   for (const [type, ...commands] of writes) {
     await execa('qemu-io', ['-f', 'qcow2', ...commands.flatMap(command => ['-c', command]), disk])

@@ -10,7 +10,6 @@ import { ChainManager } from '../src/chain-manager.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
-import { RestorePipeline } from '../src/restore-pipeline.ts'
 
 const MiB = 1024 * 1024
 
@@ -41,14 +40,9 @@ const stored = ({ chain, id }: BackupManifest, name: string) =>
 const resize = (size: string, ...options: string[]) =>
   execa('qemu-img', ['resize', '-q', '-f', 'qcow2', ...options, disk, size])
 
-/** A restore of a backup is what the disk is now; the disk and the backup share no file. */
-async function expectIsDisk({ id }: BackupManifest): Promise<void> {
-  const copy = join(folder, 'restored')
-  const host = new ImageHost({ instance: 'other', disks: {} })
-  const pipeline = new RestorePipeline({ host, storage: storage(), stateDir: join(folder, 'state') })
-  await pipeline.run({ backup: id, to: { disks: { vda: copy } } })
-  await execa('qemu-img', ['compare', '-f', 'qcow2', '-F', 'qcow2', disk, copy])
-  await rm(copy)
+/** A backup is to QEMU what the disk is now; they share no file. */
+async function expectIsDisk(manifest: BackupManifest): Promise<void> {
+  await execa('qemu-img', ['compare', '-f', 'qcow2', '-F', 'qcow2', disk, stored(manifest, 'vda.qcow2')])
 }
 
 test.each([
@@ -78,19 +72,11 @@ test('an increment holds nothing of what was neither written nor lost', async ()
   expect(own).toEqual([])
 })
 
-test.each([
-  [
-    'changed',
-    async (path: string) => {
-      const bytes = await readFile(path)
-      bytes[20] = (bytes[20] ?? 0) ^ 1
-      await writeFile(path, bytes)
-    },
-  ],
-  ['cut short', async (path: string) => writeFile(path, (await readFile(path)).subarray(0, 10))],
-] as const)('an increment whose parent has a map that was %s is right without it', async (_, damage) => {
+test('an increment whose parent has a map that was changed is right without it', async () => {
   const full = await backup()
-  await damage(stored(full, 'vda.map'))
+  const map = await readFile(stored(full, 'vda.map'))
+  map[20] = (map[20] ?? 0) ^ 1
+  await writeFile(stored(full, 'vda.map'), map)
   await resize('5M', '--shrink')
   await resize('8M')
   const next = await backup()

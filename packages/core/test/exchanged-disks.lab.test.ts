@@ -44,13 +44,12 @@ async function exchange(): Promise<void> {
   await rename(join(folder, 'between'), image('vdb'))
 }
 
-/** Takes a backup, whose disks must restore to what the files hold. */
+/** Takes a backup, whose disks must be to QEMU what the files hold. */
 async function rightBackup(): Promise<BackupManifest> {
   const manifest = await backup()
-  const restored = await mkdtemp(join(folder, 'restored-'))
-  const targets = Object.fromEntries(DISKS.map(disk => [disk, join(restored, disk)]))
-  await restore({ backup: manifest.id, to: { disks: targets } })
-  for (const [disk, path] of Object.entries(targets)) {
+  const { chain, id } = manifest
+  for (const disk of DISKS) {
+    const path = join(folder, 'storage', 'web-1', chain, id, `${disk}.qcow2`)
     const { identical, message } = await compareImages(
       { path, format: 'qcow2' },
       { path: image(disk), format: 'qcow2' },

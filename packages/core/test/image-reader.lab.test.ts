@@ -46,8 +46,10 @@ async function readDisk(format: 'qcow2' | 'raw', change?: (served: Buffer) => vo
     server: {
       async read(offset, into) {
         into.set(given.subarray(offset, offset + into.length))
-        for (let at = offset; at < offset + into.length; at++) {
-          if (given[at] !== 0) asked.add(Math.floor(at / 4096))
+        const end = offset + into.length
+        for (let at = offset; at < end; at = (Math.floor(at / 4096) + 1) * 4096) {
+          const page = given.subarray(at, Math.min(end, (Math.floor(at / 4096) + 1) * 4096))
+          if (page.some(byte => byte !== 0)) asked.add(Math.floor(at / 4096))
         }
       },
     },

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { NbdClient } from '@varve/nbd'
 import type { LayeredExtents } from '@varve/qcow2'
+import { fuzz } from '@varve/testkit'
 import { execa } from 'execa'
 import fc from 'fast-check'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
@@ -78,7 +79,7 @@ describe('a restore to a new file', () => {
         expect(info).not.toHaveProperty('backing-filename')
         await Promise.all([rm(qcow2), rm(raw)])
       }),
-      { numRuns: 20 },
+      fuzz(6),
     )
   })
 
@@ -166,7 +167,7 @@ describe('a restore in place over qemu-nbd', () => {
         await restoreOver(backups, path, 'qcow2')
         await compare(backups.raw, path, 'qcow2')
       }),
-      { numRuns: 15 },
+      fuzz(5),
     )
   })
 })
