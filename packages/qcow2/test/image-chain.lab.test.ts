@@ -1,5 +1,6 @@
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { ComposedImage, ExtentKind, ExtentList, mergeLayers, openImage, planImage } from '../src/index.ts'
@@ -49,7 +50,7 @@ test('qemu-img finds every layer of a random chain clean and reads from it what 
     fc.asyncProperty(fc.array(layerPlans(21, 16 * MIB), { minLength: 1, maxLength: 10 }), plans =>
       inFolder(folder => checkChain(plans, folder)),
     ),
-    { numRuns: 12 },
+    fuzz(5),
   )
 })
 
