@@ -5,7 +5,7 @@ import { type BackupManifest, BackupPipeline, LibvirtHost } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, type LibvirtLab, qemuIo, sha256Content, startLibvirt } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterEach, beforeEach, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, test } from 'vitest'
 
 const MiB = 1024 * 1024
 
@@ -15,7 +15,7 @@ let lab: LibvirtLab
 let last: BackupManifest
 let wanted: string
 
-beforeEach(async () => {
+beforeAll(async () => {
   lab = await startLibvirt()
   folder = await mkdtemp(join(tmpdir(), 'varve-guide-'))
   disk = join(folder, 'web-1.qcow2')
@@ -39,7 +39,7 @@ beforeEach(async () => {
   await vm.undefine()
   await unlink(disk)
 })
-afterEach(async () => {
+afterAll(async () => {
   await lab.stop()
   await rm(folder, { recursive: true })
 })
@@ -79,6 +79,7 @@ test('the commands of the guide bring an instance back with nothing but its file
   expect(await sha256Content(join(folder, 'web-1.raw'), 'raw')).toBe(wanted)
 })
 
+// Last, as it damages the chain.
 test('the commands of the guide find a byte that has changed', async () => {
   const image = join(folder, 'storage', 'web-1', last.chain, last.chain, 'vda.qcow2')
   await execa('bash', ['-c', 'printf x | dd of="$0" bs=1 seek=5000000 conv=notrunc', image])

@@ -5,13 +5,17 @@ import { copyFile, mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promis
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { Readable } from 'node:stream'
-import { fileURLToPath } from 'node:url'
 import { compareImages, createQcow2, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterEach, beforeEach, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { type Bundle, bundle } from '../../core/test/bundle.ts'
 import { type CliResult, cli } from './test-terminal.ts'
 
-const root = fileURLToPath(new URL('../../../', import.meta.url))
+let program: Bundle
+beforeAll(async () => {
+  program = await bundle(new URL('../src/main.ts', import.meta.url))
+})
+afterAll(() => program[Symbol.asyncDispose]())
 
 let folder: string
 let disk: string
@@ -41,12 +45,10 @@ async function bitmaps(): Promise<unknown> {
 
 /** Starts `varve` as a process of its own, in a process group of its own, as a terminal does. */
 function startVarve(...args: string[]): ChildProcessByStdio<null, Readable, Readable> {
-  const main = ['--import', import.meta.resolve('tsx'), join(root, 'packages/cli/src/main.ts')]
   const config = ['--config', join(folder, 'varve.config.json')]
-  return spawn(process.execPath, [...main, ...args, ...config], {
+  return spawn(process.execPath, [program.path, ...args, ...config], {
     detached: true,
     stdio: ['ignore', 'pipe', 'pipe'],
-    env: { ...process.env, TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') },
   })
 }
 
