@@ -54,7 +54,7 @@ export default defineConfig({
         extends: true,
         test: {
           name: 'unit',
-          include: ['packages/*/test/**/*.test.ts', 'examples/test/**/*.test.ts'],
+          include: ['{packages/*,examples}/test/**/*.test.ts'],
           exclude: ['**/*.lab.test.ts', '**/*.thorough.test.ts'],
           testTimeout: 60_000, // property tests on a busy machine
           // Few processes and not one for each file: starting them would take longer than the tests. One more than the
@@ -69,9 +69,8 @@ export default defineConfig({
         test: {
           name: 'lab',
           include: [
-            'packages/*/test/**/*.lab.test.ts',
-            'examples/test/**/*.lab.test.ts',
-            ...(isThorough ? ['packages/*/test/**/*.thorough.test.ts'] : []),
+            '{packages/*,examples}/test/**/*.lab.test.ts',
+            ...(isThorough ? ['{packages/*,examples}/test/**/*.thorough.test.ts'] : []),
           ],
           maxWorkers: 3,
           testTimeout: 300_000,

@@ -28,6 +28,9 @@ export interface KillCase {
   readonly recoverAt?: number
 }
 
+/** Backups in a chain after which another one is begun: fewer than its limit. */
+const LONG_CHAIN = 20
+
 /**
  * Kills runs on instances with RBD images, one case after the other: each goes on with what the one before has left,
  * which must be as if it had never been.
@@ -76,7 +79,8 @@ export class KillCases implements AsyncDisposable {
 
   async #attempt(ground: KillGround, run: RunName, kill: KillCase | undefined) {
     await ground.write()
-    if (run === 'prune') await ground.backup('full') // what was before goes
+    // Of a prune, so that what was before goes.
+    if (run === 'prune' || (await isChainLong(ground))) await ground.backup('full')
     if (run === 'deletion') await ground.backup() // there is one that it rests on
     const [before, known] = [copied(ground.content), await backupIds(ground)]
     const newest = known.at(-1) ?? ''
@@ -258,6 +262,13 @@ async function removeAgain(
     })
   }
   await pruneLater(storage)
+}
+
+/** Whether increments would soon reach the limit of a chain, and what comes after a kill be full for that. */
+async function isChainLong({ storage }: KillGround): Promise<boolean> {
+  const { backups } = await new ChainManager({ storage }).list()
+  const chain = backups.at(-1)?.manifest.chain
+  return backups.filter(({ manifest }) => manifest.chain === chain).length > LONG_CHAIN
 }
 
 async function expectNoStrayMarks(ground: KillGround): Promise<void> {
