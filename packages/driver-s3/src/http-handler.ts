@@ -64,7 +64,7 @@ export class HttpHandler {
     { abortSignal }: { abortSignal?: AbortSignal } = {},
   ): Promise<{ response: SdkResponse }> {
     if (abortSignal?.aborted) {
-      if (request.body instanceof Readable) request.body.destroy(abortError(abortSignal))
+      if (request.body instanceof Readable) request.body.destroy() // nobody listens yet to hear of an error
       throw abortError(abortSignal)
     }
     const { promise, resolve, reject } = Promise.withResolvers<{ response: SdkResponse }>()
