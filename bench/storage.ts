@@ -12,8 +12,8 @@ const MiB = 2 ** 20
 /** Ceph's gateway gives replaced objects back hours later, and the lab's cluster is in memory: they must all fit. */
 const DATA_BYTES = 64 * MiB
 const ROUND_TRIPS_MS = [0, 10, 50]
-/** What ssh2 and basic-ftp manage with one packet or one connection is little: less data tells their rate. */
-const PLAIN_BYTES = 16 * MiB
+/** What ssh2 manages with one packet at a time is little: less data tells its rate. */
+const PLAIN_SFTP_BYTES = 16 * MiB
 
 /** Where a server is reached. */
 interface Place {
@@ -203,6 +203,7 @@ async function measureServer(
     const env = rcloneEnv(server.rclone(place))
     const object = `bench:${server.root}by-rclone`
     const key = (pair: number) => `by-varve-${roundTrip}-${pair}` // a backup replaces no object
+    const plainBytes = address.type === 'sftp' ? PLAIN_SFTP_BYTES : bytes
     const measures: Record<string, { bytes: number; run: (pair: number) => Promise<Run> }> = {
       'upload own': { bytes, run: pair => runTask('put', { address, key: key(pair), file, bytes }) },
       'upload rclone': {
@@ -213,8 +214,8 @@ async function measureServer(
       'download rclone': { bytes, run: () => timeCommand('rclone', ['cat', object], { env }) },
       ...(address.type !== 'rclone' && {
         'upload library': {
-          bytes: PLAIN_BYTES,
-          run: () => runTask('plain-put', { address, file, bytes: PLAIN_BYTES }),
+          bytes: plainBytes,
+          run: () => runTask('plain-put', { address, file, bytes: plainBytes }),
         },
       }),
     }
