@@ -12,29 +12,35 @@ import { ImageHost } from '../src/image-host.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 import type { StoredObject } from '../src/storage.ts'
+import type { Bundle } from './bundle.ts'
 import { expectContent } from './torture/expect-content.ts'
 import { randomChange } from './torture/guest.ts'
 import type { Task } from './torture/job.ts'
 import type { Content } from './torture/proving-ground.ts'
 import { Random } from './torture/random.ts'
-import { type End, Victims } from './torture/victims.ts'
+import { bundleVictim, type End, Victims } from './torture/victims.ts'
 
 const DISK_BYTES = 4 * 1024 * 1024 + 3 * 512
 const TARGETS = ['vda', 'vdb'] as const
 
 let lab: LibvirtLab
+let program: Bundle
 let folder: string
 let processes: Victims
 
 beforeAll(async () => {
   lab = await startLibvirt()
+  program = await bundleVictim()
 })
-afterAll(() => lab.stop())
+afterAll(async () => {
+  await program[Symbol.asyncDispose]()
+  await lab.stop()
+})
 beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), 'varve-concurrency-'))
   await mkdir(join(folder, 'storage'))
   await mkdir(join(folder, 'tmp'))
-  processes = await Victims.prepare(join(folder, 'tmp'))
+  processes = await Victims.prepare(join(folder, 'tmp'), program)
 })
 afterEach(async () => {
   await processes[Symbol.asyncDispose]()
@@ -200,7 +206,7 @@ test('of two backups of the same disk one wins, and the other is told at once, i
 /** How a run may end that met another one: what it rests on, or what it was to delete, has gone or is used by now. */
 const MET_ANOTHER: readonly ErrorCode[] = ['PARENT_MISSING', 'BACKUP_NOT_FOUND', 'CHAIN_DEPENDENCY']
 
-const ROUNDS = 6
+const ROUNDS = 4
 /** Where by then no run has met another, or none had anything to build on. */
 const MOST_ROUNDS = 18
 

@@ -15,21 +15,19 @@ import {
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { build } from 'tsup'
 import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
+import { type Bundle, bundle } from './bundle.ts'
 import { type Attempt, OPERATIONS, type Operation, type Outcome } from './hostile/attempt.ts'
 import { backedBy, ForgedStorage, withDataFile } from './hostile/forged-storage.ts'
 
 const MiB = 1024 * 1024
 const GiB = 1024 * MiB
-const root = fileURLToPath(new URL('../../..', import.meta.url))
 
 let workshop: string
 /** In the workshop: what must not be seen, and the only place where anything may change. */
@@ -42,7 +40,7 @@ let increment: BackupManifest
 /** What the disk held at the increment. */
 let wanted: string
 /** What does it all, as one file. */
-let program: string
+let program: Bundle
 
 beforeAll(async () => {
   workshop = await mkdtemp(join(tmpdir(), 'varve-hostile-'))
@@ -65,27 +63,10 @@ beforeAll(async () => {
   await createQcow2(join(outside, 'secret.qcow2'), 4 * MiB)
   await writeFile(join(outside, 'secret'), 'secret')
 
-  // Below the packages that the bundle imports.
-  await mkdir(join(root, 'node_modules/.cache'), { recursive: true })
-  program = join(await mkdtemp(join(root, 'node_modules/.cache/varve-hostile-')), 'attacked.js')
-  await build({
-    entry: [fileURLToPath(new URL('./hostile/attacked.ts', import.meta.url))],
-    outDir: join(program, '..'),
-    format: 'esm',
-    target: 'node22',
-    platform: 'node',
-    config: false,
-    silent: true,
-    external: ['@napi-rs/blake-hash'], // native
-    noExternal: [/^(?!@napi-rs)/],
-    outExtension: () => ({ js: '.js' }),
-    banner: {
-      js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);",
-    },
-  })
+  program = await bundle(new URL('./hostile/attacked.ts', import.meta.url))
 })
 afterAll(async () => {
-  await rm(join(program, '..'), { recursive: true })
+  await program[Symbol.asyncDispose]()
   await rm(workshop, { recursive: true })
 })
 
@@ -422,7 +403,7 @@ async function carryOut(attempts: readonly Attempt[]): Promise<{ outcomes: Outco
     [
       ...['--seccomp-bpf', '-f', '-qq', '-y', '-s', '1000', '-o', file('strace')],
       ...['-e', 'signal=none', '-e', 'trace=open,openat,openat2,creat,execve,connect'],
-      ...[process.execPath, program, file('attempts'), file('outcomes')],
+      ...[process.execPath, program.path, file('attempts'), file('outcomes')],
     ],
     { cwd: inside, env: { TMPDIR: join(inside, 'tmp'), PATH: '/usr/bin:/bin' }, timeout: 280_000 },
   )

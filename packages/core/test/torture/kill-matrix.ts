@@ -1,9 +1,10 @@
 import type { LibvirtLab } from '@varve/testkit/lab'
 import { JOURNAL_STEPS, type JournalStepName } from '../../src/journal.ts'
+import type { Bundle } from '../bundle.ts'
 import { type CaseResult, findPoints, type KillCase, runKillCase } from './kill-case.ts'
 import { ProvingGround } from './proving-ground.ts'
 import { type Prepared, prepareTemplates, SCENARIOS, type Scenario } from './scenarios.ts'
-import { Victims } from './victims.ts'
+import { bundleVictim, Victims } from './victims.ts'
 
 interface Place {
   readonly ground: ProvingGround
@@ -13,17 +14,29 @@ interface Place {
 
 /** Runs kill cases: those of plain images, and those of a domain of the lab's. */
 export class KillMatrix implements AsyncDisposable {
+  readonly #program: Bundle
   readonly #images: Place
   readonly #domain: Place | undefined
 
-  private constructor(images: Place, domain: Place | undefined) {
+  private constructor(program: Bundle, images: Place, domain: Place | undefined) {
+    this.#program = program
     this.#images = images
     this.#domain = domain
   }
 
-  /** @param lab for the cases of domains; those of images need none */
-  static async prepare(lab: LibvirtLab | undefined): Promise<KillMatrix> {
-    return new KillMatrix(await preparePlace(), lab && (await preparePlace(lab)))
+  /**
+   * @param lab for the cases of domains; those of images need none
+   * @param scenarios those that there are cases of. Default: all
+   */
+  static async prepare(
+    lab: LibvirtLab | undefined,
+    scenarios: readonly Scenario[] = SCENARIOS,
+  ): Promise<KillMatrix> {
+    const images = scenarios.filter(({ instance }) => instance === 'images')
+    const ofDomains = scenarios.filter(({ instance }) => instance !== 'images')
+    const program = await bundleVictim()
+    const domain = lab && (await preparePlace(program, ofDomains, lab))
+    return new KillMatrix(program, await preparePlace(program, images), domain)
   }
 
   run(killCase: KillCase): Promise<CaseResult> {
@@ -48,6 +61,7 @@ export class KillMatrix implements AsyncDisposable {
       await place?.victims[Symbol.asyncDispose]()
       await place?.ground[Symbol.asyncDispose]()
     }
+    await this.#program[Symbol.asyncDispose]()
   }
 }
 
@@ -78,8 +92,12 @@ export function scenarioOf(name: string): Scenario {
   return scenario
 }
 
-async function preparePlace(lab?: LibvirtLab): Promise<Place> {
+async function preparePlace(
+  program: Bundle,
+  scenarios: readonly Scenario[],
+  lab?: LibvirtLab,
+): Promise<Place> {
   const ground = await ProvingGround.create(lab)
-  const victims = await Victims.prepare(ground.temporary)
-  return { ground, victims, prepared: await prepareTemplates(ground) }
+  const victims = await Victims.prepare(ground.temporary, program)
+  return { ground, victims, prepared: await prepareTemplates(ground, scenarios) }
 }

@@ -179,8 +179,12 @@ export function aroundSteps({ steps }: Scenario): string[] {
   return steps.flatMap(step => [`before ${step}`, `after ${step}`])
 }
 
-/** Makes the template of a scenario, once for each ground. */
-export async function prepareTemplates(ground: ProvingGround): Promise<Prepared> {
+/** Makes the templates that these scenarios begin with, once for each ground. */
+export async function prepareTemplates(
+  ground: ProvingGround,
+  scenarios: readonly Scenario[],
+): Promise<Prepared> {
+  const isWanted = (template: Scenario['from']) => scenarios.some(({ from }) => from === template)
   const random = new Random(1)
   await ground.clear()
   await ground.write(random)
@@ -196,19 +200,22 @@ export async function prepareTemplates(ground: ProvingGround): Promise<Prepared>
   await ground.write(random)
   await ground.save('chain')
 
-  await ground.backup('first', { type: 'full' })
-  await ground.write(random)
-  await ground.save('chains')
-
-  await ground.load('chain')
-  await damage(ground, middle)
-  await ground.save('damaged')
-
-  if (ground.hasDomain) {
+  if (isWanted('chains')) {
+    await ground.backup('first', { type: 'full' })
+    await ground.write(random)
+    await ground.save('chains')
+  }
+  if (isWanted('damaged')) {
+    await ground.load('chain')
+    await damage(ground, middle)
+    await ground.save('damaged')
+  }
+  if (isWanted('refused')) {
     await ground.load('chain')
     await refuseDefinition(ground, newest)
     await ground.save('refused')
-
+  }
+  if (isWanted('backed')) {
     await ground.load('chain')
     await ground.putOnBacking()
     await ground.save('backed')

@@ -1,9 +1,7 @@
 import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises'
-import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { build } from 'tsup'
+import { readFile } from 'node:fs/promises'
+import { type Bundle, bundle } from '../bundle.ts'
 import type { Job, Message, Result } from './job.ts'
 import { killDescendants } from './processes.ts'
 
@@ -24,47 +22,28 @@ export interface Meanwhile {
   readonly killAfterMs?: number
 }
 
-const root = fileURLToPath(new URL('../../../..', import.meta.url))
+/** Their program. */
+export const bundleVictim = (): Promise<Bundle> => bundle(new URL('./victim.ts', import.meta.url))
 
 /** Processes that are told what to do and killed in the middle of it. One is always started in advance. */
 export class Victims implements AsyncDisposable {
-  readonly #program: string
-  readonly #folder: string
+  readonly #program: Bundle
   readonly #temporary: string
+  readonly #ownsProgram: boolean
   #next: ChildProcess | undefined
 
-  private constructor(folder: string, temporary: string) {
-    this.#folder = folder
-    this.#program = join(folder, 'victim.js')
+  private constructor(program: Bundle, temporary: string, ownsProgram: boolean) {
+    this.#program = program
     this.#temporary = temporary
+    this.#ownsProgram = ownsProgram
   }
 
   /**
-   * Bundles their program: it then starts in a third of the time.
-   *
    * @param temporary the folder of their temporary files
+   * @param program what they share with others, and does not go with them. Default: one of their own
    */
-  static async prepare(temporary: string): Promise<Victims> {
-    // Below the packages that the bundle imports.
-    const cache = join(root, 'node_modules/.cache')
-    await mkdir(cache, { recursive: true })
-    const folder = await mkdtemp(join(cache, 'varve-victim-'))
-    await build({
-      entry: [fileURLToPath(new URL('./victim.ts', import.meta.url))],
-      outDir: folder,
-      format: 'esm',
-      target: 'node22',
-      platform: 'node',
-      config: false,
-      silent: true,
-      external: ['@napi-rs/blake-hash'], // native
-      noExternal: [/^(?!@napi-rs)/],
-      outExtension: () => ({ js: '.js' }),
-      banner: {
-        js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);",
-      },
-    })
-    return new Victims(folder, temporary)
+  static async prepare(temporary: string, program?: Bundle): Promise<Victims> {
+    return new Victims(program ?? (await bundleVictim()), temporary, program === undefined)
   }
 
   /** Has one do its job. */
@@ -111,10 +90,10 @@ export class Victims implements AsyncDisposable {
       this.#next.kill('SIGKILL')
       await ended
     }
-    await rm(this.#folder, { recursive: true })
+    if (this.#ownsProgram) await this.#program[Symbol.asyncDispose]()
   }
 
   #start(): ChildProcess {
-    return fork(this.#program, { env: { ...process.env, TMPDIR: this.#temporary }, execArgv: [] })
+    return fork(this.#program.path, { env: { ...process.env, TMPDIR: this.#temporary }, execArgv: [] })
   }
 }
