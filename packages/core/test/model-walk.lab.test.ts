@@ -5,6 +5,6 @@ import { ProvingGround } from './torture/proving-ground.ts'
 test('after random steps every backup restores to what the disks held', async () => {
   await using ground = await ProvingGround.create()
   const walk = new ModelWalk(ground, 11)
-  await walk.run(30)
-  expect(walk.log.length).toBeGreaterThan(30)
+  await walk.run(20)
+  expect(walk.log.length).toBeGreaterThan(20)
 })
