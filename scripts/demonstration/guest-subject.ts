@@ -14,7 +14,7 @@ import type { Subject } from './subject.ts'
 import { writtenPrefix } from './written-prefix.ts'
 
 const MEBIBYTE = 1024 * 1024
-const SIZES = { vda: 64 * MEBIBYTE, vdb: 16 * MEBIBYTE }
+const SIZES = { vda: 32 * MEBIBYTE, vdb: 8 * MEBIBYTE }
 
 /** A booted guest: a file system on vda, and a writer that never rests on vdb. */
 export class GuestSubject implements Subject {
@@ -51,11 +51,11 @@ export class GuestSubject implements Subject {
 
   async prepare(): Promise<void> {
     const { step } = this.#bound()
-    await step('Linux boots: vda 64 MiB, vdb 16 MiB, software emulation', () => this.#vm.boot())
-    await step('A file system on vda, with 40 MiB of files of random data', () =>
+    await step('Linux boots: vda 32 MiB, vdb 8 MiB, software emulation', () => this.#vm.boot())
+    await step('A file system on vda, with 16 MiB of files of random data', () =>
       this.#vm.run(`
         mke2fs /dev/vda && mount -t ext4 /dev/vda /mnt && mkdir /mnt/files || exit 1
-        for n in 1 2 3 4; do dd if=/dev/urandom of=/mnt/files/photo-$n bs=1M count=10 || exit 1; done; sync`),
+        for n in 1 2 3 4; do dd if=/dev/urandom of=/mnt/files/photo-$n bs=1M count=4 || exit 1; done; sync`),
     )
     this.#writer = this.#vm.startWriter({ device: '/dev/vdb', blocks: SIZES.vdb / writerBlockSize })
     await step('A writer begins: blocks all over vdb, each flushed, until the last backup', () =>
@@ -95,14 +95,12 @@ export class GuestSubject implements Subject {
     await step('Changes a part of photo-1, and writes a new file', () =>
       this.#vm.run(`
         grep -q ' /mnt ' /proc/mounts || mount -t ext4 /dev/vda /mnt || exit 1
-        dd if=/dev/urandom of=/mnt/files/photo-1 bs=64k seek=${round * 20} count=16 conv=notrunc || exit 1
+        dd if=/dev/urandom of=/mnt/files/photo-1 bs=64k seek=${round * 12} count=16 conv=notrunc || exit 1
         dd if=/dev/urandom of=/mnt/files/new-${round} bs=1M count=1 conv=fsync`),
     )
     if (round > 2) return
-    await step('Zeroes 4 MiB in the middle of photo-2', () =>
-      this.#vm.run(
-        `dd if=/dev/zero of=/mnt/files/photo-2 bs=1M seek=${round * 3} count=4 conv=notrunc,fsync`,
-      ),
+    await step('Zeroes 2 MiB in the middle of photo-2', () =>
+      this.#vm.run(`dd if=/dev/zero of=/mnt/files/photo-2 bs=1M seek=${round} count=2 conv=notrunc,fsync`),
     )
     const { stdout } = await step(`Deletes photo-${5 - round} and trims the file system`, () =>
       this.#vm.run(`rm /mnt/files/photo-${5 - round} && sync && fstrim -v /mnt`),

@@ -37,12 +37,12 @@ export class ImageSubject implements Subject {
 
   async prepare(): Promise<void> {
     const random = join(this.#folder, 'random')
-    await this.#screen.step('vda 1 GiB with 256 MiB of random data, vdb 64 MiB with a pattern', async () => {
-      await this.source.create('vda', 1024 * MEBIBYTE)
+    await this.#screen.step('vda 256 MiB with 64 MiB of random data, vdb 64 MiB with a pattern', async () => {
+      await this.source.create('vda', 256 * MEBIBYTE)
       await this.source.create('vdb', 64 * MEBIBYTE)
-      for (let at = 0; at < 256; at += 64) {
-        await writeFile(random, randomBytes(64 * MEBIBYTE))
-        await this.#io('vda', `write -s ${random} ${at * 3}M 64M`)
+      for (let at = 0; at < 64; at += 16) {
+        await writeFile(random, randomBytes(16 * MEBIBYTE))
+        await this.#io('vda', `write -s ${random} ${at * 4}M 16M`)
       }
       await this.#io('vdb', 'write -P 0x11 1M 48M')
     })
@@ -59,7 +59,7 @@ export class ImageSubject implements Subject {
       await this.#io('vdb', `write -P 0x${round}b ${at}M 64k`)
     })
     await this.#screen.step('Zeroes 4 MiB of vda and trims 8 MiB', async () => {
-      await this.#io('vda', `write -z ${192 + at}M 4M`, `discard ${200 + at}M 8M`)
+      await this.#io('vda', `write -z ${192 + round}M 4M`, `discard ${198 + round}M 8M`)
     })
   }
 
