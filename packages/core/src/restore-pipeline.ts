@@ -1,5 +1,5 @@
 import { newBackupId } from './backup-id.ts'
-import { findBackup, readCatalog } from './backups.ts'
+import { findBackup, readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { type ErrorContext, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
@@ -136,16 +136,13 @@ export class RestorePipeline {
     const found = await findBackup(storage, request.backup, signal)
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const runId = newBackupId()
-    if ('instance' in request.to) await assertNotHeld(request.to.instance, host, run)
-    const before = await planRestore(request, found, host, runId, run)
-    const { disks: chosen, newInstance } = before
-    const chain = chainForRestore(found, catalog, {
-      disks: chosen.map(({ disk }) => disk.name),
-      definition: newInstance !== undefined || request.definition === 'restore',
-    })
-    await using lock = await DiskLock.acquire(disksOf(before).map(({ path }) => path))
+    await using lock = await DiskLock.acquire(await pathsToHold(request, found, host, runId, run))
     const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
     lock.assertHolds(disksOf(plan))
+    const chain = chainForRestore(found, catalog, {
+      disks: plan.disks.map(({ disk }) => disk.name),
+      definition: plan.newInstance !== undefined || request.definition === 'restore',
+    })
     // A disk that was left incomplete is restored by itself too, but the instance is not to be started on it.
     const mayBeIncomplete = request.start ? targetsOf(plan) : disksOf(plan)
     await assertNoUnsettledRun(stateDir, plan.instance?.name, disksOf(plan), mayBeIncomplete)
@@ -191,13 +188,20 @@ export class RestorePipeline {
 }
 
 /**
- * Refuses an instance that is being backed up, before it is looked at: its disks are on overlays, as after a backup that died.
- *
- * @throws DISK_BUSY
+ * What a restore holds. An instance is not looked at before: one that is being backed up has its disks on overlays, as
+ * after a backup that died. Nor is an RBD image, whose name tells where it is.
  */
-async function assertNotHeld(instance: string, host: Host, run: RunOptions): Promise<void> {
-  const { disks } = await host.disks(instance, run)
-  await using _lock = await DiskLock.acquire(disks.map(({ path }) => path))
+async function pathsToHold(
+  request: RestoreRequest,
+  backup: StoredBackup,
+  host: Host,
+  runId: string,
+  run: RunOptions,
+): Promise<string[]> {
+  const { to } = request
+  if ('instance' in to) return (await host.disks(to.instance, run)).disks.map(({ path }) => path)
+  const plan = await planRestore(request, backup, host, runId, run, { looksAtImages: false })
+  return targetsOf(plan).map(({ path }) => path)
 }
 
 /** Where a restore writes to, by the names of the disks. */

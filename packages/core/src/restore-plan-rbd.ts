@@ -34,6 +34,11 @@ interface RbdPlanOptions {
   readonly runId: string
 }
 
+interface RbdPathOptions extends RbdPlanOptions {
+  readonly overwrite: boolean
+  readonly looksAtImages?: boolean
+}
+
 /** The restore of a disk of an instance which is an RBD image. @throws DISK_UNSUPPORTED, RBD_SNAPSHOT_PROTECTED */
 export async function planRbdDisk(
   disk: ManifestDisk,
@@ -76,14 +81,15 @@ export async function planRbdPath(
   disk: ManifestDisk,
   image: string,
   cluster: RbdCluster,
-  { inPlace, overwrite, runId }: RbdPlanOptions & { readonly overwrite: boolean },
+  { inPlace, overwrite, runId, looksAtImages = true }: RbdPathOptions,
   run: RunOptions,
 ): Promise<RbdRestore> {
+  const target = `${RBD_PREFIX}${image}`
+  if (!looksAtImages) return { disk, format: 'rbd', target, image, cluster }
   const existing = await readRbdDisk(disk.name, image, cluster, run).catch(error => {
     if (isVarveError(error, 'DISK_NOT_FOUND') && !inPlace) return undefined
     throw error
   })
-  const target = `${RBD_PREFIX}${image}`
   if (!existing)
     return { disk, format: 'rbd', target, image, cluster, temporary: temporaryImage(image, runId) }
   if (!inPlace && !overwrite) {

@@ -49,6 +49,12 @@ export interface RestorePlan {
   }
 }
 
+/** How a plan is made. */
+interface PlanOptions {
+  /** Whether RBD images that are named by their path are looked at; else only their names are told. Default: true. */
+  readonly looksAtImages?: boolean
+}
+
 /**
  * Finds the targets and refuses what cannot work, before anything is touched.
  *
@@ -61,10 +67,11 @@ export async function planRestore(
   host: Host,
   runId: string,
   run: RunOptions,
+  options: PlanOptions = {},
 ): Promise<RestorePlan> {
   const { to } = request
   if ('instance' in to) return planInstance(request, to.instance, backup, host, runId, run)
-  if ('newInstance' in to) return planNewInstance(request, to, backup, host, runId, run)
+  if ('newInstance' in to) return planNewInstance(request, to, backup, host, runId, run, options)
   const disks: DiskRestore[] = []
   const wanted = request.disks ?? Object.keys(to.disks)
   for (const name of wanted) {
@@ -73,7 +80,7 @@ export async function planRestore(
       throw new VarveError('INVALID_ARGUMENT', `No target was given for the disk ${name}.`, {
         context: { disk: name },
       })
-    disks.push(await planPath(request, to, diskOf(backup, name), path, host, runId, run))
+    disks.push(await planPath(request, to, diskOf(backup, name), path, host, runId, run, options))
   }
   if (disks.length === 0)
     throw new VarveError(
@@ -94,11 +101,12 @@ async function planPath(
   host: Host,
   runId: string,
   run: RunOptions,
+  options: PlanOptions,
 ): Promise<DiskRestore> {
   const image = rbdImageOf(path)
   if (image !== undefined) {
-    const options = { inPlace, overwrite: to.overwrite ?? false, runId }
-    return planRbdPath(disk, image, await host.rbd(undefined, run), options, run)
+    const rbdOptions = { ...options, inPlace, overwrite: to.overwrite ?? false, runId }
+    return planRbdPath(disk, image, await host.rbd(undefined, run), rbdOptions, run)
   }
   return inPlace ? planInPlacePath(disk, path, to.format, run) : planNewFile(disk, path, to, runId, run)
 }
@@ -176,6 +184,7 @@ async function planNewInstance(
   host: Host,
   runId: string,
   run: RunOptions,
+  options: PlanOptions,
 ): Promise<RestorePlan> {
   const { newInstance: name, directory } = to
   if (request.inPlace) {
@@ -215,8 +224,8 @@ async function planNewInstance(
       const path = `${RBD_PREFIX}${to.rbdPool}/${name}-${diskName}`
       const image = rbdImageOf(path) ?? path
       const of = { instance: backup.manifest.instance.name, disk: diskName }
-      const options = { inPlace: false, overwrite: false, runId }
-      disks.push({ ...(await planRbdPath(disk, image, await host.rbd(of, run), options, run)), of })
+      const rbdOptions = { ...options, inPlace: false, overwrite: false, runId }
+      disks.push({ ...(await planRbdPath(disk, image, await host.rbd(of, run), rbdOptions, run)), of })
       continue
     }
     const path = join(directory, `${name}-${diskName}.${format}`)

@@ -101,14 +101,11 @@ test('a disk of the instance that moves before it is held is refused', async () 
   const [first, second] = [join(folder, 'first'), join(folder, 'second')]
   for (const path of [first, second]) await createQcow2(path, SIZE)
   class MovingHost extends ImageHost {
-    #isMoved = false
-    override async instance(name: string): Promise<Instance> {
-      const disk = this.#isMoved ? second : first
-      this.#isMoved = true
-      return new ImageHost({ instance: name, disks: { vda: disk } }).instance(name)
+    override instance(name: string): Promise<Instance> {
+      return new ImageHost({ instance: name, disks: { vda: second } }).instance(name)
     }
   }
-  const host = new MovingHost({ instance: 'web-1', disks: {} })
+  const host = new MovingHost({ instance: 'web-1', disks: { vda: first } })
   const pipeline = new RestorePipeline({ host, storage, stateDir })
   await expect(pipeline.run({ backup: manifest.id, to: { instance: 'web-1' } })).rejects.toMatchObject({
     code: 'DISK_BUSY',
