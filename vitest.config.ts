@@ -13,7 +13,6 @@ const isThorough = process.env.VARVE_THOROUGH === '1'
 // The slowest first: the others fill the time beside the last of them.
 const slowest = [
   'testkit/test/contract-remote',
-  'ceph/test/rbd-backup',
   'driver-rclone/test/contract',
   'driver-rclone/test/network',
   'driver-s3/test/contract',
@@ -21,19 +20,21 @@ const slowest = [
   'examples/test/demo',
   'core/test/vm-guest',
   'ceph/test/vm-rbd',
-  'ceph/test/export-diff',
   'driver-rclone/test/remotes',
   'examples/test/remote-storage',
   'driver-ftp/test/contract',
   'testkit/test/lab',
-  'ceph/test/chain',
   'ceph/test/kill',
+  'ceph/test/rbd-restore',
+  'ceph/test/rbd-backup',
+  'ceph/test/rbd-snapshots',
   'core/test/kill-matrix',
   'core/test/concurrency',
   'core/test/vm-restore-mishaps',
   'core/test/vm-backup',
   'core/test/vm-host-mishaps',
   'core/test/vm-control',
+  'ceph/test/export-diff',
   'ceph/test/ceph-cluster',
 ]
 

@@ -1,22 +1,23 @@
+import { once } from 'node:events'
 import type { RbdCluster } from '@varve/core'
 import { type CephLab, type CephUser, startCeph } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import { CephConnector } from '../src/index.ts'
 
 /** A Ceph cluster with one pool, and a connection as a user that may use its images. */
 export class RbdSite implements AsyncDisposable {
   readonly ceph: CephLab
   readonly user: CephUser
+  /** The connection. */
+  readonly rbd: CephConnector
   readonly cluster: RbdCluster
   #images = 0
 
   private constructor(ceph: CephLab, user: CephUser) {
     this.ceph = ceph
     this.user = user
-    this.cluster = new CephConnector({
-      conf: ceph.conf,
-      user: user.user,
-      keyring: user.keyring,
-    }).cluster()
+    this.rbd = new CephConnector({ conf: ceph.conf, user: user.user, keyring: user.keyring })
+    this.cluster = this.rbd.cluster()
   }
 
   static async start(): Promise<RbdSite> {
@@ -57,6 +58,21 @@ export class RbdSite implements AsyncDisposable {
   /** The snapshots of an image, the oldest first. */
   snapshots(image: string): Promise<string[]> {
     return this.ceph.client.snapshots(image)
+  }
+
+  /** A client that has an image open for writing until the end, as a virtual machine has. */
+  async opened(image: string): Promise<AsyncDisposable> {
+    const client = execa('qemu-io', ['-f', 'raw', `rbd:${image}:conf=${this.ceph.conf}`], {
+      stdin: 'pipe',
+      buffer: false,
+    })
+    await once(client.stdout, 'data') // its prompt
+    return {
+      async [Symbol.asyncDispose]() {
+        client.stdin.end()
+        await client
+      },
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
