@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join, resolve } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
@@ -72,6 +72,10 @@ async function throughProxy(above = lab.home): Promise<FolderTarget> {
     proxy,
     inspect: () => filesIn(path),
     readRaw: key => readFile(join(path, key)),
+    async writeRaw(key, bytes) {
+      await lab.makeFolder(join(path, dirname(key)))
+      await writeFile(join(path, key), bytes)
+    },
     async dispose() {
       proxy.cutAll()
       for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well

@@ -27,6 +27,10 @@ export async function folderTarget(
     driver: new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup', ...options }),
     inspect: () => filesIn(path),
     readRaw: name => readFile(join(path, name)),
+    async writeRaw(key, bytes) {
+      await mkdir(join(path, dirname(key)), { recursive: true })
+      await writeFile(join(path, key), bytes)
+    },
     async dispose() {
       await rm(path, { recursive: true })
       await rm(home, { recursive: true })

@@ -1,6 +1,6 @@
-import { bytesBody, type UploadBody } from '@varve/core'
+import type { UploadBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { bytesOf, type Contract, expectStored } from './contract-target.ts'
+import { bytesOf, type Contract, expectStored, place } from './contract-target.ts'
 import { cutBytes, cutCalls, cutDownloads, cutUploads, forEachAnswer } from './network-cuts.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
@@ -67,7 +67,7 @@ export function describeCutDownloads({ brief }: Contract, remote: Remote): void 
   test('a download that is cut anywhere gives the right bytes or fails', async () => {
     const target = await beginRemote(remote)
     const bytes = cutBytes(remote)
-    await target.driver.put('a/object', bytesBody(bytes))
+    await place(target, 'a/object', bytes)
     const all = { key: 'a/object', range: { start: 0, end: bytes.length } }
     const middle = { key: 'a/object', range: { start: 1001, end: bytes.length - 1001 } }
     await cutDownloads(target, remote, {

@@ -1,6 +1,5 @@
-import { bytesBody } from '@varve/core'
 import { describe, test } from 'vitest'
-import { type Contract, expectStored } from './contract-target.ts'
+import { type Contract, expectStored, place } from './contract-target.ts'
 import { cutBytes, cutCalls, cutDownloads, cutUploads, forEachAnswer } from './network-cuts.ts'
 import { beginRemote, type Remote } from './remote-target.ts'
 
@@ -9,10 +8,9 @@ export function describeEarlyEnds({ brief }: Contract, remote: Remote): void {
   describe('connections that end early', () => {
     const how = 'end'
 
-    test.each([
-      ['a re-openable body', true],
-      ['a body that opens once', false],
-    ])('%s is stored whole, or fails and leaves nothing', async (_, replayable) => {
+    const bodies: [string, boolean][] = [['a body that opens once', false]]
+    if (!brief) bodies.push(['a re-openable body', true]) // which is sent again, as where a connection is cut
+    test.each(bodies)('%s is stored whole, or fails and leaves nothing', async (_, replayable) => {
       const toServer = { even: 4, beforeEnd: [64, 1] }
       const toClient = { even: 2, beforeEnd: [1] }
       await cutUploads(remote, { how, toServer, toClient }, { replayable })
@@ -21,7 +19,7 @@ export function describeEarlyEnds({ brief }: Contract, remote: Remote): void {
     test('a download gives the right bytes or fails', async () => {
       const target = await beginRemote(remote)
       const bytes = cutBytes(remote)
-      await target.driver.put('a/object', bytesBody(bytes))
+      await place(target, 'a/object', bytes)
       const cuts = { how, toClient: { even: 4, beforeEnd: [1] } } as const
       const all = { start: 0, end: bytes.length }
       const middle = { start: 1001, end: bytes.length - 1001 }

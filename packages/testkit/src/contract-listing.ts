@@ -1,6 +1,6 @@
 import { bytesBody, type StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, type Contract, type DriverTarget, errorOf, listed } from './contract-target.ts'
+import { begin, type Contract, type DriverTarget, errorOf, listed, place } from './contract-target.ts'
 
 /** Uploads under way at once while a long listing is prepared. */
 const PARALLEL = 16
@@ -28,8 +28,9 @@ export function describeListing(contract: Contract): void {
     })
 
     test('a listing tells sizes and times', async () => {
-      const { driver } = await begin(contract.create)
-      for (const size of [0, 1, 70_000]) await driver.put(`of/${size}`, bytesBody(new Uint8Array(size)))
+      const target = await begin(contract.create)
+      const { driver } = target
+      for (const size of [0, 1, 70_000]) await place(target, `of/${size}`, new Uint8Array(size))
       for await (const object of driver.list('of/')) {
         expect(object).toEqual(await driver.stat(object.key))
         expect(object.size).toBe(Number(object.key.slice(3)))

@@ -10,6 +10,7 @@ import {
   expectFound,
   expectNothing,
   expectStored,
+  place,
   read,
 } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
@@ -111,7 +112,7 @@ export function describeObjects(contract: Contract): void {
 
     test('a folder of objects is no object', async () => {
       const target = await begin(contract.create)
-      await target.driver.put('folder/object', bytesBody(Buffer.from('here')))
+      await place(target, 'folder/object', Buffer.from('here'))
       expect(await target.driver.stat('folder')).toBeUndefined()
       await expect(target.driver.get('folder')).rejects.toMatchObject(errorOf('OBJECT_NOT_FOUND'))
       await target.driver.delete('folder')
@@ -120,7 +121,7 @@ export function describeObjects(contract: Contract): void {
 
     test('a name below an object is no object', async () => {
       const target = await begin(contract.create)
-      await target.driver.put('object', bytesBody(Buffer.from('here')))
+      await place(target, 'object', Buffer.from('here'))
       expect(await target.driver.stat('object/below')).toBeUndefined()
       await expect(target.driver.get('object/below')).rejects.toMatchObject(errorOf('OBJECT_NOT_FOUND'))
       await target.driver.delete('object/below')
@@ -129,7 +130,7 @@ export function describeObjects(contract: Contract): void {
 
     test('a deleted object is gone, and its neighbours stay', async () => {
       const target = await begin(contract.create)
-      const store = (key: string) => target.driver.put(key, bytesBody(Buffer.from(key)))
+      const store = (key: string) => place(target, key, Buffer.from(key))
       await Promise.all(['a/1', 'a/2', 'a-2', 'b'].map(store))
       await target.driver.delete('a/1')
       expect(await target.driver.stat('a/1')).toBeUndefined()
@@ -141,7 +142,7 @@ export function describeObjects(contract: Contract): void {
       const target = await begin(contract.create)
       await target.driver.delete('none')
       await target.driver.delete('no/folder/none')
-      await target.driver.put('once', bytesBody(Buffer.from('x')))
+      await place(target, 'once', Buffer.from('x'))
       await target.driver.delete('once')
       await target.driver.delete('once')
       await expectNothing(target)

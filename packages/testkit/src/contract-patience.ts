@@ -2,7 +2,7 @@ import type { Readable } from 'node:stream'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { UploadBody } from '@varve/core'
 import { expect, test } from 'vitest'
-import { bytesOf, type Contract, expectStored, read } from './contract-target.ts'
+import { bytesOf, type Contract, expectStored, place, read } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { beginRemote, type Remote } from './remote-target.ts'
@@ -22,7 +22,7 @@ export function describeSlowness({ capabilities }: Contract, remote: Remote): vo
     const downloading = async () => {
       const target = await beginRemote(remote)
       const body = new PatternBody({ size: DOWNLOAD_SIZE, seed: 33 })
-      await target.driver.put('a/b', body)
+      await place(target, 'a/b', body)
       target.proxy.bytesPerSecond = body.size / (twice / 1000)
       expect((await read(target.driver, 'a/b')).equals(bytesOf(body))).toBe(true)
     }
@@ -62,7 +62,7 @@ export function describePauses(contract: Contract, remote: Remote): void {
     const downloading = async () => {
       const target = await beginRemote(remote)
       const body = new PatternBody({ size: contract.largeSize, seed: 32 })
-      await target.driver.put('a/large', body)
+      await place(target, 'a/large', body)
       const chunks: Buffer[] = []
       for await (const chunk of await target.driver.get('a/large')) {
         if (chunks.length === 0) await delay(twice)

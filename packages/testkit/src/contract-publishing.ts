@@ -1,8 +1,16 @@
 import { once } from 'node:events'
 import { buffer } from 'node:stream/consumers'
-import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, bytesOf, type Contract, errorOf, expectStored, listed, read } from './contract-target.ts'
+import {
+  begin,
+  bytesOf,
+  type Contract,
+  errorOf,
+  expectStored,
+  listed,
+  place,
+  read,
+} from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { troubledSource } from './troubled-source.ts'
@@ -36,7 +44,7 @@ export function describePublishing(contract: Contract): void {
       test('a download that has begun ends with the object that it began with', async () => {
         const target = await begin(contract.create)
         const former = new PatternBody({ size: contract.largeSize, seed: 6 })
-        await target.driver.put('a/object', former)
+        await place(target, 'a/object', former)
         const download = await target.driver.get('a/object')
         await once(download, 'readable')
         await target.driver.put('a/object', new PatternBody({ size: contract.largeSize, seed: 7 }))
@@ -55,7 +63,7 @@ export function describePublishing(contract: Contract): void {
     async function beginUpload(key: string, former?: Uint8Array) {
       const target = await begin(contract.create)
       const { driver } = target
-      if (former) await driver.put(key, bytesBody(former))
+      if (former) await place(target, key, former)
       const taken = Promise.withResolvers<void>()
       const resumed = Promise.withResolvers<void>()
       const source = troubledSource(

@@ -1,7 +1,7 @@
 import { once } from 'node:events'
-import { type ByteRange, bytesBody, type ObjectStream, type StorageDriver } from '@varve/core'
+import type { ByteRange, ObjectStream, StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, bytesOf, type Contract, errorOf, read } from './contract-target.ts'
+import { begin, bytesOf, type Contract, errorOf, place, read } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 
@@ -11,9 +11,10 @@ const SIZE = 2_500_000
 export function describeReading(contract: Contract): void {
   describe('reading', () => {
     test('any range of an object can be read, cut off at its end', async () => {
-      const { driver } = await begin(contract.create)
+      const target = await begin(contract.create)
+      const { driver } = target
       const bytes = patternBytes(1, 0, SIZE)
-      await driver.put('object', bytesBody(bytes))
+      await place(target, 'object', bytes)
       const ranges: [string, number, number][] = [
         ['the first byte', 0, 1],
         ['a middle', 1_000_001, 1_300_003],
@@ -49,8 +50,9 @@ export function describeReading(contract: Contract): void {
     })
 
     test('any range of an empty object is empty', async () => {
-      const { driver } = await begin(contract.create)
-      await driver.put('empty', bytesBody(new Uint8Array()))
+      const target = await begin(contract.create)
+      const { driver } = target
+      await place(target, 'empty', new Uint8Array())
       for (const start of [0, 5]) {
         expect(await read(driver, 'empty', { start, end: 10 }), `from ${start}`).toHaveLength(0)
         expect(await read(driver, 'empty', { start, end: start }), `nothing at ${start}`).toHaveLength(0)
@@ -58,8 +60,9 @@ export function describeReading(contract: Contract): void {
     })
 
     test('ranges that are none are refused', async () => {
-      const { driver } = await begin(contract.create)
-      await driver.put('object', bytesBody(Buffer.from('0123456789')))
+      const target = await begin(contract.create)
+      const { driver } = target
+      await place(target, 'object', Buffer.from('0123456789'))
       const ranges = [
         [-1, 5],
         [5, 4],
@@ -74,10 +77,11 @@ export function describeReading(contract: Contract): void {
     })
 
     test('many ranges are read beside each other', async () => {
-      const { driver } = await begin(contract.create)
+      const target = await begin(contract.create)
+      const { driver } = target
       const count = contract.brief ? 4 : 16
       const body = new PatternBody({ size: count * 500_000, seed: 8 })
-      await driver.put('object', body)
+      await place(target, 'object', body)
       const starts = Array.from({ length: count }, (_, index) => index * 500_000)
       const parts = await Promise.all(
         starts.map(start => read(driver, 'object', { start, end: start + 500_000 })),
@@ -86,16 +90,18 @@ export function describeReading(contract: Contract): void {
     })
 
     test('a download can be given up before it begins', async () => {
-      const { driver } = await begin(contract.create)
-      await driver.put('object', bytesBody(Buffer.from('x')))
+      const target = await begin(contract.create)
+      const { driver } = target
+      await place(target, 'object', Buffer.from('x'))
       const reason = new Error('not now')
       const download = driver.get('object', { signal: AbortSignal.abort(reason) })
       await expect(download).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
     })
 
     test('a download that is given up fails with ABORTED', async () => {
-      const { driver } = await begin(contract.create)
-      await driver.put('large', new PatternBody({ size: contract.largeSize }))
+      const target = await begin(contract.create)
+      const { driver } = target
+      await place(target, 'large', { size: contract.largeSize, seed: 0 })
       const controller = new AbortController()
       const download = await driver.get('large', { signal: controller.signal })
       await once(download, 'readable')
@@ -105,8 +111,9 @@ export function describeReading(contract: Contract): void {
     })
 
     test('a download that has come and is not read yet can be given up', async () => {
-      const { driver } = await begin(contract.create)
-      await driver.put('small', bytesBody(Buffer.from('x')))
+      const target = await begin(contract.create)
+      const { driver } = target
+      await place(target, 'small', Buffer.from('x'))
       const controller = new AbortController()
       const download = await driver.get('small', { signal: controller.signal })
       await once(download, 'readable')
@@ -117,9 +124,10 @@ export function describeReading(contract: Contract): void {
     })
 
     test('downloads that are left half-way hold nothing up', async () => {
-      const { driver } = await begin(contract.create)
+      const target = await begin(contract.create)
+      const { driver } = target
       const body = new PatternBody({ size: 4_000_000, seed: 9 })
-      await driver.put('object', body)
+      await place(target, 'object', body)
       for (let turn = 0; turn < contract.turns; turn++) {
         const download = await driver.get('object')
         if (turn % 2 === 0) await once(download, 'readable')

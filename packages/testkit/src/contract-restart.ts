@@ -2,7 +2,7 @@ import { once } from 'node:events'
 import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import { expect, test } from 'vitest'
-import { bytesOf, type Contract, expectStored } from './contract-target.ts'
+import { bytesOf, type Contract, expectStored, place } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import {
@@ -23,7 +23,7 @@ export function describeRestart(contract: Contract, remote: Remote): void {
     const target = await beginRemote(remote)
     const { driver } = target
     const former = new PatternBody({ size: contract.largeSize, seed: 41 })
-    await driver.put('a/former', former)
+    await place(target, 'a/former', former)
     const download = await driver.get('a/former')
     await once(download, 'readable')
     download.on('error', () => undefined) // it may come before anyone reads on

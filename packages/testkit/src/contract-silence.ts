@@ -4,7 +4,7 @@ import { buffer } from 'node:stream/consumers'
 import { setTimeout as delay } from 'node:timers/promises'
 import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { bytesOf, type Contract, errorOf, expectStored, type RemoteTarget } from './contract-target.ts'
+import { bytesOf, type Contract, errorOf, expectStored, place, type RemoteTarget } from './contract-target.ts'
 import { PatternBody } from './pattern-body.ts'
 import {
   beginRemote,
@@ -52,7 +52,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       const downloading = async () => {
         const target = await beginRemote(remote)
         const body = new PatternBody({ size: contract.largeSize, seed: 31 })
-        await target.driver.put('a/large', body)
+        await place(target, 'a/large', body)
         const download = await target.driver.get('a/large')
         await once(download, 'readable')
         target.proxy.stall()
@@ -67,7 +67,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
     test('a call to a silent server, and an upload to one that has gone silent, can be given up and do not wait for it', async () => {
       const calling = async () => {
         const target = await beginRemote(remote)
-        await target.driver.put('calls/get', bytesBody(Buffer.from('x')))
+        await place(target, 'calls/get', Buffer.from('x'))
         target.proxy.stall()
         const controller = new AbortController()
         const calls = everyCall(target.driver, { signal: controller.signal })

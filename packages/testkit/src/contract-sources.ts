@@ -1,7 +1,7 @@
 import { Readable } from 'node:stream'
 import { bytesBody, toUploadBody, VarveError } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, type Contract, errorOf, expectNothing, expectStored } from './contract-target.ts'
+import { begin, type Contract, errorOf, expectNothing, expectStored, place } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { bodyOf, type Trouble, troubledSource } from './troubled-source.ts'
@@ -37,7 +37,7 @@ export function describeSources(contract: Contract): void {
       test('leaves the former object as it was', async () => {
         const target = await begin(contract.create)
         const former = patternBytes(9, 0, 5000)
-        await target.driver.put('a/b', bytesBody(former))
+        await place(target, 'a/b', former)
         const source = troubledSource(trouble, { bytes: goodBytes })
         await expect(target.driver.put('a/b', source)).rejects.toMatchObject(errorOf('UPLOAD_FAILED'))
         await expectStored(target, 'a/b', former)
@@ -101,7 +101,7 @@ export function describeSources(contract: Contract): void {
 
     test('a large upload can be given up while it runs, and the former object stays', async () => {
       const target = await begin(contract.create)
-      await target.driver.put('large', bytesBody(Buffer.from('former')))
+      await place(target, 'large', Buffer.from('former'))
       const controller = new AbortController()
       const body = new PatternBody({ size: contract.largeSize })
       const upload = target.driver.put('large', body, {

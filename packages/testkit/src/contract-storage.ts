@@ -9,6 +9,7 @@ import {
   expectStored,
   type FullTarget,
   listed,
+  place,
   rawNames,
 } from './contract-target.ts'
 import { PatternBody } from './pattern-body.ts'
@@ -48,7 +49,7 @@ export function describeStorage(contract: Contract): void {
 
     test('what moves no data can be given up as well', async () => {
       const target = await begin(contract.create)
-      await target.driver.put('stays', bytesBody(Buffer.from('x')))
+      await place(target, 'stays', Buffer.from('x'))
       const given = { signal: AbortSignal.abort() }
       await expect(target.driver.stat('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
       await expect(target.driver.delete('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
@@ -79,7 +80,7 @@ export function describeStorage(contract: Contract): void {
       test('what a killed upload leaves is no object, and is cleaned up when it is old', async () => {
         const target = await begin(contract.create)
         const { driver } = target
-        await driver.put('whole', bytesBody(Buffer.from('stays')))
+        await place(target, 'whole', Buffer.from('stays'))
         await leaveUnfinished(target)
         expect(await rawNames(target)).toHaveLength(2)
         expect(await listed(driver)).toEqual(['whole'])

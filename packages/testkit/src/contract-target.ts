@@ -1,5 +1,12 @@
 import { buffer } from 'node:stream/consumers'
-import type { ByteRange, CallOptions, DriverCapabilities, ErrorCode, StorageDriver } from '@varve/core'
+import {
+  type ByteRange,
+  bytesBody,
+  type CallOptions,
+  type DriverCapabilities,
+  type ErrorCode,
+  type StorageDriver,
+} from '@varve/core'
 import { expect, onTestFinished } from 'vitest'
 import type { NetworkProxy } from './network-proxy.ts'
 import { patternBytes } from './pattern.ts'
@@ -23,6 +30,11 @@ export interface DriverTarget {
   inspect(): Promise<RawObject[]>
   /** The bytes that the server holds under a name, without the driver's help. */
   readRaw(name: string): Promise<Uint8Array>
+  /**
+   * Stores an object on the server, without the driver's help: for tests that look at one which is there, of a driver whose
+   * uploads cost much. Default: the driver's own `put`.
+   */
+  writeRaw?(key: string, bytes: Uint8Array): Promise<void>
   /** Ends the driver and removes the storage. */
   dispose(): Promise<void>
 }
@@ -219,6 +231,17 @@ export async function listed(driver: StorageDriver, prefix = '', options?: CallO
 /** An object, or a range of it, as the driver reads it. */
 export async function read(driver: StorageDriver, key: string, range?: ByteRange): Promise<Buffer> {
   return buffer(await driver.get(key, range ? { range } : {}))
+}
+
+/** Has an object be there, for a test that is not about how it came there. */
+export async function place(
+  target: DriverTarget,
+  key: string,
+  object: Uint8Array | { seed: number; size: number },
+): Promise<void> {
+  const bytes = object instanceof Uint8Array ? object : bytesOf(object)
+  if (target.writeRaw) await target.writeRaw(key, bytes)
+  else await target.driver.put(key, bytesBody(bytes))
 }
 
 /** Expects an object to be these bytes, by the driver and by the server. */
