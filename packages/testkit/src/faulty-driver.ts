@@ -97,10 +97,16 @@ export class FaultyDriver implements StorageDriver {
 
   async get(key: string, options: GetOptions = {}): Promise<Readable> {
     const fault = this.#begin('get', key)
-    return around(fault, options, async () => {
-      const stream = await this.#driver.get(key, options)
-      return isBytesFault(fault) ? streamWithFault(stream, fault, options.range?.start) : stream
-    })
+    let opened: Readable | undefined
+    try {
+      return await around(fault, options, async () => {
+        opened = await this.#driver.get(key, options)
+        return isBytesFault(fault) ? streamWithFault(opened, fault, options.range?.start) : opened
+      })
+    } catch (error) {
+      opened?.destroy() // nobody gets it
+      throw error
+    }
   }
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
