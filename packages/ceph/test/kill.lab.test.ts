@@ -9,15 +9,15 @@ beforeAll(async () => {
 })
 afterAll(() => cases[Symbol.asyncDispose]())
 
-// At effects that only RBD has, which the journal must know of by then; all points of all runs are in kill/kill-all.ts.
+// At effects that only RBD has, which the journal must know of by then; more in kill.thorough.test.ts, and all points of all
+// runs in kill/kill-all.ts.
 const SAMPLE: readonly KillCase[] = [
   // First: the image still has the snapshot of every backup, and is rolled back.
   { kind: 'mixed', run: 'restore in place', point: 'end rbd snap rollback', nth: 0, scope: 'group' },
-  { kind: 'mixed', run: 'frozen backup', point: 'end virsh suspend', nth: 0, scope: 'group' },
-  { kind: 'mixed', run: 'backup', point: 'after resumed', nth: 0, scope: 'process' },
+  // With the guest suspended, and its file systems frozen.
+  { kind: 'mixed', run: 'frozen backup', point: 'end rbd snap create', nth: 0, scope: 'group' },
+  { kind: 'mixed', run: 'restore', point: 'end rbd create', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'restore', point: 'end rbd rename', nth: 0, scope: 'process' },
-  { kind: 'images', run: 'backup', point: 'end rbd snap create', nth: 0, scope: 'process' },
-  { kind: 'images', run: 'restore', point: 'end rbd create', nth: 1, scope: 'group' },
 ]
 
 test('every step of a journal is in a run', () => {
