@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import {
   type BackupManifest,
   BackupPipeline,
+  type BackupRequest,
   ChainManager,
   LibvirtHost,
   RestorePipeline,
@@ -12,15 +13,7 @@ import {
   type VarveEvent,
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
-import {
-  checkQcow2,
-  createQcow2,
-  type LabDomain,
-  type LibvirtLab,
-  sha256Content,
-  startLibvirt,
-  writerBlockSize,
-} from '@varve/testkit/lab'
+import { createQcow2, type LabDomain, type LibvirtLab, startLibvirt } from '@varve/testkit/lab'
 import { execaSync } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { CephConnector } from '../src/index.ts'
@@ -80,7 +73,7 @@ async function createVm(
 ): Promise<LabDomain> {
   const { withFile, guest, second, agent = false, secret = secretUuid } = options
   const file = join(folder, 'vdb.qcow2')
-  if (withFile) await createQcow2(file, 16 * MIB)
+  if (withFile) await createQcow2(file, 4 * MIB)
   const rbd = { monitor: site.ceph.monitor, user: site.user.user, secretUuid: secret }
   const raw = { format: 'raw', discard: 'unmap', rbd } as const
   vm = await lab.createDomain({
@@ -110,77 +103,101 @@ async function withProgram<T>(program: string, before: string, work: () => Promi
   }
 }
 
-function backup(): Promise<BackupManifest> {
-  return new BackupPipeline(pipelines()).run({ instance: 'web-1' }, { onEvent })
+function backup(request: Partial<BackupRequest> = {}): Promise<BackupManifest> {
+  return new BackupPipeline(pipelines()).run({ instance: 'web-1', ...request }, { onEvent })
 }
 
-async function sum(device: string): Promise<string> {
-  const command = `sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${device}`
-  return ((await vm?.run(command))?.stdout ?? '').slice(0, 64)
+/** The checksums of the guest's disks, by itself. */
+async function sumsOf(...disks: string[]): Promise<string | undefined> {
+  const devices = disks.map(disk => `/dev/${disk}`).join(' ')
+  return (await vm?.run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${devices}`))?.stdout
 }
 
-async function restoredSum({ id }: BackupManifest, disk: string): Promise<string> {
-  const path = join(folder, `${id}-${disk}.qcow2`)
-  await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { [disk]: path } } }, { onEvent })
-  await checkQcow2(path)
-  return sha256Content(path, 'qcow2')
-}
-
-test('a running guest on RBD and on a file is backed up while it writes, and restored over itself', async () => {
-  const image = await site.create(16 * MIB)
-  const guest = await createVm(image, { withFile: true, guest: true })
+test('a running guest on RBD and on a file is backed up at one moment, while it writes, and restored over itself', async () => {
+  const [image, second] = [await site.create(4 * MIB), await site.create(MIB)]
+  const guest = await createVm(image, { withFile: true, guest: true, second, agent: true })
   await guest.boot()
   await guest.run(
-    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=8 conv=fsync || exit 1; done',
+    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=3 conv=fsync || exit 1; done',
   )
-  const writer = guest.startWriter({ device: '/dev/vda', blocks: (16 * MIB) / writerBlockSize })
-  await writer.waitForWrites(3)
-  const full = await backup()
-  await writer.stop()
-  expect(full).toMatchObject({ kind: 'full', consistency: 'crash', running: true })
-  // All disks at one moment: the guest stands still while they are frozen one after the other.
-  const order = commands().filter(command => /suspend|resume|snapshot-create-as|snap create/.test(command))
-  expect(order.map(command => /suspend|resume|snapshot-create-as|snap create/.exec(command)?.[0])).toEqual([
-    'suspend',
-    'snapshot-create-as',
-    'snap create',
-    'resume',
-  ])
+  // Flushed writes of the same number to one disk after the other, over and over: of any moment, the numbers are
+  // the same, or of the first ones of the disks one more.
+  const writer = guest.spawn(`number=0
+    while [ ! -e /run/stop ]; do
+      number=$((number + 1))
+      for disk in vda vdb vdc; do
+        printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
+      done
+      touch /run/begun
+    done`)
+  await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
+  const slow = `[[ " $* " != *' snap create '*${second.slice(4)}* ]] || sleep 1`
+  const manifests: BackupManifest[] = []
+  for (const freeze of ['off', 'require'] as const) {
+    const before = commands().length
+    const manifest = await withProgram('rbd', slow, () => backup({ freeze }))
+    expect(manifest).toMatchObject({
+      kind: freeze === 'off' ? 'full' : 'incremental',
+      consistency: freeze === 'off' ? 'crash' : 'filesystem',
+      running: true,
+    })
+    // All disks at one moment: the guest stands still while they are frozen one after the other.
+    const steps = commands()
+      .slice(before)
+      .flatMap(command => /suspend|resume|snapshot-create-as|snap create/.exec(command)?.[0] ?? [])
+    expect(steps).toEqual(['suspend', 'snapshot-create-as', 'snap create', 'snap create', 'resume'])
+    manifests.push(manifest)
+  }
+  await guest.run('touch /run/stop')
+  expect((await writer.result).exitCode).toBe(0)
+  let last = 0
+  for (const manifest of manifests) {
+    const path = (disk: string) => join(folder, `${manifest.id}-${disk}.raw`)
+    const disks = { vda: path('vda'), vdb: path('vdb'), vdc: path('vdc') }
+    await new RestorePipeline(pipelines()).run({ backup: manifest.id, to: { disks, format: 'raw' } })
+    const numbers = await Promise.all(
+      Object.values(disks).map(async file => Number((await readFile(file)).toString('latin1', 0, 512))),
+    )
+    const [first = 0, ...others] = numbers
+    expect(numbers, manifest.consistency).toEqual([...numbers].sort((a, b) => b - a))
+    expect(first - (others.at(-1) ?? 0), `${manifest.consistency}: ${numbers}`).toBeLessThanOrEqual(1)
+    expect(first, manifest.consistency).toBeGreaterThan(last) // the guest went on
+    last = first
+  }
 
   await guest.run(
-    'dd if=/dev/zero of=/dev/vda bs=1M seek=2 count=2 conv=fsync && blkdiscard -o 6291456 -l 4194304 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=200 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
+    'dd if=/dev/zero of=/dev/vda bs=64k seek=4 count=4 conv=fsync && blkdiscard -o 1048576 -l 1048576 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=40 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
   )
-  const [vda, vdb] = [await sum('/dev/vda'), await sum('/dev/vdb')]
-  const second = await backup()
-  expect(second.disks.map(({ kind, format }) => [kind, format])).toEqual([
+  const sums = await sumsOf('vda', 'vdb', 'vdc')
+  const next = await backup()
+  expect(next.disks.map(({ kind, format }) => [kind, format])).toEqual([
     ['incremental', 'rbd-diff'],
     ['incremental', 'qcow2'],
+    ['incremental', 'rbd-diff'],
   ])
-  expect(await restoredSum(second, 'vda')).toBe(vda)
-  expect(await restoredSum(second, 'vdb')).toBe(vdb)
-
-  await guest.run('dd if=/dev/urandom of=/dev/vda bs=1M count=14 conv=fsync; blkdiscard /dev/vdb')
-  await new RestorePipeline(pipelines()).run(
-    { backup: second.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 30_000 },
-    { onEvent },
+  await guest.run(
+    'dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync; blkdiscard /dev/vdb; blkdiscard /dev/vdc',
   )
+  const request = { backup: next.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 30_000 }
+  await new RestorePipeline(pipelines()).run(request, { onEvent })
   await guest.waitForBoot()
-  // The guest does not wait until all of the old image is removed.
-  const last = commands().filter(command => / start web-1$|^rbd rm /.test(command))
-  expect(last.map(command => command.split(' ')[0])).toEqual(['virsh', 'rbd'])
-  expect([await sum('/dev/vda'), await sum('/dev/vdb')]).toEqual([vda, vdb])
-  await guest.run('dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=9 conv=fsync')
-  const next = await backup()
-  expect(next).toMatchObject({ kind: 'incremental', parent: second.id })
-  expect(await restoredSum(next, 'vda')).toBe(await sum('/dev/vda'))
-
+  // The guest does not wait until all of the old images is removed.
+  const ends = commands().filter(command => / start web-1$|^rbd rm /.test(command))
+  expect(ends.map(command => command.split(' ')[0])).toEqual(['virsh', 'rbd', 'rbd'])
+  expect(await sumsOf('vda', 'vdb', 'vdc')).toEqual(sums)
   expect((await site.ceph.client.list('vms')).filter(name => name.includes('varve'))).toEqual([])
   expect(await recover({ ...pipelines(), storages: [storage] })).toEqual({ runs: [], ok: true })
   expect(JSON.stringify(events)).not.toContain(site.user.secret)
+
+  // A guest that sleeps stands still as well, and is not woken.
+  guest.spawn('echo mem > /sys/power/state').result.catch(() => undefined) // it does not answer any more
+  await expect.poll(() => guest.state(), { timeout: 30_000 }).toBe('pmsuspended')
+  expect((await backup({ disks: ['vda', 'vdc'] })).parent).toBe(next.id)
+  expect(await guest.state()).toBe('pmsuspended')
 })
 
 test('a guest goes on after a backup that was given up while libvirt suspended it', async () => {
-  const image = await site.create(16 * MIB)
+  const image = await site.create(4 * MIB)
   const guest = await createVm(image, { withFile: true, guest: false })
   await guest.start()
   const begun = join(folder, 'begun')
@@ -226,49 +243,6 @@ esac`
   expect(await site.snapshots(image)).toHaveLength(backups.length)
 })
 
-test('no backup has a later write to one disk without the earlier one to another, be the file systems frozen or not', async () => {
-  const images = [await site.create(MIB), await site.create(MIB)] as const
-  const guest = await createVm(images[0], { withFile: true, guest: true, second: images[1], agent: true })
-  await guest.boot()
-  // Flushed writes of the same number to one disk after the other, over and over: of any moment, the numbers are
-  // the same, or of the first ones of the disks one more.
-  const writer = guest.spawn(`number=0
-    while [ ! -e /run/stop ]; do
-      number=$((number + 1))
-      for disk in vda vdb vdc; do
-        printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
-      done
-      touch /run/begun
-    done`)
-  await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
-  const slow = `[[ " $* " != *' snap create '*${images[1].slice(4)}* ]] || sleep 1`
-  let last = 0
-  for (const freeze of ['off', 'require'] as const) {
-    const manifest = await withProgram('rbd', slow, () =>
-      new BackupPipeline(pipelines()).run({ instance: 'web-1', freeze }, { onEvent }),
-    )
-    const path = (disk: string) => join(folder, `${manifest.id}-${disk}.raw`)
-    const disks = { vda: path('vda'), vdb: path('vdb'), vdc: path('vdc') }
-    await new RestorePipeline(pipelines()).run({ backup: manifest.id, to: { disks, format: 'raw' } })
-    const numbers = await Promise.all(
-      Object.values(disks).map(async file => Number((await readFile(file)).toString('latin1', 0, 512))),
-    )
-    const [first = 0, ...others] = numbers
-    expect(numbers, freeze).toEqual([...numbers].sort((a, b) => b - a))
-    expect(first - (others.at(-1) ?? 0), `${freeze}: ${numbers}`).toBeLessThanOrEqual(1)
-    expect(first, freeze).toBeGreaterThan(last) // the guest went on
-    last = first
-  }
-  await guest.run('touch /run/stop')
-  expect((await writer.result).exitCode).toBe(0)
-
-  // A guest that sleeps stands still as well, and is not woken.
-  guest.spawn('echo mem > /sys/power/state').result.catch(() => undefined) // it does not answer any more
-  await expect.poll(() => guest.state(), { timeout: 30_000 }).toBe('pmsuspended')
-  await new BackupPipeline(pipelines()).run({ instance: 'web-1', disks: ['vda', 'vdc'] }, { onEvent })
-  expect(await guest.state()).toBe('pmsuspended')
-})
-
 test('a secret that libvirt does not hand out is an error that says what to do', async () => {
   const image = await site.create(MIB)
   const secret = await lab.defineCephSecret(site.user.secret, 'private')
@@ -306,22 +280,6 @@ test('a secret that libvirt does not hand out is an error that says what to do',
   })
 })
 
-test('a stopped guest is backed up, and a running one is switched off hard for its restore', async () => {
-  const image = await site.create(16 * MIB)
-  const guest = await createVm(image, { withFile: false, guest: false })
-  await site.write(image, 'write -P 1 0 4M')
-  const stopped = await backup()
-  expect(stopped).toMatchObject({ consistency: 'offline', running: false })
-  await site.write(image, 'write -P 2 0 4M')
-  await guest.start()
-  await new RestorePipeline(pipelines()).run(
-    { backup: stopped.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 1, start: false },
-    { onEvent },
-  )
-  expect((await site.bytes(image)).subarray(0, 4 * MIB).every(byte => byte === 1)).toBe(true)
-  expect(await guest.state()).toBe('shut off')
-})
-
 test('where no disk tells its cluster any more, that of the configuration is taken, and told of', async () => {
   const gone = { instance: 'web-0', disk: 'vda' }
   const own = new LibvirtHost({ uri: lab.uri, rbd: new CephConnector({ conf: site.ceph.conf }) })
@@ -332,11 +290,12 @@ test('where no disk tells its cluster any more, that of the configuration is tak
   expect(warnings).toEqual([{ type: 'warning', message: expect.stringContaining('web-0/vda') }])
 })
 
-test('a restored image does not take the place of one that a guest was started on and saved its memory for', async () => {
+test('an instance that is off is backed up, and its restore waits where it was started and saved its memory since', async () => {
   const image = await site.create(MIB)
   const guest = await createVm(image, { withFile: false, guest: false })
   await site.write(image, 'write -P 1 0 1M')
-  const { id } = await backup()
+  const { id, ...stored } = await backup()
+  expect(stored).toMatchObject({ consistency: 'offline', running: false })
   await site.write(image, 'write -P 2 0 1M')
   await guest.start()
   const virsh = (command: string) => execaSync('virsh', ['--connect', lab.uri, command, 'web-1'])
@@ -361,10 +320,10 @@ test('a restored image does not take the place of one that a guest was started o
 })
 
 test('a new instance gets new images in the cluster of the old one, and libvirt starts it on them', async () => {
-  const image = await site.create(16 * MIB)
+  const image = await site.create(4 * MIB)
   const old = await lab.defineCephSecret(site.user.secret)
   const guest = await createVm(image, { withFile: true, guest: false, secret: old })
-  await site.write(image, 'write -P 1 0 4M', 'write -P 2 10M 64k')
+  await site.write(image, 'write -P 1 0 1M', 'write -P 2 3M 64k')
   const { id } = await backup()
   // What the definition in the backup says of the cluster does not hold any more.
   const renewed = await lab.defineCephSecret(site.user.secret)
