@@ -16,9 +16,10 @@ import {
 import { freeze, mark, planOverlays, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
-import { VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { RunJournal } from './journal.ts'
+import { recordLateOverlays } from './late-overlays.ts'
 import type { BackupManifest } from './manifest.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { OverlayWatch } from './overlay-space.ts'
@@ -124,7 +125,11 @@ export class BackupPipeline {
     // All of them: a second run on other disks of the instance would find these on overlays, and its definition changed.
     await using lock = await DiskLock.acquire(known.disks.map(({ path }) => path))
     // The disks are held now: what is read from here on stays true.
-    const instance = await host.instance(request.instance, run)
+    const instance = await host.instance(request.instance, run).catch(async error => {
+      if (isVarveError(error, 'OVERLAY_LEFT_OVER'))
+        await recordLateOverlays(known, { host, storage, stateDir, run })
+      throw error
+    })
     const disks = chooseDisks(instance, selection)
     lock.assertHolds(disks)
     assertClustersFit(disks, request.clusterSize ?? DEFAULT_CLUSTER_SIZE)

@@ -31,8 +31,8 @@ export async function commitOverlay(
 ): Promise<void> {
   const { instance, overlay } = work
   try {
-    await mergeOverlay(domains, work, run)
-    await rm(overlay.overlay, { force: true })
+    // Not one that was not there a moment ago: libvirt may be making it.
+    if (await mergeOverlay(domains, work, run)) await rm(overlay.overlay, { force: true })
   } catch (error) {
     throw new VarveError(
       'BLOCK_COMMIT_FAILED',
@@ -46,19 +46,25 @@ export async function commitOverlay(
   }
 }
 
-/** Merges the overlay wherever the disk is, so that it can be removed. */
-async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+/** Merges the overlay wherever the disk is, so that it can be removed. False where there is none. */
+async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<boolean> {
   const { instance, overlay, merge } = work
   const state = await settledState(domains, work, run)
   if (state === undefined) {
     // Somebody has renamed the instance or the disk: without its overlay it could not be started.
     const renamed = await domains.diskOn(overlay.overlay, run)
-    if (!renamed) return commitForgotten(domains, work, run)
-    const { instance, disk } = renamed
-    return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
+    if (renamed) {
+      const { instance, disk } = renamed
+      return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
+    }
+    await commitForgotten(domains, work, run)
+    return true
   }
-  if (state.path === overlay.overlay) return (state.running ? commitLive : commitOffline)(domains, work, run)
-  if (!(await statIfThere(overlay.overlay))) return
+  if (state.path === overlay.overlay) {
+    await (state.running ? commitLive : commitOffline)(domains, work, run)
+    return true
+  }
+  if (!(await statIfThere(overlay.overlay))) return false
   if (state.path !== overlay.base) {
     // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
     throw new VarveError(
@@ -68,6 +74,7 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   }
   if (state.running) await assertNotTaken(domains, instance, overlay, run)
   if (merge.state === undefined) await mergeAbandoned(domains, work, state.running, run)
+  return true
 }
 
 /** Where the disk is once nothing that a process asked for before it died moves it; undefined where it is gone. */
@@ -89,15 +96,19 @@ async function settledState(
 /** Where the disk is once a snapshot that is under way has come; undefined where the domain or the disk is gone. */
 async function arrivedState(
   domains: LibvirtDomains,
-  { instance, overlay, merge: { arrivesBy = 0 } }: OverlayMerge,
+  { instance, overlay, merge: { arrivesBy } }: OverlayMerge,
   run: RunOptions,
 ): ReturnType<LibvirtDomains['diskState']> {
   for (;;) {
     const state = await domains.diskState(instance, overlay.disk, run)
-    const mayCome = state?.running && state.path === overlay.base && performance.now() < arrivesBy
+    const mayCome = arrivesBy !== undefined && state?.running && state.path === overlay.base
     if (!mayCome || (await statIfThere(overlay.overlay))) return state
+    if (performance.now() >= arrivesBy) break
     await sleep(ARRIVAL_INTERVAL_MS)
   }
+  // libvirt lets nobody at QEMU's monitor while it makes a snapshot: one that it has begun is done once it answers.
+  await domains.qmp(instance, run)
+  return domains.diskState(instance, overlay.disk, run)
 }
 
 /** The domain is gone, or the disk has another name by now. What it was on last is told by the journal alone. */

@@ -135,7 +135,10 @@ export type HostReference =
 export interface MergeRecord {
   /** `merged`: it is done. `pivot`: it is, if the disk is on its base. */
   readonly state: 'pivot' | 'merged' | undefined
-  /** Until when the snapshot may still come that puts the disk on the overlay, in milliseconds of `performance.now()`. */
+  /**
+   * Until when the snapshot is waited for that may still put the disk on the overlay, in milliseconds of
+   * `performance.now()`; absent where it has come, or failed.
+   */
   readonly arrivesBy?: number
   record(state: 'pivot' | 'merged' | undefined): Promise<void>
 }

@@ -1,5 +1,5 @@
 import { realpath, stat } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
@@ -24,6 +24,7 @@ import type {
   MergeRecord,
   RbdDisk,
 } from './host.ts'
+import { backupOfOverlay, overlayName } from './late-overlays.ts'
 import { isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
 import { addImageBitmap, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import type { Qmp } from './qmp.ts'
@@ -34,9 +35,6 @@ import { emit, type RunOptions } from './run-options.ts'
 import { takeSnapshot } from './take-snapshot.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
-
-/** An overlay of Varve's, and the backup that it was made for. */
-const OVERLAY = /\.varve-(\d{8}-\d{6}-\d{3}-[0-9a-f]{6})$/
 
 /** Options of {@link LibvirtHost}. */
 export interface LibvirtHostOptions {
@@ -161,7 +159,7 @@ export class LibvirtHost implements Host {
       )
     }
     const folder = await overlayFolderOf(this.#overlayFolder ?? dirname(disk.path))
-    return join(folder, `${basename(disk.path)}.${disk.name}.varve-${backupId}`)
+    return join(folder, overlayName(disk.name, disk.path, backupId))
   }
 
   snapshot(instance: string, overlays: readonly DiskOverlay[], run: RunOptions = {}): Promise<void> {
@@ -298,7 +296,7 @@ async function readDisk(
   run: RunOptions,
 ): Promise<FileDisk> {
   const format = disk.format === 'qcow2' ? 'qcow2' : 'raw'
-  const backup = OVERLAY.exec(path)?.[1]
+  const backup = backupOfOverlay(path)
   if (backup !== undefined) {
     throw new VarveError(
       'OVERLAY_LEFT_OVER',

@@ -2,7 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, MergeRecord } from './host.ts'
-import type { JournalStepOf, RunJournal } from './journal.ts'
+import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { removeFolder } from './remove-folder.ts'
@@ -17,6 +17,9 @@ const STORAGE_TIMEOUT_MS = 60_000
  * as nothing else is being done to the domain.
  */
 const SNAPSHOT_ARRIVAL_MS = 5_000
+
+/** What is recorded after a snapshot also where it failed. */
+const AFTER_ANY_SNAPSHOT: ReadonlySet<JournalStepName> = new Set(['filesystem-thawed', 'resumed'])
 
 /** What {@link settleBackup} works with. */
 export interface SettleOptions {
@@ -55,11 +58,13 @@ export async function settleBackup(
   if (frozen) await attempt(host.thawFilesystems(instance, run))
   const overlays = journal.of('snapshot').flatMap(step => step.overlays)
   if (overlays.length > 0) emit(run, { type: 'stage', stage: 'thaw', message: 'Merging the overlays back' })
-  const mayCome = died && journal.steps.at(-1)?.step === 'snapshot'
-  const arrivesBy = mayCome ? performance.now() + SNAPSHOT_ARRIVAL_MS : 0
+  // Also where the process lives: a virsh that was ended, such as for taking too long, leaves libvirt at it.
+  const mayCome = journal.steps.findLast(({ step }) => !AFTER_ANY_SNAPSHOT.has(step))?.step === 'snapshot'
+  const arrivesBy = performance.now() + (died ? SNAPSHOT_ARRIVAL_MS : 0)
   {
     await using _ = watchMerge(overlays, options.overlayReserve, run)
-    for (const overlay of overlays) await attempt(commitWithRetry(journal, host, { overlay, arrivesBy }, run))
+    for (const overlay of overlays)
+      await attempt(commitWithRetry(journal, host, { overlay, ...(mayCome && { arrivesBy }) }, run))
   }
   if (failures.length > 0) throw worstOf(failures)
 
@@ -101,7 +106,7 @@ export function worstOf(failures: readonly unknown[]): unknown {
 async function commitWithRetry(
   journal: RunJournal,
   host: Host,
-  { overlay, arrivesBy }: { overlay: DiskOverlay; arrivesBy: number },
+  { overlay, arrivesBy }: { readonly overlay: DiskOverlay; readonly arrivesBy?: number },
   run: RunOptions,
 ): Promise<void> {
   const { instance } = journal.header
@@ -110,7 +115,7 @@ async function commitWithRetry(
       const last = journal.steps.findLast(step => 'overlay' in step && step.overlay === overlay.overlay)
       return last?.step === 'pivot' || last?.step === 'merged' ? last.step : undefined
     },
-    arrivesBy,
+    ...(arrivesBy !== undefined && { arrivesBy }),
     record: async state => {
       const step = { step: state ?? 'unmerged', overlay: overlay.overlay } as const
       // No reason to let the overlay grow: should this process die now, it is kept, and looked at by a person.
