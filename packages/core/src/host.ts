@@ -168,8 +168,16 @@ export interface Host {
     granularity: number,
     run?: RunOptions,
   ): Promise<void>
-  /** Removes bitmaps and their twins from a disk; those that are not there are left out. */
-  removeBitmaps(instance: string, disk: string, bitmaps: readonly string[], run?: RunOptions): Promise<void>
+  /**
+   * Removes bitmaps and their twins from a disk; those that are not there are left out. Also from the disk's file, `path`,
+   * where that belongs to another instance or disk by now, or to none.
+   */
+  removeBitmaps(
+    instance: string,
+    disk: { readonly name: string; readonly path: string },
+    bitmaps: readonly string[],
+    run?: RunOptions,
+  ): Promise<void>
   /** Where the overlay of a disk goes. @throws INVALID_ARGUMENT where there is no such folder */
   overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */

@@ -99,11 +99,11 @@ export class ImageHost implements Host {
 
   async removeBitmaps(
     _instance: string,
-    disk: string,
+    { name }: { readonly name: string; readonly path: string },
     bitmaps: readonly string[],
     run: RunOptions = {},
   ): Promise<void> {
-    const image = this.#disks[disk]
+    const image = this.#disks[name]
     if (image !== undefined) await removeImageBitmaps(pathOf(image), bitmaps, run)
   }
 

@@ -25,13 +25,14 @@ import type {
   RbdDisk,
 } from './host.ts'
 import { backupOfOverlay, overlayName } from './late-overlays.ts'
-import { isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
+import { type DiskState, isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
 import { addImageBitmap, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
 import type { Qmp } from './qmp.ts'
 import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 import { takeSnapshot } from './take-snapshot.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
@@ -135,12 +136,27 @@ export class LibvirtHost implements Host {
 
   async removeBitmaps(
     instance: string,
-    disk: string,
+    disk: { readonly name: string; readonly path: string },
     bitmaps: readonly string[],
     run: RunOptions = {},
   ): Promise<void> {
-    const state = await this.#domains.diskState(instance, disk, run)
-    if (state === undefined || state.format !== 'qcow2') return
+    const state = await this.#domains.diskState(instance, disk.name, run)
+    if (state) await this.#removeBitmaps(instance, state, bitmaps, run)
+    if (state?.path === disk.path) return
+    // Somebody has renamed the instance or the disk, and may have given the name to another one.
+    const renamed = await this.#domains.diskOn(disk.path, run)
+    const there = renamed && (await this.#domains.diskState(renamed.instance, renamed.disk, run))
+    if (renamed && there) await this.#removeBitmaps(renamed.instance, there, bitmaps, run)
+    else await removeForgottenBitmaps(disk.path, bitmaps, run)
+  }
+
+  async #removeBitmaps(
+    instance: string,
+    state: DiskState,
+    bitmaps: readonly string[],
+    run: RunOptions,
+  ): Promise<void> {
+    if (state.format !== 'qcow2') return
     if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
     const qmp = await this.#domains.qmp(instance, run)
     const node = qmp.node(state.path, state.format)
@@ -287,6 +303,19 @@ function noOverlayFolder(folder: string, cause: unknown): VarveError {
     `No overlay can be made in ${folder}: ${errorMessage(cause)}. Make that folder, or set overlayFolder (--overlay-folder) to one that is there.`,
     { context: { overlayFolder: folder }, cause },
   )
+}
+
+/** Of a file that no domain has any more. What has it instead may keep it to itself. */
+async function removeForgottenBitmaps(
+  path: string,
+  bitmaps: readonly string[],
+  run: RunOptions,
+): Promise<void> {
+  if (!(await statIfThere(path))) return
+  await removeImageBitmaps(path, bitmaps, run).catch(error => {
+    const message = `The bitmaps ${bitmaps.join(', ')} stay on ${path}, where they serve nothing and cost time at each write: ${errorMessage(error)}`
+    emit(run, { type: 'warning', message })
+  })
 }
 
 async function readDisk(

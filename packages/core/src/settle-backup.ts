@@ -2,7 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, Host, MergeRecord } from './host.ts'
-import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
+import type { JournalHeader, JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { removeFolder } from './remove-folder.ts'
@@ -74,15 +74,15 @@ export async function settleBackup(
     (publish !== undefined && (await isPublished(journal, storage, publish)))
   if (publish && published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
-    for (const [disk, bitmaps] of Object.entries(publish.retire))
-      await removeBitmaps(host, instance, disk, bitmaps, run)
+    for (const disk of disks) await removeBitmaps(host, instance, disk, publish.retire[disk.name] ?? [], run)
     for (const { disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images)
         await removeSnapshots(host, instance, image, publish.retireSnapshots?.[image.disk] ?? [], run)
     }
   } else {
     for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
-      for (const disk of marked) await removeBitmaps(host, instance, disk, [bitmap], run)
+      for (const disk of disks.filter(({ name }) => marked.includes(name)))
+        await removeBitmaps(host, instance, disk, [bitmap], run)
     }
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
@@ -134,7 +134,7 @@ async function commitWithRetry(
 async function removeBitmaps(
   host: Host,
   instance: string,
-  disk: string,
+  disk: JournalHeader['disks'][number],
   bitmaps: readonly string[],
   run: RunOptions,
 ): Promise<void> {
