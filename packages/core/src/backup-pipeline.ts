@@ -135,6 +135,7 @@ export class BackupPipeline {
     assertClustersFit(disks, request.clusterSize ?? DEFAULT_CLUSTER_SIZE)
     await warnOfOddSizes(disks, run)
     await assertNoUnsettledRun(stateDir, instance.name, disks)
+    await host.assertBacking(instance, disks.filter(isFileDisk), run)
     const catalog = await readCatalog(storage, `${instanceFolder(instance.name)}/`, run.signal)
     for (const { key, error } of catalog.damaged)
       emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })

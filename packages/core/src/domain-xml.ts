@@ -203,23 +203,34 @@ function diskElements(root: Element): Element[] {
 
 function readDisk(element: Element): DomainDisk {
   const source = child(element, 'source')
-  const path = source?.getAttribute('file') ?? source?.getAttribute('dev') ?? undefined
-  const pool = source?.getAttribute('pool')
-  const volume = source?.getAttribute('volume')
   const rbd = source && readRbd(element, source)
   return {
     name: child(element, 'target')?.getAttribute('dev') ?? '',
     device: element.getAttribute('device') ?? 'disk',
-    type: element.getAttribute('type') ?? 'file',
     format: child(element, 'driver')?.getAttribute('type') ?? 'raw',
-    ...(path !== undefined && { source: path }),
+    ...readSource(element),
     ...(rbd && { rbd }),
-    ...(pool && volume && { volume: { pool, name: volume } }),
     backed: child(child(element, 'backingStore'), 'source') !== undefined,
     shareable: child(element, 'shareable') !== undefined,
     encrypted:
       child(element, 'encryption') !== undefined ||
       (source ? child(source, 'encryption') !== undefined : false),
+  }
+}
+
+/** Where the image of a `<disk>` or a `<backingStore>` is. */
+export type ImageSource = Pick<DomainDisk, 'type' | 'source' | 'volume' | 'sliced'>
+
+/** Reads the `<source>` of a `<disk>` or a `<backingStore>`. */
+export function readSource(element: Element): ImageSource {
+  const source = child(element, 'source')
+  const path = source?.getAttribute('file') ?? source?.getAttribute('dev') ?? undefined
+  const pool = source?.getAttribute('pool')
+  const volume = source?.getAttribute('volume')
+  return {
+    type: element.getAttribute('type') ?? 'file',
+    ...(path !== undefined && { source: path }),
+    ...(pool && volume && { volume: { pool, name: volume } }),
     sliced: source ? child(source, 'slices') !== undefined : false,
   }
 }

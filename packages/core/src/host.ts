@@ -158,6 +158,13 @@ export interface Host {
   disks(name: string, run?: RunOptions): Promise<InstanceDisks>
   /** @throws INSTANCE_NOT_FOUND */
   instance(name: string, run?: RunOptions): Promise<Instance>
+  /**
+   * Sees that the backing files of disks, all the way down, are for the instance those which their images name: by them it
+   * is backed up.
+   *
+   * @throws DISK_UNSUPPORTED
+   */
+  assertBacking(instance: Instance, disks: readonly FileDisk[], run?: RunOptions): Promise<void>
   /** libvirt's XML of an instance as it is now; undefined where there is none. */
   describe(name: string, run?: RunOptions): Promise<string | undefined>
   /** Adds a persistent, recording bitmap and its twin to every disk: for a running instance in one transaction. */

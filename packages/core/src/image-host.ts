@@ -83,6 +83,10 @@ export class ImageHost implements Host {
     return { name, running: false, disks, unsupported: new Map() }
   }
 
+  async assertBacking(): Promise<void> {
+    // nothing but the images says what is under them
+  }
+
   async describe(): Promise<undefined> {
     return undefined // images have no definition
   }

@@ -1,8 +1,8 @@
 import { realpath } from 'node:fs/promises'
-import { type DomainChanges, type DomainDisk, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { type DomainChanges, type ImageSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { isVarveError } from './errors.ts'
 import { namelessFile } from './nameless-file.ts'
-import { Qmp } from './qmp.ts'
+import { DriveChains, Qmp } from './qmp.ts'
 import type { RunOptions } from './run-options.ts'
 import type { Virsh } from './virsh.ts'
 
@@ -78,11 +78,15 @@ export class LibvirtDomains {
   }
 
   /** The file or block device of a disk, symbolic links resolved; undefined where it is none. */
-  async diskPath(disk: DomainDisk, run: RunOptions): Promise<string | undefined> {
-    const path = disk.volume
-      ? (await this.virsh.run(run, 'vol-path', '--pool', disk.volume.pool, disk.volume.name)).trim()
-      : disk.source
+  async diskPath(disk: ImageSource, run: RunOptions): Promise<string | undefined> {
+    const path = await this.sourcePath(disk, run)
     return path === undefined ? undefined : realpath(path).catch(() => path)
+  }
+
+  /** The same path as libvirt gives it to QEMU. */
+  async sourcePath({ volume, source }: ImageSource, run: RunOptions): Promise<string | undefined> {
+    if (!volume) return source
+    return (await this.virsh.run(run, 'vol-path', '--pool', volume.pool, volume.name)).trim()
   }
 
   /** QEMU's monitor of an instance; undefined where it is off. */
@@ -97,7 +101,15 @@ export class LibvirtDomains {
   }
 
   qmp(instance: string, run: RunOptions): Promise<Qmp> {
-    return Qmp.open(json => this.virsh.onDomain(run, instance, 'qemu-monitor-command', json), instance)
+    return Qmp.open(this.#monitor(instance, run), instance)
+  }
+
+  chains(instance: string, run: RunOptions): Promise<DriveChains> {
+    return DriveChains.open(this.#monitor(instance, run), instance)
+  }
+
+  #monitor(instance: string, run: RunOptions): (json: string) => Promise<string> {
+    return json => this.virsh.onDomain(run, instance, 'qemu-monitor-command', json)
   }
 }
 

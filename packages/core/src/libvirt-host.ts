@@ -1,7 +1,9 @@
 import { realpath, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
+import { assertSameChain, headerChain } from './backing-chain.ts'
 import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
+import { assertDefinedBacking } from './defined-backing.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import {
@@ -102,6 +104,21 @@ export class LibvirtHost implements Host {
       unsupported,
       definition,
       ...(domain.nvram !== undefined && { nvram: domain.nvram }),
+    }
+  }
+
+  async assertBacking(instance: Instance, disks: readonly FileDisk[], run: RunOptions = {}): Promise<void> {
+    const images = disks.filter(({ format }) => format === 'qcow2') // nothing is under a raw one
+    if (images.length === 0) return
+    const chains = instance.running ? await this.#domains.chains(instance.name, run) : undefined
+    for (const { name, path, format } of images) {
+      const of = { instance: instance.name, disk: name, path }
+      if (chains) {
+        const given = await chains.under(path, format)
+        await assertSameChain({ ...of, given, named: await headerChain(path, format, run) })
+      } else {
+        await assertDefinedBacking(this.#domains, { ...of, definition: instance.definition ?? '' }, run)
+      }
     }
   }
 

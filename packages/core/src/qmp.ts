@@ -1,5 +1,6 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
+import { type ChainImage, fileOfName } from './backing-chain.ts'
 import type { FoundBitmap } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
 
@@ -27,6 +28,20 @@ const blockNodes = z.array(
       .default([]),
   }),
 )
+
+/** Of QMP's `ImageInfo`: an image and those under it. */
+interface ChainInfo {
+  filename: string
+  format: string
+  'backing-image'?: ChainInfo | undefined
+}
+const chainInfo: z.ZodType<ChainInfo> = z.object({
+  filename: z.string(),
+  format: z.string(),
+  'backing-image': z.lazy(() => chainInfo).optional(),
+})
+/** Of QMP's `BlockInfo`; see query-block. A drive without a medium has nothing inserted. */
+const blockDevices = z.array(z.object({ inserted: z.object({ image: chainInfo }).optional() }))
 
 /** A block node of a running instance. */
 export interface BlockNode {
@@ -59,8 +74,7 @@ export class Qmp {
     const reply = await execute(monitor, domain, 'query-named-block-nodes', { flat: true })
     const nodes = blockNodes.parse(reply)
     const resolved = nodes.map(async node => {
-      const file = await realpath(node.file).catch(() => node.file) // of a protocol node it is no path
-      return { ...node, file }
+      return { ...node, file: await resolvedFile(node.file) }
     })
     return new Qmp(monitor, domain, await Promise.all(resolved))
   }
@@ -68,15 +82,7 @@ export class Qmp {
   /** The node of an image by its path, symbolic links resolved, and format. */
   node(path: string, format: string): BlockNode {
     const node = this.#nodes.find(({ drv, file }) => drv === format && file === path)
-    if (!node) {
-      throw new VarveError(
-        'DISK_UNSUPPORTED',
-        `QEMU has no block node of ${path} (${format}) in ${this.#domain}: it runs on something else than its definition says. Compare the disks of "virsh dumpxml" with it, and back up the others by their names (--disks), or this one once the instance was started anew.`,
-        {
-          context: { instance: this.#domain, path, format },
-        },
-      )
-    }
+    if (!node) throw noNode(this.#domain, path, format)
     return {
       name: node['node-name'],
       virtualSize: node.image['virtual-size'],
@@ -100,6 +106,62 @@ export class Qmp {
   async transaction(actions: readonly { type: string; data: object }[]): Promise<void> {
     if (actions.length > 0) await execute(this.#monitor, this.#domain, 'transaction', { actions })
   }
+}
+
+function noNode(domain: string, path: string, format: string): VarveError {
+  return new VarveError(
+    'DISK_UNSUPPORTED',
+    `QEMU has no block node of ${path} (${format}) in ${domain}: it runs on something else than its definition says. Compare the disks of "virsh dumpxml" with it, and back up the others by their names (--disks), or this one once the instance was started anew.`,
+    {
+      context: { instance: domain, path, format },
+    },
+  )
+}
+
+/** What the drives of a running domain read, as QEMU says. */
+export class DriveChains {
+  readonly #domain: string
+  /** Of each drive the images, its own first. */
+  readonly #chains: readonly (readonly ChainImage[])[]
+
+  private constructor(domain: string, chains: readonly (readonly ChainImage[])[]) {
+    this.#domain = domain
+    this.#chains = chains
+  }
+
+  /** Asks for them. */
+  static async open(monitor: Monitor, domain: string): Promise<DriveChains> {
+    const drives = blockDevices.parse(await execute(monitor, domain, 'query-block', {}))
+    return new DriveChains(
+      domain,
+      drives.map(({ inserted }) => chainOf(inserted?.image)),
+    )
+  }
+
+  /** The images under one, which is named by its path, symbolic links resolved, and format: the nearest first. */
+  async under(path: string, format: string): Promise<readonly ChainImage[]> {
+    for (const chain of this.#chains) {
+      for (const [level, image] of chain.entries()) {
+        if (image.format === format && (await resolvedFile(image.file)) === path)
+          return chain.slice(level + 1)
+      }
+    }
+    throw noNode(this.#domain, path, format)
+  }
+}
+
+/** A filter, as for copy on read, counts as an image. */
+function chainOf(image: ChainInfo | undefined): ChainImage[] {
+  const chain: ChainImage[] = []
+  for (let next = image; next; next = next['backing-image'])
+    chain.push({ file: fileOfName(next.filename), format: next.format })
+  return chain
+}
+
+/** The file of a node, symbolic links resolved; of one on the network it is no path. */
+async function resolvedFile(name: string): Promise<string> {
+  const file = fileOfName(name)
+  return realpath(file).catch(() => file)
 }
 
 const monitorReply = z.object({

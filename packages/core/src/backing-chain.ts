@@ -1,0 +1,122 @@
+import { stat } from 'node:fs/promises'
+import { z } from 'zod'
+import { runCommand } from './command.ts'
+import { errorMessage, VarveError } from './errors.ts'
+import type { RunOptions } from './run-options.ts'
+
+/** One of the images under a disk's own. */
+export interface ChainImage {
+  /** Its file or block device; of one on the network what QEMU calls it. */
+  readonly file: string
+  readonly format: string
+}
+
+const chainInfo = z.array(z.object({ filename: z.string(), format: z.string() })).min(1)
+
+/**
+ * The images under an image by what their headers say, the nearest first: what a program of QEMU's reads that is given the
+ * image alone.
+ *
+ * @throws DISK_UNSUPPORTED where one of them cannot be opened
+ */
+export async function headerChain(path: string, format: string, run: RunOptions): Promise<ChainImage[]> {
+  const args = ['info', '--force-share', '--backing-chain', '--output=json', '-f', format, path]
+  const { stdout } = await runCommand('qemu-img', args, run).catch(error => {
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The backing files of ${path} cannot be told: ${errorMessage(error)}. See that each file that "qemu-img info --backing-chain" names is there and readable.`,
+      { context: { path }, cause: error },
+    )
+  })
+  const [, ...below] = chainInfo.parse(JSON.parse(stdout))
+  return below.map(({ filename, format }) => ({ file: fileOfName(filename), format }))
+}
+
+/** A block node as QEMU writes it into a name; see its "QMP Reference Manual", BlockdevOptions. */
+interface NodeName {
+  filename?: string | undefined
+  offset?: unknown
+  size?: unknown
+  file?: NodeName | undefined
+}
+const nodeName: z.ZodType<NodeName> = z.object({
+  filename: z.string().optional(),
+  offset: z.unknown().optional(),
+  size: z.unknown().optional(),
+  file: z.lazy(() => nodeName).optional(),
+})
+
+/**
+ * The file that a block node is on. QEMU names it so, unless the node differs from what the file alone would give: then
+ * it writes `json:` and all that it was given, such as the backing file where the header names another, or a relative
+ * one. What is only a part of a file keeps that name.
+ */
+export function fileOfName(name: string): string {
+  if (!name.startsWith('json:')) return name
+  let node = parseNode(name.slice('json:'.length))
+  while (node?.file && node.offset === undefined && node.size === undefined) node = node.file
+  return node?.filename ?? name
+}
+
+/** Undefined where QEMU has cut the name off. */
+function parseNode(text: string): NodeName | undefined {
+  try {
+    return nodeName.parse(JSON.parse(text))
+  } catch {
+    return undefined
+  }
+}
+
+/** Two ways to tell the images under a disk. */
+export interface ChainComparison {
+  readonly instance: string
+  readonly disk: string
+  /** The disk's own image. */
+  readonly path: string
+  /** What the instance reads, or will once it is started. */
+  readonly given: readonly ChainImage[]
+  /** What the headers say, and so a backup reads. */
+  readonly named: readonly ChainImage[]
+}
+
+/**
+ * Refuses a disk that has other images under it for its instance than by their headers: a backup would hold what the guest
+ * never sees. Files are compared, and not their names.
+ *
+ * @throws DISK_UNSUPPORTED
+ */
+export async function assertSameChain({
+  instance,
+  disk,
+  path,
+  given,
+  named,
+}: ChainComparison): Promise<void> {
+  for (let level = 0; level < Math.max(given.length, named.length); level++) {
+    const [one, other] = [given[level], named[level]]
+    if (one && other && one.format === other.format && (await isSameFile(one.file, other.file))) continue
+    const above = named[level - 1]?.file ?? path
+    throw new VarveError(
+      'DISK_UNSUPPORTED',
+      `The disk ${disk} of ${instance} cannot be backed up: the backing file of ${above} is ${imageText(one)} for the instance, by its definition or by what QEMU was started with, and ${imageText(other)} by the image itself, so a backup would not hold what the guest reads. While the instance is off, make both name what it is to read: the image by "qemu-img rebase -u -f qcow2 -F FORMAT -b FILE ${above}", the definition by "virsh edit" (<backingStore>; without one the image decides). Then take a full backup.`,
+      { context: { instance, disk, path: above, given: one?.file, named: other?.file } },
+    )
+  }
+}
+
+function imageText(image: ChainImage | undefined): string {
+  return image ? `${image.file} (${image.format})` : 'none'
+}
+
+async function isSameFile(one: string, other: string): Promise<boolean> {
+  if (one === other) return true
+  const [identity, otherIdentity] = await Promise.all([one, other].map(identityOf))
+  return identity !== undefined && identity === otherIdentity
+}
+
+/** What a file has under each of its names; undefined where there is none. */
+async function identityOf(path: string): Promise<string | undefined> {
+  const found = await stat(path, { bigint: true }).catch(() => undefined)
+  if (found?.isBlockDevice()) return `device ${found.rdev}`
+  return found && `${found.dev} ${found.ino}`
+}

@@ -1,0 +1,57 @@
+import { expect, test } from 'vitest'
+import { fileOfName } from '../src/backing-chain.ts'
+import { readDefinedBacking } from '../src/defined-backing.ts'
+
+test('the file of a node is told from the name that QEMU gives it', () => {
+  const json = (node: object) => `json:${JSON.stringify(node)}`
+  const file = { driver: 'file', filename: '/img/a' }
+  const other = { driver: 'qcow2', file: { driver: 'file', filename: '/img/b' } }
+  const qcow2 = { driver: 'qcow2', file }
+  for (const [name, wanted] of [
+    ['/img/a', '/img/a'],
+    ['nbd://host:10809/a', 'nbd://host:10809/a'],
+    [json({ backing: other, ...qcow2 }), '/img/a'],
+    [json({ backing: null, ...qcow2 }), '/img/a'],
+    [json({ driver: 'copy-on-read', file: { backing: other, ...qcow2 } }), '/img/a'],
+    [json({ driver: 'qcow2', file: { driver: 'host_device', filename: '/dev/sdb' } }), '/dev/sdb'],
+  ] as const)
+    expect(fileOfName(name)).toBe(wanted)
+  // A part of a file, what is no file, and what QEMU has cut off, are no file of their own.
+  for (const name of [
+    json({ driver: 'raw', offset: 0, size: 512, file }),
+    json({ driver: 'qcow2', file: { driver: 'raw', offset: 512, file } }),
+    json({ driver: 'raw', file: { driver: 'rbd', pool: 'p', image: 'i' } }),
+    json(qcow2).slice(0, -9),
+    'json:[]',
+  ])
+    expect(fileOfName(name)).toBe(name)
+})
+
+test('the backing files of a definition are read down to where they end, and those of the right disk', () => {
+  const backingOf = (backingStore: string) =>
+    readDefinedBacking(
+      `<domain><devices>
+        <disk type='file'><source file='/a'/><backingStore/><target dev='vda'/></disk>
+        <disk type='file'><source file='/b'/>${backingStore}<target dev='vdb'/></disk>
+      </devices></domain>`,
+      'vdb',
+    )
+  const file = (path: string, below = '') =>
+    `<backingStore type='file'><format type='qcow2'/><source file='${path}'/>${below}</backingStore>`
+  const image = (source: string) => ({ type: 'file', format: 'qcow2', source, sliced: false })
+  expect(backingOf('')).toEqual({ images: [], ended: false })
+  expect(backingOf('<backingStore/>')).toEqual({ images: [], ended: true })
+  expect(backingOf(file('/c'))).toEqual({ images: [image('/c')], ended: false })
+  expect(backingOf(file('/c', file('/d', '<backingStore/>')))).toEqual({
+    images: [image('/c'), image('/d')],
+    ended: true,
+  })
+  const nbd = (source: string) =>
+    backingOf(`<backingStore type='network'><format type='raw'/>${source}</backingStore>`).images[0]?.nbd
+  expect(nbd("<source protocol='nbd' name='x'><host name='h'/></source>")).toBe('nbd://h:10809/x')
+  expect(nbd("<source protocol='nbd'><host name='h' port='1'/></source>")).toBe('nbd://h:1')
+  expect(nbd("<source protocol='nbd' name='x'><host transport='unix' socket='/s'/></source>")).toBe(
+    'nbd+unix:///x?socket=/s',
+  )
+  expect(nbd("<source protocol='rbd' name='p/x'/>")).toBeUndefined()
+})
