@@ -32,7 +32,7 @@ export function backupOfMark(mark: string): string | undefined {
   return isBackupId(id) ? id : undefined
 }
 
-/** Which disks: every one, the first one, or those named. */
+/** Which disks: every one, the first one, or those named. One of these that cannot be backed up is an error. */
 export type DiskSelection = 'all' | 'primary' | readonly string[]
 
 /**
@@ -49,14 +49,17 @@ export function chooseDisks<D extends { readonly name: string }>(
   if (selection === 'all') {
     for (const [disk, reason] of instance.unsupported) throw unsupported(instance, disk, reason)
   }
-  const primary = instance.disks[0]
-  if (primary === undefined) {
+  if (instance.disks.length === 0) {
     const [first] = instance.unsupported
     if (first) throw unsupported(instance, ...first)
-    throw new VarveError('DISK_NOT_FOUND', `${instance.name} has no disk to back up.`, { context })
+    throw new VarveError(
+      'DISK_NOT_FOUND',
+      `${instance.name} has no disk to back up. Add one to it (CD-ROMs and floppies do not count), or choose another instance.`,
+      { context },
+    )
   }
   if (selection === 'all') return [...instance.disks]
-  if (selection === 'primary') return [primary]
+  if (selection === 'primary') return chooseDisks(instance, instance.primary ? [instance.primary] : [])
   if (selection.length === 0)
     throw new VarveError('INVALID_ARGUMENT', 'No disk was chosen. Name one, or use "all" or "primary".', {
       context,

@@ -80,8 +80,10 @@ export interface DiskPlace {
 export interface InstanceDisks<D = DiskPlace> {
   /** The instance's name. */
   readonly name: string
-  /** The disks that can be backed up, the primary one first. */
+  /** The disks that can be backed up, in the instance's order. */
   readonly disks: readonly D[]
+  /** The name of the first disk, also where it cannot be backed up; undefined where there is none. */
+  readonly primary: string | undefined
   /** The disks that cannot, by name, and why. */
   readonly unsupported: ReadonlyMap<string, string>
 }

@@ -69,7 +69,7 @@ export class ImageHost implements Host {
       const path = pathOf(disk)
       disks.push({ name, path: rbdImageOf(path) === undefined ? await resolveDisk(name, path) : path })
     }
-    return { name, disks, unsupported: new Map() }
+    return { name, disks, primary: disks[0]?.name, unsupported: new Map() }
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
@@ -80,7 +80,7 @@ export class ImageHost implements Host {
       if (image === undefined) disks.push(await readDisk(name, disk, run))
       else disks.push(await readRbdDisk(name, image, await this.rbd(), run))
     }
-    return { name, running: false, disks, unsupported: new Map() }
+    return { name, running: false, disks, primary: disks[0]?.name, unsupported: new Map() }
   }
 
   async assertBacking(): Promise<void> {

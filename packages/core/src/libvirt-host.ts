@@ -52,6 +52,11 @@ export interface LibvirtHostOptions {
   rbd?: RbdConnector
 }
 
+/** What {@link InstanceDisks} tells, for the host itself. */
+interface LocatedDisks extends Pick<InstanceDisks, 'primary' | 'unsupported'> {
+  readonly places: readonly { readonly disk: DomainDisk; readonly path: string }[]
+}
+
 /** The domains of a libvirt daemon, through `virsh`. */
 export class LibvirtHost implements Host {
   /** What makes the same host again in another process. */
@@ -74,10 +79,11 @@ export class LibvirtHost implements Host {
 
   async disks(name: string, run: RunOptions = {}): Promise<InstanceDisks> {
     const domain = readDomainXml(await this.#virsh.onDomain(run, name, 'dumpxml'))
-    const { places, unsupported } = await this.#locate(domain, run)
+    const { places, primary, unsupported } = await this.#locate(domain, run)
     return {
       name: domain.name,
       disks: places.map(({ disk, path }) => ({ name: disk.name, path })),
+      primary,
       unsupported,
     }
   }
@@ -89,7 +95,7 @@ export class LibvirtHost implements Host {
     const running = isRunning(state)
     const domain = readDomainXml(xml)
     const qmp = running ? await this.#domains.qmp(name, run) : undefined
-    const { places, unsupported } = await this.#locate(domain, run)
+    const { places, primary, unsupported } = await this.#locate(domain, run)
     const disks: HostDisk[] = []
     for (const { disk, path } of places) {
       disks.push(await (disk.rbd ? this.#rbdDisk(disk.name, disk.rbd, run) : readDisk(disk, path, qmp, run)))
@@ -101,6 +107,7 @@ export class LibvirtHost implements Host {
       ...(state === 'paused' && { paused: true }),
       ...(transient && { transient }),
       disks,
+      primary,
       unsupported,
       definition,
       ...(domain.nvram !== undefined && { nvram: domain.nvram }),
@@ -231,21 +238,19 @@ export class LibvirtHost implements Host {
   }
 
   /** The disks that can be backed up, each with its path, and why the others cannot. */
-  async #locate(
-    { disks }: DomainDescription,
-    run: RunOptions,
-  ): Promise<{ places: { disk: DomainDisk; path: string }[]; unsupported: Map<string, string> }> {
+  async #locate(description: DomainDescription, run: RunOptions): Promise<LocatedDisks> {
+    // CD-ROMs and floppies are not the instance's data.
+    const disks = description.disks.filter(({ device }) => device === 'disk' || device === 'lun')
     const places: { disk: DomainDisk; path: string }[] = []
     const unsupported = new Map<string, string>()
     for (const disk of disks) {
-      if (disk.device !== 'disk' && disk.device !== 'lun') continue // CD-ROMs and floppies are not the instance's data
       const found = await this.#domains.diskPath(disk, run)
       const path = disk.rbd ? `${RBD_PREFIX}${disk.rbd.image}` : found
       const reason = unsupportedReason(disk, found, this.#rbd)
       if (path === undefined || reason !== undefined) unsupported.set(disk.name, reason ?? 'it has no source')
       else places.push({ disk, path })
     }
-    return { places, unsupported }
+    return { places, primary: disks[0]?.name, unsupported }
   }
 
   async #rbdDisk(name: string, source: RbdSource, run: RunOptions): Promise<RbdDisk> {

@@ -4,7 +4,8 @@ import type { HostDisk, Instance } from '../src/host.ts'
 import { GiB, hostDisk, rbdDisk } from './plan-fixtures.ts'
 
 function instance(disks: HostDisk[], unsupported: [string, string][] = []): Instance {
-  return { name: 'web-1', running: true, disks, unsupported: new Map(unsupported) }
+  const primary = disks[0]?.name ?? unsupported[0]?.[0]
+  return { name: 'web-1', running: true, disks, primary, unsupported: new Map(unsupported) }
 }
 
 test('disks are chosen all, primary or by name', () => {
@@ -41,6 +42,7 @@ test('a disk that cannot be backed up is never left out silently', () => {
   expect(() => chooseDisks(found, 'all')).toThrow(refused)
   expect(() => chooseDisks(found, ['vdb'])).toThrow(refused)
   expect(chooseDisks(found, ['vda'])).toHaveLength(1)
+  expect(() => chooseDisks({ ...found, primary: 'vdb' }, 'primary')).toThrow(refused)
   const only = instance([], [['vdb', 'its type is network']])
   for (const selection of ['all', 'primary', ['vda']] as const)
     expect(() => chooseDisks(only, selection)).toThrow(refused)
@@ -51,7 +53,7 @@ test('an instance without a disk has none to back up', () => {
     expect(() => chooseDisks(instance([]), selection)).toThrow(
       expect.objectContaining({
         code: 'DISK_NOT_FOUND',
-        message: 'web-1 has no disk to back up.',
+        message: expect.stringMatching(/^web-1 has no disk to back up\. Add one/),
         context: { instance: 'web-1', disks: [] },
       }),
     )

@@ -41,7 +41,7 @@ async function orphansOf(instances: Record<string, { image: string; cluster: Rbd
   const host: Partial<Host> = {
     async disks(name) {
       const disks = [{ name: 'vda', path: `rbd:${instances[name]?.image}` }]
-      return { name, disks, unsupported: new Map() }
+      return { name, disks, primary: disks[0]?.name, unsupported: new Map() }
     },
     async rbd(disk) {
       const found = instances[disk?.instance ?? '']

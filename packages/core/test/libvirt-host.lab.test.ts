@@ -1,7 +1,9 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { LocalDriver } from '@varve/driver-local'
 import { afterEach, beforeEach, expect, test } from 'vitest'
+import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
 import type { DiskOverlay } from '../src/host.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
@@ -66,5 +68,21 @@ test('a disk that is not on the file any more which the plan has is not frozen',
   })
   await expect(freezing(overlayOf('vdb'))).rejects.toMatchObject({
     message: expect.stringContaining('unsupported flags'),
+  })
+})
+
+test('the primary disk is the first one, be it one that cannot be backed up', async () => {
+  expect(await host.disks('web-1')).toMatchObject({ primary: 'vda' })
+  const xml = (await host.describe('web-1')) ?? ''
+  await writeFile(
+    join(folder, 'shared.xml'),
+    `<node>${xml.replace("<target dev='vda'", "<shareable/><target dev='vda'").replace(/ id='\d+'/, '')}</node>`,
+  )
+  const shared = new LibvirtHost({ uri: `test://${join(folder, 'shared.xml')}` })
+  const storage = new LocalDriver({ path: folder })
+  const backup = new BackupPipeline({ host: shared, storage, stateDir: join(folder, 'state') })
+  await expect(backup.run({ instance: 'web-1', disks: 'primary' })).rejects.toMatchObject({
+    code: 'DISK_UNSUPPORTED',
+    context: { instance: 'web-1', disk: 'vda' },
   })
 })
