@@ -23,8 +23,9 @@ export interface ImageHostOptions {
   /**
    * Each disk's image by disk name, such as `{ vda: '/srv/web-1.qcow2' }`. A name is up to 64 of `A-Z a-z 0-9 _ -`;
    * a relative path is taken from the current folder. Without a format it is told from
-   * the content; an image with a backing file needs it stated, since a guest can write a header of its
-   * choice into a raw disk. `rbd:<pool>/[<namespace>/]<image>` is an RBD image.
+   * the content, which a guest can make look like another one: it can write a header of its choice into its raw disk. So state
+   * the format of every raw disk. What looks like qcow2 needs it stated where it is a block device or names a backing or
+   * data file. `rbd:<pool>/[<namespace>/]<image>` is an RBD image.
    */
   disks: Readonly<Record<string, ImageDisk>>
   /** What reaches RBD images: `new CephConnector()` of `@varve/ceph`. */
@@ -176,7 +177,7 @@ export class ImageHost implements Host {
     if (name === this.#instance) return
     throw new VarveError(
       'INSTANCE_NOT_FOUND',
-      `These images are the instance ${this.#instance}, not ${name}.`,
+      `These images are the instance ${this.#instance}, not ${name}. Ask for that one, or name the images of ${name}.`,
       { context: { instance: name } },
     )
   }
@@ -207,18 +208,23 @@ async function readDisk(name: string, disk: ImageDisk, run: RunOptions): Promise
   if (info.format !== 'qcow2' && info.format !== 'raw') {
     throw new VarveError(
       'DISK_UNSUPPORTED',
-      `The disk ${name} (${disk}) has the format ${info.format}. Varve backs up qcow2 and raw.`,
+      `The disk ${name} (${disk}) looks like an image of the format ${info.format}. Varve backs up qcow2 and raw: convert it (qemu-img convert -O qcow2), or state that it is a raw disk (format, --disk ${name}=${disk},format=raw).`,
       { context },
     )
   }
-  if (info.backing !== undefined || info.dataFile !== undefined) {
+  const found = await offlineDisk(name, disk, info.format, info)
+  if (
+    info.format === 'qcow2' &&
+    (found.blockDevice || info.backing !== undefined || info.dataFile !== undefined)
+  ) {
+    const what = found.blockDevice ? 'and is a block device' : 'with a backing or data file'
     throw new VarveError(
       'DISK_UNSUPPORTED',
-      `The disk ${name} (${disk}) looks like a qcow2 image with a backing or data file. State its format, so that no raw disk can pass for one.`,
+      `The disk ${name} (${disk}) looks like a qcow2 image ${what}. State its format (format, --disk ${name}=${disk},format=...), so that no raw disk can pass for one.`,
       { context },
     )
   }
-  return offlineDisk(name, disk, info.format, info)
+  return found
 }
 
 function notRunning(): VarveError {

@@ -97,10 +97,14 @@ function imageError(path: string, error: unknown): unknown {
       cause: error,
     })
   }
-  return new VarveError('DISK_UNSUPPORTED', `The image ${path} cannot be read: ${error.message}`, {
-    context,
-    cause: error,
-  })
+  return new VarveError(
+    'DISK_UNSUPPORTED',
+    `The image ${path} cannot be read: ${error.message}. See that it is a whole image of the format that is stated for it ("qemu-img check" tells), and that its file is readable.`,
+    {
+      context,
+      cause: error,
+    },
+  )
 }
 
 /** A disk of an instance that does not run. */

@@ -23,3 +23,11 @@ test.each(['../x', 'a/b', '', '.', 'a.b', '-v', 'x'.repeat(65), 'vda\n'])(
     )
   },
 )
+
+test('images of another instance are told of with what to ask for', async () => {
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: '/srv/x' } })
+  await expect(host.instance('web-2')).rejects.toMatchObject({
+    code: 'INSTANCE_NOT_FOUND',
+    message: expect.stringContaining('Ask for that one'),
+  })
+})
