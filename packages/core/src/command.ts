@@ -12,6 +12,7 @@ const MOST_TRIES = 10
 const PACKAGES: Readonly<Record<string, string>> = {
   virsh: 'libvirt-clients',
   'qemu-img': 'qemu-utils',
+  'qemu-io': 'qemu-utils',
   'qemu-nbd': 'qemu-utils',
   rbd: 'ceph-common',
 }

@@ -97,11 +97,15 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
   } catch (error) {
     if (signal.aborted) throw abortError(signal)
     if (isVarveError(error)) throw error
-    throw new VarveError('STORAGE_FAILED', `The download of ${key} broke off: ${errorMessage(error)}`, {
-      context: { key, offset: range.start + received },
-      cause: error,
-      retryable: true,
-    })
+    throw new VarveError(
+      'STORAGE_FAILED',
+      `The download of ${key} broke off: ${errorMessage(error)}. See that the storage can be reached and is not overloaded, and try again.`,
+      {
+        context: { key, offset: range.start + received },
+        cause: error,
+        retryable: true,
+      },
+    )
   } finally {
     clearTimeout(timer)
   }

@@ -95,5 +95,8 @@ async function removeProbe(driver: StorageDriver, key: string, call: CallOptions
 }
 
 function damaged(what: string): VarveError {
-  return new VarveError('STORAGE_FAILED', `The storage does not keep what is written to it: ${what}.`)
+  return new VarveError(
+    'STORAGE_FAILED',
+    `The storage does not keep what is written to it: ${what}. Have its server and disks checked, and back up to another one until this check succeeds.`,
+  )
 }

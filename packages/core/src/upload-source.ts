@@ -40,10 +40,14 @@ export async function* readUpload(body: UploadBody, options: ReadUploadOptions):
       throw new RangeError(`it ended after ${size} of ${expected} bytes`)
   } catch (error) {
     if (isVarveError(error)) throw error
-    throw new VarveError('UPLOAD_FAILED', `The source of ${key} failed: ${errorMessage(error)}.`, {
-      context: { key, bytesRead: size, bytesExpected: expected },
-      cause: error,
-    })
+    throw new VarveError(
+      'UPLOAD_FAILED',
+      `The source of ${key} failed: ${errorMessage(error)}. See that what is uploaded is there and readable to its end, and try again.`,
+      {
+        context: { key, bytesRead: size, bytesExpected: expected },
+        cause: error,
+      },
+    )
   } finally {
     source?.destroy()
   }

@@ -41,3 +41,11 @@ test('an error of a command says what to do', async () => {
     message: expect.stringMatching(/^sleep 60 did not end within 0.1 s.*file system.*try again/),
   })
 })
+
+test('a program that is not installed is told of with the package that has it', async () => {
+  for (const program of ['qemu-img', 'qemu-io', 'qemu-nbd'])
+    await expect(runCommand(program, [], { env: { PATH: folder } })).rejects.toMatchObject({
+      code: 'COMMAND_MISSING',
+      message: `The program ${program} is not installed. Install it (Debian package qemu-utils) and try again.`,
+    })
+})

@@ -70,6 +70,11 @@ test('a download that fails goes on where the error is one that may pass, or non
   )
   const lasting = new VarveError('STORAGE_ACCESS_DENIED', 'no')
   await expect(fetch(storageWith(failing(1, 0, lasting)))).rejects.toBe(lasting)
+  const reset = storageWith(failing(1, 0, new Error('ECONNRESET')))
+  await expect(fetch(reset, { attempts: 1, backoffMs: 0 })).rejects.toMatchObject({
+    code: 'STORAGE_FAILED',
+    message: expect.stringMatching(/^The download of object broke off: ECONNRESET\. See .* try again\.$/),
+  })
 })
 
 test('tries without progress are counted from the last progress, and bounded', async () => {

@@ -44,7 +44,7 @@ describe('checkStorage', () => {
       'read',
       { on: 'get', fault: { kind: 'flip-bit', offset: 100 } },
       ['connect', 'write'],
-      'other bytes came back',
+      'other bytes came back. Have its server and disks checked',
     ],
     ['read', { on: 'get', fault: { kind: 'end-at', offset: 100 } }, ['connect', 'write'], 'other bytes'],
     [

@@ -70,7 +70,10 @@ describe('readUpload', () => {
           this.destroy(error)
         },
       })
-    await expect(collect(bodyOf(failing()))).rejects.toMatchObject({ ...failed('boom'), cause: error })
+    await expect(collect(bodyOf(failing()))).rejects.toMatchObject({
+      ...failed('boom. See that what is uploaded is there'),
+      cause: error,
+    })
     const typed = new VarveError('NBD_FAILED', 'gone')
     const failingTyped = new Readable({
       read() {

@@ -98,7 +98,10 @@ describe('a storage that somebody else can write to', () => {
     const { path } = await temporaryStorage()
     execFileSync('mkfifo', [`${path}/fifo`])
     const driver = new LocalDriver({ path })
-    await expect(driver.get('fifo')).rejects.toMatchObject({ code: 'OBJECT_NOT_FOUND' })
+    await expect(driver.get('fifo')).rejects.toMatchObject({
+      code: 'OBJECT_NOT_FOUND',
+      message: expect.stringContaining('See that the right folder is mounted'),
+    })
     expect(await driver.stat('fifo')).toBeUndefined()
     expect(await listed(driver)).toEqual([])
   })
