@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import type { RbdCluster } from '@varve/core'
+import type { RbdCluster, RbdSnapshot } from '@varve/core'
 import { type CephLab, type CephUser, startCeph } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { CephConnector } from '../src/index.ts'
@@ -43,6 +43,14 @@ export class RbdSite implements AsyncDisposable {
     if (options.length === 0) await this.ceph.client.create(image, size)
     else await this.ceph.run('rbd', 'create', image, '--size', `${size}B`, ...options)
     return image
+  }
+
+  /** Takes a snapshot as a backup does; returns it with its number. */
+  async takeSnapshot(image: string, name: string): Promise<RbdSnapshot> {
+    await this.cluster.createSnapshot(image, name)
+    const taken = (await this.cluster.snapshots(image)).find(snapshot => snapshot.name === name)
+    if (!taken) throw new Error(`${image} has no snapshot ${name}.`)
+    return taken
   }
 
   /** Changes an image by commands of `qemu-io`, such as `write -P 7 0 4k`. */

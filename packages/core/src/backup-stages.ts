@@ -18,6 +18,7 @@ import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
 import { makeExportFolder, newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
+import { madeSnapshot } from './rbd-disk.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { type ServedDisk, serveDisk, streamFileDisk } from './stream-file-disk.ts'
 import { streamRbdDisk } from './stream-rbd-disk.ts'
@@ -98,9 +99,10 @@ async function freezeStopped(backup: BackupContext, images: readonly RbdDisk[]):
   }
   const files = await fileStates(backup)
   const isOpen = await admitOpenImages(backup, images)
-  const snapshots = await snapshotImages(backup, images)
+  await snapshotImages(backup, images)
   // Again: it may have been started in between.
   const consistency = saved || isOpen || (await admitOpenImages(backup, images)) ? 'crash' : 'offline'
+  const snapshots = await snapshotsOf(backup, images)
   return { at: new Date(), consistency, overlays: [], snapshots, files }
 }
 
@@ -134,26 +136,23 @@ async function freezeRunning(backup: BackupContext, images: readonly RbdDisk[]):
   const lack = await lackOfSpace(overlays, request.overlayReserve)
   if (lack) throw lack
   const frozen = request.freeze !== undefined && request.freeze !== 'off' && (await freezeFilesystems(backup))
+  let at: Date
   try {
-    const snapshots = await atOneMoment(backup, { images, overlays }, async () => {
+    await atOneMoment(backup, { images, overlays }, async () => {
       if (overlays.length > 0) {
         // By these a second run finds the disks from here on.
         await lock.add(overlays.map(({ overlay }) => overlay))
         await journal.record({ step: 'snapshot', overlays })
         await host.snapshot(instance.name, overlays, run)
       }
-      return snapshotImages(backup, images)
+      await snapshotImages(backup, images)
     })
-    return {
-      at: new Date(),
-      consistency: frozen ? 'filesystem' : 'crash',
-      overlays,
-      snapshots,
-      files: new Map(),
-    }
+    at = new Date()
   } finally {
     if (frozen) await thaw(backup)
   }
+  const snapshots = await snapshotsOf(backup, images) // no guest stands still while they are asked for
+  return { at, consistency: frozen ? 'filesystem' : 'crash', overlays, snapshots, files: new Map() }
 }
 
 /**
@@ -161,11 +160,11 @@ async function freezeRunning(backup: BackupContext, images: readonly RbdDisk[]):
  * is an image, the guest's processors stand still meanwhile, also where the agent has frozen its file systems: a program
  * may write to a disk without one.
  */
-async function atOneMoment<T>(
+async function atOneMoment(
   backup: BackupContext,
   { images, overlays }: { images: readonly RbdDisk[]; overlays: readonly DiskOverlay[] },
-  work: () => Promise<T>,
-): Promise<T> {
+  work: () => Promise<void>,
+): Promise<void> {
   if (images.length === 0 || images.length + overlays.length < 2) return work()
   const { host, instance, journal, run } = backup
   if (instance.paused) return whilePaused(backup, work)
@@ -174,7 +173,7 @@ async function atOneMoment<T>(
   let ours = true
   try {
     ours = await host.suspend(instance.name, run)
-    return await whilePaused(backup, work)
+    await whilePaused(backup, work)
   } finally {
     if (ours) await host.resume(instance.name, events) // without the signal: also after an abort
     await journal.record({ step: 'resumed' })
@@ -182,9 +181,9 @@ async function atOneMoment<T>(
 }
 
 /** @throws SNAPSHOT_FAILED where somebody resumed the guest meanwhile: what it wrote then is on some of the disks only */
-async function whilePaused<T>({ host, instance, run }: BackupContext, work: () => Promise<T>): Promise<T> {
-  const result = await work()
-  if (await host.isPaused(instance.name, run)) return result
+async function whilePaused({ host, instance, run }: BackupContext, work: () => Promise<void>): Promise<void> {
+  await work()
+  if (await host.isPaused(instance.name, run)) return
   throw new VarveError(
     'SNAPSHOT_FAILED',
     `${instance.name} was resumed by somebody while its disks were frozen one after the other, so they do not show one moment. Nothing was published; back up again.`,
@@ -192,19 +191,17 @@ async function whilePaused<T>({ host, instance, run }: BackupContext, work: () =
   )
 }
 
-/** Takes a snapshot of every RBD image; returns them by the name of their disk. */
+/** Takes a snapshot of every RBD image. */
 async function snapshotImages(
   { id, journal, run }: BackupContext,
   images: readonly RbdDisk[],
-): Promise<ReadonlyMap<string, RbdSnapshot>> {
-  if (images.length === 0) return new Map()
+): Promise<void> {
+  if (images.length === 0) return
   const snapshot = markName(id)
   const disks = images.map(({ name, image }) => ({ disk: name, image }))
   await journal.record({ step: 'rbd-snapshot', snapshot, disks })
   const taken = await Promise.allSettled(
-    images.map(async ({ name, image, cluster }) => {
-      return [name, await cluster.createSnapshot(image, snapshot, run)] as const
-    }),
+    images.map(({ image, cluster }) => cluster.createSnapshot(image, snapshot, run)),
   )
   const failed = taken.find(outcome => outcome.status === 'rejected')
   if (failed) throw failed.reason
@@ -213,7 +210,17 @@ async function snapshotImages(
     const message = `Ceph has found the object map of ${image} to be wrong and goes without it: the backup is right, but slower than need be. Rebuild it: rbd object-map rebuild ${image}`
     emit(run, { type: 'warning', message })
   }
-  return new Map(taken.flatMap(outcome => (outcome.status === 'fulfilled' ? [outcome.value] : [])))
+}
+
+/** The snapshots that were taken, by the name of their disk. */
+async function snapshotsOf(
+  { id, run }: BackupContext,
+  images: readonly RbdDisk[],
+): Promise<ReadonlyMap<string, RbdSnapshot>> {
+  const made = images.map(async ({ name, image, cluster }) => {
+    return [name, await madeSnapshot(cluster, image, markName(id), run)] as const
+  })
+  return new Map(await Promise.all(made))
 }
 
 async function freezeFilesystems(backup: BackupContext): Promise<boolean> {

@@ -1,6 +1,6 @@
 import { isVarveError, VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
-import { RBD_PREFIX, type RbdCluster } from './rbd.ts'
+import { RBD_PREFIX, type RbdCluster, type RbdSnapshot } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** A disk that is an RBD image, as it is now. @throws DISK_NOT_FOUND */
@@ -20,6 +20,22 @@ export async function readRbdDisk(
     state,
     cluster,
   }
+}
+
+/** A snapshot that was taken, with its number. @throws RBD_SNAPSHOT_NOT_FOUND */
+export async function madeSnapshot(
+  cluster: RbdCluster,
+  image: string,
+  snapshot: string,
+  run: RunOptions,
+): Promise<RbdSnapshot> {
+  const made = (await cluster.snapshots(image, run)).find(({ name }) => name === snapshot)
+  if (made) return made
+  throw new VarveError(
+    'RBD_SNAPSHOT_NOT_FOUND',
+    `The snapshot ${snapshot} of ${image} was made and is not there. Does something else remove snapshots of this image?`,
+    { context: { image, snapshot } },
+  )
 }
 
 /** Whether an error says that an image is not there, or its pool or namespace. */

@@ -129,8 +129,8 @@ export interface RbdCluster {
   imageId(image: string, run?: RunOptions): Promise<string | undefined>
   /** The snapshots that users made, the oldest first. @throws DISK_NOT_FOUND */
   snapshots(image: string, run?: RunOptions): Promise<RbdSnapshot[]>
-  /** Takes a snapshot, or finds the one of that name. Also while a client has the image open. */
-  createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<RbdSnapshot>
+  /** Takes a snapshot where there is none of that name. Also while a client has the image open. */
+  createSnapshot(image: string, snapshot: string, run?: RunOptions): Promise<void>
   /**
    * Removes snapshots; those that are not there are left out, and no error where the image is gone.
    * @throws RBD_SNAPSHOT_PROTECTED

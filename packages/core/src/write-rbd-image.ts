@@ -2,6 +2,7 @@ import { markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
 import type { TargetImage } from './journal.ts'
 import { imageSize } from './manifest.ts'
 import { exportDisk } from './qemu-nbd.ts'
+import { madeSnapshot } from './rbd-disk.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { RbdRestore } from './restore-plan-rbd.ts'
@@ -82,6 +83,8 @@ export async function markImage(
 ): Promise<void> {
   const name = markName(backupId)
   if (temporary === undefined && existing?.state.snapshots.some(snapshot => snapshot.name === name)) return
-  const snapshot = await cluster.createSnapshot(temporary ?? image, name, run)
-  await cluster.setMetadata(temporary ?? image, restoredKey(backupId, disk.name), String(snapshot.id), run)
+  const marked = temporary ?? image
+  await cluster.createSnapshot(marked, name, run)
+  const { id } = await madeSnapshot(cluster, marked, name, run)
+  await cluster.setMetadata(marked, restoredKey(backupId, disk.name), String(id), run)
 }
