@@ -10,6 +10,7 @@ import {
   type RbdImage,
   type RbdSnapshot,
   type RunOptions,
+  runCommand,
   VarveError,
 } from '@varve/core'
 import {
@@ -53,6 +54,11 @@ export class CephCluster implements RbdCluster {
   constructor(connection: CephConnection) {
     this.#connection = connection
     this.#rbd = new Rbd(connection)
+  }
+
+  async version(run: RunOptions = {}): Promise<string> {
+    const { stdout } = await runCommand('rbd', ['--version'], run)
+    return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
   }
 
   async image(image: string, run: RunOptions = {}): Promise<RbdImage> {

@@ -93,6 +93,8 @@ test('after a restore in place to an older backup the chains of an image and a f
   }
   await change(1)
   const first = await backup(disks)
+  expect(Object.keys(first.tools)).toEqual(['varve', 'node', 'qemu', 'rbd'])
+  expect(await site.ceph.run('ceph', '--version')).toContain(` ${first.tools.rbd} `)
   const wanted = await site.bytes(image)
   const wantedFile = await sha256Content(file, 'qcow2')
   await change(2)

@@ -41,6 +41,7 @@ export async function describe(
   const { id, instance, plan, run, startedAt } = backup
   const { name, uuid } = instance
   const readsFiles = plan.disks.some(({ disk }) => isFileDisk(disk))
+  const image = plan.disks.map(({ disk }) => disk).find(disk => !isFileDisk(disk))
   return {
     version: MANIFEST_VERSION,
     id,
@@ -60,6 +61,7 @@ export async function describe(
       varve: VERSION,
       node: process.version,
       ...(readsFiles && { qemu: await qemuVersion(run) }),
+      ...(image && { rbd: await image.cluster.version(run) }),
     },
   }
 }

@@ -123,6 +123,8 @@ export interface RbdDiffStream {
 export interface RbdCluster {
   /** What it is reached by, its monitors or configuration, which tells it from other clusters. Without the user. */
   readonly address: string
+  /** The version of Ceph that the program which reads images is of, such as `16.2.15`. */
+  version(run?: RunOptions): Promise<string>
   /** @throws DISK_NOT_FOUND */
   image(image: string, run?: RunOptions): Promise<RbdImage>
   /** The id that Ceph gave an image; undefined where there is none of that name, or no such pool. */
