@@ -51,7 +51,9 @@ export interface S3DriverOptions {
   checksums?: 'WHEN_SUPPORTED' | 'WHEN_REQUIRED'
   /**
    * The size of a part in bytes, from 5 MiB on. Parts of an object that would need more than `maxParts` are
-   * larger. Objects up to this size are sent in one request. Memory does not depend on it. Default: 16 MiB.
+   * larger. Objects up to this size are sent in one request. A body that opens once has parts of its own, which are in
+   * memory; the largest of them are of this size where it is more than 96 MiB, and with `equalParts` more than 32 MiB.
+   * Other memory does not depend on it. Default: 16 MiB.
    */
   partSize?: number
   /** The most parts an object may have at this provider, 1 to 10000. Default: 10000. */

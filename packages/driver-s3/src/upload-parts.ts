@@ -1,8 +1,16 @@
 import { abortError, type UploadBody, VarveError } from '@varve/core'
 import { MultipartUpload } from './multipart-upload.ts'
-import { largestStream, memoryOfParts, plannedPartSize, streamPartSize } from './part-plan.ts'
+import {
+  largestBufferedPart,
+  largestStream,
+  memoryOfParts,
+  type PartLimits,
+  plannedPartSize,
+  streamPartSize,
+} from './part-plan.ts'
 import { type Part, PartReader } from './part-reader.ts'
 import { putObject, type Upload } from './put-object.ts'
+import { MAX_PART_SIZE } from './s3-options.ts'
 
 /** Stores a replayable body of known size in parts, each read from the body on its own. */
 export async function uploadInParts(upload: Upload, body: UploadBody, size: number): Promise<void> {
@@ -34,8 +42,9 @@ export async function uploadInParts(upload: Upload, body: UploadBody, size: numb
 export async function uploadStream(upload: Upload, body: UploadBody): Promise<number> {
   const { key, signal } = upload
   const { settings } = upload.bucket
-  const limit = largestStream(settings, body.size)
-  if (body.size !== undefined && body.size > limit) throw tooLarge(key, limit)
+  if (body.size !== undefined && body.size > largestStream(settings, body.size)) {
+    throw tooLarge(key, settings, body.size)
+  }
   const broken = new AbortController()
   const ends = signal ? AbortSignal.any([signal, broken.signal]) : broken.signal
   const sending = new Map<Promise<void>, number>()
@@ -65,7 +74,7 @@ export async function uploadStream(upload: Upload, body: UploadBody): Promise<nu
     signal: ends,
     room,
     sizeOf: number => {
-      if (number > settings.maxParts) throw tooLarge(key, limit)
+      if (number > settings.maxParts) throw tooLarge(key, settings, body.size)
       return streamPartSize(number, settings, body.size)
     },
   })
@@ -120,10 +129,13 @@ async function runTogether(
   if (failure) throw failure.error
 }
 
-function tooLarge(key: string, limit: number): VarveError {
+function tooLarge(key: string, limits: PartLimits, size: number | undefined): VarveError {
+  const limit = largestStream(limits, size)
+  const partSize = Math.min(MAX_PART_SIZE, 2 * largestBufferedPart(limits))
+  const next = largestStream({ ...limits, partSize }, size)
   return new VarveError(
     'UPLOAD_FAILED',
-    `${key} is larger than the ${limit} bytes that fit into the parts of a stream. Give a body that can be opened again and knows its size.`,
-    { context: { key, limit } },
+    `${key} is larger than the ${limit} bytes that fit into the parts of a stream. Set partSize to ${partSize} for one of up to ${next}, or more; it takes so much memory. Or keep it on another storage.`,
+    { context: { key, limit, partSize } },
   )
 }

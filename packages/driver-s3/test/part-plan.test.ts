@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import {
-  LARGEST_BUFFERED_PART,
+  largestBufferedPart,
   largestObject,
   largestStream,
   plannedPartSize,
@@ -49,15 +49,29 @@ test('parts of a stream grow, fit into memory, and are of one size where they mu
       const next = streamPartSize(number + 1, limits, undefined)
       expect(size).toBeGreaterThanOrEqual(5 * MIB)
       expect(next).toBeGreaterThanOrEqual(size)
-      expect(next).toBeLessThanOrEqual(LARGEST_BUFFERED_PART)
+      expect(next).toBeLessThanOrEqual(largestBufferedPart(limits))
       if (limits.equalParts) expect(next).toBe(size)
     }),
   )
 })
 
-test('a stream of unknown size may have hundreds of GiB, and one of known size that much in equal parts', () => {
+test.each([
+  // parts of 8, 16, 32 and 64 MiB, a twentieth of all each, and then of the largest size
+  [{}, 500 * (8 + 16 + 32 + 64) + 8000 * 96],
+  [{ maxParts: 1000 }, 50 * (8 + 16 + 32 + 64) + 800 * 96],
+  [{ equalParts: true }, 10_000 * 32],
+  [{ equalParts: true, maxParts: 1000 }, 1000 * 32],
+  [{ partSize: 256 * MIB }, 500 * (8 + 16 + 32 + 64) + 8000 * 256],
+  [{ partSize: 256 * MIB, maxParts: 1000 }, 50 * (8 + 16 + 32 + 64) + 800 * 256],
+  [{ partSize: 256 * MIB, equalParts: true }, 10_000 * 256],
+  [{ partSize: 256 * MIB, equalParts: true, maxParts: 1000 }, 1000 * 256],
+])('a stream of unknown size with %j may have %d MiB', (options, size) => {
+  const limits = { maxParts: 10_000, partSize: 16 * MIB, equalParts: false, ...options }
+  expect(largestStream(limits, undefined)).toBe(size * MIB)
+})
+
+test('a stream of known size may have as many parts of the largest size as there may be', () => {
   const usual = { maxParts: 10_000, partSize: 16 * MIB, equalParts: false }
-  expect(largestStream(usual, undefined)).toBeGreaterThan(800 * GIB)
-  expect(largestStream({ ...usual, equalParts: true }, undefined)).toBeGreaterThan(300 * GIB)
-  expect(largestStream(usual, 5 * TIB)).toBeGreaterThan(900 * GIB)
+  expect(largestStream(usual, 5 * TIB)).toBe(10_000 * 96 * MIB)
+  expect(largestStream({ ...usual, partSize: 256 * MIB }, 5 * TIB)).toBe(10_000 * 256 * MIB)
 })
