@@ -153,6 +153,7 @@ export class RcloneDriver implements StorageDriver {
     const { onProgress } = options
     const call = callOptions(options)
     const temporary = siblingOf(this.#pathOf(key), TEMPORARY_PREFIX + randomBytes(8).toString('hex'))
+    await this.#rclone.mustBeNewEnough(call)
     // an upload makes every folder that is missing, also that of a disk which is not mounted any more
     if (performance.now() - this.#seenAt > SEEN_MS) await this.#mustBeThere(call)
     await this.#makeFolderOf(temporary, call)

@@ -80,6 +80,17 @@ export class RcloneHelper {
     return this.#rclone.version(options)
   }
 
+  /**
+   * Refuses an rclone that is too old, as {@link version} does; starts one only where this process has not found the
+   * program to be new enough before. One of 1.57 or 1.58 would take every command, and upload without comparing
+   * checksums.
+   *
+   * @throws COMMAND_MISSING; INVALID_CONFIG with both versions
+   */
+  mustBeNewEnough(options: CallOptions = {}): Promise<void> {
+    return this.#rclone.mustBeNewEnough(options)
+  }
+
   /** What the remote can do; asked for once. */
   async features(options: CallOptions = {}): Promise<RemoteFeatures> {
     const target = this.target('')

@@ -8,6 +8,9 @@ import { baseEnvironment, parseBackends, redact, remoteVariables, secretsOf } fr
 
 const DEFAULT_TIMEOUT_MS = 60_000
 
+/** The programs that this process has found to be new enough. */
+const newEnough = new Set<string>()
+
 /** Options of {@link RcloneRunner.run}. */
 export interface RunOptions extends CallOptions {
   /** Written to its standard input. */
@@ -24,13 +27,15 @@ export class RcloneRunner {
   readonly timeoutMs: number
   readonly #options: RcloneHelperOptions
   readonly #secrets: string[]
+  /** The program, and where it is looked for. */
+  readonly #program: string
   #env: Promise<Record<string, string>> | undefined
-  #versionIsRight = false
 
   constructor(options: RcloneHelperOptions) {
     this.#options = options
     this.timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS
     this.#secrets = secretsOf(options)
+    this.#program = [options.command ?? 'rclone', baseEnvironment(options).PATH].join('\n')
   }
 
   /** Takes the secrets out of a text. */
@@ -42,8 +47,13 @@ export class RcloneRunner {
     if (exit.exitCode !== 0) throw rcloneError(exit, { target: 'version' })
     const version = parseVersion(stdout)
     assertVersion(version)
-    this.#versionIsRight = true
+    newEnough.add(this.#program)
     return version
+  }
+
+  /** Asks for the version unless this process has found the program to be new enough. @throws as {@link version} */
+  async mustBeNewEnough(options: CallOptions): Promise<void> {
+    if (!newEnough.has(this.#program)) await this.version(options)
   }
 
   /** Runs a command to its end, which must be a good one, and returns what it has printed. */
@@ -119,7 +129,7 @@ export class RcloneRunner {
   /** The error of a command that failed; that of an rclone which is too old where that is the reason. */
   async explain(exit: RcloneExit, failed: FailedCommand, call: CallOptions): Promise<VarveError> {
     const error = rcloneError(exit, failed)
-    if (this.#versionIsRight || error.code === 'COMMAND_MISSING') return error
+    if (newEnough.has(this.#program) || error.code === 'COMMAND_MISSING') return error
     try {
       await this.version(call)
       return error
