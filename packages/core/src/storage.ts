@@ -184,6 +184,15 @@ export interface StorageDriver extends AsyncDisposable {
   cleanUp?(options: CleanUpOptions): Promise<number>
 }
 
+/** The error of {@link StorageDriver.get} for an object that is not there. */
+export function objectNotFound(key: string, location: string): VarveError {
+  return new VarveError(
+    'OBJECT_NOT_FOUND',
+    `There is no object ${key} in ${location}. Put it back from a copy of the storage, or use another backup.`,
+    { context: { key, location } },
+  )
+}
+
 /** A replayable body of bytes that are in memory. */
 export function bytesBody(bytes: Uint8Array): UploadBody {
   return {

@@ -4,7 +4,7 @@ import { buffer } from 'node:stream/consumers'
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { assertKey, assertRange, bytesBody, isKey, toUploadBody } from '../src/storage.ts'
+import { assertKey, assertRange, bytesBody, isKey, objectNotFound, toUploadBody } from '../src/storage.ts'
 
 const name = fc.stringMatching(/^[a-zA-Z0-9 ._%~ü🙂-]{1,20}$/u)
 
@@ -112,5 +112,14 @@ describe('bodies', () => {
     const ended = Readable.from([Buffer.from('x')])
     await ended.toArray()
     expect(() => toUploadBody(ended).open()).toThrow(refused)
+  })
+})
+
+test('an object that is missing is told with its place and what to do', () => {
+  expect(objectNotFound('a/b', 's3://c')).toMatchObject({
+    code: 'OBJECT_NOT_FOUND',
+    message: expect.stringMatching(/^There is no object a\/b in s3:\/\/c\. Put it back/),
+    context: { key: 'a/b', location: 's3://c' },
+    retryable: false,
   })
 })

@@ -10,6 +10,7 @@ import {
   failsWithProgress,
   type GetOptions,
   isKey,
+  objectNotFound,
   type PutOptions,
   type StorageDriver,
   type StorageHealth,
@@ -17,7 +18,6 @@ import {
   TEMPORARY_PREFIX,
   toUploadBody,
   type UploadBody,
-  VarveError,
 } from '@varve/core'
 import { backOff } from './back-off.ts'
 import { FtpConnection } from './connection.ts'
@@ -97,9 +97,7 @@ export class FtpDriver implements StorageDriver {
       throw abortError(signal)
     }
     if (stream) return stream
-    throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
-      context: { key, location: this.location },
-    })
+    throw objectNotFound(key, this.location)
   }
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {

@@ -13,6 +13,7 @@ import {
   failsWithProgress,
   type GetOptions,
   isKey,
+  objectNotFound,
   type PutOptions,
   type StorageDriver,
   type StorageHealth,
@@ -88,13 +89,7 @@ export class LocalDriver implements StorageDriver {
       return undefined
     })
     if (stream) return stream
-    throw new VarveError(
-      'OBJECT_NOT_FOUND',
-      `There is no object ${key} in ${this.location}. See that the right folder is mounted there; if it is, something has removed the object, and "varve verify" tells what that damages.`,
-      {
-        context: { key, path: this.#pathOf(key) },
-      },
-    )
+    throw objectNotFound(key, this.location)
   }
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {

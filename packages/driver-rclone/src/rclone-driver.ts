@@ -14,6 +14,7 @@ import {
   type GetOptions,
   isKey,
   isVarveError,
+  objectNotFound,
   type PutOptions,
   readUpload,
   type StorageDriver,
@@ -89,9 +90,7 @@ export class RcloneDriver implements StorageDriver {
     if (range) assertRange(range)
     const object = await this.stat(key, options)
     if (!object) {
-      throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
-        context: { key, location: this.location },
-      })
+      throw objectNotFound(key, this.location)
     }
     const start = Math.min(range?.start ?? 0, object.size)
     const end = Math.max(start, Math.min(range?.end ?? object.size, object.size))

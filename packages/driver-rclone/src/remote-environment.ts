@@ -38,7 +38,11 @@ export function parseBackends(json: string): Backend[] {
       return { type: Prefix, options }
     })
   } catch (cause) {
-    throw new VarveError('STORAGE_FAILED', 'rclone config providers printed no list of backends.', { cause })
+    throw new VarveError(
+      'STORAGE_FAILED',
+      'rclone config providers printed no list of backends. See that command is rclone itself, and what `rclone version` says.',
+      { cause },
+    )
   }
 }
 

@@ -136,3 +136,7 @@ test('the lines of a secret are found alone and together', () => {
 test('an empty or very short secret leaves the text readable', () => {
   expect(redact('permission denied', ['', 'e', 'rm'])).toBe('permission denied')
 })
+
+test('a program that prints no list of backends is told with what to look at', () => {
+  expect(() => parseBackends('Usage: other')).toThrow(/no list of backends.*`rclone version`/)
+})

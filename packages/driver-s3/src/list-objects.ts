@@ -27,7 +27,8 @@ export async function* listObjects(
     if (page.IsTruncated && (next === undefined || next === token)) {
       throw new VarveError(
         'STORAGE_FAILED',
-        `The listing of ${bucket.location} does not go on after its first pages.`,
+        `The listing of ${bucket.location} does not go on after its first pages. Look at the server's log and its version.`,
+        { context: { location: bucket.location } },
       )
     }
     token = next

@@ -12,6 +12,7 @@ import {
   failsWithProgress,
   type GetOptions,
   type ObjectStream,
+  objectNotFound,
   type PutOptions,
   type StorageDriver,
   type StorageHealth,
@@ -82,7 +83,8 @@ export class S3Driver implements StorageDriver {
     if (range) assertRange(range)
     if (signal?.aborted) throw abortError(signal)
     if (range && range.start === range.end) {
-      if ((await this.stat(key, signal ? { signal } : {})) === undefined) throw this.#missing(key)
+      if ((await this.stat(key, signal ? { signal } : {})) === undefined)
+        throw objectNotFound(key, this.location)
       return Readable.from([], { objectMode: false })
     }
     const action = { doing: `Reading ${key}`, permission: 's3:GetObject' }
@@ -105,7 +107,7 @@ export class S3Driver implements StorageDriver {
       })
     } catch (error) {
       if (statusOf(error) === 416) return Readable.from([], { objectMode: false }) // all of it is past the end
-      if (error instanceof Error && error.name === 'NoSuchKey') throw this.#missing(key)
+      if (error instanceof Error && error.name === 'NoSuchKey') throw objectNotFound(key, this.location)
       throw this.#bucket.error(error, action)
     }
   }
@@ -188,7 +190,7 @@ export class S3Driver implements StorageDriver {
     if (size !== undefined && size > maxObjectSize) {
       throw new VarveError(
         'UPLOAD_FAILED',
-        `${upload.key} has ${size} bytes; the largest object of ${this.location} is ${maxObjectSize}.`,
+        `${upload.key} has ${size} bytes; the largest object of ${this.location} is ${maxObjectSize}. Raise maxParts as far as the provider allows, or keep it on another storage.`,
         { context: { key: upload.key, size, maxObjectSize } },
       )
     }
@@ -242,12 +244,6 @@ export class S3Driver implements StorageDriver {
       `The connection was cut while ${key} was read. ${this.location} gives no ETag of it, so it cannot be read on from there: it may have been replaced. Read it again.`,
       { context: { key }, retryable: true },
     )
-  }
-
-  #missing(key: string): VarveError {
-    return new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
-      context: { key },
-    })
   }
 }
 

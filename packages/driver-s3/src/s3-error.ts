@@ -49,7 +49,11 @@ export function s3Error(error: unknown, { doing, permission }: S3Action, locatio
 
   if (status === undefined && name !== 'CredentialsProviderError') {
     const why = unreachable(error)
-    return why ? make('STORAGE_UNREACHABLE', why) : make('STORAGE_FAILED', `${errorMessage(error)}.`)
+    if (why) return make('STORAGE_UNREACHABLE', why)
+    return make(
+      'STORAGE_FAILED',
+      `${errorMessage(error)}. Look at the server's log, and at what is between it and this host.`,
+    )
   }
   if (name === 'NoSuchBucket') {
     return make('STORAGE_NOT_FOUND', 'the bucket is not there. Make it, or correct its name.')

@@ -77,7 +77,7 @@ export async function hasPartsSince(
 function endless({ location }: Bucket): VarveError {
   return new VarveError(
     'STORAGE_FAILED',
-    `The listing of unfinished uploads in ${location} does not go on after its first pages.`,
+    `The listing of unfinished uploads in ${location} does not go on after its first pages. Look at the server's log and its version.`,
     { context: { location } },
   )
 }

@@ -153,7 +153,7 @@ function connectError(cause: unknown, { step }: Progress, settings: SftpSettings
   if (level === 'handshake') {
     return new VarveError(
       'STORAGE_UNREACHABLE',
-      `The server at ${address} and this client found no common ground: ${errorMessage(cause)}.`,
+      `The server at ${address} and this client found no common ground: ${errorMessage(cause)}. Allow current algorithms on the server, such as curve25519-sha256, ssh-ed25519 and aes128-gcm@openssh.com.`,
       { context: { address }, cause },
     )
   }

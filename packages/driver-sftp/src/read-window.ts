@@ -136,7 +136,7 @@ export class SftpStream extends Readable implements ObjectStream {
     if (isLost(error)) {
       this.#reopening = true
       this.#reopen(error).catch(failure => this.destroy(failure))
-    } else if (isStatus(error, STATUS.EOF)) this.destroy(this.#changed('It ended early'))
+    } else if (isStatus(error, STATUS.EOF)) this.destroy(this.#changed('it has become shorter'))
     else this.destroy(isVarveError(error) ? error : sftpError(error, 'Reading', this.#options.key))
   }
 
@@ -147,7 +147,7 @@ export class SftpStream extends Readable implements ObjectStream {
     if (this.destroyed) return release(object)
     this.#object = object
     this.#reopening = false
-    if (object.size !== former.size || object.mtime !== former.mtime) throw this.#changed('It is another one')
+    if (object.size !== former.size || object.mtime !== former.mtime) throw this.#changed('it is another one')
     for (const slot of this.#slots) if (slot.filled < slot.length) this.#request(slot)
     this.#advance()
   }
@@ -156,7 +156,7 @@ export class SftpStream extends Readable implements ObjectStream {
     const { key, range } = this.#options
     return new VarveError(
       'STORAGE_FAILED',
-      `${key} was changed on the storage while it was read. ${how} than at the beginning.`,
+      `${key} was changed on the storage while it was read: ${how} than at the beginning. Read it again.`,
       { context: { key, position: this.#delivered, end: range.end } },
     )
   }

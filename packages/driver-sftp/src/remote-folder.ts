@@ -68,10 +68,8 @@ export async function assertRoot({ connection, path }: StorageRoot, options?: Re
   }
   throw new VarveError(
     'STORAGE_NOT_FOUND',
-    `The storage folder ${path} is not there any more on the server.`,
-    {
-      context: { path },
-    },
+    `The storage folder ${path} is not there any more on the server. Mount what belongs there, or make it again.`,
+    { context: { path } },
   )
 }
 

@@ -12,6 +12,7 @@ import {
   type GetOptions,
   isKey,
   type ObjectStream,
+  objectNotFound,
   type PutOptions,
   type StorageDriver,
   type StorageHealth,
@@ -19,7 +20,6 @@ import {
   TEMPORARY_PREFIX,
   toUploadBody,
   type UploadBody,
-  VarveError,
 } from '@varve/core'
 import type { Stats } from 'ssh2'
 import { addressOf } from './connect.ts'
@@ -217,9 +217,7 @@ export class SftpDriver implements StorageDriver {
       throw sftpError(error, 'Reading', key)
     }
     lease[Symbol.dispose]()
-    throw new VarveError('OBJECT_NOT_FOUND', `There is no object ${key} in ${this.location}.`, {
-      context: { key },
-    })
+    throw objectNotFound(key, this.location)
   }
 
   async #openFound(lease: Lease, key: string, signal: AbortSignal | undefined): Promise<Buffer | undefined> {

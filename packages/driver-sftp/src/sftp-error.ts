@@ -55,11 +55,20 @@ export function sftpError(error: unknown, doing: string, path: string): VarveErr
       options,
     )
   }
-  const remedy =
-    status === STATUS.FAILURE
-      ? ' The server does not say why: look at its log, its disk, and for a file where a folder should be.'
-      : ''
-  return new VarveError('STORAGE_FAILED', `${what}.${remedy}`, options)
+  return new VarveError('STORAGE_FAILED', `${what}. ${remedyOf(status)}`, options)
+}
+
+function remedyOf(status: number | undefined): string {
+  switch (status) {
+    case STATUS.FAILURE:
+      return 'The server does not say why: look at its log, its disk, and for a file where a folder should be.'
+    case STATUS.NO_SUCH_FILE:
+      return 'Somebody else has removed or moved it: see who else writes to the folder, and try again.'
+    case STATUS.OP_UNSUPPORTED:
+      return 'The server does not know this request: use one that has all of SFTP version 3.'
+    default:
+      return "Look at the server's log."
+  }
 }
 
 /** Whether a refusal itself says that there is no room. Most servers only say that something failed. */

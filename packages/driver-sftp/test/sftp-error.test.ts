@@ -22,3 +22,8 @@ test('an error that is explained already stays as it is', () => {
   const error = sftpError(status(3, 'Permission denied'), 'Writing', 'a/b')
   expect(sftpError(error, 'Reading', 'c')).toBe(error)
 })
+
+test.each([2, 3, 4, 5, 8, 14, 99])('status %i comes with what to do', code => {
+  const { message } = sftpError(status(code, 'as told'), 'Writing', 'a/b')
+  expect(message).toMatch(/Writing a\/b failed: as told\. [A-Z].{15,}\.$/)
+})
