@@ -119,6 +119,7 @@ export class BackupPipeline {
     const startedAt = new Date()
 
     stage(run, 'plan', `Looking at ${request.instance}`)
+    if (storage.notice !== undefined) emit(run, { type: 'warning', message: storage.notice })
     const selection = request.disks ?? 'all'
     const known = await host.disks(request.instance, run)
     chooseDisks(known, selection) // refused before anything is held

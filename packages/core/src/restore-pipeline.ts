@@ -9,7 +9,7 @@ import { chainForRestore } from './restore-chain.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import { planRestore, type RestorePlan } from './restore-plan.ts'
 import { define, finish, mark, powerOff } from './restore-stages.ts'
-import type { RunOptions } from './run-options.ts'
+import { emit, type RunOptions } from './run-options.ts'
 import { settleError } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
@@ -133,6 +133,7 @@ export class RestorePipeline {
     const storage = tellCommands(this.#options.storage, run.onEvent)
     const signal = run.signal ? { signal: run.signal } : {}
     stage(run, 'preflight', `Looking at backup ${request.backup}`)
+    if (storage.notice !== undefined) emit(run, { type: 'warning', message: storage.notice })
     const found = await findBackup(storage, request.backup, signal)
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const runId = newBackupId()

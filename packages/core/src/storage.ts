@@ -160,6 +160,11 @@ export interface StorageDriver extends AsyncDisposable {
   /** What it can do beyond the least. */
   readonly capabilities: DriverCapabilities
   /**
+   * Optional: what of its settings works and is not safe, and what to do, such as a server that nothing is to be known by.
+   * Each backup and each restore tells it once, by a `warning` event.
+   */
+  readonly notice?: string
+  /**
    * Stores an object, replacing one of the same key. A `VarveError` of the source is thrown as it is, any
    * other as the cause of `UPLOAD_FAILED`.
    */

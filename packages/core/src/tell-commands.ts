@@ -16,6 +16,7 @@ export function tellCommands(storage: StorageDriver, listener: CallOptions['onCo
     type: storage.type,
     location: storage.location,
     capabilities: storage.capabilities,
+    ...(storage.notice !== undefined && { notice: storage.notice }),
     put: (key, body, options) => storage.put(key, body, { ...options, onCommand }),
     get: (key, options) => storage.get(key, { ...options, onCommand }),
     stat: (key, options) => storage.stat(key, { ...options, onCommand }),

@@ -56,6 +56,8 @@ export class SftpDriver implements StorageDriver {
     resume: true,
     parallelParts: false,
   }
+  /** Where nothing is given that the server could be known by. */
+  readonly notice?: string
   readonly #settings: SftpSettings
   readonly #session: SftpSession
 
@@ -67,6 +69,9 @@ export class SftpDriver implements StorageDriver {
     // after the host a second "/" begins an absolute path
     this.location =
       pathPrefix === '' ? addressOf(this.#settings) : `${addressOf(this.#settings)}/${pathPrefix}`
+    if (!this.#settings.hostKeyRule) {
+      this.notice = `The host key of ${addressOf(this.#settings)} is compared with nothing, so another server could take its place. Set hostKey to its fingerprint, which a check of the storage tells, or knownHosts.`
+    }
   }
 
   /**

@@ -61,3 +61,10 @@ test.each<[string, Partial<SftpDriverOptions>]>([
   expect(shown).toContain(field)
   for (const secret of ['hunter2', 'wrong-passphrase', 'BEGIN RSA']) expect(shown).not.toContain(secret)
 })
+
+test('a server that nothing is to be known by is told of, and no other', () => {
+  const { notice } = new SftpDriver(options)
+  expect(notice).toMatch(/host key of sftp:\/\/backup\.example:22 is compared with nothing.*Set hostKey/)
+  expect(new SftpDriver({ ...options, hostKey: `SHA256:${'x'.repeat(43)}` }).notice).toBeUndefined()
+  expect(new SftpDriver({ ...options, knownHosts: '/etc/ssh/ssh_known_hosts' }).notice).toBeUndefined()
+})
