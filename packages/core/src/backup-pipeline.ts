@@ -2,6 +2,7 @@ import { type BackupContext, stage } from './backup-context.ts'
 import { newBackupId } from './backup-id.ts'
 import {
   assertClustersFit,
+  type BackupPlan,
   bitmapsToRetire,
   chooseDisks,
   DEFAULT_CLUSTER_SIZE,
@@ -147,6 +148,7 @@ export class BackupPipeline {
       catalog,
       maxIncrementalChain: request.maxIncrementalChain ?? DEFAULT_MAX_INCREMENTAL_CHAIN,
     })
+    warnOfLargeStreams(plan, storage, run)
     for (const { disk, ...decided } of plan.disks) {
       if (decided.kind === 'full' && decided.fallback) {
         emit(run, {
@@ -232,6 +234,18 @@ export class BackupPipeline {
     // A manifest that is there is a backup, also where its upload was answered with an error.
     if (manifest && published) return manifest
     throw failure
+  }
+}
+
+/** Nobody knows the size of an RBD image's stream before its end, but that it is hardly more than the image's. */
+function warnOfLargeStreams({ disks }: BackupPlan, storage: StorageDriver, run: RunOptions): void {
+  const { maxStreamSize = Number.POSITIVE_INFINITY } = storage.capabilities
+  for (const { disk, kind } of disks) {
+    if (isFileDisk(disk) || kind !== 'full' || disk.virtualSize <= maxStreamSize) continue
+    emit(run, {
+      type: 'warning',
+      message: `The image ${disk.image} of ${disk.name} may have ${disk.virtualSize} bytes of data, and ${storage.location} takes no more than ${maxStreamSize} of an RBD image: where it has more, the backup fails once they are used up. Let the storage take more (partSize of S3), or use another one.`,
+    })
   }
 }
 

@@ -50,6 +50,8 @@ export interface DriverCapabilities {
   readonly parallelParts: boolean
   /** The size of the largest object in bytes, where there is a limit. */
   readonly maxObjectSize?: number
+  /** The size of the largest object in bytes whose body has no known size, where that is less. */
+  readonly maxStreamSize?: number
 }
 
 /** Options of the calls that move no data, and what all calls have in common. */

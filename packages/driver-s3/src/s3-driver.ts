@@ -26,7 +26,7 @@ import { DownloadStream, objectChanged } from './download-stream.ts'
 import { abortBy } from './grace.ts'
 import { listObjects } from './list-objects.ts'
 import { removeUpload } from './multipart-upload.ts'
-import { largestObject } from './part-plan.ts'
+import { largestObject, largestStream } from './part-plan.ts'
 import { putObject } from './put-object.ts'
 import { statusOf, withRetries } from './retrying.ts'
 import { type S3DriverOptions, settingsOf } from './s3-options.ts'
@@ -61,6 +61,7 @@ export class S3Driver implements StorageDriver {
       resume: true,
       parallelParts: true,
       maxObjectSize: largestObject(settings),
+      maxStreamSize: largestStream(settings, undefined),
     }
   }
 

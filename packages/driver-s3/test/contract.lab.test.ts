@@ -40,6 +40,7 @@ describeDriver('S3Driver', {
     resume: true,
     parallelParts: true,
     maxObjectSize: 5 * MIB * MIB,
+    maxStreamSize: 828_000 * MIB,
   },
   create: () => bucket.target(),
   leaveUnfinished: target => bucket.leaveUnfinished(target),
