@@ -3,6 +3,7 @@ import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
+import type { StorageDriver } from '../src/storage.ts'
 import { MemoryStorage } from './memory-storage.ts'
 
 const host = new ImageHost({ instance: 'web-1', disks: {} })
@@ -11,7 +12,8 @@ const stateDir = '/nonexistent'
 test.each(['a word of caution', undefined])(
   'what a storage has to say is told once by each backup and restore: %s',
   async notice => {
-    const storage = Object.assign(new MemoryStorage(), notice === undefined ? {} : { notice })
+    const plain = new MemoryStorage()
+    const storage: StorageDriver = notice === undefined ? plain : Object.assign(plain, { notice })
     const warnings = async (run: (onEvent: (event: VarveEvent) => void) => Promise<unknown>) => {
       const events: VarveEvent[] = []
       await expect(run(event => events.push(event))).rejects.toMatchObject({ name: 'VarveError' })

@@ -1,22 +1,10 @@
 import { Readable } from 'node:stream'
 import { type ByteRange, bytesBody, type UploadBody } from '@varve/core'
-import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
+import type { S3Driver } from '@varve/driver-s3'
 import { PatternBody, patternBytes } from '@varve/testkit'
-import { expect, onTestFinished, test } from 'vitest'
+import { expect, test } from 'vitest'
 import { settingsOf } from '../src/s3-options.ts'
-import { FakeS3 } from './fake-s3.ts'
-
-const MIB = 1024 * 1024
-
-async function begin(options: Partial<S3DriverOptions> = {}) {
-  const fake = await FakeS3.start()
-  const driver = new S3Driver({ ...fake.options, partSize: 5 * MIB, ...options })
-  onTestFinished(async () => {
-    await driver[Symbol.asyncDispose]()
-    await fake[Symbol.asyncDispose]()
-  })
-  return { fake, driver }
-}
+import { begin, MIB } from './faulty-s3.ts'
 
 /** The notice of a check, which must pass. */
 async function noticeOf(driver: S3Driver): Promise<string | undefined> {

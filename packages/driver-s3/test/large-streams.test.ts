@@ -1,20 +1,7 @@
 import type { Readable } from 'node:stream'
-import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { PatternBody, patternBytes } from '@varve/testkit'
-import { expect, onTestFinished, test } from 'vitest'
-import { FakeS3 } from './fake-s3.ts'
-
-const MIB = 1024 * 1024
-
-async function begin(options: Partial<S3DriverOptions>) {
-  const fake = await FakeS3.start()
-  const driver = new S3Driver({ ...fake.options, ...options })
-  onTestFinished(async () => {
-    await driver[Symbol.asyncDispose]()
-    await fake[Symbol.asyncDispose]()
-  })
-  return { fake, driver }
-}
+import { expect, test } from 'vitest'
+import { begin, MIB } from './faulty-s3.ts'
 
 /** A stream of this size, and of what it has given. */
 function streamOf(size: number): Readable {

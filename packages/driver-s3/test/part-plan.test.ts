@@ -4,6 +4,7 @@ import {
   largestBufferedPart,
   largestObject,
   largestStream,
+  type PartLimits,
   plannedPartSize,
   streamPartSize,
 } from '../src/part-plan.ts'
@@ -55,7 +56,7 @@ test('parts of a stream grow, fit into memory, and are of one size where they mu
   )
 })
 
-test.each([
+test.each<[Partial<PartLimits>, number]>([
   // parts of 8, 16, 32 and 64 MiB, a twentieth of all each, and then of the largest size
   [{}, 500 * (8 + 16 + 32 + 64) + 8000 * 96],
   [{ maxParts: 1000 }, 50 * (8 + 16 + 32 + 64) + 800 * 96],

@@ -1,21 +1,10 @@
 import { bytesBody, type VarveError } from '@varve/core'
-import { S3Driver } from '@varve/driver-s3'
 import { PatternBody } from '@varve/testkit'
-import { expect, onTestFinished, test } from 'vitest'
-import { FakeS3 } from './fake-s3.ts'
-
-async function begin() {
-  const fake = await FakeS3.start()
-  const driver = new S3Driver({ ...fake.options, maxParts: 2, retries: 0 })
-  onTestFinished(async () => {
-    await driver[Symbol.asyncDispose]()
-    await fake[Symbol.asyncDispose]()
-  })
-  return { fake, driver }
-}
+import { expect, test } from 'vitest'
+import { begin } from './faulty-s3.ts'
 
 test('listings that do not go on are told with what to look at', async () => {
-  const { fake, driver } = await begin()
+  const { fake, driver } = await begin({ maxParts: 2, retries: 0 })
   fake.endless = true
   const told = { message: expect.stringMatching(/ Look at the server's log/), context: expect.anything() }
   await expect(driver.list('').next()).rejects.toMatchObject(told)
@@ -23,7 +12,7 @@ test('listings that do not go on are told with what to look at', async () => {
 })
 
 test('an answer that is not what was asked for is told with what to look at', async () => {
-  const { fake, driver } = await begin()
+  const { fake, driver } = await begin({ maxParts: 2, retries: 0 })
   await driver.put('a', bytesBody(Buffer.from('0123456789')))
   fake.mostOfRange = 3
   await expect(driver.get('a', { range: { start: 0, end: 8 } })).rejects.toMatchObject({
@@ -33,7 +22,7 @@ test('an answer that is not what was asked for is told with what to look at', as
 })
 
 test('what is larger than any object, or is not there, is told with what to do', async () => {
-  const { driver } = await begin()
+  const { driver } = await begin({ maxParts: 2, retries: 0 })
   const { maxObjectSize = 0 } = driver.capabilities
   const large = new PatternBody({ size: maxObjectSize + 1 })
   await expect(driver.put('a', large)).rejects.toThrow('Raise maxParts')
