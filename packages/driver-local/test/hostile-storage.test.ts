@@ -100,7 +100,7 @@ describe('a storage that somebody else can write to', () => {
     const driver = new LocalDriver({ path })
     await expect(driver.get('fifo')).rejects.toMatchObject({
       code: 'OBJECT_NOT_FOUND',
-      message: expect.stringContaining('See that the right folder is mounted'),
+      message: expect.stringContaining('use another backup'),
     })
     expect(await driver.stat('fifo')).toBeUndefined()
     expect(await listed(driver)).toEqual([])
