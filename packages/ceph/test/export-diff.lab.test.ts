@@ -243,6 +243,7 @@ test.for<[string, string[]]>([
     const writer = execa('qemu-io', ['-t', 'writeback', '-f', 'raw', path], { stdin: 'pipe' })
     const answers = createInterface(writer.stdout)[Symbol.asyncIterator]()
     let flushed = 0
+    const begun = Promise.withResolvers<void>()
     let isTaken = false
     const writeAll = async () => {
       for (let i = 0; !isTaken && (i + 1) * 512 <= 4 * MIB; i++) {
@@ -251,12 +252,14 @@ test.for<[string, string[]]>([
           // the prompts, and how fast the last one was
         }
         flushed = i // this write's answer comes after the flush before it
+        if (flushed > 0) begun.resolve()
       }
       writer.stdin.end()
       await writer
     }
     const taken: { name: string; atLeast: number; atMost: number }[] = []
     const takeSnapshots = async () => {
+      await begun.promise
       for (const name of ['one', 'two']) {
         const atLeast = flushed
         await cluster.createSnapshot(image, name)

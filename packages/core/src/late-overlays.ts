@@ -30,7 +30,7 @@ export interface LateOverlayOptions {
 }
 
 /**
- * Writes the journal anew of a run whose overlays an instance is on although it has none any more, so that \`recover\` merges
+ * Writes the journal anew of a run whose overlays an instance is on although it has none any more, so that `recover` merges
  * them: libvirt may make a snapshot at any time after the process died that asked for it, also when that run is settled.
  * To be called with the overlays held, so that no run that lives has made them.
  */
