@@ -22,9 +22,12 @@ const REMOTE_SCOPE = { none: {}, explicit: { mostCuts: 4 } }
 describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
   let disk: Tmpfs
   let lab: VsftpdLab
+  /** The password is added once the server has one. */
+  const secrets = ['not the password']
   beforeAll(async () => {
     disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
     lab = await startVsftpd({ tls, config: ['chroot_local_user=NO', 'delay_failed_login=0'] })
+    secrets.push(lab.password)
   })
   afterAll(async () => {
     await lab[Symbol.asyncDispose]()
@@ -92,7 +95,7 @@ describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
         },
         otherTls,
       ],
-      secrets: ['lab password 5d81c4', 'not the password'],
+      secrets,
     },
   })
 })

@@ -31,9 +31,13 @@ const free: FolderTarget[] = []
 const reuses = !isThorough
 const proxies: NetworkProxy[] = []
 
+/** The password is added once the server has one. */
+const secrets = [WRONG]
+
 beforeAll(async () => {
   disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
   lab = await startSshd()
+  secrets.push(lab.password)
   folder = await mkdtemp(join(tmpdir(), 'varve-rclone-network-'))
   obscured = { right: await obscure(lab.password), wrong: await obscure(WRONG) }
 })
@@ -128,6 +132,6 @@ describeDriver('RcloneDriver over SFTP', {
         create: () => driverOn('missing'),
       },
     ],
-    secrets: ['lab-password-3f9c27', WRONG],
+    secrets,
   },
 })

@@ -12,10 +12,13 @@ const isThorough = process.env.VARVE_THOROUGH === '1'
 
 let disk: Tmpfs
 let lab: SshdLab
+/** The password is added once the server has one. */
+const secrets = ['not the password']
 
 beforeAll(async () => {
   disk = await mountTmpfs(`size=${CAPACITY}`) // the server sees the mounts of its beginning
   lab = await startSshd()
+  secrets.push(lab.password)
 })
 
 afterAll(async () => {
@@ -86,7 +89,7 @@ describeDriver('SftpDriver', {
         create: () => refused({ pathPrefix: 'missing/folder' }),
       },
     ],
-    secrets: ['lab-password-3f9c27', 'not the password'],
+    secrets,
   },
 })
 
