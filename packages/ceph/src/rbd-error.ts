@@ -58,6 +58,14 @@ const MEANINGS: readonly Meaning[] = [
     retryable: true,
   },
   {
+    // librbd 16 may abort when many of its requests have timed out.
+    words: /\(110\) Connection timed out/,
+    code: 'CEPH_UNREACHABLE',
+    says: () =>
+      'The Ceph cluster does not answer any more. Check the addresses of its monitors, the network, and `ceph status`',
+    retryable: true,
+  },
+  {
     words: /couldn't connect to the cluster/,
     code: 'CEPH_UNREACHABLE',
     says: () =>

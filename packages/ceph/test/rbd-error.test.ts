@@ -44,6 +44,16 @@ test('a failure that no table knows says how rbd ended, what it said and what to
   })
 })
 
+test('an rbd that aborts when its requests time out is told as a cluster that does not answer', async () => {
+  await rbd('echo "librbd: failed to read from object: (110) Connection timed out" >&2; kill -s ABRT $$')
+  const { stream } = cluster.exportDiff('vms/a', { snapshot: 'one' })
+  await expect(buffer(stream)).rejects.toMatchObject({
+    code: 'CEPH_UNREACHABLE',
+    retryable: true,
+    context: { endedBy: 'SIGABRT' },
+  })
+})
+
 test('an export of another snapshot than was asked for says what to do', async () => {
   const size = '\\000\\000\\020\\000\\000\\000\\000\\000'
   await rbd(`printf 'rbd diff v1\\nt\\003\\000\\000\\000twos${size}e'`)
