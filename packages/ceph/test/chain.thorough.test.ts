@@ -12,11 +12,10 @@ import {
 import { LocalDriver } from '@varve/driver-local'
 import { S3Driver } from '@varve/driver-s3'
 import { type RadosgwLab, startRadosgw } from '@varve/testkit/lab'
-import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
-import { randomChange } from '../../core/test/torture/guest.ts'
 import { Random } from '../../core/test/torture/random.ts'
-import { CephConnector } from '../src/index.ts'
+import { makeBucket, rawClient } from '../../driver-s3/test/s3-target.ts'
+import { ModelDisk } from './model-disk.ts'
 import { RbdSite } from './rbd-site.ts'
 
 const MIB = 1024 ** 2
@@ -32,20 +31,10 @@ beforeAll(async () => {
   site = await RbdSite.start()
   gateway = await startRadosgw(site.ceph)
   folder = await mkdtemp(join(tmpdir(), 'varve-rbd-chain-'))
-  const { endpoint } = gateway
-  const { accessKey, secretKey } = await gateway.createUser('chain')
-  await execa('rclone', ['mkdir', ':s3:varve'], {
-    env: {
-      PATH: process.env.PATH ?? '',
-      RCLONE_CONFIG: '/dev/null',
-      RCLONE_S3_PROVIDER: 'Ceph',
-      RCLONE_S3_ENDPOINT: endpoint,
-      RCLONE_S3_ACCESS_KEY_ID: accessKey,
-      RCLONE_S3_SECRET_ACCESS_KEY: secretKey,
-    },
-    extendEnv: false,
-  })
-  s3 = new S3Driver({ endpoint, bucket: 'varve', accessKey, secretKey })
+  const user = await gateway.createUser('chain')
+  const bucket = await makeBucket(rawClient(gateway, user))
+  const { accessKey, secretKey } = user
+  s3 = new S3Driver({ endpoint: gateway.endpoint, bucket, accessKey, secretKey })
 })
 afterAll(async () => {
   await s3?.[Symbol.asyncDispose]()
@@ -54,44 +43,13 @@ afterAll(async () => {
   await rm(folder, { recursive: true })
 })
 
-/** An image beside a plain buffer, to which every change goes too. */
-class ModelDisk {
-  readonly image: string
-  bytes: Buffer
-  readonly #random: Random
-
-  constructor(image: string, size: number, random: Random) {
-    this.image = image
-    this.bytes = Buffer.alloc(size)
-    this.#random = random
-  }
-
-  async change(): Promise<void> {
-    if (this.#random.oneIn(3)) await this.#resize(MIB + this.#random.below(9) * 700 * 512)
-    const count = 1 + this.#random.below(6)
-    await site.write(
-      this.image,
-      ...Array.from({ length: count }, () => randomChange(this.bytes, this.#random)),
-    )
-  }
-
-  async #resize(size: number): Promise<void> {
-    if (size === this.bytes.length) return
-    await site.ceph.client.resize(this.image, size)
-    const kept = this.bytes.subarray(0, size)
-    this.bytes = Buffer.concat([kept, Buffer.alloc(size - kept.length)])
-  }
-}
-
 test('chains of ten, kept side by side in a folder and on S3, hold what random changes left at each backup', {
   timeout: 600_000,
 }, async () => {
   const random = new Random(SEED)
   const image = await site.create(3 * MIB, '--object-size', '512K')
-  const disk = new ModelDisk(image, 3 * MIB, random)
-  const { conf } = site.ceph
-  const rbd = new CephConnector({ conf, user: site.user.user, keyring: site.user.keyring })
-  const host = new ImageHost({ instance: 'web-1', disks: { vda: `rbd:${image}` }, rbd })
+  const disk = new ModelDisk(site, { image, size: 3 * MIB, resizeOneIn: 3 }, random)
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: `rbd:${image}` }, rbd: site.rbd })
   const stateDir = join(folder, 'state')
   const storages: StorageDriver[] = [new LocalDriver({ path: join(folder, 'local'), create: true }), s3]
   const taken = storages.map(() => [] as { manifest: BackupManifest; bytes: Buffer }[])

@@ -14,9 +14,9 @@ import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { newBackupId } from '../../core/src/backup-id.ts'
 import { DiskLock } from '../../core/src/disk-lock.ts'
 import { RunJournal } from '../../core/src/journal.ts'
-import { randomChange } from '../../core/test/torture/guest.ts'
 import { Random } from '../../core/test/torture/random.ts'
 import { CephConnector } from '../src/index.ts'
+import { ModelDisk } from './model-disk.ts'
 import { expectSame, RbdInstance } from './rbd-instance.ts'
 import { RbdSite } from './rbd-site.ts'
 
@@ -32,39 +32,10 @@ afterAll(() => site[Symbol.asyncDispose]())
 
 const snapshots = (image: string) => site.snapshots(image)
 
-/** An image beside a plain buffer, to which every change goes too. */
-class ModelDisk {
-  readonly image: string
-  bytes: Buffer
-  readonly #random: Random
-
-  constructor(image: string, size: number, random: Random) {
-    this.image = image
-    this.bytes = Buffer.alloc(size)
-    this.#random = random
-  }
-
-  async change(): Promise<void> {
-    if (this.#random.oneIn(2)) await this.#resize(MIB + this.#random.below(9) * 700 * 512)
-    const count = 1 + this.#random.below(6)
-    await site.write(
-      this.image,
-      ...Array.from({ length: count }, () => randomChange(this.bytes, this.#random)),
-    )
-  }
-
-  async #resize(size: number): Promise<void> {
-    if (size === this.bytes.length) return
-    await site.ceph.client.resize(this.image, size)
-    const kept = this.bytes.subarray(0, size)
-    this.bytes = Buffer.concat([kept, Buffer.alloc(size - kept.length)])
-  }
-}
-
 test('chains on two storages, side by side, hold what random changes, of the size too, left at each backup', async () => {
   const random = new Random(SEED)
   const image = await site.create(3 * MIB, '--object-size', '512K')
-  const disk = new ModelDisk(image, 3 * MIB, random)
+  const disk = new ModelDisk(site, { image, size: 3 * MIB, resizeOneIn: 2 }, random)
   const web = await RbdInstance.of(site, `rbd:${image}`)
   const { host, stateDir, storage } = web.parts()
   const storages: StorageDriver[] = [

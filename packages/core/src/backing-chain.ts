@@ -114,7 +114,7 @@ async function isSameFile(one: string, other: string): Promise<boolean> {
   return identity !== undefined && identity === otherIdentity
 }
 
-/** What a file has under each of its names; undefined where there is none. */
+/** What a file has under each of its names; undefined where a name is none of a file, whatever the system says of it. */
 async function identityOf(path: string): Promise<string | undefined> {
   const found = await stat(path, { bigint: true }).catch(() => undefined)
   if (found?.isBlockDevice()) return `device ${found.rdev}`

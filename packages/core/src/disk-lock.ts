@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto'
 import { once } from 'node:events'
 import { createServer, type Server } from 'node:net'
 import { VarveError } from './errors.ts'
+import type { DiskPlace } from './host.ts'
 
 /**
  * Holds disks against every other run on this machine, whatever its state folder. The lock is a Unix socket
@@ -60,7 +61,7 @@ export class DiskLock implements AsyncDisposable {
    *
    * @throws DISK_BUSY
    */
-  assertHolds(disks: readonly { readonly name: string; readonly path: string }[]): void {
+  assertHolds(disks: readonly DiskPlace[]): void {
     const moved = disks.find(({ path }) => !this.#servers.has(path))
     if (!moved) return
     throw new VarveError(

@@ -183,7 +183,7 @@ export interface Host {
    */
   removeBitmaps(
     instance: string,
-    disk: { readonly name: string; readonly path: string },
+    disk: DiskPlace,
     bitmaps: readonly string[],
     run?: RunOptions,
   ): Promise<void>

@@ -1,6 +1,6 @@
 import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
-import type { FileDisk, Host, HostDisk, HostReference, Instance, InstanceDisks } from './host.ts'
+import type { DiskPlace, FileDisk, Host, HostDisk, HostReference, Instance, InstanceDisks } from './host.ts'
 import {
   addImageBitmap,
   offlineDisk,
@@ -104,7 +104,7 @@ export class ImageHost implements Host {
 
   async removeBitmaps(
     _instance: string,
-    { name }: { readonly name: string; readonly path: string },
+    { name }: DiskPlace,
     bitmaps: readonly string[],
     run: RunOptions = {},
   ): Promise<void> {

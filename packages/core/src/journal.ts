@@ -2,7 +2,7 @@ import { type FileHandle, open, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
-import type { DiskOverlay, HostReference } from './host.ts'
+import type { DiskOverlay, DiskPlace, HostReference } from './host.ts'
 import { parseHeader, parseStep } from './journal-schema.ts'
 import { makeFolders } from './make-folders.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -24,7 +24,7 @@ export interface JournalHeader {
   readonly host: HostReference
   readonly storage: StorageReference
   /** The disks that the run holds: target name and path. */
-  readonly disks: readonly { readonly name: string; readonly path: string }[]
+  readonly disks: readonly DiskPlace[]
   /** ISO 8601, UTC. */
   readonly startedAt: string
 }

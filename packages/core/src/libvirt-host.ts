@@ -17,6 +17,7 @@ import {
 } from './guest-state.ts'
 import type {
   DiskOverlay,
+  DiskPlace,
   FileDisk,
   Host,
   HostDisk,
@@ -160,7 +161,7 @@ export class LibvirtHost implements Host {
 
   async removeBitmaps(
     instance: string,
-    disk: { readonly name: string; readonly path: string },
+    disk: DiskPlace,
     bitmaps: readonly string[],
     run: RunOptions = {},
   ): Promise<void> {

@@ -4,7 +4,7 @@ import { diskMark, type FoundBitmap, joinTwins, twinOf, untwinned } from './bitm
 import { runCommand } from './command.ts'
 import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { FileDisk } from './host.ts'
+import type { DiskPlace, FileDisk } from './host.ts'
 import { saysLocked } from './image-lock.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -153,7 +153,7 @@ export async function resolveDisk(name: string, path: string): Promise<string> {
  * is kept.
  */
 export async function addImageBitmap(
-  { name: disk, path }: { readonly name: string; readonly path: string },
+  { name: disk, path }: DiskPlace,
   bitmap: { readonly name: string; readonly granularity: number },
   run: RunOptions,
 ): Promise<void> {

@@ -2,7 +2,7 @@ import { newBackupId } from './backup-id.ts'
 import { findBackup, readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
 import { type ErrorContext, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { Host } from './host.ts'
+import type { DiskPlace, Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { chainForRestore } from './restore-chain.ts'
@@ -211,7 +211,7 @@ function targetsOf({ disks }: RestorePlan) {
 }
 
 /** What a restore holds: all disks of the instance too, as a restore of others would start it in the middle of this one. */
-function disksOf(plan: RestorePlan): readonly { readonly name: string; readonly path: string }[] {
+function disksOf(plan: RestorePlan): readonly DiskPlace[] {
   return [...targetsOf(plan), ...(plan.instance?.disks ?? [])]
 }
 

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { DiskOverlay, Host, MergeRecord } from './host.ts'
-import type { JournalHeader, JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
+import type { DiskOverlay, DiskPlace, Host, MergeRecord } from './host.ts'
+import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { removeFolder } from './remove-folder.ts'
@@ -134,7 +134,7 @@ async function commitWithRetry(
 async function removeBitmaps(
   host: Host,
   instance: string,
-  disk: JournalHeader['disks'][number],
+  disk: DiskPlace,
   bitmaps: readonly string[],
   run: RunOptions,
 ): Promise<void> {
