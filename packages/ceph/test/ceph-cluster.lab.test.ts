@@ -396,7 +396,7 @@ test('a cluster that hangs, or is not there, ends every command in its time', as
   const { stream } = cluster.exportDiff(image, { snapshot: 'one' })
   try {
     const reading = (async () => {
-      for await (const _ of stream) ceph.pause()
+      for await (const _ of stream) await ceph.pause()
     })()
     await expect(reading).rejects.toMatchObject(unreachable)
     const nowhere = new CephConnector({ conf, monitors: ['127.0.0.1:1'], timeoutMs: 1_000 }).cluster()

@@ -3,7 +3,7 @@ import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
-import { qemuIo } from '@varve/testkit/lab'
+import { isPaused, pauseProcess, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, onTestFinished, test } from 'vitest'
 import type { DiskOverlay, MergeRecord } from '../src/host.ts'
@@ -17,11 +17,6 @@ const recoverNow = () => recover({ stateDir: site.stateDir, storages: [site.stor
 
 async function until(isSo: () => Promise<boolean>): Promise<void> {
   while (!(await isSo())) await delay(20)
-}
-
-/** Whether a process has been stopped. */
-async function isStopped(pid: number): Promise<boolean> {
-  return /^State:\s+T/m.test(await readFile(`/proc/${pid}/status`, 'utf8'))
 }
 
 /** A `virsh` that stops before it does anything, when it is told to make a snapshot, and leaves its id in a file. */
@@ -52,7 +47,7 @@ async function dieBeforeSnapshot(instance: string): Promise<number> {
     reject: false,
   })
   const pid = async () => Number(await readFile(pidFile, 'utf8').catch(() => ''))
-  await until(async () => (await pid()) > 0 && (await isStopped(await pid())))
+  await until(async () => (await pid()) > 0 && (await isPaused(await pid())))
   child.kill('SIGKILL')
   expect((await child).signal).toBe('SIGKILL')
   return pid()
@@ -111,7 +106,7 @@ test('a snapshot that libvirt has begun is waited for before its overlay counts 
   let isMerged = false
   const asks = async () =>
     (await execa('pgrep', ['-f', `qemu-monitor-command ${vm.name}`], { reject: false })).exitCode === 0
-  process.kill(qemu, 'SIGSTOP')
+  await pauseProcess(qemu)
   const snapshot = site.host.snapshot(vm.name, [overlay])
   try {
     await until(async () => !(await site.lab.virsh(['domcontrol', vm.name])).startsWith('ok'))

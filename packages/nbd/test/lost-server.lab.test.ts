@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
+import { pauseProcess } from '@varve/testkit/lab'
 import { describe, expect, it } from 'vitest'
 import { NbdClient } from '../src/index.ts'
 import { Lab } from './real-server.ts'
@@ -88,7 +89,7 @@ describe('a server that is lost', () => {
     await using lab = await Lab.create()
     const server = await lab.nbdkit('memory', 'size=1M')
     await using client = await NbdClient.connect(server.address, { timeoutMs: 300 })
-    server.signal('SIGSTOP')
+    await pauseProcess(server.process.pid as number)
     await expect(client.read(0, Buffer.alloc(512))).rejects.toMatchObject({ code: 'NBD_TIMEOUT' })
     server.signal('SIGCONT')
     await client.read(0, Buffer.alloc(512))

@@ -82,13 +82,13 @@ export class CephLab implements AsyncDisposable {
   }
 
   /** Has the cluster hang, connections and all, until {@link CephLab.resume}. */
-  pause(): void {
-    for (const daemon of this.#daemons) daemon.signal('SIGSTOP')
+  async pause(): Promise<void> {
+    await Promise.all(this.#daemons.map(daemon => daemon.pause()))
   }
 
   /** Has it go on. */
   resume(): void {
-    for (const daemon of this.#daemons) daemon.signal('SIGCONT')
+    for (const daemon of this.#daemons) daemon.resume()
   }
 
   /** @internal */

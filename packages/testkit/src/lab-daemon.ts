@@ -4,6 +4,7 @@ import { closeSync, openSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { type AddressInfo, createServer } from 'node:net'
 import { pollUntil } from './lab-poll.ts'
+import { pauseProcess } from './lab-process.ts'
 
 const LOG_END = 2000
 
@@ -48,9 +49,16 @@ export class LabDaemon {
     await exit
   }
 
-  /** Sends it a signal. */
-  signal(signal: NodeJS.Signals): void {
-    this.#child.kill(signal)
+  /** Has it hang, connections and all, until {@link LabDaemon.resume}. */
+  async pause(): Promise<void> {
+    const { pid } = this.#child
+    if (this.#ended || pid === undefined) throw new Error(await this.#failure('has ended'))
+    await pauseProcess(pid)
+  }
+
+  /** Has it go on. */
+  resume(): void {
+    this.#child.kill('SIGCONT')
   }
 
   get #ended(): boolean {

@@ -1,4 +1,5 @@
 import { readdir, readFile } from 'node:fs/promises'
+import { pollUntil } from './lab-poll.ts'
 
 /** The id of the process that has all of `texts` in its command line, other than this one. */
 export async function findProcess(...texts: string[]): Promise<number | undefined> {
@@ -19,4 +20,28 @@ async function findCommandLine(isIt: (commandLine: string) => boolean): Promise<
     if (isIt(commandLine)) return pid
   }
   return undefined
+}
+
+/** Whether a process has been stopped, with all its threads; Linux only. */
+export async function isPaused(pid: number): Promise<boolean> {
+  const threads = await readdir(`/proc/${pid}/task`)
+  const states = threads.map(async thread => /^State:\s+(\w)/m.exec(await statusOf(pid, thread))?.[1])
+  return (await Promise.all(states)).every(state => state === 'T')
+}
+
+/**
+ * Stops a process with SIGSTOP and waits until none of its threads runs: one of them may serve a request that is sent
+ * right after the signal. SIGCONT has it go on.
+ */
+export async function pauseProcess(pid: number): Promise<void> {
+  process.kill(pid, 'SIGSTOP')
+  await pollUntil(
+    async () => (await isPaused(pid)) || undefined,
+    10_000,
+    () => `The process ${pid} runs on, 10 s after SIGSTOP.`,
+  )
+}
+
+async function statusOf(pid: number, thread: string): Promise<string> {
+  return readFile(`/proc/${pid}/task/${thread}/status`, 'utf8').catch(() => '') // ended meanwhile
 }

@@ -38,6 +38,7 @@ export {
   LabDomain,
   type LabDomainOptions,
 } from './lab-domain.ts'
+export { isPaused, pauseProcess } from './lab-process.ts'
 export { RadosgwLab, type S3User, startRadosgw } from './lab-radosgw.ts'
 export { SshdLab, type SshdOptions, startSshd } from './lab-sshd.ts'
 export { startVsftpd, VsftpdLab, type VsftpdOptions } from './lab-vsftpd.ts'
