@@ -1,7 +1,7 @@
 import { stat } from 'node:fs/promises'
 import { z } from 'zod'
 import { runCommand } from './command.ts'
-import { errorMessage, VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** One of the images under a disk's own. */
@@ -22,9 +22,10 @@ const chainInfo = z.array(z.object({ filename: z.string(), format: z.string() })
 export async function headerChain(path: string, format: string, run: RunOptions): Promise<ChainImage[]> {
   const args = ['info', '--force-share', '--backing-chain', '--output=json', '-f', format, path]
   const { stdout } = await runCommand('qemu-img', args, run).catch(error => {
+    if (!isVarveError(error, 'COMMAND_FAILED')) throw error // such as that of a run that was given up
     throw new VarveError(
       'DISK_UNSUPPORTED',
-      `The backing files of ${path} cannot be told: ${errorMessage(error)}. See that each file that "qemu-img info --backing-chain" names is there and readable.`,
+      `The backing files of ${path} cannot be told: ${error.message}. See that each file that "qemu-img info --backing-chain" names is there and readable.`,
       { context: { path }, cause: error },
     )
   })

@@ -1,6 +1,16 @@
-import { expect, test } from 'vitest'
-import { fileOfName } from '../src/backing-chain.ts'
+import { afterEach, expect, test, vi } from 'vitest'
+import { fileOfName, headerChain } from '../src/backing-chain.ts'
 import { readDefinedBacking } from '../src/defined-backing.ts'
+
+afterEach(() => void vi.unstubAllEnvs())
+
+test('a look at the headers that was given up, or lacks its program, does not blame the disk', async () => {
+  const reason = new Error('no longer wanted')
+  const givenUp = headerChain('/img/a', 'qcow2', { signal: AbortSignal.abort(reason) })
+  await expect(givenUp).rejects.toMatchObject({ code: 'ABORTED', cause: reason })
+  vi.stubEnv('PATH', '/nowhere')
+  await expect(headerChain('/img/a', 'qcow2', {})).rejects.toMatchObject({ code: 'COMMAND_MISSING' })
+})
 
 test('the file of a node is told from the name that QEMU gives it', () => {
   const json = (node: object) => `json:${JSON.stringify(node)}`
