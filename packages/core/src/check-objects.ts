@@ -119,12 +119,19 @@ const DAMAGE: ReadonlySet<ErrorCode> = new Set([
   'STORAGE_FAILED',
 ])
 
+/** A storage that may do the same later, as when it is busy, has told nothing of the object. */
+function isDamage(error: unknown): error is VarveError {
+  return (
+    isVarveError(error) && DAMAGE.has(error.code) && !(error.code === 'STORAGE_FAILED' && error.retryable)
+  )
+}
+
 /** Runs a check. An error because of a damaged object is a finding; any other ends the verification. */
 async function collectDamages(check: () => Promise<VarveError[]>): Promise<VarveError[]> {
   try {
     return await check()
   } catch (error) {
-    if (isVarveError(error) && DAMAGE.has(error.code)) return [error]
+    if (isDamage(error)) return [error]
     throw error
   }
 }

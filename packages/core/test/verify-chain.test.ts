@@ -352,6 +352,15 @@ describe('verifying fails', () => {
     },
   )
 
+  it('where the storage stays busy with an object, and does not call the backup damaged', async () => {
+    const options = { retryable: true }
+    storage.intercept = call => {
+      if (call === `get ${link(0).folder}/vda.qcow2`) throw new VarveError('STORAGE_FAILED', 'Busy.', options)
+    }
+    const verified = chains.verify(NEWEST, { deep: true })
+    await expect(verified).rejects.toMatchObject({ code: 'STORAGE_FAILED', retryable: true })
+  })
+
   it('with the error of a storage that goes away between the digests and the header', async () => {
     const key = `${link(0).folder}/vda.qcow2`
     let reads = 0
