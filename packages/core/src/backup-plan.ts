@@ -213,8 +213,8 @@ function bitmapObstacle(disk: FileDisk, before: ManifestDisk, name: string): Fal
   if (bitmap.inconsistent) return 'bitmap-inconsistent'
   if (!bitmap.enabled) return 'bitmap-disabled'
   if (bitmap.granularity !== before.bitmap.granularity) return 'bitmap-granularity'
+  if (disk.virtualSize < before.virtualSize) return 'disk-shrunk' // which also cuts bitmaps
   if (bitmap.twin !== 'agrees') return 'bitmap-altered'
-  if (disk.virtualSize < before.virtualSize) return 'disk-shrunk'
   return undefined
 }
 

@@ -5,11 +5,12 @@ import type { DiskBitmap } from './host.ts'
 
 /** A bitmap as QEMU tells it, be it a backup's or a twin. */
 export interface FoundBitmap extends Omit<DiskBitmap, 'twin' | 'names'> {
-  /** How much of the disk it says was written: bytes or bits. Absent where that cannot be told. */
+  /** How many of its bits are set. Absent where that cannot be told. */
   readonly dirty?: number
 }
 
 const TWIN = /^(varve-.+)-twin-[0-9a-z]+$/
+const SEAL = /^(varve-.+)-seal-(\d+)$/
 
 /**
  * Ties a bitmap to the disk that it is of, by the disk's target name and its file. All disks of a backup have a bitmap of one
@@ -63,26 +64,50 @@ export function twinOf(bitmap: string, mark: string): string {
   return `${bitmap}-twin-${mark}`
 }
 
-/** The bitmap that a twin belongs to; any other bitmap belongs to itself. */
-export function untwinned(name: string): string {
-  return name.replace(TWIN, '$1')
+/** A bitmap to be made: it records nothing, and begins with the bits that another one on the disk has. */
+export interface Seal {
+  readonly name: string
+  /** The other one. */
+  readonly from: string
+  readonly granularity: number
 }
 
-/** Joins bitmaps that were found on a disk, at one moment, with their twins. `mark` is the disk's {@link twinMark}. */
+/**
+ * What shows that bitmaps were cleared, or stopped and set going again, where a bitmap and its twin were alike: a third one
+ * that is stopped from the beginning, whose name tells how many bits it has at least. Its bits are those of the bitmap on the disk, whosever it is, that has the most:
+ * QEMU sets none without a write. Undefined where none has any, or the bitmap is sealed already, or not there.
+ */
+export function sealOf(bitmap: string, found: readonly FoundBitmap[]): Seal | undefined {
+  const own = found.find(({ name }) => name === bitmap)
+  if (!own || found.some(({ name }) => SEAL.exec(name)?.[1] === bitmap)) return undefined
+  const { granularity } = own
+  const bits = ({ dirty = 0 }: FoundBitmap) => dirty
+  const [most] = found
+    .filter(
+      other => other.granularity === granularity && !other.inconsistent && other.name.startsWith('varve-'),
+    )
+    .toSorted((one, other) => bits(other) - bits(one))
+  if (!most || bits(most) === 0) return undefined
+  return { name: `${bitmap}-seal-${bits(most)}`, from: most.name, granularity }
+}
+
+/** The bitmap that a twin or a seal belongs to; any other bitmap belongs to itself. */
+export function ownerOf(name: string): string {
+  return name.replace(TWIN, '$1').replace(SEAL, '$1')
+}
+
+/**
+ * Joins bitmaps that were found on a disk, at one moment, with their twins and seals. `mark` is the disk's {@link twinMark}.
+ */
 export function joinTwins(found: readonly FoundBitmap[], mark: string): DiskBitmap[] {
-  const isTwin = ({ name }: FoundBitmap) => TWIN.test(name)
-  const twins = Map.groupBy(found.filter(isTwin), ({ name }) => untwinned(name))
-  const joined = found
-    .filter(bitmap => !isTwin(bitmap))
-    .map((bitmap): DiskBitmap => {
-      const { dirty, ...plain } = bitmap
-      const own = twins.get(bitmap.name) ?? []
-      twins.delete(bitmap.name)
-      return { ...plain, twin: compare(bitmap, own, mark), names: [bitmap, ...own].map(({ name }) => name) }
-    })
-  for (const [name, alone] of twins) {
-    for (const { dirty, ...plain } of alone.slice(0, 1))
-      joined.push({ ...plain, name, twin: 'alone', names: alone.map(({ name }) => name) })
+  const joined: DiskBitmap[] = []
+  for (const [name, own] of Map.groupBy(found, bitmap => ownerOf(bitmap.name))) {
+    const bitmap = own.find(bitmap => bitmap.name === name)
+    const [first] = own
+    if (!first) continue
+    const { dirty, ...plain } = bitmap ?? first
+    const twin = bitmap ? compare(bitmap, own, mark) : 'alone'
+    joined.push({ ...plain, name, twin, names: own.map(({ name }) => name) })
   }
   return joined
 }
@@ -91,11 +116,18 @@ export function joinTwins(found: readonly FoundBitmap[], mark: string): DiskBitm
  * A bitmap that was cleared has a part of what its twin has: as many are all. It may have more, of writes in between when
  * the two were begun.
  */
-function compare(bitmap: FoundBitmap, twins: readonly FoundBitmap[], mark: string): DiskBitmap['twin'] {
+function compare(bitmap: FoundBitmap, own: readonly FoundBitmap[], mark: string): DiskBitmap['twin'] {
+  const twins = own.filter(({ name }) => TWIN.test(name))
   if (twins.length === 0) return 'missing'
   const twin = twins.find(({ name }) => name === twinOf(bitmap.name, mark))
   if (!twin) return 'foreign'
   const isComparable = twin.enabled && !twin.inconsistent && twin.granularity === bitmap.granularity
   if (!isComparable || bitmap.dirty === undefined || twin.dirty === undefined) return 'differs'
-  return bitmap.dirty >= twin.dirty ? 'agrees' : 'differs'
+  return bitmap.dirty >= twin.dirty && own.every(isWhole) ? 'agrees' : 'differs'
+}
+
+/** Whether a bitmap is no seal, or one that nobody has set going and that has its bits, as far as that can be told. */
+function isWhole({ name, enabled, dirty }: FoundBitmap): boolean {
+  const [, , bits] = SEAL.exec(name) ?? []
+  return bits === undefined || (!enabled && (dirty === undefined || dirty >= Number(bits)))
 }

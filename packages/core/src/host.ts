@@ -4,7 +4,7 @@ import type { RunOptions } from './run-options.ts'
 
 /** A bitmap that an image carries. */
 export interface DiskBitmap {
-  /** Its name, without what marks a twin. */
+  /** Its name, without what marks a twin or a seal. */
   readonly name: string
   /** Bytes that one bit stands for. */
   readonly granularity: number
@@ -13,12 +13,12 @@ export interface DiskBitmap {
   /** QEMU did not store it when it ended: what it says cannot be trusted. It can only be removed. */
   readonly inconsistent: boolean
   /**
-   * Whether it has all that its twin recorded beside it. `differs`: not, so somebody cleared it, made it anew or stopped it
-   * for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there. `foreign`: it was begun
+   * Whether it has all that its twin recorded beside it. `differs`: not, or its seal has not what it had, so somebody cleared
+   * it, made it anew or stopped it for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there. `foreign`: it was begun
    * on another file, of which this is a copy that need not have all writes, or for another disk.
    */
   readonly twin: 'agrees' | 'differs' | 'missing' | 'alone' | 'foreign'
-  /** What it and its twin are called on the disk, as far as they are there. */
+  /** What it, its twin and its seal are called on the disk, as far as they are there. */
   readonly names: readonly string[]
 }
 
@@ -133,6 +133,14 @@ export type HostReference =
       readonly disks: Readonly<Record<string, ImageDisk>>
     }
 
+/** What becomes of the bitmaps of a disk. */
+export interface BitmapChange {
+  /** The name of the one to seal, if it is there and has no seal; see `docs/architecture.md`. */
+  readonly seal?: string
+  /** The names of those to remove. */
+  readonly remove: readonly string[]
+}
+
 /** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
 export interface MergeRecord {
   /** `merged`: it is done. `pivot`: it is, if the disk is on its base. */
@@ -178,15 +186,10 @@ export interface Host {
     run?: RunOptions,
   ): Promise<void>
   /**
-   * Removes bitmaps and their twins from a disk; those that are not there are left out. Also from the disk's file, `path`,
-   * where that belongs to another instance or disk by now, or to none.
+   * Seals a bitmap of a disk, and removes others, with their twins and seals; those that are not there are left out. Also on
+   * the disk's file, `path`, where that belongs to another instance or disk by now, or to none.
    */
-  removeBitmaps(
-    instance: string,
-    disk: DiskPlace,
-    bitmaps: readonly string[],
-    run?: RunOptions,
-  ): Promise<void>
+  changeBitmaps(instance: string, disk: DiskPlace, change: BitmapChange, run?: RunOptions): Promise<void>
   /** Where the overlay of a disk goes. @throws INVALID_ARGUMENT where there is no such folder */
   overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */

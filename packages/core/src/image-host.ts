@@ -1,12 +1,21 @@
 import { resolve } from 'node:path'
 import { VarveError } from './errors.ts'
-import type { DiskPlace, FileDisk, Host, HostDisk, HostReference, Instance, InstanceDisks } from './host.ts'
+import type {
+  BitmapChange,
+  DiskPlace,
+  FileDisk,
+  Host,
+  HostDisk,
+  HostReference,
+  Instance,
+  InstanceDisks,
+} from './host.ts'
 import {
   addImageBitmap,
+  changeImageBitmaps,
   offlineDisk,
   readImageInfo,
   readOfflineDisk,
-  removeImageBitmaps,
   resolveDisk,
 } from './qemu-img.ts'
 import { type RbdCluster, type RbdConnector, rbdImageOf } from './rbd.ts'
@@ -102,14 +111,14 @@ export class ImageHost implements Host {
     for (const disk of disks) await addImageBitmap(disk, { name: bitmap, granularity }, run)
   }
 
-  async removeBitmaps(
+  async changeBitmaps(
     _instance: string,
     { name }: DiskPlace,
-    bitmaps: readonly string[],
+    change: BitmapChange,
     run: RunOptions = {},
   ): Promise<void> {
     const image = this.#disks[name]
-    if (image !== undefined) await removeImageBitmaps(pathOf(image), bitmaps, run)
+    if (image !== undefined) await changeImageBitmaps(pathOf(image), change, run)
   }
 
   overlayPath(): Promise<string> {

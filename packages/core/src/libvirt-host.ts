@@ -1,7 +1,7 @@
 import { realpath, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { assertSameChain, headerChain } from './backing-chain.ts'
-import { diskMark, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
+import { diskMark, joinTwins, twinOf } from './bitmap-twin.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { assertDefinedBacking } from './defined-backing.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
@@ -16,6 +16,7 @@ import {
   waitUntilOff,
 } from './guest-state.ts'
 import type {
+  BitmapChange,
   DiskOverlay,
   DiskPlace,
   FileDisk,
@@ -29,7 +30,7 @@ import type {
 } from './host.ts'
 import { backupOfOverlay, overlayName } from './late-overlays.ts'
 import { type DiskState, isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
-import { addImageBitmap, readOfflineDisk, removeImageBitmaps } from './qemu-img.ts'
+import { addImageBitmap, changeImageBitmaps, readOfflineDisk } from './qemu-img.ts'
 import type { Qmp } from './qmp.ts'
 import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
@@ -159,36 +160,32 @@ export class LibvirtHost implements Host {
     await qmp.transaction((await Promise.all(additions)).flat())
   }
 
-  async removeBitmaps(
+  async changeBitmaps(
     instance: string,
     disk: DiskPlace,
-    bitmaps: readonly string[],
+    change: BitmapChange,
     run: RunOptions = {},
   ): Promise<void> {
     const state = await this.#domains.diskState(instance, disk.name, run)
-    if (state) await this.#removeBitmaps(instance, state, bitmaps, run)
+    if (state) await this.#changeBitmaps(instance, state, change, run)
     if (state?.path === disk.path) return
     // Somebody has renamed the instance or the disk, and may have given the name to another one.
     const renamed = await this.#domains.diskOn(disk.path, run)
     const there = renamed && (await this.#domains.diskState(renamed.instance, renamed.disk, run))
-    if (renamed && there) await this.#removeBitmaps(renamed.instance, there, bitmaps, run)
-    else await removeForgottenBitmaps(disk.path, bitmaps, run)
+    if (renamed && there) await this.#changeBitmaps(renamed.instance, there, change, run)
+    else await removeForgottenBitmaps(disk.path, change.remove, run)
   }
 
-  async #removeBitmaps(
+  async #changeBitmaps(
     instance: string,
-    state: DiskState,
-    bitmaps: readonly string[],
+    { running, path, format }: DiskState,
+    change: BitmapChange,
     run: RunOptions,
   ): Promise<void> {
-    if (state.format !== 'qcow2') return
-    if (!state.running) return removeImageBitmaps(state.path, bitmaps, run)
+    if (format !== 'qcow2') return
+    if (!running) return changeImageBitmaps(path, change, run)
     const qmp = await this.#domains.qmp(instance, run)
-    const node = qmp.node(state.path, state.format)
-    const present = node.bitmaps.filter(({ name }) => bitmaps.includes(untwinned(name)))
-    await qmp.transaction(
-      present.map(({ name }) => ({ type: 'block-dirty-bitmap-remove', data: { node: node.name, name } })),
-    )
+    await qmp.changeBitmaps(qmp.node(path, format), change)
   }
 
   async overlayPath(disk: FileDisk, backupId: string): Promise<string> {
@@ -335,7 +332,7 @@ async function removeForgottenBitmaps(
   run: RunOptions,
 ): Promise<void> {
   if (!(await statIfThere(path))) return
-  await removeImageBitmaps(path, bitmaps, run).catch(error => {
+  await changeImageBitmaps(path, { remove: bitmaps }, run).catch(error => {
     const message = `The bitmaps ${bitmaps.join(', ')} stay on ${path}, where they serve nothing and cost time at each write: ${errorMessage(error)}`
     emit(run, { type: 'warning', message })
   })

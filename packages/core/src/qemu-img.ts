@@ -1,10 +1,10 @@
 import { realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
-import { diskMark, type FoundBitmap, joinTwins, twinOf, untwinned } from './bitmap-twin.ts'
+import { diskMark, type FoundBitmap, joinTwins, ownerOf, sealOf, twinOf } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
 import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { DiskPlace, FileDisk } from './host.ts'
+import type { BitmapChange, DiskPlace, FileDisk } from './host.ts'
 import { saysLocked } from './image-lock.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -166,14 +166,19 @@ export async function addImageBitmap(
   }
 }
 
-/** Removes bitmaps and their twins from an image that nobody has open; those that are not there are left out. */
-export async function removeImageBitmaps(
+/** Seals a bitmap of an image that nobody has open, and removes others; see {@link Host.changeBitmaps}. */
+export async function changeImageBitmaps(
   path: string,
-  bitmaps: readonly string[],
+  { seal: sealed, remove }: BitmapChange,
   run: RunOptions,
 ): Promise<void> {
   const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
-  for (const { name } of present.filter(({ name }) => bitmaps.includes(untwinned(name))))
+  const seal = sealed === undefined ? undefined : sealOf(sealed, present)
+  if (seal) {
+    const actions = ['--add', '-g', String(seal.granularity), '--disable', '--merge', seal.from]
+    await changeBitmap(path, [...actions, '-f', 'qcow2', path, seal.name], run)
+  }
+  for (const { name } of present.filter(({ name }) => remove.includes(ownerOf(name))))
     await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
 }
 

@@ -1,8 +1,9 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
 import { type ChainImage, fileOfName } from './backing-chain.ts'
-import type { FoundBitmap } from './bitmap-twin.ts'
+import { type FoundBitmap, ownerOf, type Seal, sealOf } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
+import type { BitmapChange } from './host.ts'
 
 /** The parts of QMP's `BlockDeviceInfo` that are used; see QEMU's "QMP Reference Manual", query-named-block-nodes. */
 const blockNodes = z.array(
@@ -19,7 +20,7 @@ const blockNodes = z.array(
         z.object({
           name: z.string().default(''),
           granularity: z.number(),
-          /** Bytes. */
+          /** Bytes, those of whole bits. */
           count: z.number(),
           recording: z.boolean(),
           inconsistent: z.boolean().default(false),
@@ -92,7 +93,7 @@ export class Qmp {
         granularity: bitmap.granularity,
         enabled: bitmap.recording,
         inconsistent: bitmap.inconsistent,
-        dirty: bitmap.count,
+        dirty: bitmap.count / bitmap.granularity,
       })),
     }
   }
@@ -102,10 +103,30 @@ export class Qmp {
     return this.#nodes.some(({ file }) => file === path)
   }
 
+  /** See {@link Host.changeBitmaps}. */
+  async changeBitmaps(
+    { name: node, bitmaps }: BlockNode,
+    { seal: sealed, remove }: BitmapChange,
+  ): Promise<void> {
+    const seal = sealed === undefined ? undefined : sealOf(sealed, bitmaps)
+    const removed = bitmaps.filter(({ name }) => remove.includes(ownerOf(name)))
+    await this.transaction([
+      ...(seal ? sealing(node, seal) : []),
+      ...removed.map(({ name }) => ({ type: 'block-dirty-bitmap-remove', data: { node, name } })),
+    ])
+  }
+
   /** Carries out all the actions at one point in time, or none. */
   async transaction(actions: readonly { type: string; data: object }[]): Promise<void> {
     if (actions.length > 0) await execute(this.#monitor, this.#domain, 'transaction', { actions })
   }
+}
+
+function sealing(node: string, { name, from, granularity }: Seal): { type: string; data: object }[] {
+  return [
+    { type: 'block-dirty-bitmap-add', data: { node, name, granularity, persistent: true, disabled: true } },
+    { type: 'block-dirty-bitmap-merge', data: { node, target: name, bitmaps: [from] } },
+  ]
 }
 
 function noNode(domain: string, path: string, format: string): VarveError {

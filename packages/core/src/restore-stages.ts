@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
 import { backupOfMark, markName, marksOfBackups } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
-import { untwinned } from './bitmap-twin.ts'
+import { ownerOf } from './bitmap-twin.ts'
 import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, isVarveError, VarveError } from './errors.ts'
 import type { RbdDisk } from './host.ts'
@@ -11,7 +11,7 @@ import type { ImageRename, Rename } from './journal.ts'
 import { loadRecorded } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
-import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
+import { addImageBitmap, changeImageBitmaps, readImageInfo } from './qemu-img.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import { planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
@@ -50,9 +50,9 @@ export async function mark(
   for (const { bitmap, ...disk } of files) {
     if (request.inPlace) {
       const { bitmaps } = await readImageInfo(disk.path, 'qcow2', run)
-      const names = bitmaps.map(({ name }) => untwinned(name))
+      const names = bitmaps.map(({ name }) => ownerOf(name))
       const old = names.filter(name => known.has(backupOfMark(name) ?? ''))
-      await removeImageBitmaps(disk.path, old, run)
+      await changeImageBitmaps(disk.path, { remove: old }, run)
     }
     await addImageBitmap(disk, bitmap, run)
   }

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { DiskOverlay, DiskPlace, Host, MergeRecord } from './host.ts'
+import type { BitmapChange, DiskOverlay, DiskPlace, Host, MergeRecord } from './host.ts'
 import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
@@ -74,7 +74,11 @@ export async function settleBackup(
     (publish !== undefined && (await isPublished(journal, storage, publish)))
   if (publish && published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
-    for (const disk of disks) await removeBitmaps(host, instance, disk, publish.retire[disk.name] ?? [], run)
+    const [begun] = journal.of('bitmap-add')
+    for (const disk of disks) {
+      const seal = begun?.disks.includes(disk.name) ? { seal: begun.bitmap } : {}
+      await changeBitmaps(host, instance, disk, { ...seal, remove: publish.retire[disk.name] ?? [] }, run)
+    }
     for (const { disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images)
         await removeSnapshots(host, instance, image, publish.retireSnapshots?.[image.disk] ?? [], run)
@@ -82,7 +86,7 @@ export async function settleBackup(
   } else {
     for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
       for (const disk of disks.filter(({ name }) => marked.includes(name)))
-        await removeBitmaps(host, instance, disk, [bitmap], run)
+        await changeBitmaps(host, instance, disk, { remove: [bitmap] }, run)
     }
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
@@ -131,16 +135,16 @@ async function commitWithRetry(
   }
 }
 
-async function removeBitmaps(
+async function changeBitmaps(
   host: Host,
   instance: string,
   disk: DiskPlace,
-  bitmaps: readonly string[],
+  change: BitmapChange,
   run: RunOptions,
 ): Promise<void> {
-  if (bitmaps.length === 0) return
+  if (change.seal === undefined && change.remove.length === 0) return
   try {
-    await host.removeBitmaps(instance, disk, bitmaps, run)
+    await host.changeBitmaps(instance, disk, change, run)
   } catch (error) {
     // An instance, or a disk of it, that is gone took its bitmaps along.
     if (!isVarveError(error, 'INSTANCE_NOT_FOUND') && !isVarveError(error, 'DISK_NOT_FOUND')) throw error

@@ -12,9 +12,11 @@ import type { Qcow2ManifestDisk } from './manifest.ts'
 import { MAP_MAX_BYTES } from './manifest-schema.ts'
 import { Progress } from './progress.ts'
 import { putFile } from './put-file.ts'
+import { readOfflineDisk } from './qemu-img.ts'
 import { exportDisk } from './qemu-nbd.ts'
 import type { RateLimit } from './rate-limit.ts'
 import { readDataMap } from './read-data-map.ts'
+import type { RunOptions } from './run-options.ts'
 import { bytesBody } from './storage.ts'
 import { uploadOf, verifyUploads } from './verify-upload.ts'
 
@@ -48,6 +50,7 @@ export async function serveDisk(
   })
   const { died } = server
   try {
+    if (plan.kind === 'incremental') await assertBitmapWhole(disk, plan.since, run)
     const metaContexts = [ALLOCATION, ...(plan.kind === 'incremental' ? [dirtyContext(plan.since)] : [])]
     const signal = run.signal ? AbortSignal.any([run.signal, died]) : died
     const client = await NbdClient.connect({ socketPath: server.socketPath }, { metaContexts, signal })
@@ -82,6 +85,25 @@ export async function streamFileDisk(
   } catch (error) {
     throw died.aborted && !given.aborted ? died.reason : error
   }
+}
+
+/**
+ * What the disk was planned by may have been changed until it was frozen.
+ *
+ * @throws SNAPSHOT_FAILED
+ */
+async function assertBitmapWhole(
+  { name: disk, path }: FileDisk,
+  since: string,
+  run: RunOptions,
+): Promise<void> {
+  const { bitmaps } = await readOfflineDisk(disk, path, 'qcow2', run)
+  if (bitmaps.some(({ name, enabled, twin }) => name === since && enabled && twin === 'agrees')) return
+  throw new VarveError(
+    'SNAPSHOT_FAILED',
+    `The bitmap ${since} of the disk ${disk} was changed by somebody while the backup began, so that what was written since the parent cannot be told. Nothing was published; back up again, which takes a full image of it.`,
+    { context: { disk, path, bitmap: since }, retryable: true },
+  )
 }
 
 /** QEMU's NBD interop document. */

@@ -18,6 +18,26 @@ interface Marked {
   readonly name: string
 }
 
+/** Sends a command to QEMU's monitor. */
+async function monitor(domain: string, command: string, args: object) {
+  const json = JSON.stringify({ execute: command, arguments: args })
+  const reply = JSON.parse(await site.lab.virsh(['qemu-monitor-command', domain, json]))
+  expect(reply.error).toBeUndefined()
+  return reply.return
+}
+
+/** The block node of a qcow2 image, and the names of its bitmaps. */
+async function nodeOf(domain: string, path: string): Promise<{ name: string; bitmaps: string[] }> {
+  const nodes: {
+    'node-name': string
+    drv: string
+    file: string
+    'dirty-bitmaps'?: { name: string }[]
+  }[] = await monitor(domain, 'query-named-block-nodes', { flat: true })
+  const node = nodes.find(({ drv, file }) => drv === 'qcow2' && file === path) ?? expect.fail()
+  return { name: node['node-name'], bitmaps: (node['dirty-bitmaps'] ?? []).map(({ name }) => name) }
+}
+
 /** A backup must be what is on the disk of the instance, which is off. */
 async function expectIsDisk(manifest: BackupManifest): Promise<void> {
   const stored = { path: site.stored(manifest, 'vda.qcow2'), format: 'qcow2' } as const
@@ -28,12 +48,7 @@ async function expectIsDisk(manifest: BackupManifest): Promise<void> {
 test('a bitmap that somebody changed in a running instance is not built on', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await vm.start()
-  const qmp = async (command: string, args: object) => {
-    const json = JSON.stringify({ execute: command, arguments: args })
-    const reply = JSON.parse(await site.lab.virsh(['qemu-monitor-command', vm.name, json]))
-    expect(reply.error).toBeUndefined()
-    return reply.return
-  }
+  const qmp = (command: string, args: object) => monitor(vm.name, command, args)
   const guestWrites = (pattern: number, where: string) => vm.io('vda', `write -P ${pattern} ${where}`)
   const changes: Record<string, (marked: Marked) => Promise<unknown>> = {
     cleared: marked => qmp('block-dirty-bitmap-clear', marked),
@@ -49,12 +64,8 @@ test('a bitmap that somebody changed in a running instance is not built on', asy
   for (const [what, change] of Object.entries(changes)) {
     pattern++
     await guestWrites(pattern, '1M 1M')
-    const nodes: { 'node-name': string; drv: string; file: string }[] = await qmp(
-      'query-named-block-nodes',
-      {},
-    )
-    const node = nodes.find(({ drv, file }) => drv === 'qcow2' && file === image('vda'))
-    await change({ node: node?.['node-name'] ?? expect.fail(), name: markName(last.id) })
+    const { name: node } = await nodeOf(vm.name, image('vda'))
+    await change({ node, name: markName(last.id) })
     await guestWrites(pattern, '5M 1M')
     last = await backup({ type: 'incremental' })
     expect(last, what).toMatchObject({ kind: 'full', disks: [{ fallback: 'bitmap-altered' }] })
@@ -106,7 +117,7 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
   expect(stopped).toMatchObject({ disks: [{ fallback: 'bitmap-disabled' }] })
   await write('write -P 0x44 2M 1M')
   name = markName(stopped.id)
-  expect(await listed()).toEqual([name, twin()])
+  expect(await listed()).toEqual([name, twin(), `${name}-seal-16`])
 
   // All that a twin has may have been cleared in the other before it was written again.
   await bitmap('--clear', name)
@@ -119,7 +130,85 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
   await bitmap('--remove', markName(next.id))
   const full = await backup()
   expect(full).toMatchObject({ disks: [{ fallback: 'bitmap-missing' }] })
-  expect(await listed()).toEqual([markName(full.id), twinOf(markName(full.id), mark)])
+  name = markName(full.id)
+  expect(await listed()).toEqual([name, twin(), `${name}-seal-16`])
+})
+
+test('bitmaps that somebody cleared, or stopped for a while, all of them, are not built on', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  const path = image('vda')
+  /** All at once, as by a tool that knows none of them; gives what they are called. */
+  const all = async (action: 'clear' | 'disable' | 'enable') => {
+    if ((await vm.state()) === 'shut off') {
+      const names = [...(await countBitmapBits(path)).keys()]
+      for (const name of names) await execa('qemu-img', ['bitmap', `--${action}`, '-f', 'qcow2', path, name])
+      return names
+    }
+    const { name: node, bitmaps } = await nodeOf(vm.name, path)
+    const actions = bitmaps.map(name => ({ type: `block-dirty-bitmap-${action}`, data: { node, name } }))
+    await monitor(vm.name, 'transaction', { actions })
+    return bitmaps
+  }
+  const isAltered = async (what: string) => {
+    const next = await backup()
+    expect(next, what).toMatchObject({ kind: 'full', disks: [{ fallback: 'bitmap-altered' }] })
+    return next
+  }
+  await vm.start()
+  site.storage.beforePut = async key => {
+    if (key.endsWith('vda.qcow2')) await vm.io('vda', 'write -P 0x11 1M 1M') // goes into the overlay
+  }
+  const first = await backup()
+  const named = [markName(first.id), twinOf(markName(first.id), await diskMark('vda', path))]
+  await vm.io('vda', 'write -P 0x22 2M 2M')
+  expect((await all('clear')).sort()).toEqual([named[0], `${named[0]}-seal-16`, named[1]])
+  const second = await isAltered('after a full backup')
+  await site.expectStored(second, ['read -P 0x22 2M 2M'])
+
+  site.storage.beforePut = undefined
+  await vm.io('vda', 'write -P 0x33 3M 1M')
+  const third = await backup()
+  expect(third).toMatchObject({ kind: 'incremental', parent: second.id })
+  await vm.io('vda', 'write -P 0x44 4M 1M')
+  await all('clear')
+  await vm.io('vda', 'write -P 0x55 5M 1M')
+  const fourth = await isAltered('after an increment, with writes since')
+  await site.expectStored(fourth, ['read -P 0x44 4M 1M', 'read -P 0x55 5M 1M'])
+
+  for (const pattern of [0x66, 0x77]) {
+    await vm.io('vda', `write -P ${pattern} 6M 1M`)
+    expect(await backup()).toMatchObject({ kind: 'incremental' })
+  }
+  await all('disable')
+  await vm.io('vda', 'write -P 0x88 8M 1M')
+  await all('enable')
+  const fifth = await isAltered('stopped for a while')
+  await site.expectStored(fifth, ['read -P 0x88 8M 1M'])
+
+  await vm.io('vda', 'write -P 0x99 9M 1M')
+  await vm.destroy()
+  expect(await backup()).toMatchObject({ kind: 'incremental', parent: fifth.id })
+  await qemuIo(path, 'qcow2', ['write -P 0xaa 10M 1M'])
+  expect(await all('clear')).toHaveLength(3)
+  await expectIsDisk(await isAltered('of an instance that is off'))
+})
+
+test('a bitmap that somebody clears between the look at the disk and its freeze fails the backup', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  const first = await backup()
+  await vm.io('vda', 'write -P 0x11 1M 1M')
+  site.storage.beforePut = async key => {
+    if (!key.endsWith('domain.xml')) return
+    const { name: node } = await nodeOf(vm.name, image('vda'))
+    await monitor(vm.name, 'block-dirty-bitmap-clear', { node, name: markName(first.id) })
+  }
+  await expect(backup()).rejects.toMatchObject({ code: 'SNAPSHOT_FAILED', retryable: true })
+  site.storage.beforePut = undefined
+  await site.expectCleanHost([markName(first.id)])
+  const next = await backup()
+  expect(next).toMatchObject({ kind: 'full', disks: [{ fallback: 'bitmap-altered' }] })
+  await site.expectStored(next, ['read -P 0x11 1M 1M'])
 })
 
 test('an overlay that somebody makes again under its name is not built on, though it has copies of all bitmaps', async () => {

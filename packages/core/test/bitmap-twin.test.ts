@@ -2,7 +2,7 @@ import { mkdir, mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { expect, test } from 'vitest'
-import { deviceIdentity, diskMark, type FoundBitmap, joinTwins } from '../src/bitmap-twin.ts'
+import { deviceIdentity, diskMark, type FoundBitmap, joinTwins, ownerOf, sealOf } from '../src/bitmap-twin.ts'
 
 const found = (name: string, dirty: number | undefined, change: Partial<FoundBitmap> = {}): FoundBitmap => ({
   name,
@@ -52,6 +52,43 @@ test('a twin is told of under the name of its bitmap, also where it is alone', (
   const foreign = joinTwins([found('mine-twin-f1', 5)], 'f1')
   expect(foreign).toMatchObject([{ name: 'mine-twin-f1', twin: 'missing' }])
   expect(foreign.flatMap(({ names }) => names)).toEqual(['mine-twin-f1'])
+})
+
+test.each([
+  ['has its bits', 7, 'agrees'],
+  ['has gained some', 9, 'agrees'],
+  ['has lost one', 6, 'differs'],
+  ['was cleared', 0, 'differs'],
+  ['cannot be counted', undefined, 'agrees'],
+  ['records', 7, 'differs', true],
+] as const)('a bitmap like its twin whose seal %s', (_what, dirty, twin, enabled = false) => {
+  const bitmaps = [
+    found('varve-1', 0),
+    found('varve-1-twin-f1', 0),
+    found('varve-1-seal-7', dirty, { enabled }),
+  ]
+  expect(joinTwins(bitmaps, 'f1')).toMatchObject([{ twin, names: bitmaps.map(({ name }) => name) }])
+})
+
+test('a seal takes its bits from the bitmap of Varve that has the most', () => {
+  const none = [found('varve-2', 0), found('varve-2-twin-f1', undefined)]
+  expect(sealOf('varve-2', none)).toBeUndefined()
+  const others = [
+    found('varve-1', 3),
+    found('mine', 9),
+    found('varve-0', 9, { inconsistent: true }),
+    found('varve-3', 9, { granularity: 512 }),
+  ]
+  const seal = { name: 'varve-2-seal-3', from: 'varve-1', granularity: 65_536 }
+  expect(sealOf('varve-2', [...none, ...others])).toEqual(seal)
+  expect(sealOf('varve-2', others)).toBeUndefined()
+  expect(sealOf('varve-2', [...none, ...others, found(seal.name, 3)])).toBeUndefined()
+  expect(sealOf('varve-2', [...none, ...others, found('varve-1-seal-8', 8)])).toMatchObject({
+    name: 'varve-2-seal-8',
+    from: 'varve-1-seal-8',
+  })
+  expect(ownerOf(seal.name)).toBe('varve-2')
+  expect(ownerOf('mine-seal-3')).toBe('mine-seal-3')
 })
 
 test("a copy's own twin counts, whatever others came along", () => {

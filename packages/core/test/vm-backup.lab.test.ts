@@ -96,7 +96,11 @@ test('raw disks, and those whose bitmap is missing, are backed up in full, with 
   )
   expect(await site.restoredSums(next)).toEqual(wanted)
 
-  await site.host.removeBitmaps(vm.name, { name: 'vda', path: site.image('vda') }, [`varve-${next.id}`])
+  await site.host.changeBitmaps(
+    vm.name,
+    { name: 'vda', path: site.image('vda') },
+    { remove: [`varve-${next.id}`] },
+  )
   const again = await backup({ type: 'incremental' })
   expect(again).toMatchObject({
     kind: 'full',
