@@ -1,11 +1,11 @@
-import { open, realpath, rm, stat } from 'node:fs/promises'
+import { realpath, rm, stat } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, MergeRecord } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { LibvirtDomains } from './libvirt-domains.ts'
-import { readImageInfo } from './qemu-img.ts'
+import { isQcow2, readImageInfo } from './qemu-img.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
 
@@ -175,12 +175,6 @@ async function hasData(overlay: string, run: RunOptions): Promise<boolean> {
     },
   })
   return found
-}
-
-async function isQcow2(path: string): Promise<boolean> {
-  await using file = await open(path)
-  const { bytesRead, buffer } = await file.read(Buffer.alloc(4), 0, 4, 0)
-  return bytesRead === 4 && buffer.toString('latin1') === 'QFI\xfb'
 }
 
 /** The saved state names the overlay, and the guest could not go on without it. */

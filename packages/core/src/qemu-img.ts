@@ -1,4 +1,4 @@
-import { realpath, stat } from 'node:fs/promises'
+import { open, realpath, stat } from 'node:fs/promises'
 import { z } from 'zod'
 import { diskMark, type FoundBitmap, joinTwins, ownerOf, sealOf, twinOf } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
@@ -172,7 +172,12 @@ export async function changeImageBitmaps(
   { seal: sealed, remove }: BitmapChange,
   run: RunOptions,
 ): Promise<void> {
-  const present = (await readImageInfo(path, 'qcow2', run)).bitmaps
+  const info = await readImageInfo(path, 'qcow2', run).catch(async error => {
+    // One that was converted to another format in its place took them along.
+    if (isVarveError(error, 'DISK_UNSUPPORTED') && !(await isQcow2(path))) return undefined
+    throw error
+  })
+  const present = info?.bitmaps ?? []
   const seal = sealed === undefined ? undefined : sealOf(sealed, present)
   if (seal) {
     const actions = ['--add', '-g', String(seal.granularity), '--disable', '--merge', seal.from]
@@ -180,6 +185,13 @@ export async function changeImageBitmaps(
   }
   for (const { name } of present.filter(({ name }) => remove.includes(ownerOf(name))))
     await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
+}
+
+/** Whether a file begins as a qcow2 image does. */
+export async function isQcow2(path: string): Promise<boolean> {
+  await using file = await open(path)
+  const { bytesRead, buffer } = await file.read(Buffer.alloc(4), 0, 4, 0)
+  return bytesRead === 4 && buffer.toString('latin1') === 'QFI\xfb'
 }
 
 async function changeBitmap(path: string, args: readonly string[], run: RunOptions): Promise<void> {

@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -6,8 +6,11 @@ import { createQcow2, createRaw, qemuIo, sha256Content, sha256File } from '@varv
 import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { VarveError } from '../src/errors.ts'
 import { type ImageDisk, ImageHost } from '../src/image-host.ts'
+import { recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
+import type { StoredObject } from '../src/storage.ts'
 
 const MiB = 1024 * 1024
 let folder: string
@@ -49,6 +52,26 @@ test('a block device that its guest made look like a qcow2 image is not taken fo
   } finally {
     await execa('losetup', ['--detach', device])
   }
+})
+
+test('a backup that failed is settled also where its image is no qcow2 any more, and so has no bitmaps', async () => {
+  const image = join(folder, 'vda')
+  await createQcow2(image, MiB)
+  const full = new VarveError('STORAGE_FULL', 'full')
+  class FullStorage extends LocalDriver {
+    override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+      if (!args[0].endsWith('/vda.qcow2')) return super.put(...args)
+      await execa('qemu-img', ['convert', '-U', '-O', 'raw', image, `${image}.raw`])
+      await rename(`${image}.raw`, image)
+      throw full
+    }
+  }
+  const storage = new FullStorage({ path: join(folder, 'storage') })
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: image } })
+  const stateDir = join(folder, 'state')
+  const pipeline = new BackupPipeline({ host, storage, stateDir })
+  await expect(pipeline.run({ instance: 'web-1' })).rejects.toBe(full)
+  expect(await recover({ stateDir, storages: [storage] })).toEqual({ ok: true, runs: [] })
 })
 
 test('an image of another format is told of with what to do', async () => {
