@@ -1,8 +1,12 @@
 import { createHash } from 'node:crypto'
 import { once } from 'node:events'
 import { createServer, type Server } from 'node:net'
-import { VarveError } from './errors.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { isVarveError, VarveError } from './errors.ts'
 import type { DiskPlace } from './host.ts'
+
+/** How often a lock is tried that is waited for, in milliseconds. */
+const RETRY_INTERVAL_MS = 20
 
 /**
  * Holds disks against every other run on this machine, whatever its state folder. The lock is a Unix socket
@@ -27,6 +31,18 @@ export class DiskLock implements AsyncDisposable {
       throw error
     }
     return lock
+  }
+
+  /** Takes the lock of what nobody holds for longer than a moment, and no path is called, once it is free. */
+  static async waitFor(name: string): Promise<DiskLock> {
+    for (;;) {
+      try {
+        return await DiskLock.acquire([name])
+      } catch (error) {
+        if (!isVarveError(error, 'DISK_BUSY')) throw error
+        await sleep(RETRY_INTERVAL_MS)
+      }
+    }
   }
 
   /**

@@ -1,4 +1,5 @@
 import { fileIdentity } from './bitmap-twin.ts'
+import { DiskLock } from './disk-lock.ts'
 import { isVarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { type OverwrittenDisk, RunJournal } from './journal.ts'
@@ -45,13 +46,17 @@ async function imageIdentity(
 /** Takes the disks of a restore that is complete off the record of those that were left incomplete before. */
 export async function forgetIncomplete({ header, stateDir }: RunJournal): Promise<void> {
   const restored = new Set(header.disks.map(({ path }) => path))
-  for (const id of await RunJournal.unsettled(stateDir)) {
-    const journal = await RunJournal.read(stateDir, id).catch(error => {
-      if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined // "recover" tells of one that cannot be read
-      throw error
-    })
-    const disks = (journal && incompleteDisks(journal)) ?? []
-    const left = disks.filter(({ path }) => !restored.has(path))
-    if (left.length < disks.length) await journal?.settledBut(left)
-  }
+  for (const id of await RunJournal.unsettled(stateDir)) await forgetDisks(stateDir, id, restored)
+}
+
+async function forgetDisks(stateDir: string, id: string, restored: ReadonlySet<string>): Promise<void> {
+  // A restore of another disk of the same run may be doing this too.
+  await using _ = await DiskLock.waitFor(`journal ${id}`)
+  const journal = await RunJournal.read(stateDir, id).catch(error => {
+    if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined // "recover" tells of one that cannot be read
+    throw error
+  })
+  const disks = (journal && incompleteDisks(journal)) ?? []
+  const left = disks.filter(({ path }) => !restored.has(path))
+  if (left.length < disks.length) await journal?.settledBut(left)
 }

@@ -228,6 +228,15 @@ test('a disk that was left incomplete is told of until a restore of it is comple
   expect(await RunJournal.unsettled(folder)).toEqual([])
 })
 
+test('disks that were left incomplete together are forgotten also where they are restored apart at the same time', async () => {
+  const half = await restoreInPlace('vda', 'vdb')
+  await settleRestore(half, host, {})
+  const apart = await Promise.all([restoreInPlace('vda'), restoreInPlace('vdb')])
+  for (const journal of apart) await journal.record({ step: 'written-in-place' })
+  await Promise.all(apart.map(journal => settleRestore(journal, host, {})))
+  expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
 test('a journal that cannot be read keeps no restore that is complete from being settled', async () => {
   const half = await restoreInPlace('vda')
   await settleRestore(half, host, {})
