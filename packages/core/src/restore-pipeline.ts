@@ -4,6 +4,7 @@ import { DiskLock } from './disk-lock.ts'
 import { type ErrorContext, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskPlace, Host } from './host.ts'
 import { RunJournal } from './journal.ts'
+import { recordLateOverlays } from './late-overlays.ts'
 import { MarkLedger } from './mark-ledger.ts'
 import { chainForRestore } from './restore-chain.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
@@ -137,8 +138,18 @@ export class RestorePipeline {
     const found = await findBackup(storage, request.backup, signal)
     const catalog = await readCatalog(storage, `${instanceFolder(found.manifest.instance.name)}/`, run.signal)
     const runId = newBackupId()
-    await using lock = await DiskLock.acquire(await pathsToHold(request, found, host, runId, run))
-    const plan = await planRestore(request, found, host, runId, run) // what is true now that the disks are held
+    // An instance is not looked into before: one that is being backed up has its disks on overlays, as after a backup that died.
+    const known = 'instance' in request.to ? await host.disks(request.to.instance, run) : undefined
+    const paths = known
+      ? known.disks.map(({ path }) => path)
+      : await pathsOfTargets(request, found, host, runId, run)
+    await using lock = await DiskLock.acquire(paths)
+    // The disks are held now: what is read from here on stays true.
+    const plan = await planRestore(request, found, host, runId, run).catch(async error => {
+      if (known && isVarveError(error, 'OVERLAY_LEFT_OVER'))
+        await recordLateOverlays(known, { host, storage, stateDir, run })
+      throw error
+    })
     lock.assertHolds(disksOf(plan))
     const chain = chainForRestore(found, catalog, {
       disks: plan.disks.map(({ disk }) => disk.name),
@@ -188,19 +199,14 @@ export class RestorePipeline {
   }
 }
 
-/**
- * What a restore holds. An instance is not looked at before: one that is being backed up has its disks on overlays, as
- * after a backup that died. Nor is an RBD image, whose name tells where it is.
- */
-async function pathsToHold(
+/** What a restore to targets of its own holds. An RBD image is not looked at before, as its name tells where it is. */
+async function pathsOfTargets(
   request: RestoreRequest,
   backup: StoredBackup,
   host: Host,
   runId: string,
   run: RunOptions,
 ): Promise<string[]> {
-  const { to } = request
-  if ('instance' in to) return (await host.disks(to.instance, run)).disks.map(({ path }) => path)
   const plan = await planRestore(request, backup, host, runId, run, { looksAtImages: false })
   return targetsOf(plan).map(({ path }) => path)
 }
