@@ -53,15 +53,17 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   if (state === undefined) {
     // Somebody has renamed the instance or the disk: without its overlay it could not be started.
     const renamed = await domains.diskOn(overlay.overlay, run)
-    if (renamed) {
+    // Under its own name it was unplugged, and is to be back at the next start.
+    if (renamed && (renamed.instance !== instance || renamed.disk !== overlay.disk)) {
       const { instance, disk } = renamed
       return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
     }
-    await commitForgotten(domains, work, run)
+    await commitForgotten(domains, work, renamed !== undefined, run)
     return true
   }
   if (state.path === overlay.overlay) {
-    await (state.running ? commitLive : commitOffline)(domains, work, run)
+    if (state.running) await commitLive(domains, work, run)
+    else await commitDefined(domains, work, run)
     return true
   }
   if (!(await statIfThere(overlay.overlay))) return false
@@ -73,8 +75,13 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
     )
   }
   if (state.running) await assertNotTaken(domains, instance, overlay, run)
-  if (merge.state === undefined) await mergeAbandoned(domains, work, state.running, run)
+  if (!isPutBack(merge)) await mergeAbandoned(domains, work, state.running, run)
   return true
+}
+
+/** Whether the base has all, as far as is recorded, and the disk was to be put onto it. */
+function isPutBack({ state }: MergeRecord): boolean {
+  return state === 'pivot' || state === 'merged'
 }
 
 /** Where the disk is once nothing that a process asked for before it died moves it; undefined where it is gone. */
@@ -85,11 +92,11 @@ async function settledState(
 ): ReturnType<LibvirtDomains['diskState']> {
   const { instance, overlay, merge } = work
   const state = await arrivedState(domains, work, run)
-  if (merge.state === undefined || state?.path !== overlay.overlay) return state
+  if (!isPutBack(merge) || state?.path !== overlay.overlay) return state
   // The pivot may be under way. libvirt ends the job behind it only: then the disk is on its base, or stays here.
   if (state.running) await abortCommit(domains, work, run)
   const now = await domains.diskState(instance, overlay.disk, run)
-  if (now?.path === overlay.overlay) await merge.record(undefined)
+  if (now?.path === overlay.overlay) await merge.record('unmerged')
   return now
 }
 
@@ -111,14 +118,50 @@ async function arrivedState(
   return domains.diskState(instance, overlay.disk, run)
 }
 
-/** The domain is gone, or the disk has another name by now. What it was on last is told by the journal alone. */
-async function commitForgotten(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+/**
+ * The domain is gone, or the disk has another name by now, or was unplugged. What it was on last is told by the journal
+ * alone, but for one that the definition still puts on the overlay.
+ */
+async function commitForgotten(
+  domains: LibvirtDomains,
+  work: OverlayMerge,
+  isDefined: boolean,
+  run: RunOptions,
+): Promise<void> {
   const { merge, overlay } = work
-  if (merge.state === 'merged') return
-  if (merge.state === undefined) return commitOffline(domains, work, run)
+  if (merge.state === 'merged' || !(await statIfThere(overlay.overlay))) return
+  if (merge.state === 'pivot') {
+    throw new VarveError(
+      'OVERLAY_LEFT_OVER',
+      `the disk was about to be put back onto ${overlay.base}, and where it is cannot be told any more; if its instance has run since, it did so on that file, and the overlay can go`,
+    )
+  }
+  if (isDefined) return commitDefined(domains, work, run)
+  const successor = await domains.diskOn(overlay.base, run)
+  if (successor) {
+    const { instance, disk } = successor
+    const state = await domains.diskState(instance, disk, run)
+    const abandoned = { instance, overlay: { ...overlay, disk }, merge }
+    return mergeAbandoned(domains, abandoned, state?.running ?? true, run)
+  }
+  const isLater = await wasWrittenLater(overlay)
+  // Where no times tell: under a backup that lives the instance has just gone; after one that died anything may have been.
+  if (isLater ?? merge.died) await assertNothingToLose(work, run)
+  await commitOffline(domains, work, run)
+}
+
+/** The domain does not run, and is defined to be on the overlay. Its disk may have been run without it, on another host. */
+async function commitDefined(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+  if (await wasWrittenLater(work.overlay)) await assertNothingToLose(work, run)
+  await commitOffline(domains, work, run)
+}
+
+/** Refuses an overlay by which newer writes could be undone, unless the base is newer by what was merged. */
+async function assertNothingToLose({ overlay, merge }: OverlayMerge, run: RunOptions): Promise<void> {
+  if (merge.state !== undefined || !(await hasData(overlay.overlay, run))) return
   throw new VarveError(
     'OVERLAY_LEFT_OVER',
-    `the disk was about to be put back onto ${overlay.base}, and where it is cannot be told any more; if its instance has run since, it did so on that file, and the overlay can go`,
+    `${overlay.base} was written to since the overlay was, or nothing tells that it was not: the instance may have run without the overlay, by another definition or on another host. ${HOW_TO_DECIDE}`,
   )
 }
 
@@ -135,7 +178,7 @@ async function mergeAbandoned(
   const { instance, overlay } = work
   await assertUnused(overlay.overlay, run) // by a QEMU that this libvirt knows nothing of
   if (!(await hasData(overlay.overlay, run))) return // it was never in use
-  if (running || !(await isOlder(overlay.base, overlay.overlay))) throw changedDefinition(overlay)
+  if (running || (await wasWrittenLater(overlay)) !== false) throw changedDefinition(overlay)
   await assertNoSavedMemory(domains, instance, run)
   // Back onto the overlay first: from there on this is like any other, also when it is cut short.
   await domains.redefine(instance, { disks: { [overlay.disk]: onOverlay(overlay) } }, run)
@@ -150,17 +193,25 @@ async function mergeAbandoned(
 function changedDefinition({ base }: DiskOverlay): VarveError {
   return new VarveError(
     'OVERLAY_LEFT_OVER',
-    `the definition was changed: the disk is on ${base}, without what the guest wrote to the overlay since the snapshot, and that file may have been written to since. Decide which of the two holds: define the disk on the overlay while the instance is off and run "varve recover", or move the overlay away`,
+    `the definition was changed: the disk is on ${base}, without what the guest wrote to the overlay since the snapshot, and that file may have been written to since. ${HOW_TO_DECIDE}`,
   )
 }
+
+const HOW_TO_DECIDE =
+  'Merged now, both would be mixed. Decide which of the two holds, while nothing runs on either. If it is the base, define the disk on it and move the overlay away; if it is the overlay, define the disk on that and make it the newer file (touch). Then run "varve recover".'
 
 const onOverlay = ({ overlay }: DiskOverlay) => ({ path: overlay, format: 'qcow2' }) as const
 const onBase = ({ base, baseFormat }: DiskOverlay) => ({ path: base, format: baseFormat })
 
-/** Whether a file was surely last written before another one: a device tells no times, nor do two clocks. */
-async function isOlder(path: string, than: string): Promise<boolean> {
-  const [one, other] = await Promise.all([stat(path), stat(than)])
-  return one.isFile() && one.dev === other.dev && one.mtimeMs < other.mtimeMs
+/**
+ * Whether a base was last written to after its overlay. Undefined where nothing tells: a device has no times, and two file
+ * systems may not have one clock.
+ */
+async function wasWrittenLater({ base, overlay }: DiskOverlay): Promise<boolean | undefined> {
+  const [below, above] = await Promise.all([stat(base), statIfThere(overlay)])
+  if (!above || !below.isFile() || below.dev !== above.dev || below.mtimeMs === above.mtimeMs)
+    return undefined
+  return below.mtimeMs > above.mtimeMs
 }
 
 /** Whether an overlay that is not in use holds anything; its base may be. */
@@ -220,6 +271,11 @@ async function abortCommit(
   return true
 }
 
+/** From here on the base is newer than the overlay, also where this is cut short. */
+async function recordBegin(merge: MergeRecord): Promise<void> {
+  if (merge.state === undefined) await merge.record('merging')
+}
+
 async function commitLive(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
   const { instance, overlay, merge } = work
   const slow = { ...run, timeoutMs: COMMIT_TIMEOUT_MS }
@@ -228,6 +284,7 @@ async function commitLive(domains: LibvirtDomains, work: OverlayMerge, run: RunO
   // its base when nobody knows of it.
   const options = ['--base', overlay.base, '--top', overlay.overlay, '--active', '--wait']
   const commit = () => domains.virsh.onDomain(slow, instance, 'blockcommit', overlay.disk, ...options)
+  await recordBegin(merge)
   await commit().catch(async error => {
     if (!isVarveError(error, 'COMMAND_FAILED') || !(await abortCommit(domains, work, run))) throw error
     await commit()
@@ -259,6 +316,9 @@ async function commitOffline(
       `its backing file is ${info.backing ?? 'none'}, not ${overlay.base}`,
     )
   }
+  // Before it is recorded that the base gets newer: what somebody has open does not, by this.
+  for (const path of [overlay.base, overlay.overlay]) await assertUnused(path, run)
+  await recordBegin(merge)
   await runCommand('qemu-img', ['commit', '-f', 'qcow2', '-d', overlay.overlay], {
     ...run,
     timeoutMs: COMMIT_TIMEOUT_MS,
@@ -271,7 +331,7 @@ async function commitOffline(
   })
   const now = await domains.diskState(instance, overlay.disk, run)
   if (now?.running && now.path === overlay.overlay) {
-    await merge.record(undefined)
+    await merge.record('unmerged')
     await redefine(onOverlay(overlay)) // where it is to go on when it is off
     throw new VarveError('OVERLAY_LEFT_OVER', 'the instance was started on it meanwhile')
   }

@@ -143,15 +143,23 @@ export interface BitmapChange {
 
 /** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
 export interface MergeRecord {
-  /** `merged`: it is done. `pivot`: it is, if the disk is on its base. */
-  readonly state: 'pivot' | 'merged' | undefined
+  /**
+   * `merging`: it was begun. `pivot`: it is done, if the disk is on its base. `merged`: it is done. `unmerged`: the disk was
+   * found on the overlay all the same.
+   */
+  readonly state: MergeState | undefined
   /**
    * Until when the snapshot is waited for that may still put the disk on the overlay, in milliseconds of
    * `performance.now()`; absent where it has come, or failed.
    */
   readonly arrivesBy?: number
-  record(state: 'pivot' | 'merged' | undefined): Promise<void>
+  /** Whether the process died that had the overlay made: what was done to the base since then is not known. Default: false. */
+  readonly died?: boolean
+  record(state: MergeState): Promise<void>
 }
+
+/** How far the merging of an overlay has come. */
+export type MergeState = 'merging' | 'pivot' | 'merged' | 'unmerged'
 
 /**
  * Where instances live. Everything that changes the host can be called again after it was cut short: it

@@ -48,6 +48,7 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
     retireSnapshots: z.record(text, texts).exactOptional(),
   }),
   published: nothing,
+  merging: z.object({ overlay: text }),
   pivot: z.object({ overlay: text }),
   merged: z.object({ overlay: text }),
   unmerged: z.object({ overlay: text }),

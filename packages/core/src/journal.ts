@@ -43,6 +43,7 @@ export const JOURNAL_STEPS = [
   'upload',
   'publish',
   'published',
+  'merging',
   'pivot',
   'merged',
   'unmerged',
@@ -91,11 +92,13 @@ interface StepDetails {
   }
   /** The manifest was read back from the storage, with all that the backup rests on. */
   published: object
-  /** All that an overlay holds is in its base, and the disk is about to be put there. */
+  /** What an overlay holds is about to be written to its base, which is newer than the overlay from then on. */
+  merging: { readonly overlay: string }
+  /** All that it holds is in its base, and the disk is about to be put there. */
   pivot: { readonly overlay: string }
   /** All that it holds is in its base, and it is about to be removed. */
   merged: { readonly overlay: string }
-  /** The disk was found on it all the same: what was recorded of its merging does not hold any more. */
+  /** The disk was found on it all the same: that the base has all does not hold any more. */
   unmerged: { readonly overlay: string }
   define: { readonly instance: string; readonly xml: string }
   'drop-backing': { readonly instance: string; readonly disks: readonly string[] }

@@ -64,7 +64,7 @@ export async function settleBackup(
   {
     await using _ = watchMerge(overlays, options.overlayReserve, run)
     for (const overlay of overlays)
-      await attempt(commitWithRetry(journal, host, { overlay, ...(mayCome && { arrivesBy }) }, run))
+      await attempt(commitWithRetry(journal, host, { overlay, died, ...(mayCome && { arrivesBy }) }, run))
   }
   if (failures.length > 0) throw worstOf(failures)
 
@@ -110,20 +110,21 @@ export function worstOf(failures: readonly unknown[]): unknown {
 async function commitWithRetry(
   journal: RunJournal,
   host: Host,
-  { overlay, arrivesBy }: { readonly overlay: DiskOverlay; readonly arrivesBy?: number },
+  { overlay, ...known }: { readonly overlay: DiskOverlay } & Pick<MergeRecord, 'died' | 'arrivesBy'>,
   run: RunOptions,
 ): Promise<void> {
   const { instance } = journal.header
   const merge: MergeRecord = {
     get state() {
-      const last = journal.steps.findLast(step => 'overlay' in step && step.overlay === overlay.overlay)
-      return last?.step === 'pivot' || last?.step === 'merged' ? last.step : undefined
+      const steps = journal.steps.filter(step => 'overlay' in step)
+      return steps.findLast(step => step.overlay === overlay.overlay)?.step
     },
-    ...(arrivesBy !== undefined && { arrivesBy }),
-    record: async state => {
-      const step = { step: state ?? 'unmerged', overlay: overlay.overlay } as const
+    ...known,
+    record: async step => {
       // No reason to let the overlay grow: should this process die now, it is kept, and looked at by a person.
-      await journal.record(step).catch(error => emit(run, { type: 'warning', message: errorMessage(error) }))
+      await journal
+        .record({ step, overlay: overlay.overlay })
+        .catch(error => emit(run, { type: 'warning', message: errorMessage(error) }))
     },
   }
   try {

@@ -71,6 +71,7 @@ test('every kind of step is read with all that it tells', async () => {
       retireSnapshots: { vdb: ['s'] },
     },
     { step: 'published' },
+    { step: 'merging', overlay: '/a.x' },
     { step: 'pivot', overlay: '/a.x' },
     { step: 'merged', overlay: '/a.x' },
     { step: 'unmerged', overlay: '/a.x' },

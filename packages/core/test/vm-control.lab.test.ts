@@ -6,7 +6,7 @@ import { execa } from 'execa'
 import { expect, test } from 'vitest'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
-import type { DiskOverlay, MergeRecord } from '../src/host.ts'
+import type { DiskOverlay, MergeRecord, MergeState } from '../src/host.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -23,7 +23,7 @@ const overlayOf = (name: string): DiskOverlay => ({
 function mergeRecord(state?: MergeRecord['state']): MergeRecord {
   const record = {
     state,
-    record: async (next: MergeRecord['state']) => {
+    record: async (next: MergeState) => {
       record.state = next
     },
   }
