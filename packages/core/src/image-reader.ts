@@ -9,6 +9,12 @@ import { emit, type RunOptions } from './run-options.ts'
 const SAMPLES = 16
 const SAMPLE_BYTES = 4096
 
+/**
+ * The most parts of one read that are read at a time. Many reads are under way beside each other; with all the parts of a
+ * scattered image hundreds would be, and wait so long that their promises outlive V8's young generation.
+ */
+const PARTS_AT_ONCE = 4
+
 /** What {@link ImageReader.open} reads. */
 export interface ImageReaderOptions extends RunOptions {
   /** The disk's name, for messages. */
@@ -20,6 +26,8 @@ export interface ImageReaderOptions extends RunOptions {
   readonly size: number
   /** The same disk as `qemu-nbd` serves it. */
   readonly server: GuestReader
+  /** Runs that are read from the file, the first ones of the disk; the rest the server gives. Default: 262,144. */
+  readonly mostRuns?: number
 }
 
 /**
@@ -68,9 +76,9 @@ export class ImageReader implements GuestReader, Disposable {
           : this.#readFile(fileOffset, offset + done, part, options),
       )
       done += part.length
+      if (reads.length === PARTS_AT_ONCE) await settled(reads.splice(0))
     }
-    for (const result of await Promise.allSettled(reads))
-      if (result.status === 'rejected') throw result.reason
+    await settled(reads)
   }
 
   [Symbol.dispose](): void {
@@ -112,6 +120,11 @@ export class ImageReader implements GuestReader, Disposable {
       context: { path, offset },
     })
   }
+}
+
+/** Waits for all, so that no read still writes to memory that the caller uses again; then throws the first error. */
+async function settled(reads: readonly Promise<void>[]): Promise<void> {
+  for (const result of await Promise.allSettled(reads)) if (result.status === 'rejected') throw result.reason
 }
 
 function wholeDisk(size: number): ImageMap {

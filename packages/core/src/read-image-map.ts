@@ -7,6 +7,9 @@ import type { RunOptions } from './run-options.ts'
 /** Enough for the map of a large and scattered image. */
 const TIMEOUT_MS = 10 * 60_000
 
+/** Runs that a map has at most: 6 MiB of memory for each disk, and 16 GiB of one whose clusters of 64 KiB are all scattered. */
+export const MOST_RUNS = 262_144
+
 /** QEMU's qcow2 specification, "Header". */
 const MAGIC = 0x514649fb
 const HEADER_BYTES = 80
@@ -25,26 +28,46 @@ const mapEntry = z.object({
   offset: z.number().int().nonnegative().optional(),
 })
 
+/** Options of {@link readImageMap}. */
+export interface ImageMapOptions extends RunOptions {
+  /** Runs after which the map ends. Default: {@link MOST_RUNS}. */
+  readonly mostRuns?: number | undefined
+}
+
 /**
  * Where a qcow2 image that nobody writes to holds its disk's bytes as they are, as QEMU sees it. Nothing is where
- * it cannot be sure: in an external data file, or with a feature that is not known here.
+ * it cannot be sure: in an external data file, with a feature that is not known here, or behind the last run of a map that
+ * has as many as it may have.
  *
  * @param file the image at `path`, open
  * @throws COMMAND_FAILED and the like
  */
-export async function readImageMap(file: FileHandle, path: string, run: RunOptions): Promise<ImageMap> {
+export async function readImageMap(
+  file: FileHandle,
+  path: string,
+  { mostRuns = MOST_RUNS, ...run }: ImageMapOptions,
+): Promise<ImageMap> {
   const map = new ImageMap()
   if (!(await holdsItsData(file))) return map
-  await runCommand('qemu-img', ['map', '--output=json', '-f', 'qcow2', path], {
+  const full = new AbortController() // qemu-img would go on for millions of lines
+  const signal = run.signal ? AbortSignal.any([run.signal, full.signal]) : full.signal
+  const reading = runCommand('qemu-img', ['map', '--output=json', '-f', 'qcow2', path], {
     ...run,
+    signal,
     timeoutMs: TIMEOUT_MS,
     onLine: line => {
+      if (full.signal.aborted) return
       // One array, with an entry to a line.
       const text = line.replace(/^\[/, '').replace(/[,\]]$/, '')
       if (text === '') return
       const { start, length, depth, data, offset } = mapEntry.parse(JSON.parse(text))
-      if (data && depth === 0 && offset !== undefined) map.append(start, length, offset)
+      if (!data || depth !== 0 || offset === undefined) return
+      map.append(start, length, offset)
+      if (map.count === mostRuns) full.abort()
     },
+  })
+  await reading.catch(error => {
+    if (!full.signal.aborted) throw error
   })
   return map
 }

@@ -1,11 +1,14 @@
-import { mkdtemp, readFile, rm, truncate, writeFile } from 'node:fs/promises'
+import { randomBytes } from 'node:crypto'
+import { mkdtemp, open, readFile, rm, truncate, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { setImmediate as turn } from 'node:timers/promises'
+import { checkQcow2, createDenseQcow2, createQcow2, qemuIo, scatterQcow2 } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageReader } from '../src/image-reader.ts'
+import { MOST_RUNS, readImageMap } from '../src/read-image-map.ts'
 
 const MiB = 1024 * 1024
 
@@ -29,8 +32,18 @@ interface Outcome {
   readonly warnings: string[]
 }
 
+interface Circumstances {
+  /** Changes what the server gives. */
+  change?: (served: Buffer) => void
+  /** The most runs that are to be read from the file. */
+  mostRuns?: number
+}
+
 /** Reads a whole disk in pieces that fit no cluster, beside QEMU's own conversion, which also stands in for the server. */
-async function readDisk(format: 'qcow2' | 'raw', change?: (served: Buffer) => void): Promise<Outcome> {
+async function readDisk(
+  format: 'qcow2' | 'raw',
+  { change, ...limits }: Circumstances = {},
+): Promise<Outcome> {
   const raw = join(folder, 'expected.raw')
   await qemuImg('convert', '-f', format, '-O', 'raw', image, raw)
   const expected = await readFile(raw)
@@ -43,6 +56,7 @@ async function readDisk(format: 'qcow2' | 'raw', change?: (served: Buffer) => vo
     path: image,
     format,
     size: expected.length,
+    ...limits,
     server: {
       async read(offset, into) {
         into.set(given.subarray(offset, offset + into.length))
@@ -150,13 +164,79 @@ test('a raw disk is its file, up to the last byte', async () => {
 test('a file that the map does not fit is not trusted, and the server gives everything', async () => {
   await createQcow2(image, 8 * MiB)
   await qemuIo(image, 'qcow2', ['write -P 1 0 1M', 'write -P 2 4M 1M'])
-  const outcome = await readDisk('qcow2', served => {
+  const change = (served: Buffer) => {
     served[4 * MiB] = 9
     served[MiB - 1] = 9
-  })
+  }
+  const outcome = await readDisk('qcow2', { change })
   expect(outcome.warnings).toEqual([expect.stringMatching(/vda .*qemu-nbd alone.*other bytes at 4194304/)])
   expect(outcome.served).toBe(2 * MiB)
   expect([outcome.content[4 * MiB], outcome.content[MiB - 1]]).toEqual([9, 9])
+})
+
+/** Its clusters have 512 bytes, and each is a run of its own. */
+async function createScattered(size: number): Promise<void> {
+  const raw = join(folder, 'data.raw')
+  await writeFile(raw, randomBytes(size))
+  await qemuImg('convert', '-f', 'raw', '-O', 'qcow2', '-o', 'cluster_size=512', raw, image)
+  await scatterQcow2(image)
+  await checkQcow2(image)
+}
+
+test('of a scattered image the first runs come from the file, and the others from the server', async () => {
+  await createScattered(4 * MiB)
+  await expectSame(await readDisk('qcow2'), 0)
+  await expectSame(await readDisk('qcow2', { mostRuns: 1000 }), 4 * MiB - 1000 * 512)
+  await expectSame(await readDisk('qcow2', { mostRuns: 8192 }), 0) // just as many as there are
+})
+
+test('the map of an image of any size, however scattered, has so many runs and no more', async () => {
+  await createDenseQcow2(image, 32 * 1024 * MiB)
+  await using file = await open(image)
+  const map = await readImageMap(file, image, {})
+  expect(map.count).toBe(MOST_RUNS)
+  const last = map.run(MOST_RUNS - 1)
+  const { stdout } = await qemuImg('map', '--output=json', image)
+  const entries: { start: number; length: number; offset: number }[] = JSON.parse(stdout)
+  expect(entries.length).toBeGreaterThan(500_000)
+  for (const entry of [entries[0], entries[12_345], entries[MOST_RUNS - 1]])
+    expect(map.at(entry?.start ?? 0)).toEqual({ fileOffset: entry?.offset, length: entry?.length })
+  expect(map.at(last.start + last.length)).toEqual({
+    fileOffset: undefined,
+    length: Number.POSITIVE_INFINITY,
+  })
+})
+
+test('a map that is given up ends as such, and not as one that is full', async () => {
+  await createDenseQcow2(image, 1024 * MiB)
+  await using file = await open(image)
+  const given = new AbortController()
+  const reading = readImageMap(file, image, { signal: given.signal })
+  given.abort(new Error('enough'))
+  await expect(reading).rejects.toMatchObject({ code: 'ABORTED' })
+})
+
+test('a read with many parts has only a few of them under way at a time', async () => {
+  await createQcow2(image, 8 * MiB)
+  await qemuIo(
+    image,
+    'qcow2',
+    Array.from({ length: 64 }, (_, index) => `write -P 1 ${index * 128}k 64k`),
+  )
+  let [under, most, all] = [0, 0, 0]
+  const read = async (_offset: number, into: Uint8Array) => {
+    most = Math.max(most, ++under)
+    await turn()
+    into.fill(1)
+    under--
+    all++
+  }
+  const options = { disk: 'vda', path: image, format: 'qcow2', size: 8 * MiB, server: { read } } as const
+  using reader = await ImageReader.open(options)
+  all = most = 0 // of the samples
+  await reader.read(0, Buffer.alloc(8 * MiB))
+  expect(all).toBe(64)
+  expect(most).toBeLessThan(5)
 })
 
 test('a file that cannot be opened is told as a warning, and the server gives everything', async () => {

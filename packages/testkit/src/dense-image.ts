@@ -5,14 +5,15 @@ const CLUSTER = 64 * 1024
 /** Distinct data clusters. A prime, so that nothing repeats with a power of two, as tables and parts do. */
 const DATA_CLUSTERS = 61
 const ENTRIES = CLUSTER / 8
-/** Refcounts have 16 bits, and one block of them has to do. */
-const LARGEST = (CLUSTER / 2 - 128) * CLUSTER
+/** Refcounts have 16 bits, and some clusters are shared by twice as many as others. */
+const LARGEST = 64 * 2 ** 30
 
 /**
- * Makes a qcow2 image of some 4 MiB whose guest sees `size` bytes of random data, without a hole: all of its clusters
- * are stored in a few that are shared, as internal snapshots share theirs. For uploads that are large at no cost.
+ * Makes a qcow2 image of a few MiB whose guest sees `size` bytes of random data, without a hole: all of its clusters
+ * are stored in a few that are shared, as internal snapshots share theirs, and hardly any follows its neighbour. For uploads
+ * that are large, and maps that are long, at no cost.
  *
- * @param size a multiple of 64 KiB, less than 2 GiB
+ * @param size a multiple of 64 KiB, at most 64 GiB
  */
 export async function createDenseQcow2(path: string, size: number): Promise<void> {
   if (size % CLUSTER !== 0 || size <= 0 || size > LARGEST) throw new RangeError(`not a size: ${size}`)
