@@ -2,7 +2,9 @@ import { readFile, stat } from 'node:fs/promises'
 import PQueue from 'p-queue'
 import { type BackupContext, stage } from './backup-context.ts'
 import { type BackupPlan, BITMAP_GRANULARITY, markName } from './backup-plan.ts'
+import { fileIdentity } from './bitmap-twin.ts'
 import { diskError } from './disk-error.ts'
+import { diskDefinition } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import {
   type DiskOverlay,
@@ -34,19 +36,24 @@ function fileDisks({ disks }: BackupPlan): FileDisk[] {
  */
 export async function planOverlays(
   host: Host,
-  { running }: Instance,
+  { running, definition: whole = '' }: Instance,
   disks: readonly HostDisk[],
   id: string,
 ): Promise<SizedOverlay[]> {
   if (!running) return []
   return Promise.all(
-    disks.filter(isFileDisk).map(async disk => ({
-      disk: disk.name,
-      base: disk.path,
-      baseFormat: disk.format,
-      overlay: await host.overlayPath(disk, id),
-      virtualSize: disk.virtualSize,
-    })),
+    disks.filter(isFileDisk).map(async disk => {
+      const definition = whole === '' ? undefined : diskDefinition(whole, disk.name)
+      return {
+        disk: disk.name,
+        base: disk.path,
+        baseFormat: disk.format,
+        overlay: await host.overlayPath(disk, id),
+        virtualSize: disk.virtualSize,
+        ...(definition !== undefined && { definition }),
+        ...(disk.blockDevice && { device: await fileIdentity(disk.path) }),
+      }
+    }),
   )
 }
 

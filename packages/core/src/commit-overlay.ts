@@ -1,10 +1,12 @@
 import { realpath, rm, stat } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
+import type { DiskSource } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, MergeRecord } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { LibvirtDomains } from './libvirt-domains.ts'
+import { type LocatedOverlay, locateBase } from './overlay-base.ts'
 import { isQcow2, readImageInfo } from './qemu-img.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -19,18 +21,18 @@ const ARRIVAL_INTERVAL_MS = 250
 /** What is to be merged. */
 export interface OverlayMerge {
   readonly instance: string
-  readonly overlay: DiskOverlay
+  readonly overlay: LocatedOverlay
   readonly merge: MergeRecord
 }
 
 /** See {@link Host.commitOverlay}. */
 export async function commitOverlay(
   domains: LibvirtDomains,
-  work: OverlayMerge,
+  { instance, overlay, merge }: Omit<OverlayMerge, 'overlay'> & { readonly overlay: DiskOverlay },
   run: RunOptions,
 ): Promise<void> {
-  const { instance, overlay } = work
   try {
+    const work = { instance, overlay: await locateBase(domains, overlay, run), merge }
     // Not one that was not there a moment ago: libvirt may be making it.
     if (await mergeOverlay(domains, work, run)) await rm(overlay.overlay, { force: true })
   } catch (error) {
@@ -184,7 +186,7 @@ async function mergeAbandoned(
   await domains.redefine(instance, { disks: { [overlay.disk]: onOverlay(overlay) } }, run)
   const now = await domains.diskState(instance, overlay.disk, run)
   if (now?.running && now.path === overlay.base) {
-    await domains.redefine(instance, { disks: { [overlay.disk]: onBase(overlay) } }, run)
+    await domains.redefine(instance, { disks: { [overlay.disk]: overlay.source } }, run)
     throw changedDefinition(overlay)
   }
   await commitOffline(domains, work, run)
@@ -201,7 +203,6 @@ const HOW_TO_DECIDE =
   'Merged now, both would be mixed. Decide which of the two holds, while nothing runs on either. If it is the base, define the disk on it and move the overlay away; if it is the overlay, define the disk on that and make it the newer file (touch). Then run "varve recover".'
 
 const onOverlay = ({ overlay }: DiskOverlay) => ({ path: overlay, format: 'qcow2' }) as const
-const onBase = ({ base, baseFormat }: DiskOverlay) => ({ path: base, format: baseFormat })
 
 /**
  * Whether a base was last written to after its overlay. Undefined where nothing tells: a device has no times, and two file
@@ -324,9 +325,8 @@ async function commitOffline(
     timeoutMs: COMMIT_TIMEOUT_MS,
   })
   await merge.record('merged')
-  const redefine = (disk: ReturnType<typeof onBase>) =>
-    domains.redefine(instance, { disks: { [overlay.disk]: disk } }, run)
-  await redefine(onBase(overlay)).catch(error => {
+  const redefine = (disk: DiskSource) => domains.redefine(instance, { disks: { [overlay.disk]: disk } }, run)
+  await redefine(overlay.source).catch(error => {
     if (!isVarveError(error, 'INSTANCE_NOT_FOUND')) throw error // a transient domain is gone once it stops
   })
   const now = await domains.diskState(instance, overlay.disk, run)

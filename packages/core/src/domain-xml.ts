@@ -66,18 +66,38 @@ export function readDomainXml(xml: string): DomainDescription {
   }
 }
 
+/** Where a disk is to be. */
+export type DiskSource =
+  | {
+      /** A file or block device, or a new image of a disk that is an RBD image: `rbd:<pool>/<image>`. */
+      readonly path: string
+      readonly format: 'qcow2' | 'raw'
+      /** Whether the path is that of a block device: libvirt has QEMU refuse the one as the other. Default: false. */
+      readonly blockDevice?: boolean
+    }
+  | {
+      /** Where it is in another definition; see {@link diskDefinition}. */
+      readonly definition: string
+    }
+
+/**
+ * The definition of a domain that has nothing but one of its disks: all that says where that is. Undefined where it has none
+ * of that target.
+ */
+export function diskDefinition(xml: string, disk: string): string | undefined {
+  const element = disksByName(xml).get(disk)
+  return element && `<domain><devices>${serializeXml(element)}</devices></domain>`
+}
+
 /** What {@link rewriteDomainXml} changes. */
 export interface DomainChanges {
   /** The name of a copy, which then shares nothing with the original that both cannot have at a time; see {@link dropIdentity}. */
   copyAs?: string
   /** The UUID of the instance whose definition it becomes, or of the copy. Default: libvirt chooses a copy's. */
   uuid?: string
-  /**
-   * New files of disks by target, or new images of a disk that is an RBD image: `rbd:<pool>/<image>`. Their backing
-   * chain is dropped.
-   */
-  disks?: Readonly<Record<string, { readonly path: string; readonly format: 'qcow2' | 'raw' }>>
-  /** Disks, by target, whose backing chain is dropped while their own file stays. */
+  /** New sources of disks by target. */
+  disks?: Readonly<Record<string, DiskSource>>
+  /** Disks, by target, whose backing chain is dropped, as it is by a new path. */
   dropBacking?: readonly string[]
   /** Drops the other writable disks, which belong to the original. */
   onlyTheseDisks?: boolean
@@ -102,11 +122,12 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
   const present = changes.now === undefined ? undefined : disksByName(changes.now)
   for (const element of diskElements(root)) {
     const { name } = readDisk(element)
-    if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
     const change = changes.disks?.[name]
-    if (change) setSource(document, element, change, present?.get(name))
+    if (change && 'definition' in change) setDefinedSource(document, element, change.definition)
+    else if (change) setSource(document, element, change, present?.get(name))
     else if (changes.onlyTheseDisks) removeIfWritable(element)
     else if (present) takeSource(document, element, present.get(name))
+    if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
   return serializeXml(document)
@@ -131,7 +152,7 @@ function setNvram(document: Document, root: Element, path: string): void {
 function setSource(
   document: Document,
   element: Element,
-  to: { path: string; format: string },
+  to: Extract<DiskSource, { path: string }>,
   now: Element | undefined,
 ): void {
   for (const name of ['backingStore', 'mirror']) remove(child(element, name))
@@ -152,10 +173,9 @@ function setSource(
     return
   }
   for (const name of ['source', 'auth']) remove(child(element, name))
-  const block = element.getAttribute('type') === 'block' && to.path.startsWith('/dev/')
-  element.setAttribute('type', block ? 'block' : 'file')
+  element.setAttribute('type', to.blockDevice ? 'block' : 'file')
   const source = document.createElement('source')
-  source.setAttribute(block ? 'dev' : 'file', to.path)
+  source.setAttribute(to.blockDevice ? 'dev' : 'file', to.path)
   element.insertBefore(source, child(element, 'target') ?? null)
   child(element, 'driver')?.setAttribute('type', to.format)
 }
@@ -164,18 +184,37 @@ function disksByName(xml: string): Map<string, Element> {
   return new Map(diskElements(parseDomain(xml).root).map(element => [readDisk(element).name, element]))
 }
 
-/** What of a `<disk>` says where its content is. */
-const SOURCE_PARTS = ['driver', 'source', 'auth', 'encryption', 'backingStore', 'mirror']
+/** What of a `<disk>` says where its content is, besides its driver. */
+const SOURCE_PARTS = ['source', 'auth', 'encryption', 'backingStore', 'mirror']
+
+function takeParts(
+  document: Document,
+  element: Element,
+  parts: readonly string[],
+  from: Element | undefined,
+): void {
+  for (const name of parts) {
+    for (const found of children(element, name)) remove(found)
+    for (const found of children(from, name)) element.appendChild(document.importNode(found, true))
+  }
+  const type = from?.getAttribute('type')
+  if (type) element.setAttribute('type', type)
+}
+
+/** The driver keeps how it caches and the like, but for a cache of the source's own, which libvirt forgets with that. */
+function setDefinedSource(document: Document, element: Element, definition: string): void {
+  const [from] = diskElements(parseDomain(definition).root)
+  if (!from) return
+  takeParts(document, element, SOURCE_PARTS, from)
+  const driver = child(element, 'driver')
+  driver?.setAttribute('type', readDisk(from).format)
+  const cache = child(child(from, 'driver'), 'metadata_cache')
+  if (cache && !child(driver, 'metadata_cache')) driver?.appendChild(document.importNode(cache, true))
+}
 
 function takeSource(document: Document, element: Element, present: Element | undefined): void {
   if (!present && removeIfWritable(element)) return
-  for (const name of SOURCE_PARTS) {
-    if (!present && name === 'driver') continue
-    for (const found of children(element, name)) remove(found)
-    for (const found of children(present, name)) element.appendChild(document.importNode(found, true))
-  }
-  const type = present?.getAttribute('type')
-  if (type) element.setAttribute('type', type)
+  takeParts(document, element, present ? ['driver', ...SOURCE_PARTS] : SOURCE_PARTS, present)
 }
 
 /** Whether it was: a drive with a medium is not. */

@@ -114,6 +114,10 @@ export interface DiskOverlay {
   readonly baseFormat: 'qcow2' | 'raw'
   /** The overlay file. */
   readonly overlay: string
+  /** How the disk was defined before: a domain's XML with that disk alone. Absent where it was in no definition. */
+  readonly definition?: string
+  /** What tells a base that is a block device whatever it is called later; absent for a file. */
+  readonly device?: string
 }
 
 /** Enough to make the same host again, when another process cleans up after one that died. */

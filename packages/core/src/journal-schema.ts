@@ -32,7 +32,14 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
   suspend: nothing,
   snapshot: z.object({
     overlays: z.array(
-      z.object({ disk: text, overlay: text, base: text, baseFormat: z.enum(['qcow2', 'raw']) }),
+      z.object({
+        disk: text,
+        overlay: text,
+        base: text,
+        baseFormat: z.enum(['qcow2', 'raw']),
+        definition: text.exactOptional(),
+        device: text.exactOptional(),
+      }),
     ),
   }),
   'rbd-snapshot': z.object({ snapshot: text, disks: z.array(z.object({ disk: text, image: text })) }),

@@ -1,10 +1,9 @@
-import { realpath } from 'node:fs/promises'
+import { realpath, stat } from 'node:fs/promises'
 import { basename } from 'node:path'
-import { z } from 'zod'
 import { backupTime, isBackupId } from './backup-id.ts'
-import { runCommand } from './command.ts'
 import type { DiskOverlay, Host, InstanceDisks } from './host.ts'
 import { RunJournal } from './journal.ts'
+import { backingOf } from './overlay-base.ts'
 import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -43,9 +42,11 @@ export async function recordLateOverlays(
     if (id === undefined || known.includes(id)) continue
     const overlays: DiskOverlay[] = []
     for (const { name: disk, path: overlay } of found) {
-      const base = await baseOf(overlay, run)
-      if (base && basename(overlay) === overlayName(disk, base.base, id))
-        overlays.push({ disk, overlay, ...base })
+      const below = await backingOf(overlay, run)
+      if (!below) continue
+      const base = await realpath(below.name)
+      if (await isNamedAfter(overlay, { disk, base, backup: id }))
+        overlays.push({ disk, overlay, base, baseFormat: below.format })
     }
     if (overlays.length === 0) continue // not made by a backup, or changed since
     const journal = await RunJournal.begin(stateDir, {
@@ -62,20 +63,11 @@ export async function recordLateOverlays(
   }
 }
 
-const backing = z.object({
-  'full-backing-filename': z.string(),
-  'backing-filename-format': z.enum(['qcow2', 'raw']),
-})
-
-/** The file below an overlay that is in use; undefined where it has none that a disk could be put on. */
-async function baseOf(
+/** Whether an overlay has the name that a backup gives it. A device may have been called otherwise by then. */
+async function isNamedAfter(
   overlay: string,
-  run: RunOptions,
-): Promise<Pick<DiskOverlay, 'base' | 'baseFormat'> | undefined> {
-  const args = ['info', '--force-share', '--output=json', '-f', 'qcow2', overlay]
-  const { stdout } = await runCommand('qemu-img', args, run)
-  const { data } = backing.safeParse(JSON.parse(stdout))
-  if (!data) return undefined
-  const base = await realpath(data['full-backing-filename'])
-  return { base, baseFormat: data['backing-filename-format'] }
+  { disk, base, backup }: { readonly disk: string; readonly base: string; readonly backup: string },
+): Promise<boolean> {
+  if (basename(overlay) === overlayName(disk, base, backup)) return true
+  return overlay.endsWith(overlayName(disk, '', backup)) && (await stat(base)).isBlockDevice()
 }

@@ -168,7 +168,8 @@ export class LibvirtHost implements Host {
   ): Promise<void> {
     const state = await this.#domains.diskState(instance, disk.name, run)
     if (state) await this.#changeBitmaps(instance, state, change, run)
-    if (state?.path === disk.path) return
+    // The number of a device tells nothing once the host has booted.
+    if (state && (state.path === disk.path || disk.path.startsWith('/dev/'))) return
     // Somebody has renamed the instance or the disk, and may have given the name to another one.
     const renamed = await this.#domains.diskOn(disk.path, run)
     const there = renamed && (await this.#domains.diskState(renamed.instance, renamed.disk, run))

@@ -85,8 +85,8 @@ export function defaultReserve(size: number): number {
 
 /** What a base may grow by when its overlay is merged into it. A block device does not. */
 async function growthOfBase({ base, overlay, virtualSize }: SizedOverlay): Promise<number> {
-  const [written, whole] = await Promise.all([statIfThere(overlay), stat(base)])
-  if (!whole.isFile()) return 0
+  const [written, whole] = await Promise.all([statIfThere(overlay), statIfThere(base)])
+  if (!whole?.isFile()) return 0
   const left = Math.max(0, virtualSize - whole.blocks * BLOCK_BYTES)
   return Math.min((written?.blocks ?? 0) * BLOCK_BYTES, left)
 }

@@ -27,6 +27,8 @@ export interface FileRestore {
   readonly temporary?: string
   /** Whether nothing may be at the target when the new file gets its name. Default: false. */
   readonly isNew?: boolean
+  /** Whether the target is a block device. Default: false. */
+  readonly blockDevice?: boolean
   /** Whether what is written to can carry bitmaps. */
   readonly holdsBitmaps: boolean
 }
@@ -150,13 +152,13 @@ async function planInstance(
       disks.push(await planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId }, run))
       continue
     }
-    const { path, format, holdsBitmaps } = target
+    const { path, format, blockDevice, holdsBitmaps } = target
     if (request.inPlace) {
       assertNoDataFile(target)
-      disks.push({ disk, format, target: path, holdsBitmaps })
+      disks.push({ disk, format, target: path, blockDevice, holdsBitmaps })
       continue
     }
-    if (target.blockDevice) {
+    if (blockDevice) {
       throw new VarveError(
         'INVALID_ARGUMENT',
         `The disk ${target.name} of ${name} is the block device ${path}, which cannot be replaced by a new file. Restore it in place.`,

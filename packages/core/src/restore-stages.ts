@@ -3,9 +3,9 @@ import { writeFile } from 'node:fs/promises'
 import { backupOfMark, markName, marksOfBackups } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
 import { ownerOf } from './bitmap-twin.ts'
-import { readDomainXml, rewriteDomainXml } from './domain-xml.ts'
+import { type DiskSource, diskDefinition, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, isVarveError, VarveError } from './errors.ts'
-import type { RbdDisk } from './host.ts'
+import type { Instance, RbdDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import type { ImageRename, Rename } from './journal.ts'
 import { loadRecorded } from './load-object.ts'
@@ -13,7 +13,7 @@ import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
 import { addImageBitmap, changeImageBitmaps, readImageInfo } from './qemu-img.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
-import { planRestore, type RestorePlan } from './restore-plan.ts'
+import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
@@ -172,12 +172,8 @@ export async function define({
     )
   }
   const stored = (await fetchFile(storage, backup.folder, definition, run)).toString('utf8')
-  const disks = Object.fromEntries(
-    plan.disks.map(({ disk, target: path, format }) => [
-      disk.name,
-      { path, format: format === 'rbd' ? 'raw' : format },
-    ]),
-  )
+  const disks = Object.fromEntries(plan.disks.map(disk => [disk.disk.name, sourceOf(disk, instance)]))
+  const renewed = plan.disks.flatMap(({ disk, temporary }) => (temporary === undefined ? [] : disk.name))
   // A new instance never shares the original's variables: without stored ones libvirt makes them from the template.
   const storedNvram = readDomainXml(stored).nvram
   const isUefi = nvram !== undefined || storedNvram !== undefined
@@ -193,6 +189,7 @@ export async function define({
   const now = isRbdCopy ? await host.describe(backup.manifest.instance.name, run) : instance?.definition
   const xml = rewriteDomainXml(stored, {
     disks,
+    dropBacking: renewed,
     onlyTheseDisks: newInstance !== undefined,
     ...(now !== undefined && { now }),
     ...(renamed && { copyAs: newInstance.name }),
@@ -209,6 +206,15 @@ export async function define({
   })
   await takeOwnership(temporary, nvramTarget)
   return { temporary, target: nvramTarget, isNew: newInstance !== undefined }
+}
+
+/** Where a restored disk is to be defined: as the instance that has it calls it by now. */
+function sourceOf(restore: DiskRestore, instance: Instance | undefined): DiskSource {
+  const { disk, target: path } = restore
+  if (restore.format === 'rbd') return { path, format: 'raw' }
+  const { format, blockDevice = false } = restore
+  const definition = instance?.definition && diskDefinition(instance.definition, disk.name)
+  return definition ? { definition } : { path, format, blockDevice }
 }
 
 /**

@@ -32,9 +32,9 @@ export function parseDomain(xml: string): DomainDocument {
   return { document, root }
 }
 
-/** The text of a document. */
-export function serializeXml(document: Document): string {
-  return new XMLSerializer().serializeToString(document)
+/** The text of a document, or of one of its elements. */
+export function serializeXml(node: Document | Element): string {
+  return new XMLSerializer().serializeToString(node)
 }
 
 function parse(xml: string): Document {

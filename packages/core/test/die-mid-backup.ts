@@ -3,9 +3,9 @@ import { LocalDriver } from '@varve/driver-local'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 
-const { uri, storagePath, stateDir, instance } = JSON.parse(process.env.VARVE_TEST ?? '')
+const { uri, overlayFolder, storagePath, stateDir, instance } = JSON.parse(process.env.VARVE_TEST ?? '')
 const pipeline = new BackupPipeline({
-  host: new LibvirtHost({ uri }),
+  host: new LibvirtHost({ uri, overlayFolder }),
   storage: new LocalDriver({ path: storagePath }),
   stateDir,
 })

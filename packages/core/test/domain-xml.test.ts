@@ -1,7 +1,7 @@
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { readDomainXml, rewriteDomainXml } from '../src/domain-xml.ts'
+import { diskDefinition, readDomainXml, rewriteDomainXml } from '../src/domain-xml.ts'
 import { isVarveError } from '../src/errors.ts'
 
 const XML = `<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -197,6 +197,32 @@ test('a disk is put back on its base and all else stays', () => {
   expect([name, uuid, disks.length]).toEqual(['web-1', 'b4a6fb4c-9a24-4b0f-9d0d-2c2a0f4d4b4e', 7])
   expect(disks[0]?.source).toBe('/img/base.qcow2')
   expect(back).toContain('52:54:00:00:00:01')
+})
+
+test('a disk is put back to where another definition has it, and keeps how it is driven', () => {
+  const onOverlay = rewriteDomainXml(XML, {
+    disks: Object.fromEntries(
+      ['vda', 'vdb', 'vdd'].map(disk => [disk, { path: `/img/${disk}.x`, format: 'qcow2' } as const]),
+    ),
+  })
+  const definitions = ['vda', 'vdb', 'vdd'].map(disk => [
+    disk,
+    { definition: diskDefinition(XML, disk) ?? expect.fail(disk) },
+  ])
+  const edited = onOverlay.replace('discard="unmap"', 'discard="ignore"')
+  const back = rewriteDomainXml(edited, { disks: Object.fromEntries(definitions) })
+  expect(readDomainXml(back)).toEqual(readDomainXml(XML))
+  expect(back).toContain('template.raw')
+  expect(back).toContain('discard="ignore"')
+  expect(diskDefinition(XML, 'vdz')).toBeUndefined()
+})
+
+test('a path is that of a block device only where that is said', () => {
+  const to = (blockDevice: boolean) =>
+    rewriteDomainXml(XML, { disks: { vdb: { path: '/dev/x', format: 'raw', blockDevice } } })
+  expect(to(true)).toContain('<source dev="/dev/x"/>')
+  expect(to(false)).toContain('<source file="/dev/x"/>')
+  expect([true, false].map(is => readDomainXml(to(is)).disks[1]?.type)).toEqual(['block', 'file'])
 })
 
 test('a disk that is not restored stays where the instance has it, and what it does not have is left out', () => {

@@ -57,6 +57,19 @@ test('every kind of step is read with all that it tells', async () => {
     { step: 'filesystem-thawed' },
     { step: 'suspend' },
     { step: 'snapshot', overlays: [{ disk: 'vda', base: '/a', baseFormat: 'raw', overlay: '/a.x' }] },
+    {
+      step: 'snapshot',
+      overlays: [
+        {
+          disk: 'vda',
+          base: '/dev/dm-1',
+          baseFormat: 'raw',
+          overlay: '/a.x',
+          definition: '<domain/>',
+          device: 'device LVM-a',
+        },
+      ],
+    },
     { step: 'rbd-snapshot', snapshot: 'varve-x', disks: [{ disk: 'vda', image: 'pool/vda' }] },
     { step: 'resumed' },
     { step: 'export', folder: '/tmp/x' },

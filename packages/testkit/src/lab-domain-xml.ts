@@ -78,15 +78,15 @@ function diskXml(disk: LabDisk): string {
   const discard = disk.discard ? ` discard='${disk.discard}'` : ''
   const serial = disk.serial === undefined ? '' : `<serial>${escapeXml(disk.serial)}</serial>`
   return `
-    <disk type='${disk.rbd ? 'network' : 'file'}' device='disk'>
+    <disk type='${disk.rbd ? 'network' : disk.blockDevice ? 'block' : 'file'}' device='disk'>
       <driver name='qemu' type='${disk.format}'${discard}/>
       ${sourceXml(disk)}
       <target dev='${escapeXml(disk.target)}' bus='virtio'/>${serial}
     </disk>`
 }
 
-function sourceXml({ path, rbd }: LabDisk): string {
-  if (!rbd) return `<source file='${escapeXml(path)}'/>`
+function sourceXml({ path, blockDevice, rbd }: LabDisk): string {
+  if (!rbd) return `<source ${blockDevice ? 'dev' : 'file'}='${escapeXml(path)}'/>`
   const [host = '', port = ''] = rbd.monitor.split(':')
   return `<source protocol='rbd' name='${escapeXml(path)}'>
         <host name='${host}' port='${port}'/>

@@ -16,6 +16,8 @@ export interface LabDisk {
   readonly target: string
   /** Absolute path of the image; with `rbd` the image's name, such as `vms/web-1`. */
   readonly path: string
+  /** Whether `path` is a block device, or a link to one. Default: false. */
+  readonly blockDevice?: boolean
   /** Where the image is one of a Ceph cluster. */
   readonly rbd?: {
     /** A monitor's address. */
