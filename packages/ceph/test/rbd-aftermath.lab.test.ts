@@ -206,3 +206,19 @@ test('recover leaves clones whole that rest on what an unfinished run has made',
   expect(await site.cluster.imageId(made)).toBeUndefined()
   expect(await holds(last, 3)).toBe(true)
 })
+
+test('an image that comes although its restore died, as Ceph was slow to make it, does not stay', async () => {
+  const image = site.newImage()
+  const journal = await unfinished('restore', { vda: `rbd:${image}` })
+  const temporary = `${image}.varve-restore-${journal.header.id}`
+  await journal.record({ step: 'image-create', image: temporary })
+  let coming: Promise<unknown> | undefined
+  const onEvent = (event: VarveEvent) => {
+    const hasLooked = event.type === 'command' && event.args.some(arg => arg.includes(journal.header.id))
+    if (hasLooked) coming ??= site.ceph.run('rbd', 'create', temporary, '--size', '1M')
+  }
+  const report = await recover({ stateDir: join(folder, 'state'), storages: [storage], rbd }, { onEvent })
+  await (coming ?? expect.fail('nobody has looked for the image'))
+  expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  expect(await site.cluster.imageId(temporary)).toBeUndefined()
+})

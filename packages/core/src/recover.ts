@@ -111,7 +111,7 @@ async function settle(
   const host = options.host ?? hostOf(header.host, options.rbd)
   if (header.kind === 'restore') {
     const known = incompleteDisks(journal)
-    const { finished, incomplete } = await settleRestore(journal, host, run)
+    const { finished, incomplete } = await settleRestore(journal, host, run, { died: true })
     if (known && incomplete.length === 0) return undefined
     return incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
   }

@@ -1,4 +1,5 @@
 import { rm } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { isVarveError, VarveError } from './errors.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
@@ -27,6 +28,14 @@ import { emit, type RunOptions } from './run-options.ts'
 import { worstOf } from './settle-backup.ts'
 import { statIfThere } from './stat-if-there.ts'
 
+/**
+ * How long an RBD image may take to come that a process asked for before it died, in milliseconds: the `rbd` that makes it
+ * goes on by itself, and a cluster may be slow.
+ */
+const IMAGE_ARRIVAL_MS = 10_000
+/** How often such an image is looked for, in milliseconds. */
+const ARRIVAL_INTERVAL_MS = 250
+
 /** What a restore came to. */
 export interface SettledRestore {
   /** Whether the new disks took the place of the old ones. */
@@ -44,12 +53,14 @@ export interface SettledRestore {
  * definition, the new files are removed. Then the instance is started if it is to run, unless a disk of it is
  * incomplete: such disks stay on record until they have been restored, or are gone. May be cut short and called again.
  *
+ * @param died whether the restore's process died, so that what it had begun may be under way. Default: false
  * @throws RUN_UNRESOLVED when the instance runs again, or has run, on disks that were to be replaced
  */
 export async function settleRestore(
   journal: RunJournal,
   host: Host,
   run: Omit<RunOptions, 'signal'>,
+  { died = false }: { readonly died?: boolean } = {},
 ): Promise<SettledRestore> {
   const known = incompleteDisks(journal)
   if (known) return settleIncomplete(journal, known, host, run)
@@ -81,8 +92,11 @@ export async function settleRestore(
   }
   // After the start: a large image takes its time.
   const renamed = (!refusal && finish?.images) || []
+  const mayCome = died && journal.steps.at(-1)?.step === 'image-create'
+  const arrivesBy = performance.now() + (mayCome ? IMAGE_ARRIVAL_MS : 0)
   for (const made of journal.of('image-create')) {
-    if (!renamed.some(({ image }) => image === made.image)) await attempt(removeUnfinished(host, made, run))
+    if (!renamed.some(({ image }) => image === made.image))
+      await attempt(removeUnfinished(host, made, arrivesBy, run))
   }
   for (const step of renamed) await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
   if (failures.length > 0)
@@ -108,9 +122,17 @@ async function settleIncomplete(
 }
 
 /** A server that was killed counts as a client of the image for half a minute more. */
-async function removeUnfinished(host: Host, { image, of }: TargetImage, run: RunOptions): Promise<void> {
+async function removeUnfinished(
+  host: Host,
+  { image, of }: TargetImage,
+  arrivesBy: number,
+  run: RunOptions,
+): Promise<void> {
   const cluster = await host.rbd(of, run)
-  if ((await cluster.imageId(image, run)) === undefined) return // it was not made
+  while ((await cluster.imageId(image, run)) === undefined) {
+    if (performance.now() >= arrivesBy) return // it was not made
+    await sleep(ARRIVAL_INTERVAL_MS)
+  }
   await assertImageUnused(cluster, image, run)
   await cluster.removeImage(image, run)
 }
