@@ -17,6 +17,7 @@ import {
 } from './host.ts'
 import type { Consistency, ManifestDisk } from './manifest.ts'
 import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
+import { resolveDisk } from './qemu-img.ts'
 import { makeExportFolder, newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
 import type { RbdSnapshot } from './rbd.ts'
@@ -259,7 +260,7 @@ async function fileStates({ plan }: BackupContext): Promise<ReadonlyMap<string, 
   const states = new Map<string, string>()
   for (const { name, path, blockDevice } of fileDisks(plan)) {
     if (blockDevice) continue
-    const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true })
+    const { dev, ino, size, mtimeNs } = await stat(await resolveDisk(name, path), { bigint: true })
     states.set(name, [dev, ino, size, mtimeNs].join(' '))
   }
   return states

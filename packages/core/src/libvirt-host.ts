@@ -1,3 +1,4 @@
+import type { Stats } from 'node:fs'
 import { realpath, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { assertSameChain, headerChain } from './backing-chain.ts'
@@ -362,9 +363,20 @@ async function readDisk(
     name: disk.name,
     path,
     format,
-    blockDevice: (await stat(path)).isBlockDevice(),
+    blockDevice: (await statOpenDisk(disk.name, path)).isBlockDevice(),
     virtualSize: node.virtualSize,
     bitmaps: joinTwins(node.bitmaps, await diskMark(disk.name, path)),
     holdsBitmaps: node.holdsBitmaps,
   }
+}
+
+/** @throws DISK_NOT_FOUND where somebody removed the file of a running instance, of which QEMU has the last copy then */
+async function statOpenDisk(disk: string, path: string): Promise<Stats> {
+  return stat(path).catch(error => {
+    throw new VarveError(
+      'DISK_NOT_FOUND',
+      `The disk ${disk} has no file at ${path} any more, though its instance runs: ${errorMessage(error)}. Nothing was changed. If it was moved, or its file system unmounted, put it back. If it was removed, only QEMU still has what the guest wrote, until the instance stops: leave it running, and copy the disk out of it with "virsh blockcopy".`,
+      { context: { disk, path }, cause: error },
+    )
+  })
 }

@@ -1,3 +1,4 @@
+import { rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo } from '@varve/testkit/lab'
 import { execa, execaSync } from 'execa'
@@ -170,4 +171,26 @@ test('disks that are added, resized or replaced between backups, or resized in t
   ])
   await expectHolds(replaced, NOW)
   await site.expectStored(replaced, ['read -P 0x66 0 1M', 'read -P 0 1M 7M'], 'vdb')
+})
+
+test('a disk whose file was moved or removed under a running instance is told of, and what to do saves it', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', FIRST)
+  const moved = join(site.folder, 'moved')
+  await rename(image('vda'), moved)
+  await expect(backup()).rejects.toMatchObject({
+    code: 'DISK_NOT_FOUND',
+    message: expect.stringMatching(/vda.*instance runs.*put it back.*virsh blockcopy/s),
+    context: { disk: 'vda', path: image('vda') },
+  })
+  await rename(moved, image('vda'))
+  await expectHolds(await backup(), HELD)
+
+  await rm(image('vda'))
+  await expect(backup()).rejects.toMatchObject({ code: 'DISK_NOT_FOUND' })
+  const copy = ['blockcopy', vm.name, 'vda', '--dest', moved, '--format', 'qcow2', '--transient-job']
+  await site.lab.virsh([...copy, '--wait', '--finish'])
+  await vm.destroy()
+  await qemuIo(moved, 'qcow2', HELD)
 })
