@@ -15,6 +15,7 @@ import { addImageBitmap, changeImageBitmaps, readImageInfo } from './qemu-img.ts
 import { type RestoreContext, stage } from './restore-context.ts'
 import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
+import { targetError } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 import { takeOwnership } from './take-ownership.ts'
@@ -200,9 +201,9 @@ export async function define({
   if (!nvram || nvramTarget === undefined) return undefined
   const temporary = `${nvramTarget}.varve-restore-${journal.header.id}`
   await journal.record({ step: 'target-create', temporary })
-  await writeFile(temporary, await fetchFile(storage, backup.folder, nvram, run), {
-    mode: 0o600,
-    flush: true,
+  const variables = await fetchFile(storage, backup.folder, nvram, run)
+  await writeFile(temporary, variables, { mode: 0o600, flush: true }).catch(error => {
+    throw targetError(error, temporary)
   })
   await takeOwnership(temporary, nvramTarget)
   return { temporary, target: nvramTarget, isNew: newInstance !== undefined }

@@ -24,7 +24,6 @@ export async function writeTargets(restore: RestoreContext): Promise<RestoredDis
       await journal.record({ step: 'target-create', temporary: disk.temporary })
       const { temporary } = disk
       restored.push(await writeTarget(restore, disk, merged => newFile(disk, temporary, merged)))
-      await takeOwnership(temporary, disk.target)
     } else restored.push(await writeInPlace(restore, disk))
   }
   if (request.inPlace) {
@@ -46,7 +45,19 @@ async function assertImagesUnused({ plan, run }: RestoreContext): Promise<void> 
   }
 }
 
-function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
+/** A file that belongs to whom the old one does: whether it can is known before hours of writing. */
+async function newFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
+  const file = await createFile(disk, path, merged)
+  try {
+    await takeOwnership(path, disk.target)
+    return file
+  } catch (error) {
+    await file.abort()
+    throw error
+  }
+}
+
+function createFile(disk: FileRestore, path: string, merged: LayeredExtents): Promise<RestoreTarget> {
   if (disk.format === 'raw') return RawFileTarget.create({ path }, merged)
   const clusterSize = disk.disk.format === 'qcow2' ? { clusterSize: disk.disk.clusterSize } : {}
   return Qcow2FileTarget.create({ path, ...clusterSize }, merged)
