@@ -24,6 +24,8 @@ export function errorText(error: unknown, { verbose }: ErrorTextOptions): string
       `  The backup ${error.context.published} is complete and can be restored; the host needs attention.`,
     )
   if (verbose) lines.push(...contextLines(error.context), ...causeLines(error.cause))
+  if (verbose && error.code === 'UNEXPECTED' && error.cause instanceof Error)
+    lines.push(error.cause.stack ?? '')
   return lines.join('\n')
 }
 

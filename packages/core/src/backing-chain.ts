@@ -2,6 +2,7 @@ import { stat } from 'node:fs/promises'
 import { z } from 'zod'
 import { runCommand } from './command.ts'
 import { isVarveError, VarveError } from './errors.ts'
+import { parseOutput } from './parse-output.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** One of the images under a disk's own. */
@@ -29,7 +30,7 @@ export async function headerChain(path: string, format: string, run: RunOptions)
       { context: { path }, cause: error },
     )
   })
-  const [, ...below] = chainInfo.parse(JSON.parse(stdout))
+  const [, ...below] = parseOutput(chainInfo, stdout, 'qemu-img info')
   return below.map(({ filename, format }) => ({ file: fileOfName(filename), format }))
 }
 

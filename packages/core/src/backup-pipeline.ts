@@ -17,7 +17,7 @@ import {
 import { freeze, mark, planOverlays, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
-import { isVarveError, VarveError } from './errors.ts'
+import { isVarveError, runError, VarveError } from './errors.ts'
 import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { recordLateOverlays } from './late-overlays.ts'
@@ -107,7 +107,13 @@ export class BackupPipeline {
    * @throws any {@link VarveError}. Where its `context.published` is the backup's id, the backup is good but
    * the host needs attention, such as after BLOCK_COMMIT_FAILED.
    */
-  async run(request: BackupRequest, run: RunOptions = {}): Promise<BackupManifest> {
+  run(request: BackupRequest, run: RunOptions = {}): Promise<BackupManifest> {
+    return this.#run(request, run).catch(error => {
+      throw runError(error, run.signal)
+    })
+  }
+
+  async #run(request: BackupRequest, run: RunOptions): Promise<BackupManifest> {
     const { host, stateDir } = this.#options
     if (!this.#options.storage) {
       throw new VarveError(
@@ -198,7 +204,7 @@ export class BackupPipeline {
       startedAt,
     }
     let manifest: BackupManifest | undefined
-    let failure: unknown
+    let failure: VarveError | undefined
     try {
       await ledger.add(id, storage)
       const definition = await storeDefinition(backup)
@@ -215,7 +221,7 @@ export class BackupPipeline {
         snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),
       })
     } catch (error) {
-      failure = error
+      failure = runError(error, run.signal)
     }
     const { onEvent } = run // no signal: what is begun is undone also after an abort
     const { published } = await settleBackup(journal, {

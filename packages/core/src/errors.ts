@@ -66,6 +66,7 @@ export type ErrorCode =
   // life of a run
   | 'ABORTED'
   | 'TIMEOUT'
+  | 'UNEXPECTED'
   // the command line
   | 'OUTPUT_FAILED'
 
@@ -118,6 +119,17 @@ export function isVarveError(error: unknown, code?: ErrorCode): error is VarveEr
 /** The text of anything thrown. */
 export function errorMessage(error: unknown): string {
   return error instanceof Error ? error.message : String(error)
+}
+
+/** What a run rejects with, whatever was thrown in it: an error that nobody has foreseen has the code `UNEXPECTED`. */
+export function runError(error: unknown, signal?: AbortSignal): VarveError {
+  if (isVarveError(error)) return error
+  if (signal?.aborted) return abortError(signal)
+  return new VarveError(
+    'UNEXPECTED',
+    `Something that Varve does not expect: ${errorMessage(error)}. Look at what that names; if nothing is wrong with it, this is an error of Varve's: report it with the error that is its cause.`,
+    { cause: error },
+  )
 }
 
 /** The error of a run that its caller gave up: `ABORTED`, with the signal's reason as its cause. */

@@ -6,6 +6,7 @@ import { countBitmapBits } from './count-bitmap-bits.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import type { BitmapChange, DiskPlace, FileDisk } from './host.ts'
 import { saysLocked } from './image-lock.ts'
+import { parseOutput } from './parse-output.ts'
 import type { RunOptions } from './run-options.ts'
 
 const imageInfo = z.object({
@@ -52,7 +53,7 @@ export async function readImageInfo(
   const { stdout } = await runCommand('qemu-img', args, run).catch(error => {
     throw imageError(path, error)
   })
-  const info = imageInfo.parse(JSON.parse(stdout))
+  const info = parseOutput(imageInfo, stdout, 'qemu-img info')
   const data = info['format-specific']?.data
   const backing = info['full-backing-filename'] ?? info['backing-filename']
   const bitmaps = data?.bitmaps ?? []

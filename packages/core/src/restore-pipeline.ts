@@ -1,7 +1,7 @@
 import { newBackupId } from './backup-id.ts'
 import { findBackup, readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock } from './disk-lock.ts'
-import { type ErrorContext, errorMessage, isVarveError, VarveError } from './errors.ts'
+import { type ErrorContext, errorMessage, isVarveError, runError, VarveError } from './errors.ts'
 import type { DiskPlace, Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { recordLateOverlays } from './late-overlays.ts'
@@ -129,7 +129,13 @@ export class RestorePipeline {
   }
 
   /** Restores one backup. @throws any {@link VarveError} */
-  async run(request: RestoreRequest, run: RunOptions = {}): Promise<RestoreResult> {
+  run(request: RestoreRequest, run: RunOptions = {}): Promise<RestoreResult> {
+    return this.#run(request, run).catch(error => {
+      throw runError(error, run.signal)
+    })
+  }
+
+  async #run(request: RestoreRequest, run: RunOptions): Promise<RestoreResult> {
     const { host, stateDir } = this.#options
     const storage = tellCommands(this.#options.storage, run.onEvent)
     const signal = run.signal ? { signal: run.signal } : {}
@@ -171,7 +177,7 @@ export class RestorePipeline {
     })
     const restore: RestoreContext = { backup: found, chain, host, storage, request, plan, journal, run }
     let disks: RestoredDisk[] = []
-    let failure: unknown
+    let failure: VarveError | undefined
     try {
       const nvram = await define(restore)
       if (request.inPlace) await powerOff(restore)
@@ -182,7 +188,7 @@ export class RestorePipeline {
       if (!request.inPlace) await powerOff(restore)
       await finish(restore, nvram)
     } catch (error) {
-      failure = error
+      failure = runError(error, run.signal)
     }
     const { onEvent } = run
     const { finished, started, incomplete, refusal } = await settleRestore(
