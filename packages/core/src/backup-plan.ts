@@ -191,6 +191,7 @@ function obstacle(
   damaged: ReadonlySet<string>,
 ): FallbackReason | undefined {
   if (disk.format === 'raw') return 'format-raw'
+  if (disk.format === 'qcow2' && disk.readOnly) return 'disk-readonly'
   if (disk.format === 'qcow2' && !disk.holdsBitmaps) return 'format-qcow2-v2'
   const before = manifest.disks.find(({ name }) => name === disk.name)
   if (!before) return 'disk-new'
@@ -311,6 +312,7 @@ export function fallbackMessage(disk: string, reason: FallbackReason): string {
     'disk-replaced':
       'The disk is another one, or on another file, than at the parent backup, falling back to full backup',
     'disk-shrunk': 'The disk is smaller than in the parent backup, falling back to full backup',
+    'disk-readonly': 'QEMU keeps no bitmap of a disk that is read-only, taking a full backup',
     'format-raw': 'A raw disk holds no bitmap, taking a full backup',
     'format-qcow2-v2': 'A qcow2 image of version 2 holds no bitmap, taking a full backup',
     'bitmap-missing': 'Bitmap not found, falling back to full backup',

@@ -37,6 +37,8 @@ export interface DomainDisk {
   /** Whether a backing file is named here. QEMU is then given that one, whatever the image itself says. */
   readonly backed: boolean
   readonly shareable: boolean
+  /** Whether the guest cannot write to it. */
+  readonly readOnly: boolean
   readonly encrypted: boolean
   /** Whether what the guest sees is a part of the source. */
   readonly sliced: boolean
@@ -251,6 +253,7 @@ function readDisk(element: Element): DomainDisk {
     ...(rbd && { rbd }),
     backed: child(child(element, 'backingStore'), 'source') !== undefined,
     shareable: child(element, 'shareable') !== undefined,
+    readOnly: child(element, 'readonly') !== undefined,
     encrypted:
       child(element, 'encryption') !== undefined ||
       (source ? child(source, 'encryption') !== undefined : false),

@@ -38,8 +38,10 @@ export interface FileDisk {
   readonly bitmaps: readonly DiskBitmap[]
   /** The external data file that a qcow2 image names; not told of one that an instance runs on. */
   readonly dataFile?: string
-  /** Whether the image can carry bitmaps: qcow2 from version 3 (compat 1.1) on. */
+  /** Whether the image can carry bitmaps: qcow2 from version 3 (compat 1.1) on, unless it is read-only. */
   readonly holdsBitmaps: boolean
+  /** Whether the guest cannot write to it. Default: false. */
+  readonly readOnly?: boolean
 }
 
 /** A disk of an instance that is an RBD image, as it is now. */

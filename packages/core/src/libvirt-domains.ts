@@ -11,6 +11,8 @@ export interface DiskState {
   readonly running: boolean
   readonly path: string
   readonly format: string
+  /** Whether the guest cannot write to it. */
+  readonly readOnly: boolean
 }
 
 /** What `virsh` tells of the domains of a libvirt daemon, and their definitions. */
@@ -52,7 +54,8 @@ export class LibvirtDomains {
       const { active, disks } = readDomainXml(await this.virsh.onDomain(run, instance, 'dumpxml'))
       const found = disks.find(({ name }) => name === disk)
       const path = found && (await this.diskPath(found, run))
-      return found && path !== undefined ? { running: active, path, format: found.format } : undefined
+      if (!found || path === undefined) return undefined
+      return { running: active, path, format: found.format, readOnly: found.readOnly }
     } catch (error) {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
       throw error

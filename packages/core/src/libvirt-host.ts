@@ -180,12 +180,13 @@ export class LibvirtHost implements Host {
 
   async #changeBitmaps(
     instance: string,
-    { running, path, format }: DiskState,
+    { running, path, format, readOnly }: DiskState,
     change: BitmapChange,
     run: RunOptions,
   ): Promise<void> {
     if (format !== 'qcow2') return
     if (!running) return changeImageBitmaps(path, change, run)
+    if (readOnly) return // QEMU changes none there, and they cost nothing
     const qmp = await this.#domains.qmp(instance, run)
     await qmp.changeBitmaps(qmp.node(path, format), change)
   }
@@ -357,7 +358,11 @@ async function readDisk(
       },
     )
   }
-  if (!qmp) return readOfflineDisk(disk.name, path, format, run)
+  const { readOnly } = disk
+  if (!qmp) {
+    const found = await readOfflineDisk(disk.name, path, format, run)
+    return { ...found, readOnly, holdsBitmaps: found.holdsBitmaps && !readOnly }
+  }
   const node = qmp.node(path, format)
   return {
     name: disk.name,
@@ -366,7 +371,8 @@ async function readDisk(
     blockDevice: (await statOpenDisk(disk.name, path)).isBlockDevice(),
     virtualSize: node.virtualSize,
     bitmaps: joinTwins(node.bitmaps, await diskMark(disk.name, path)),
-    holdsBitmaps: node.holdsBitmaps,
+    holdsBitmaps: node.holdsBitmaps && !readOnly,
+    readOnly,
   }
 }
 

@@ -28,6 +28,7 @@ const fallbackReasons: WordsOf<FallbackReason> = {
   'disk-new': 'disk-new',
   'disk-replaced': 'disk-replaced',
   'disk-shrunk': 'disk-shrunk',
+  'disk-readonly': 'disk-readonly',
   'format-raw': 'format-raw',
   'format-qcow2-v2': 'format-qcow2-v2',
   'bitmap-missing': 'bitmap-missing',

@@ -16,6 +16,7 @@ export type FallbackReason =
   | 'disk-new'
   | 'disk-replaced'
   | 'disk-shrunk'
+  | 'disk-readonly'
   | 'format-raw'
   | 'format-qcow2-v2'
   | 'bitmap-missing'

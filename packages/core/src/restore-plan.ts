@@ -152,7 +152,7 @@ async function planInstance(
       disks.push(await planRbdDisk(disk, target, { inPlace: request.inPlace ?? false, runId }, run))
       continue
     }
-    const { path, format, blockDevice, holdsBitmaps } = target
+    const { path, format, blockDevice, holdsBitmaps, readOnly = false } = target
     if (request.inPlace) {
       assertNoDataFile(target)
       disks.push({ disk, format, target: path, blockDevice, holdsBitmaps })
@@ -168,7 +168,7 @@ async function planInstance(
       )
     }
     const temporary = temporaryOf(path, runId)
-    disks.push({ disk, format, target: path, temporary, holdsBitmaps: format === 'qcow2' })
+    disks.push({ disk, format, target: path, temporary, holdsBitmaps: format === 'qcow2' && !readOnly })
   }
   const renewed = new Set(disks.flatMap(({ disk, temporary }) => (temporary === undefined ? [] : disk.name)))
   return { disks, instance, backed: backedDisks(instance).filter(disk => renewed.has(disk)) }

@@ -203,6 +203,7 @@ const reasons: Record<FallbackReason, true> = {
   'disk-new': true,
   'disk-replaced': true,
   'disk-shrunk': true,
+  'disk-readonly': true,
   'format-raw': true,
   'format-qcow2-v2': true,
   'bitmap-missing': true,

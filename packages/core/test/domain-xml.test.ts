@@ -48,6 +48,7 @@ test('disks are read with their own source, not that of their backing chain', ()
   expect(disks[5]).toMatchObject({ encrypted: true, shareable: true })
   expect(disks[0]).toMatchObject({ encrypted: false, shareable: false, sliced: false })
   expect(disks[6]).toMatchObject({ sliced: true })
+  expect(disks.filter(({ readOnly }) => readOnly).map(({ name }) => name)).toEqual(['sda'])
 })
 
 test('a disk is backed where the definition names a backing file, and not where it says that there is none', () => {
