@@ -17,7 +17,6 @@ const SAMPLE: readonly KillCase[] = [
   // With the guest suspended, and its file systems frozen.
   { kind: 'mixed', run: 'frozen backup', point: 'end rbd snap create', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'restore', point: 'end rbd create', nth: 0, scope: 'group' },
-  { kind: 'mixed', run: 'restore', point: 'end rbd rename', nth: 0, scope: 'process' },
 ]
 
 test('every step of a journal is in a run', () => {

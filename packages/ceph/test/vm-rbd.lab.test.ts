@@ -129,6 +129,7 @@ test('a running guest on RBD and on a file is backed up at one moment, while it 
         printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
       done
       touch /run/begun
+      usleep 50000 # leaves the processor to others
     done`)
   await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
   const slow = `[[ " $* " != *' snap create '*${second.slice(4)}* ]] || sleep 1`
