@@ -3,6 +3,7 @@ import {
   BackupPipeline,
   type Host,
   isVarveError,
+  type RbdConnector,
   type RecoverReport,
   recover,
   type StorageDriver,
@@ -16,6 +17,8 @@ export interface BackupQueueOptions {
   readonly stateDir: string
   /** Where an instance lives. */
   readonly hostOf: (instance: string) => Host
+  /** How `recover` reaches the cluster of disks on Ceph, such as a `CephConnector`; needed where there are any. */
+  readonly rbd?: RbdConnector
   /** Backups at one time. */
   readonly concurrency: number
   /** Called whenever a job has changed: push it to the browser. */
@@ -43,8 +46,8 @@ export class BackupQueue {
 
   /** Call it once when the panel starts: settles the runs that were going on when it ended. */
   recover(): Promise<RecoverReport> {
-    const { stateDir, storage } = this.#options
-    return recover({ stateDir, storages: [storage] })
+    const { stateDir, storage, rbd } = this.#options
+    return recover({ stateDir, storages: [storage], ...(rbd && { rbd }) })
   }
 
   add(instance: string): QueuedBackup {

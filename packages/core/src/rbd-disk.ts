@@ -47,6 +47,6 @@ export function isImageGone(error: unknown): boolean {
 export function noConnector(): VarveError {
   return new VarveError(
     'INVALID_ARGUMENT',
-    'RBD images need a connection to their Ceph cluster: give the host one (option rbd: new CephConnector() of @varve/ceph).',
+    'RBD images need a connection to their Ceph cluster: give the host one, or recover (option rbd: new CephConnector() of @varve/ceph).',
   )
 }

@@ -7,6 +7,7 @@ import { VarveError } from '../src/errors.ts'
 import type { Host } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { type JournalHeader, RunJournal } from '../src/journal.ts'
+import type { RbdCluster } from '../src/rbd.ts'
 import { recover } from '../src/recover.ts'
 import { bytesBody } from '../src/storage.ts'
 import { MemoryStorage } from './memory-storage.ts'
@@ -64,6 +65,26 @@ test('a run that is settled while another one is recovered keeps its backup', as
   const { runs } = await recover({ stateDir, storages: [storage], host: host.asHost() })
   expect(runs).toEqual([{ id: dead.header.id, kind: 'backup', instance: 'web-1', outcome: 'undone' }])
   expect([...storage.objects.keys()].sort()).toEqual([`${folder}/manifest.json`, `${folder}/vda.qcow2`])
+})
+
+test('a run with snapshots of RBD images stays until recover is told how to reach their cluster, as its error says', async () => {
+  const dead = await begin('web-1')
+  const disks = [{ disk: 'vda', image: 'vms/web-1' }]
+  await dead.record({ step: 'rbd-snapshot', snapshot: `varve-${dead.header.id}`, disks })
+  const unresolved = await recover({ stateDir, storages: [storage] })
+  expect(unresolved).toMatchObject({
+    ok: false,
+    runs: [
+      { outcome: 'unresolved', error: { message: expect.stringMatching(/recover.*rbd: new CephConnector/) } },
+    ],
+  })
+  const removed: string[] = []
+  const cluster: Partial<RbdCluster> = {
+    removeSnapshots: async (image, names) => void removed.push(...names.map(name => `${image}@${name}`)),
+  }
+  const rbd = { cluster: () => cluster as RbdCluster }
+  expect(await recover({ stateDir, storages: [storage], rbd })).toMatchObject({ ok: true })
+  expect(removed).toEqual([`vms/web-1@varve-${dead.header.id}`])
 })
 
 test('a run that did more while another one was recovered, and died, is settled with all that it did', async () => {
