@@ -75,13 +75,16 @@ export async function planRestore(
   if ('instance' in to) return planInstance(request, to.instance, backup, host, runId, run)
   if ('newInstance' in to) return planNewInstance(request, to, backup, host, runId, run, options)
   const disks: DiskRestore[] = []
-  const wanted = request.disks ?? Object.keys(to.disks)
-  for (const name of wanted) {
+  for (const name of new Set(request.disks ?? Object.keys(to.disks))) {
     const path = to.disks[name]
     if (path === undefined)
-      throw new VarveError('INVALID_ARGUMENT', `No target was given for the disk ${name}.`, {
-        context: { disk: name },
-      })
+      throw new VarveError(
+        'INVALID_ARGUMENT',
+        `No target was given for the disk ${name}. Name one for it (to.disks, --to-disk ${name}=PATH), or leave the disk out.`,
+        {
+          context: { disk: name },
+        },
+      )
     disks.push(await planPath(request, to, diskOf(backup, name), path, host, runId, run, options))
   }
   if (disks.length === 0)
@@ -197,9 +200,13 @@ async function planNewInstance(
   }
   instanceFolder(name) // refuses names that are none
   if (name.includes('/'))
-    throw new VarveError('INVALID_ARGUMENT', `Not an instance name: ${name}.`, {
-      context: { instance: name },
-    })
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `Not an instance name: ${name}. libvirt allows no slash in one; choose another.`,
+      {
+        context: { instance: name },
+      },
+    )
   if (!backup.manifest.definition) {
     throw new VarveError(
       'INVALID_ARGUMENT',
@@ -220,7 +227,15 @@ async function planNewInstance(
   )
   const format = to.format ?? 'qcow2'
   const disks: DiskRestore[] = []
-  for (const diskName of request.disks ?? backup.manifest.disks.map(disk => disk.name)) {
+  const names = new Set(request.disks ?? backup.manifest.disks.map(disk => disk.name))
+  if (names.size === 0) {
+    throw new VarveError(
+      'INVALID_ARGUMENT',
+      `No disk was chosen for ${name}. Name at least one, or leave the choice out for all of them.`,
+      { context: { instance: name } },
+    )
+  }
+  for (const diskName of names) {
     const disk = diskOf(backup, diskName)
     if (disk.format === 'rbd-diff' && to.rbdPool !== undefined) {
       const path = `${RBD_PREFIX}${to.rbdPool}/${name}-${diskName}`
