@@ -1,5 +1,5 @@
 import { execa } from 'execa'
-import { abortError, VarveError } from './errors.ts'
+import { abortError, VarveError, type VarveErrorOptions } from './errors.ts'
 import { emit, type RunOptions } from './run-options.ts'
 
 /** How much of a command's output is kept in events and errors, in characters. */
@@ -96,14 +96,8 @@ export async function runCommand(
 
   const { exitCode, signal: endedBy } = result
   const context = { command, args, exitCode, endedBy, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
-  if (result.code === 'ENOENT') {
-    const from = PACKAGES[command]
-    throw new VarveError(
-      'COMMAND_MISSING',
-      `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
-      { context, cause: keepsSecret ? undefined : result },
-    )
-  }
+  if (result.code === 'ENOENT')
+    throw missingCommand(command, { context, cause: keepsSecret ? undefined : result })
   if (result.timedOut) {
     throw new VarveError(
       'COMMAND_TIMEOUT',
@@ -123,6 +117,16 @@ export async function runCommand(
       context,
       cause: keepsSecret ? undefined : result,
     },
+  )
+}
+
+/** The error of a program that is not there. */
+export function missingCommand(command: string, options: VarveErrorOptions): VarveError {
+  const from = PACKAGES[command]
+  return new VarveError(
+    'COMMAND_MISSING',
+    `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
+    options,
   )
 }
 

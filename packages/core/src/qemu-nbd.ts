@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { execa } from 'execa'
-import { errorMessage, VarveError } from './errors.ts'
+import { missingCommand } from './command.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import { saysLocked } from './image-lock.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { inTemporaryFolder } from './state-folder.ts'
@@ -71,6 +72,7 @@ export async function makeExportFolder(folder: string): Promise<void> {
  *
  * @throws DISK_BUSY where another of QEMU's programs keeps the disk from being opened
  * @throws NBD_SOCKET_MISSING with what qemu-nbd said
+ * @throws COMMAND_MISSING where there is none
  */
 export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
   const { disk, path, format, writable, bitmap, folder, refuseWriters = false } = options
@@ -118,7 +120,8 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     // The socket file is there before it listens; the process id is written after.
     for (let alive = true; !(await isWritten(pidFile)); ) {
       if (!alive) {
-        const { stderr, shortMessage } = await ended
+        const { code, stderr, shortMessage } = await ended
+        if (code === 'ENOENT') throw missingCommand('qemu-nbd', { context: { disk, path } })
         throw new Error(stderr.trim() || shortMessage)
       }
       if (Date.now() - startedAt > SOCKET_TIMEOUT_MS)
@@ -128,7 +131,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     }
   } catch (error) {
     await stop()
-    if (options.signal?.aborted) throw error
+    if (options.signal?.aborted || isVarveError(error, 'COMMAND_MISSING')) throw error
     if (saysLocked(errorMessage(error))) {
       throw new VarveError(
         'DISK_BUSY',

@@ -31,6 +31,21 @@ test('without the driver of RBD images the error names the package that has it',
   })
 })
 
+test('where there is no qemu-nbd the error names the package that has it', async () => {
+  process.env.PATH = folder
+  const options = {
+    disk: 'vda',
+    path: join(folder, 'vda'),
+    format: 'qcow2',
+    writable: false,
+    folder,
+  } as const
+  await expect(exportDisk(options)).rejects.toMatchObject({
+    code: 'COMMAND_MISSING',
+    message: expect.stringContaining('qemu-nbd is not installed. Install it (Debian package qemu-utils)'),
+  })
+})
+
 test('a path with the word "lock" in it does not make a missing image a locked one', async () => {
   const path = join(folder, 'block', 'vda.qcow2')
   const options = { disk: 'vda', path, format: 'qcow2', writable: false, folder } as const
