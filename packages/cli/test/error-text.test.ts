@@ -83,5 +83,8 @@ test('an error document has code, message and context', () => {
     },
   })
   expect(errorDocument(usage)).toMatchObject({ error: { code: 'USAGE' } })
+  const unforeseen = new VarveError('UNEXPECTED', 'Not foreseen.', { cause: new TypeError('oops') })
+  expect(errorText(unforeseen, { verbose: true })).toMatch(/TypeError: oops\n +at .*error-text\.test/)
+  expect(errorText(unforeseen, { verbose: false })).not.toContain('TypeError')
   expect(errorDocument('oops')).toEqual({ error: { code: 'UNEXPECTED', message: 'oops' } })
 })
