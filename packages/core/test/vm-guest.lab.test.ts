@@ -259,6 +259,39 @@ test('a guest that shuts down slowly for a restore whose process died runs again
   await vm.waitForBoot()
 })
 
+test('a guest that reboots in the middle of a backup goes on on its overlay, which is merged', async () => {
+  await write(0, 4)
+  const wanted = await sum('/dev/vda')
+  const bootId = async () => {
+    // What is said to it while it reboots may be lost.
+    const asked = await vm
+      .run('cat /proc/sys/kernel/random/boot_id', { timeoutMs: 2_000 })
+      .catch(() => undefined)
+    return asked?.stdout
+  }
+  const before = await bootId()
+  site.storage.beforePut = async key => {
+    if (!key.endsWith('/vda.qcow2')) return
+    site.storage.beforePut = undefined
+    await write(2, 3)
+    vm.spawn('reboot -f').result.catch(() => undefined) // it does not answer any more
+    await expect
+      .poll(async () => ![undefined, before].includes(await bootId()), { timeout: 100_000 })
+      .toBe(true)
+    await write(8, 2)
+  }
+  const manifest = await backup({ disks: FIRST })
+  expect(manifest).toMatchObject({ consistency: 'crash', running: true })
+  await expectCleanHost([`varve-${manifest.id}`], FIRST)
+  expect(await storedSums(manifest)).toEqual({ vda: wanted })
+  await write(5, 1)
+  const last = await sum('/dev/vda')
+  expect(last).not.toBe(wanted)
+  const next = await backup({ disks: FIRST })
+  expect(next).toMatchObject({ kind: 'incremental', parent: manifest.id })
+  expect(await storedSums(next)).toEqual({ vda: last })
+})
+
 test('a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk', async () => {
   await write(0, 8)
   const wanted = await sum('/dev/vda')
