@@ -5,7 +5,9 @@ import { mountTmpfs, qemuIo, type Tmpfs } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
-import type { VarveEvent } from '../src/events.ts'
+import { ChainManager } from '../src/chain-manager.ts'
+import { isVarveError } from '../src/errors.ts'
+import type { BackupStage, VarveEvent } from '../src/events.ts'
 import { type JournalStepName, RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
@@ -115,6 +117,51 @@ test('QEMU may be killed while its disk is read and while the last object is sto
   await expectHolds(last, ...now)
   await vm.destroy()
   await qemuIo(image('vda'), 'qcow2', now)
+})
+
+/**
+ * What comes of the backup after one in which QEMU was killed, by the stage that had just begun. While the overlay is active
+ * QEMU has stored the bitmaps of its base; else those that it has open are lost with it.
+ */
+const NEXT: Record<BackupStage, BackupManifest['kind']> = {
+  plan: 'full',
+  mark: 'full',
+  freeze: 'full',
+  export: 'incremental',
+  stream: 'incremental',
+  upload: 'incremental',
+  publish: 'incremental',
+  thaw: 'incremental',
+  retire: 'full',
+}
+
+test('QEMU may be killed in any stage: what was flushed stays, and no increment lacks any of it', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  let last = await backup()
+  let pattern = 0x20
+  for (const [stage, kind] of Object.entries(NEXT)) {
+    pattern += 2
+    await vm.io('vda', `write -P ${pattern} 1M 2M`)
+    const onEvent = killAt(stage, await vm.qemuPid())
+    const published = await backup({}, { onEvent }).catch(error => {
+      expect(isVarveError(error), String(error)).toBe(true)
+    })
+    await vm.waitForState('shut off')
+    expect(await recoverNow(), stage).toMatchObject({ ok: true })
+    const newest = (await new ChainManager({ storage: site.storage }).list()).backups.at(-1)?.manifest
+    if (published) expect(newest, stage).toEqual(published)
+    if (newest && newest.id !== last.id) await expectHolds(newest, `read -P ${pattern} 1M 2M`)
+    await vm.start()
+    await vm.io('vda', `write -P ${pattern + 1} 2M 2M`)
+    last = await backup()
+    // It may have been backed up as one that is off.
+    const isOver = published?.disks[0]?.fallback === 'bitmap-inconsistent'
+    expect(last, stage).toMatchObject({ kind: isOver ? 'incremental' : kind })
+    if (last.kind === 'full') expect(last.disks[0], stage).toMatchObject({ fallback: 'bitmap-inconsistent' })
+    await expectHolds(last, `read -P ${pattern} 1M 1M`, `read -P ${pattern + 1} 2M 2M`)
+    await site.expectCleanHost([`varve-${last.id}`])
+  }
 })
 
 test('QEMU may be killed right before a disk is put back onto its base: the backup is right, and the next one full', async () => {
