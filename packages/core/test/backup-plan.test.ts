@@ -46,6 +46,7 @@ test.each([
   ['disk-shrunk', { virtualSize: GiB - 512 }, [bitmap(2)]],
   ['format-raw', { format: 'raw', holdsBitmaps: false }, []],
   ['format-qcow2-v2', { holdsBitmaps: false }, []],
+  ['disk-readonly', { readOnly: true, holdsBitmaps: false }, []],
   ['disk-new', { name: 'vdb' }, [bitmap(2)]],
 ] as const)('a disk falls back to a full image: %s', (reason, change, bitmaps) => {
   expect(plan([hostDisk('vda', [...bitmaps], change)], chain)).toEqual({ parent: undefined, disks: [reason] })
