@@ -10,7 +10,7 @@ export interface FoundBitmap extends Omit<DiskBitmap, 'twin' | 'names'> {
 }
 
 const TWIN = /^(varve-.+)-twin-[0-9a-z]+$/
-const SEAL = /^(varve-.+)-seal-(\d+)$/
+const SEAL = /^(varve-.+)-seal$/
 
 /**
  * Ties a bitmap to the disk that it is of, by the disk's target name and its file. All disks of a backup have a bitmap of one
@@ -74,8 +74,8 @@ export interface Seal {
 
 /**
  * What shows that bitmaps were cleared, or stopped and set going again, where a bitmap and its twin were alike: a third one
- * that is stopped from the beginning, whose name tells how many bits it has at least. Its bits are those of the bitmap on the disk, whosever it is, that has the most:
- * QEMU sets none without a write. Undefined where none has any, or the bitmap is sealed already, or not there.
+ * that is stopped from the beginning and has bits, so that it has none once it was cleared. Its bits are those of the bitmap
+ * on the disk, whosever it is, that has the most: QEMU sets none without a write. Undefined where none has any, or the bitmap is sealed already, or not there.
  */
 export function sealOf(bitmap: string, found: readonly FoundBitmap[]): Seal | undefined {
   const own = found.find(({ name }) => name === bitmap)
@@ -88,7 +88,7 @@ export function sealOf(bitmap: string, found: readonly FoundBitmap[]): Seal | un
     )
     .toSorted((one, other) => bits(other) - bits(one))
   if (!most || bits(most) === 0) return undefined
-  return { name: `${bitmap}-seal-${bits(most)}`, from: most.name, granularity }
+  return { name: `${bitmap}-seal`, from: most.name, granularity }
 }
 
 /** The bitmap that a twin or a seal belongs to; any other bitmap belongs to itself. */
@@ -126,8 +126,10 @@ function compare(bitmap: FoundBitmap, own: readonly FoundBitmap[], mark: string)
   return bitmap.dirty >= twin.dirty && own.every(isWhole) ? 'agrees' : 'differs'
 }
 
-/** Whether a bitmap is no seal, or one that nobody has set going and that has its bits, as far as that can be told. */
+/**
+ * Whether a bitmap is no seal, or one that nobody has set going and that has bits, as far as that can be told. It may have
+ * fewer than it began with: QEMU cuts it when the disk shrinks.
+ */
 function isWhole({ name, enabled, dirty }: FoundBitmap): boolean {
-  const [, , bits] = SEAL.exec(name) ?? []
-  return bits === undefined || (!enabled && (dirty === undefined || dirty >= Number(bits)))
+  return !SEAL.test(name) || (!enabled && dirty !== 0)
 }

@@ -117,7 +117,7 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
   expect(stopped).toMatchObject({ disks: [{ fallback: 'bitmap-disabled' }] })
   await write('write -P 0x44 2M 1M')
   name = markName(stopped.id)
-  expect(await listed()).toEqual([name, twin(), `${name}-seal-16`])
+  expect(await listed()).toEqual([name, twin(), `${name}-seal`])
 
   // All that a twin has may have been cleared in the other before it was written again.
   await bitmap('--clear', name)
@@ -131,7 +131,7 @@ test('a bitmap that somebody changed in a stopped instance is not built on, and 
   const full = await backup()
   expect(full).toMatchObject({ disks: [{ fallback: 'bitmap-missing' }] })
   name = markName(full.id)
-  expect(await listed()).toEqual([name, twin(), `${name}-seal-16`])
+  expect(await listed()).toEqual([name, twin(), `${name}-seal`])
 })
 
 test('bitmaps that somebody cleared, or stopped for a while, all of them, are not built on', async () => {
@@ -161,7 +161,7 @@ test('bitmaps that somebody cleared, or stopped for a while, all of them, are no
   const first = await backup()
   const named = [markName(first.id), twinOf(markName(first.id), await diskMark('vda', path))]
   await vm.io('vda', 'write -P 0x22 2M 2M')
-  expect((await all('clear')).sort()).toEqual([named[0], `${named[0]}-seal-16`, named[1]])
+  expect((await all('clear')).sort()).toEqual([named[0], `${named[0]}-seal`, named[1]])
   const second = await isAltered('after a full backup')
   await site.expectStored(second, ['read -P 0x22 2M 2M'])
 

@@ -55,17 +55,15 @@ test('a twin is told of under the name of its bitmap, also where it is alone', (
 })
 
 test.each([
-  ['has its bits', 7, 'agrees'],
-  ['has gained some', 9, 'agrees'],
-  ['has lost one', 6, 'differs'],
-  ['was cleared', 0, 'differs'],
-  ['cannot be counted', undefined, 'agrees'],
-  ['records', 7, 'differs', true],
-] as const)('a bitmap like its twin whose seal %s', (_what, dirty, twin, enabled = false) => {
+  ['has bits', 7, false, 'agrees'],
+  ['was cleared', 0, false, 'differs'],
+  ['cannot be counted', undefined, false, 'agrees'],
+  ['records', 7, true, 'differs'],
+] as const)('a bitmap like its twin whose seal %s', (_what, dirty, enabled, twin) => {
   const bitmaps = [
     found('varve-1', 0),
     found('varve-1-twin-f1', 0),
-    found('varve-1-seal-7', dirty, { enabled }),
+    found('varve-1-seal', dirty, { enabled }),
   ]
   expect(joinTwins(bitmaps, 'f1')).toMatchObject([{ twin, names: bitmaps.map(({ name }) => name) }])
 })
@@ -79,16 +77,16 @@ test('a seal takes its bits from the bitmap of Varve that has the most', () => {
     found('varve-0', 9, { inconsistent: true }),
     found('varve-3', 9, { granularity: 512 }),
   ]
-  const seal = { name: 'varve-2-seal-3', from: 'varve-1', granularity: 65_536 }
+  const seal = { name: 'varve-2-seal', from: 'varve-1', granularity: 65_536 }
   expect(sealOf('varve-2', [...none, ...others])).toEqual(seal)
   expect(sealOf('varve-2', others)).toBeUndefined()
   expect(sealOf('varve-2', [...none, ...others, found(seal.name, 3)])).toBeUndefined()
-  expect(sealOf('varve-2', [...none, ...others, found('varve-1-seal-8', 8)])).toMatchObject({
-    name: 'varve-2-seal-8',
-    from: 'varve-1-seal-8',
+  expect(sealOf('varve-2', [...none, ...others, found('varve-1-seal', 8)])).toMatchObject({
+    name: seal.name,
+    from: 'varve-1-seal',
   })
   expect(ownerOf(seal.name)).toBe('varve-2')
-  expect(ownerOf('mine-seal-3')).toBe('mine-seal-3')
+  expect(ownerOf('mine-seal')).toBe('mine-seal')
 })
 
 test("a copy's own twin counts, whatever others came along", () => {

@@ -56,6 +56,9 @@ export class ModelWalk {
     second: { fallback: 'no-parent' },
   }
 
+  /** The disks that shrank and grew again since the newest backup on a storage: a seal that had bits only there has none. */
+  readonly #cut = { first: new Set<string>(), second: new Set<string>() }
+
   constructor(ground: ProvingGround, seed: number) {
     this.#ground = ground
     this.#random = new Random(seed)
@@ -168,6 +171,7 @@ export class ModelWalk {
   /** One of all disks, whose kind was not asked for. */
   #addAuto(storage: StorageName, manifest: BackupManifest): void {
     const next = this.#next[storage]
+    const cut = new Set(this.#cut[storage])
     this.#add(storage, manifest)
     if (!next) return
     const parent = 'parent' in next && this.#hasRoom(storage, next.parent) ? next.parent : undefined
@@ -175,6 +179,7 @@ export class ModelWalk {
     const wanted = parent === undefined ? `full ${reason}` : `incremental on ${parent}`
     for (const { name, kind, fallback } of manifest.disks) {
       const found = kind === 'full' ? `full ${fallback}` : `incremental on ${manifest.parent}`
+      if (found === 'full bitmap-altered' && cut.has(name)) continue
       if (found !== wanted) throw new Error(`${name} is ${found} and not ${wanted}`)
     }
   }
@@ -198,6 +203,7 @@ export class ModelWalk {
     this.log.push(`  ${manifest.id} on ${storage}: ${kinds.join(', ')}`)
     this.#there[storage].push(manifest)
     this.#next[storage] = { parent: manifest.id }
+    this.#cut[storage].clear()
   }
 
   /** What a full backup is for where its storage has none that fits. */
@@ -306,6 +312,7 @@ export class ModelWalk {
     const sizes = { grow: [larger], shrink: [smaller], 'shrink and grow': [smaller, larger] }[name]
     if (smaller < LEAST_BYTES || larger > MOST_BYTES) return
     for (const size of sizes) await this.#ground.resize(disk, size)
+    if (name === 'shrink and grow') for (const cut of Object.values(this.#cut)) cut.add(disk)
     // The disk has a full image for it where it is smaller than at the parent, which is not always the backup before.
     if (name === 'shrink') this.#next.first = this.#next.second = undefined
   }
