@@ -40,24 +40,52 @@ interface NodeName {
   offset?: unknown
   size?: unknown
   file?: NodeName | undefined
+  driver?: string | undefined
+  pool?: string | undefined
+  namespace?: string | undefined
+  image?: string | undefined
+  snapshot?: string | undefined
+  conf?: string | undefined
+  server?: readonly { host: string; port: string }[] | undefined
 }
 const nodeName: z.ZodType<NodeName> = z.object({
   filename: z.string().optional(),
   offset: z.unknown().optional(),
   size: z.unknown().optional(),
   file: z.lazy(() => nodeName).optional(),
+  driver: z.string().optional(),
+  pool: z.string().optional(),
+  namespace: z.string().optional(),
+  image: z.string().optional(),
+  snapshot: z.string().optional(),
+  conf: z.string().optional(),
+  server: z.array(z.object({ host: z.string(), port: z.string() })).optional(),
 })
 
 /**
  * The file that a block node is on. QEMU names it so, unless the node differs from what the file alone would give: then
  * it writes `json:` and all that it was given, such as the backing file where the header names another, or a relative
- * one. What is only a part of a file keeps that name.
+ * one. What is only a part of a file keeps that name. An RBD image has none but `json:`, with more or less in it: it is told
+ * by its place and by how its cluster is reached.
  */
 export function fileOfName(name: string): string {
   if (!name.startsWith('json:')) return name
   let node = parseNode(name.slice('json:'.length))
   while (node?.file && node.offset === undefined && node.size === undefined) node = node.file
-  return node?.filename ?? name
+  return node?.filename ?? (node && rbdName(node)) ?? name
+}
+
+/** In the words of QEMU's driver. The user is left out: whoever asks, the image is the same. */
+function rbdName(node: NodeName): string | undefined {
+  const { driver, pool, namespace, image, snapshot, conf, server } = node
+  if (driver !== 'rbd' || pool === undefined || image === undefined) return undefined
+  const place = [pool, ...(namespace ? [namespace] : []), image].join('/')
+  const monitors = server?.map(({ host, port }) => `${host}:${port}`).sort()
+  return [
+    `rbd:${place}${snapshot ? `@${snapshot}` : ''}`,
+    ...(conf === undefined ? [] : [`conf=${conf}`]),
+    ...(monitors ? [`mon_host=${monitors.join(';')}`] : []),
+  ].join(':')
 }
 
 /** Undefined where QEMU has cut the name off. */

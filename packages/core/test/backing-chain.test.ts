@@ -30,11 +30,28 @@ test('the file of a node is told from the name that QEMU gives it', () => {
   for (const name of [
     json({ driver: 'raw', offset: 0, size: 512, file }),
     json({ driver: 'qcow2', file: { driver: 'raw', offset: 512, file } }),
-    json({ driver: 'raw', file: { driver: 'rbd', pool: 'p', image: 'i' } }),
+    json({ driver: 'raw', file: { driver: 'iscsi', portal: 'p', target: 't', lun: '1' } }),
+    json({ driver: 'raw', offset: 0, file: { driver: 'rbd', pool: 'p', image: 'i' } }),
     json(qcow2).slice(0, -9),
     'json:[]',
   ])
     expect(fileOfName(name)).toBe(name)
+})
+
+test('an RBD image is told by its place and its cluster, and not by how much QEMU says of it', () => {
+  const name = (node: object) =>
+    fileOfName(
+      `json:${JSON.stringify({ driver: 'raw', file: { driver: 'rbd', pool: 'p', image: 'i', ...node } })}`,
+    )
+  expect(name({})).toBe('rbd:p/i')
+  expect(name({ namespace: '', conf: '/c', user: 'x', 'key-secret': 'k' })).toBe('rbd:p/i:conf=/c')
+  const [one, other] = [
+    { host: 'a', port: '6789' },
+    { host: 'b', port: '3300' },
+  ]
+  expect(name({ server: [other, one] })).toBe(name({ user: 'x', server: [one, other] }))
+  const all = [{}, { namespace: 'n' }, { snapshot: 's' }, { conf: '/c' }, { conf: '/d' }, { server: [one] }]
+  expect(new Set([...all, { pool: 'q' }, { image: 'j' }].map(name)).size).toBe(8)
 })
 
 test('the backing files of a definition are read down to where they end, and those of the right disk', () => {
