@@ -24,6 +24,8 @@ export async function takeSnapshot(
     const found = disk && (await domains.diskPath(disk, run))
     if (!disk || found !== overlay.base) throw movedDisk(instance, overlay, found)
     assertSameSource(instance, disk, defined.disks)
+    // What the disk is to be put back to may have been read minutes ago.
+    if (overlay.definition) assertSameSource(instance, disk, readDomainXml(overlay.definition).disks)
   }
   const specs = disks.flatMap(({ name }) => {
     const overlay = byDisk.get(name)

@@ -6,6 +6,7 @@ import { createQcow2, createRaw, type LabDomain, qemuIo, sha256File } from '@var
 import { execa } from 'execa'
 import { beforeEach, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { diskDefinition } from '../src/domain-xml.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
@@ -271,6 +272,26 @@ test('an overlay is never merged into another device that has the name of its ba
   await writeFile(path, journal)
   expect(await settled()).toMatchObject({ ok: true })
   await expectHolds('read -P 0 0 2M', 'read -P 0x22 2M 4M', 'read -P 0 6M 2M')
+})
+
+test('a disk is not frozen that would be put back to what its definition named for a moment', async () => {
+  const vm = await createVm()
+  const defined = await definition(vm)
+  await vm.start()
+  const planned = diskDefinition(defined.replace(volume('web'), join(dev, 'dm-1')), 'vda')
+  const overlay = {
+    disk: 'vda',
+    base: join(dev, 'dm-0'),
+    baseFormat: 'qcow2',
+    overlay: join(overlayFolder(), 'overlay'),
+    definition: planned ?? expect.fail('no vda'),
+  } as const
+  await expect(host().snapshot(vm.name, [overlay])).rejects.toMatchObject({
+    code: 'SNAPSHOT_FAILED',
+    context: { disk: 'vda', runsOn: volume('web'), definedAs: join(dev, 'dm-1') },
+  })
+  expect(await readdir(overlayFolder())).toEqual([])
+  expect(await definition(vm)).toBe(defined)
 })
 
 /** Replaces the disks of an instance that is off. */
