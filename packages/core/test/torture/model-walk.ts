@@ -206,9 +206,11 @@ export class ModelWalk {
     this.#cut[storage].clear()
   }
 
-  /** What a full backup is for where its storage has none that fits. */
-  #noParent(storage: StorageName): Next {
-    return { fallback: this.#there[storage].length === 0 ? 'no-parent' : 'bitmap-missing' }
+  /** What a full backup is for where its storage has none that fits; undefined where the newest has not all disks. */
+  #noParent(storage: StorageName): Next | undefined {
+    const newest = this.#there[storage].at(-1)
+    if (!newest) return { fallback: 'no-parent' }
+    return newest.disks.length === DISKS.length ? { fallback: 'bitmap-missing' } : undefined
   }
 
   /** Nothing of a run that failed is on the host, nor on its storage. */
