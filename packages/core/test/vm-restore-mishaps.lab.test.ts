@@ -1,5 +1,5 @@
 import { renameSync } from 'node:fs'
-import { mkdir, open, readdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { execaSync } from 'execa'
@@ -342,4 +342,24 @@ test("a backing file that the definition names for itself does not show through 
   await expect(restore(request, meanwhile)).rejects.toMatchObject({ code: 'DISK_BUSY' })
   expect((await site.host.instance(vm.name)).disks).toMatchObject([{ path: made }])
   await holds('read -P 0x11 0 4M', 'read -P 0 4M 5M', 'read -P 0x55 9M 1M', 'read -P 0 10M 6M')
+})
+
+test('UEFI variables that cannot be written are told of by their path, and nothing is changed', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true, memoryMiB: 256 })
+  const nvram = vm.nvram ?? expect.fail('no UEFI')
+  await writeFile(nvram, 'variables')
+  const { id } = await backup()
+  const before = await site.content('vda')
+  const definition = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+  const gone = join(site.folder, 'gone', 'vars.fd')
+  await site.host.define(definition.replace(nvram, gone))
+  await expect(
+    restore({ backup: id, to: { instance: vm.name }, definition: 'restore' }),
+  ).rejects.toMatchObject({
+    code: 'TARGET_FAILED',
+    message: expect.stringMatching(/gone\/vars\.fd.*could not be written.*ENOENT.*Check the path/s),
+  })
+  expect(await site.content('vda')).toBe(before)
+  await site.host.define(definition)
+  await rm(nvram)
 })
