@@ -58,7 +58,6 @@ export async function runCommand(
     onLine,
   } = options
   if (signal?.aborted) throw abortError(signal)
-  const keepsSecret = secretOutput || env !== undefined // execa's result has both in it
   const run = () =>
     execa(command, args, {
       stdin: 'ignore',
@@ -82,41 +81,38 @@ export async function runCommand(
   for (let tries = 1; result.signal === 'SIGINT' && !signal?.aborted && tries < MOST_TRIES; tries++) {
     result = await run()
   }
+  const stdout = secretOutput ? '' : shown(result.stdout)
+  const stderr = shown(result.stderr)
   emit(options, {
     type: 'command',
     command,
     args,
     exitCode: result.exitCode,
-    stdout: secretOutput ? '' : result.stdout.slice(0, OUTPUT_LIMIT),
-    stderr: result.stderr.slice(0, OUTPUT_LIMIT),
+    stdout,
+    stderr,
     durationMs: Math.round(result.durationMs),
   })
   if (!result.failed) return { stdout: result.stdout, stderr: result.stderr }
   if (signal?.aborted && (result.isCanceled || result.signal === 'SIGINT')) throw abortError(signal)
 
   const { exitCode, signal: endedBy } = result
-  const context = { command, args, exitCode, endedBy, stderr: result.stderr.slice(0, OUTPUT_LIMIT) }
-  if (result.code === 'ENOENT')
-    throw missingCommand(command, { context, cause: keepsSecret ? undefined : result })
+  const context = { command, args, exitCode, endedBy, stderr }
+  // execa's result has the environment and all of the output in it.
+  const keepsSecret = secretOutput || env !== undefined || HEADER_KEY.test(result.stdout + result.stderr)
+  const cause = keepsSecret ? undefined : result
+  if (result.code === 'ENOENT') throw missingCommand(command, { context, cause })
   if (result.timedOut) {
     throw new VarveError(
       'COMMAND_TIMEOUT',
       `${label} did not end within ${timeoutMs / 1000} s and was stopped. See that libvirt and the file system of the disks answer, and try again.`,
-      {
-        context,
-        cause: keepsSecret ? undefined : result,
-        retryable: true,
-      },
+      { context, cause, retryable: true },
     )
   }
-  const said = lastLine(result.stderr) || (secretOutput ? '' : lastLine(result.stdout)) || result.shortMessage
+  const said = lastLine(stderr) || lastLine(stdout) || result.shortMessage
   throw new VarveError(
     'COMMAND_FAILED',
     `${label} failed (exit ${result.exitCode ?? result.signal ?? '?'}): ${said}; put that right and try again`, // it is often a part of a sentence
-    {
-      context,
-      cause: keepsSecret ? undefined : result,
-    },
+    { context, cause },
   )
 }
 
@@ -128,6 +124,14 @@ export function missingCommand(command: string, options: VarveErrorOptions): Var
     `The program ${command} is not installed. Install it${from ? ` (Debian package ${from})` : ''} and try again.`,
     options,
   )
+}
+
+/** A key of Ceph's in the name of a backing file (`rbd:pool/image:id=user:key=…`), which programs print as it is. */
+const HEADER_KEY = /\b(key=)[^:"'\s]+/
+
+/** As much of an output as events and errors have, without keys. */
+function shown(output: string): string {
+  return output.slice(0, OUTPUT_LIMIT).replaceAll(new RegExp(HEADER_KEY, 'g'), '$1…')
 }
 
 function lastLine(text: string): string {

@@ -1,8 +1,10 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { inspect } from 'node:util'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { runCommand } from '../src/command.ts'
+import type { VarveEvent } from '../src/events.ts'
 
 let folder: string
 beforeEach(async () => {
@@ -48,4 +50,23 @@ test('a program that is not installed is told of with the package that has it', 
       code: 'COMMAND_MISSING',
       message: `The program ${program} is not installed. Install it (Debian package qemu-utils) and try again.`,
     })
+})
+
+test('the key in the name of a backing file on Ceph is in no event and in no error', async () => {
+  const path = join(folder, 'image')
+  const secret = 'AQAfake/key+of+Ceph=='
+  const name = `rbd:vms/template:id=admin:key=${secret}:mon_host=127.0.0.1\\:1`
+  await runCommand('qemu-img', ['create', '-f', 'qcow2', '-u', '-F', 'raw', '-b', name, path, '1M'])
+  const events: VarveEvent[] = []
+  const run = { onEvent: (event: VarveEvent) => events.push(event) }
+  const { stdout } = await runCommand('qemu-img', ['info', '--output=json', path], run)
+  expect(stdout).toContain(secret)
+  expect(events).toMatchObject([{ stdout: expect.stringContaining('key=…') }])
+  expect(JSON.stringify(events)).not.toContain(secret)
+  const said = join(folder, 'said')
+  await writeFile(said, `cannot open ${name}\n`)
+  const failing = runCommand('sh', ['-c', 'cat "$0" >&2; exit 1', said], run)
+  const error = await failing.catch(error => error)
+  expect(error).toMatchObject({ code: 'COMMAND_FAILED', message: expect.stringContaining('key=…') })
+  expect(JSON.stringify(events) + inspect(error, { depth: 9 })).not.toContain(secret)
 })
