@@ -14,7 +14,7 @@ import {
 } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
+import { basename, join, resolve } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
@@ -402,7 +402,7 @@ async function carryOut(attempts: readonly Attempt[]): Promise<{ outcomes: Outco
     'strace',
     [
       ...['--seccomp-bpf', '-f', '-qq', '-y', '-s', '1000', '-o', file('strace')],
-      ...['-e', 'signal=none', '-e', 'trace=open,openat,openat2,creat,execve,connect'],
+      ...['-e', 'signal=none', '-e', `trace=open,openat,openat2,creat,execve,connect,${CHANGES.join(',')}`],
       ...[process.execPath, program.path, file('attempts'), file('outcomes')],
     ],
     { cwd: inside, env: { TMPDIR: join(inside, 'tmp'), PATH: '/usr/bin:/bin' }, timeout: 280_000 },
@@ -427,6 +427,30 @@ function written(calls: readonly string[]): string[] {
   })
 }
 
+/** What changes files, their names or their properties without opening them. */
+const CHANGES = [
+  ...['mkdir', 'mkdirat', 'mknod', 'mknodat', 'rmdir', 'unlink', 'unlinkat', 'link', 'linkat'],
+  ...['symlink', 'symlinkat', 'rename', 'renameat', 'renameat2', 'truncate', 'chmod', 'fchmodat'],
+  ...['chown', 'lchown', 'fchownat', 'utime', 'utimes', 'utimensat', 'setxattr', 'lsetxattr', 'removexattr'],
+]
+/** A name in a call, after the open folder that it is looked for in, if there is one. */
+const NAME = /(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"/g
+
+/** What such calls name. */
+function changed(calls: readonly string[]): string[] {
+  return calls.flatMap(line => {
+    const [, call = '', given = ''] = /^\d+ +(\w+)\((.*)/.exec(line) ?? []
+    if (!CHANGES.includes(call)) return []
+    const names = [...given.matchAll(NAME)].map(([, folder = inside, name = '']) => resolve(folder, name))
+    return call.startsWith('symlink') ? names.slice(1) : names // the text of a link is no name that is gone to
+  })
+}
+
+/** Whether a path is below `inside`, or a name in a folder that was opened: Linux's way to `openat(2)`. */
+function isInside(path: string): boolean {
+  return path.startsWith(`${inside}/`) || /^\/proc\/self\/fd\/\d+\/[^/]+$/.test(path)
+}
+
 test('a storage in the hands of an attacker leads to nothing outside it, and each attack to the right disk or a typed error', async () => {
   const connections: unknown[] = []
   const server = createServer(socket => connections.push(socket)).listen(0, '127.0.0.1')
@@ -443,6 +467,9 @@ test('a storage in the hands of an attacker leads to nothing outside it, and eac
   const opened = written(calls)
   expect(opened.length).toBeGreaterThan(100) // else this would show nothing
   expect(opened.filter(path => !path.startsWith(`${inside}/`))).toEqual([])
+  const named = changed(calls)
+  expect(named.length).toBeGreaterThan(100)
+  expect(named.filter(path => !isInside(path))).toEqual([])
   const programs = calls.flatMap(line => /execve\("([^"]*)"/.exec(line)?.[1] ?? [])
   expect([...new Set(programs.map(path => basename(path)))].sort()).toEqual([
     'node',
