@@ -1,6 +1,7 @@
 import { beforeEach, describe, expect, it } from 'vitest'
 import { assertParent } from '../src/assert-published.ts'
 import { ChainManager } from '../src/chain-manager.ts'
+import { deleteBackup } from '../src/delete-backup.ts'
 import { VarveError } from '../src/errors.ts'
 import { dayId, storeFake, storeFakeChain } from './fake-backup.ts'
 import { WatchedStorage } from './watched-storage.ts'
@@ -129,10 +130,20 @@ describe('deleting a backup', () => {
     const error = await refusal(dayId(1))
     expect(error).toMatchObject({
       code: 'CHAIN_DEPENDENCY',
+      message: expect.stringContaining(`in this order: ${dayId(4)}, ${dayId(3)}, ${dayId(2)}.`),
       context: { backup: dayId(1), children: [dayId(4), dayId(3), dayId(2)] },
     })
     for (const id of [dayId(4), dayId(3), dayId(2), dayId(1)]) await chains.delete(id)
     expect(storage.keys).toEqual([])
+  })
+
+  it('tells what it was, so that what it has elsewhere can go too', async () => {
+    const folders = await storeFakeChain(storage, [1, 2])
+    const { signal } = new AbortController()
+    const deleted = await deleteBackup(storage, dayId(2), signal)
+    expect(deleted).toMatchObject({ folder: folders[1], manifest: { id: dayId(2), parent: dayId(1) } })
+    storage.damage(`${folders[0]}/manifest.json`, () => Buffer.from('{'))
+    expect(await deleteBackup(storage, dayId(1), signal)).toBeUndefined()
   })
 
   it('is refused while a backup of its chain that may rest on it has a damaged manifest', async () => {

@@ -129,6 +129,7 @@ describe('pruning', () => {
     }
     const report = await chains.prune({ keepLast: 1 })
     expect(told(report)).toEqual({ kept: [dayId(3), dayId(2), dayId(1)], removed: [], damaged: [] })
+    expect(report.kept.slice(1).map(({ reasons }) => reasons)).toEqual([['ancestor'], ['ancestor']])
     expect(await chains.resolve(dayId(4))).toHaveLength(2)
   })
 
