@@ -82,6 +82,21 @@ test('bytes that are no map are refused, and nothing else comes of them', {
   )
 })
 
+test.each([
+  ['its first bytes are others', (bytes: Buffer) => bytes.write('V'), 'does not begin as one'],
+  ['it ends within its header', (bytes: Buffer) => bytes.subarray(0, 23), 'does not begin as one'],
+  ['its size is no number', (bytes: Buffer) => bytes.writeUInt8(0x20, 22), 'its size is too large'],
+  ['a range is empty', (bytes: Buffer) => bytes.writeUInt8(0, 25), 'a range leaves the disk'],
+  ['a range is longer than the disk', (bytes: Buffer) => bytes.writeUInt8(9, 25), 'a range leaves the disk'],
+  ['a range ends within a number', (bytes: Buffer) => bytes.writeUInt8(0x81, 25), 'a range leaves the disk'],
+] as const)('a map is refused where %s', (_what, damage, why) => {
+  const bytes = Buffer.from(encodeDataMap(mapOf(10, [[2, 10]])))
+  expect(decodeDataMap(bytes).data.count).toBe(1)
+  const result = damage(bytes)
+  const damaged = typeof result === 'number' ? bytes : result
+  expect(() => decodeDataMap(damaged)).toThrow(why)
+})
+
 test('a map of a later version is told from a damaged one', () => {
   const bytes = Buffer.from(encodeDataMap(mapOf(10, [])))
   bytes[15] = 2

@@ -43,13 +43,22 @@ function roundedTo(units: readonly number[], join: (one: number, other: number) 
   })
 }
 
-const disk = fc.integer({ min: 1, max: 100 }).chain(units =>
+/** What each unit is, in runs: some within a cluster, some of many clusters. */
+function runsOf(units: number, ...flags: number[]): fc.Arbitrary<number[]> {
+  const length = fc.oneof(fc.integer({ min: 1, max: 5 }), fc.integer({ min: 1, max: 80 }))
+  return fc.array(fc.tuple(length, fc.constantFrom(...flags)), { minLength: 1, maxLength: 30 }).map(runs => {
+    const all = runs.flatMap(([length, flag]) => Array<number>(length).fill(flag))
+    return Array.from({ length: units }, (_, unit) => all[unit % all.length] ?? 0)
+  })
+}
+
+const disk = fc.integer({ min: 1, max: 400 }).chain(units =>
   fc.record({
     // base:allocation: 0 data, 1 hole with undefined content, 2 zero, 3 hole and zero
-    allocation: fc.array(fc.constantFrom(0, 0, 1, 2, 3, 3), { minLength: units, maxLength: units }),
-    dirty: fc.array(fc.constantFrom(0, 0, 1), { minLength: units, maxLength: units }),
+    allocation: runsOf(units, 0, 0, 1, 2, 3, 3),
+    dirty: runsOf(units, 0, 0, 1),
     parentUnits: fc.integer({ min: 0, max: units }),
-    before: fc.option(fc.array(fc.constantFrom(0, 1, 2, 3), { minLength: units, maxLength: units })),
+    before: fc.option(runsOf(units, 0, 1, 2, 3)),
   }),
 )
 
