@@ -358,47 +358,56 @@ function isBackup(result: unknown): result is BackupManifest {
   return result !== null && typeof result === 'object' && 'id' in result
 }
 
-test.each(TASKS)('whatever the storage does during $name, it is an error or it is right', async task => {
-  const { calls, error, result, place } = await runWith(task, -1)
-  expect(error).toBeUndefined()
-  if (isBackup(result))
-    expect(`${task.name} is ${result.kind}`).toMatch(/a full backup is full|an increment.* is incremental/)
-  expect(calls.length).toBeGreaterThan(2)
-  const all = calls.flatMap((call, index) => FAULTS[call.operation].map(fault => ({ call, index, fault })))
-  const cases =
-    wanted === undefined || wanted === 'all' ? all : all.filter(({ fault }) => fault.kind === wanted)
-  const random = new Random(seed)
-  const sizes = await sizesOf(place)
-  while (wanted === undefined && cases.length > (task.sample ?? SAMPLE))
-    cases.splice(random.below(cases.length), 1)
-  for (const { call, index, fault: kind } of cases) {
-    const fault = somewhere(kind, random, sizes.get(call.key))
-    const outcome = await runWith(task, index, fault)
-    try {
-      if (outcome.error !== undefined) expect(outcome.error).toBeInstanceOf(VarveError)
-      else if (damages(fault, call) && task.readsBack === false) {
-        await expectDamageFound(outcome)
-        continue
-      } else {
-        expect(damages(fault, call), 'damage that nobody noticed').toBe(false)
-        // Several objects are read at once: this time it may have been another one. An image is read to digest all of it;
-        // what its header says is read after that.
-        const hit = outcome.calls[index] ?? call
-        const times = (all: readonly StorageCall[]) => all.filter(one => isLike(one, hit)).length
-        const isFirst = times(outcome.calls.slice(0, index)) === 0
-        const isIn = 'offset' in fault && fault.offset < (sizes.get(hit.key) ?? 0)
-        const damaged = task.name === 'a deep verification' && isFirst && isIn && alters(fault, hit)
-        const again = times(outcome.calls) > times(calls)
-        expect(damaged && !again, 'damage that a verification read only once').toBe(false)
+// All of them take some minutes each, on a busy machine more.
+const TIMEOUT_MS = (wanted === undefined ? 5 : 60) * 60_000
+
+test.each(TASKS)(
+  'whatever the storage does during $name, it is an error or it is right',
+  {
+    timeout: TIMEOUT_MS,
+  },
+  async task => {
+    const { calls, error, result, place } = await runWith(task, -1)
+    expect(error).toBeUndefined()
+    if (isBackup(result))
+      expect(`${task.name} is ${result.kind}`).toMatch(/a full backup is full|an increment.* is incremental/)
+    expect(calls.length).toBeGreaterThan(2)
+    const all = calls.flatMap((call, index) => FAULTS[call.operation].map(fault => ({ call, index, fault })))
+    const cases =
+      wanted === undefined || wanted === 'all' ? all : all.filter(({ fault }) => fault.kind === wanted)
+    const random = new Random(seed)
+    const sizes = await sizesOf(place)
+    while (wanted === undefined && cases.length > (task.sample ?? SAMPLE))
+      cases.splice(random.below(cases.length), 1)
+    for (const { call, index, fault: kind } of cases) {
+      const fault = somewhere(kind, random, sizes.get(call.key))
+      const outcome = await runWith(task, index, fault)
+      try {
+        if (outcome.error !== undefined) expect(outcome.error).toBeInstanceOf(VarveError)
+        else if (damages(fault, call) && task.readsBack === false) {
+          await expectDamageFound(outcome)
+          continue
+        } else {
+          expect(damages(fault, call), 'damage that nobody noticed').toBe(false)
+          // Several objects are read at once: this time it may have been another one. An image is read to digest all of it;
+          // what its header says is read after that.
+          const hit = outcome.calls[index] ?? call
+          const times = (all: readonly StorageCall[]) => all.filter(one => isLike(one, hit)).length
+          const isFirst = times(outcome.calls.slice(0, index)) === 0
+          const isIn = 'offset' in fault && fault.offset < (sizes.get(hit.key) ?? 0)
+          const damaged = task.name === 'a deep verification' && isFirst && isIn && alters(fault, hit)
+          const again = times(outcome.calls) > times(calls)
+          expect(damaged && !again, 'damage that a verification read only once').toBe(false)
+        }
+        await expectSound(task, outcome)
+      } catch (cause) {
+        const offset = 'offset' in fault ? ` ${fault.offset}` : ''
+        const text = `${fault.kind}${offset} at call ${index}, ${call.operation} ${call.key} (VARVE_SEED=${seed}): ${cause instanceof Error ? cause.message : cause}`
+        throw new Error(text, { cause: outcome.error ?? cause })
       }
-      await expectSound(task, outcome)
-    } catch (cause) {
-      const offset = 'offset' in fault ? ` ${fault.offset}` : ''
-      const text = `${fault.kind}${offset} at call ${index}, ${call.operation} ${call.key} (VARVE_SEED=${seed}): ${cause instanceof Error ? cause.message : cause}`
-      throw new Error(text, { cause: outcome.error ?? cause })
     }
-  }
-})
+  },
+)
 
 // A driver is to list what was put at once; see docs/storage-driver.md. What comes of one that does not:
 test('behind a listing that lags a backup is right, and what cannot be right says so', async () => {
