@@ -7,6 +7,8 @@ import type { DiskPlace } from './host.ts'
 
 /** How often a lock is tried that is waited for, in milliseconds. */
 const RETRY_INTERVAL_MS = 20
+/** How long such a lock is waited for, in milliseconds: longer than a few small files are written on any machine. */
+const WAIT_MS = 30_000
 
 /**
  * Holds disks against every other run on this machine, whatever its state folder. The lock is a Unix socket
@@ -33,13 +35,18 @@ export class DiskLock implements AsyncDisposable {
     return lock
   }
 
-  /** Takes the lock of what nobody holds for longer than a moment, and no path is called, once it is free. */
+  /**
+   * Takes the lock of what nobody holds for longer than a moment, and no path is called, once it is free.
+   *
+   * @throws DISK_BUSY where it is not for half a minute, as by a process that was stopped
+   */
   static async waitFor(name: string): Promise<DiskLock> {
+    const deadline = performance.now() + WAIT_MS
     for (;;) {
       try {
         return await DiskLock.acquire([name])
       } catch (error) {
-        if (!isVarveError(error, 'DISK_BUSY')) throw error
+        if (!isVarveError(error, 'DISK_BUSY') || performance.now() >= deadline) throw error
         await sleep(RETRY_INTERVAL_MS)
       }
     }

@@ -13,9 +13,10 @@ export interface DiskBitmap {
   /** QEMU did not store it when it ended: what it says cannot be trusted. It can only be removed. */
   readonly inconsistent: boolean
   /**
-   * Whether it has all that its twin recorded beside it. `differs`: not, or its seal has not what it had, so somebody cleared
-   * it, made it anew or stopped it for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only the twin is there. `foreign`: it was begun
-   * on another file, of which this is a copy that need not have all writes, or for another disk.
+   * Whether it has all that its twin recorded beside it. `differs`: not, or its seal was cleared or set going, so somebody
+   * cleared it, made it anew or stopped it for a while; or the twin cannot tell. `missing`: it has no twin. `alone`: only its
+   * twin or its seal is there. `foreign`: it was begun on another file, of which this is a copy that need not have all writes,
+   * or for another disk.
    */
   readonly twin: 'agrees' | 'differs' | 'missing' | 'alone' | 'foreign'
   /** What it, its twin and its seal are called on the disk, as far as they are there. */

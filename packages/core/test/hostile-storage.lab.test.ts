@@ -14,7 +14,7 @@ import {
 } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import { basename, join, resolve } from 'node:path'
+import { basename, join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
@@ -24,6 +24,7 @@ import { ImageHost } from '../src/image-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { type Bundle, bundle } from './bundle.ts'
 import { type Attempt, OPERATIONS, type Operation, type Outcome } from './hostile/attempt.ts'
+import { CHANGES, changed, written } from './hostile/file-calls.ts'
 import { backedBy, ForgedStorage, withDataFile } from './hostile/forged-storage.ts'
 
 const MiB = 1024 * 1024
@@ -413,39 +414,6 @@ async function carryOut(attempts: readonly Attempt[]): Promise<{ outcomes: Outco
   }
 }
 
-/** Files that are opened for writing, by the path that the kernel tells of them; some calls end in a later line. */
-function written(calls: readonly string[]): string[] {
-  const begun = new Set<string>()
-  return calls.flatMap(line => {
-    const [pid = ''] = line.split(' ')
-    if (/\bopen\w*\(.*\b(O_WRONLY|O_RDWR|O_CREAT|O_TRUNC)\b/.test(line) || /\bcreat\(/.test(line))
-      begun.add(pid)
-    else if (!/<\.\.\. open\w* resumed>/.test(line)) return []
-    if (line.endsWith('<unfinished ...>') || !begun.delete(pid)) return []
-    const opened = /= \d+<([^>]*)>/.exec(line)?.[1]
-    return opened === undefined || opened === '/dev/null' ? [] : opened
-  })
-}
-
-/** What changes files, their names or their properties without opening them. */
-const CHANGES = [
-  ...['mkdir', 'mkdirat', 'mknod', 'mknodat', 'rmdir', 'unlink', 'unlinkat', 'link', 'linkat'],
-  ...['symlink', 'symlinkat', 'rename', 'renameat', 'renameat2', 'truncate', 'chmod', 'fchmodat'],
-  ...['chown', 'lchown', 'fchownat', 'utime', 'utimes', 'utimensat', 'setxattr', 'lsetxattr', 'removexattr'],
-]
-/** A name in a call, after the open folder that it is looked for in, if there is one. */
-const NAME = /(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"/g
-
-/** What such calls name. */
-function changed(calls: readonly string[]): string[] {
-  return calls.flatMap(line => {
-    const [, call = '', given = ''] = /^\d+ +(\w+)\((.*)/.exec(line) ?? []
-    if (!CHANGES.includes(call)) return []
-    const names = [...given.matchAll(NAME)].map(([, folder = inside, name = '']) => resolve(folder, name))
-    return call.startsWith('symlink') ? names.slice(1) : names // the text of a link is no name that is gone to
-  })
-}
-
 /** Whether a path is below `inside`, or a name in a folder that was opened: Linux's way to `openat(2)`. */
 function isInside(path: string): boolean {
   return path.startsWith(`${inside}/`) || /^\/proc\/self\/fd\/\d+\/[^/]+$/.test(path)
@@ -467,7 +435,7 @@ test('a storage in the hands of an attacker leads to nothing outside it, and eac
   const opened = written(calls)
   expect(opened.length).toBeGreaterThan(100) // else this would show nothing
   expect(opened.filter(path => !path.startsWith(`${inside}/`))).toEqual([])
-  const named = changed(calls)
+  const named = changed(calls, inside)
   expect(named.length).toBeGreaterThan(100)
   expect(named.filter(path => !isInside(path))).toEqual([])
   const programs = calls.flatMap(line => /execve\("([^"]*)"/.exec(line)?.[1] ?? [])
