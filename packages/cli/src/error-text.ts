@@ -1,4 +1,4 @@
-import { errorMessage, isVarveError } from '@varve/core'
+import { errorMessage, isVarveError, type VarveError } from '@varve/core'
 import { CommanderError } from 'commander'
 import { EXIT, exitCodeOf } from './exit-code.ts'
 
@@ -20,13 +20,16 @@ export function errorText(error: unknown, { verbose }: ErrorTextOptions): string
   }
   const lines = [error.message, `  code: ${error.code}`]
   if (exitCodeOf(error) === EXIT.attention)
-    lines.push(
-      `  The backup ${error.context.published} is complete and can be restored; the host needs attention.`,
-    )
+    lines.push(`  ${doneAllTheSame(error)}; the host needs attention.`)
   if (verbose) lines.push(...contextLines(error.context), ...causeLines(error.cause))
   if (verbose && error.code === 'UNEXPECTED' && error.cause instanceof Error)
     lines.push(error.cause.stack ?? '')
   return lines.join('\n')
+}
+
+function doneAllTheSame({ context: { published } }: VarveError): string {
+  if (published !== undefined) return `The backup ${published} is complete and can be restored`
+  return 'The restore is complete'
 }
 
 /** An error for programs: the document of `--json` where a command has no result. */

@@ -18,7 +18,8 @@ export type ExitCode = (typeof EXIT)[keyof typeof EXIT]
 export function exitCodeOf(error: unknown): ExitCode {
   if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.usage
   if (!isVarveError(error)) return EXIT.failed
-  if (error.context.published !== undefined) return EXIT.attention
+  const { published, restored } = error.context
+  if (published !== undefined || restored !== undefined) return EXIT.attention
   return error.code === 'INVALID_ARGUMENT' || error.code === 'INVALID_CONFIG' ? EXIT.usage : EXIT.failed
 }
 

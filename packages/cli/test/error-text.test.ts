@@ -8,6 +8,9 @@ const usage = new CommanderError(1, 'commander.unknownOption', "error: unknown o
 const published = new VarveError('BLOCK_COMMIT_FAILED', 'Block commit failed: no space.', {
   context: { published: '20261123-231543-123-9f3a1c', disk: 'vda' },
 })
+const restored = new VarveError('COMMAND_FAILED', 'web-1 was not started.', {
+  context: { restored: ['vda'] },
+})
 
 test.each([
   ['help that was asked for', new CommanderError(0, 'commander.helpDisplayed', ''), 0],
@@ -20,6 +23,7 @@ test.each([
   ['a bad argument', new VarveError('INVALID_ARGUMENT', 'No.'), 2],
   ['a bad configuration', new VarveError('INVALID_CONFIG', 'No.'), 2],
   ['a published backup whose host needs attention', published, 3],
+  ['a restore that is complete, and whose instance does not start', restored, 3],
   [
     'the same with another code',
     new VarveError('INVALID_ARGUMENT', 'No.', { context: { published: 'x' } }),
@@ -65,6 +69,10 @@ test('where the backup is published, the text says so', () => {
   expect(errorText(published, { verbose: false })).toContain(
     'The backup 20261123-231543-123-9f3a1c is complete',
   )
+})
+
+test('where the restore is complete, the text says so', () => {
+  expect(errorText(restored, { verbose: false })).toMatch(/The restore is complete; the host needs attention/)
 })
 
 test('an unexpected error has its stack only with --verbose', () => {

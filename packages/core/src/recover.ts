@@ -39,7 +39,7 @@ export interface RecoveredRun {
    * `running`: its process lives. `unresolved`: see `error`.
    */
   readonly outcome: 'finished' | 'undone' | 'incomplete' | 'running' | 'unresolved'
-  /** Why it is unresolved. */
+  /** Why it is unresolved; or why the instance of a restore that is settled was not started, which is told once. */
   readonly error?: VarveError
 }
 
@@ -66,7 +66,11 @@ export async function recover(options: RecoverOptions, run: RunOptions = {}): Pr
     const recovered = await recoverRun(id, options, settling)
     if (recovered) runs.push(recovered)
   }
-  return { runs, ok: runs.every(({ outcome }) => outcome === 'finished' || outcome === 'undone') }
+  return { runs, ok: runs.every(isDone) }
+}
+
+function isDone({ outcome, error }: RecoveredRun): boolean {
+  return error === undefined && (outcome === 'finished' || outcome === 'undone')
 }
 
 /**
@@ -92,8 +96,8 @@ async function recoverRun(
     if (!lock) return { ...about, outcome: 'running' }
     // Until its disks were held the run may have gone on: what it did meanwhile counts, and it may be settled.
     const journal = await RunJournal.read(stateDir, id)
-    const outcome = journal && (await settle(journal, options, run))
-    return outcome && { ...about, outcome }
+    const settled = journal && (await settle(journal, options, run))
+    return settled && { ...about, ...settled }
   } catch (error) {
     const reason = isVarveError(error)
       ? error
@@ -106,21 +110,22 @@ async function settle(
   journal: RunJournal,
   options: RecoverOptions,
   run: Omit<RunOptions, 'signal'>,
-): Promise<RecoveredRun['outcome'] | undefined> {
+): Promise<Pick<RecoveredRun, 'outcome' | 'error'> | undefined> {
   const { header } = journal
   const host = options.host ?? hostOf(header.host, options.rbd)
   if (header.kind === 'restore') {
     const known = incompleteDisks(journal)
-    const { finished, incomplete } = await settleRestore(journal, host, run, { died: true })
+    const { finished, incomplete, notStarted } = await settleRestore(journal, host, run, { died: true })
     if (known && incomplete.length === 0) return undefined
-    return incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
+    const outcome = incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
+    return { outcome, ...(notStarted && { error: notStarted }) }
   }
   const used = options.storages.find(
     ({ type, location }) => type === header.storage.type && location === header.storage.location,
   )
   const storage = used && tellCommands(used, run.onEvent)
   const { published } = await settleBackup(journal, { host, storage, died: true, run })
-  return published ? 'finished' : 'undone'
+  return { outcome: published ? 'finished' : 'undone' }
 }
 
 /** None where a process holds the disks: the run goes on. */

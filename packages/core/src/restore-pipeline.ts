@@ -191,7 +191,7 @@ export class RestorePipeline {
       failure = runError(error, run.signal)
     }
     const { onEvent } = run
-    const { finished, started, incomplete, refusal } = await settleRestore(
+    const { finished, started, incomplete, refusal, notStarted } = await settleRestore(
       journal,
       host,
       onEvent ? { onEvent } : {},
@@ -199,8 +199,10 @@ export class RestorePipeline {
       throw settleError(error, failure, undefined)
     })
     if (incomplete.length > 0) throw incompleteError(failure, journal, incomplete)
-    if (failure !== undefined) throw request.inPlace && finished ? restoredError(failure, plan) : failure
-    if (refusal) throw refusal
+    const isRestored = request.inPlace && finished
+    const error = failure && isRestored ? restoredError(failure, plan) : (failure ?? refusal)
+    if (notStarted) throw error ? alsoNotStarted(error, notStarted) : notStartedError(notStarted, plan)
+    if (error) throw error
     return { backup: request.backup, disks, ...(instance !== undefined && { instance }), started }
   }
 }
@@ -242,6 +244,22 @@ function restoredError(failure: unknown, { disks }: RestorePlan): VarveError {
   const names = disks.map(({ disk }) => disk.name)
   const message = `The disk ${names.join(', ')} is restored in place, and whole. What failed came after that, so the next backup may be a full one: ${errorMessage(failure)}`
   return withContext(failure, message, { restored: names })
+}
+
+/** The restore is done, and its instance does not start. */
+function notStartedError(notStarted: VarveError, { disks }: RestorePlan): VarveError {
+  const names = disks.map(({ disk }) => disk.name)
+  const message = `The disk ${names.join(', ')} is restored, and whole, so there is no need to restore again; but ${notStarted.message}`
+  return withContext(notStarted, message, { restored: names })
+}
+
+/** The instance is off, which a restore that is made again would take for how it is to be: that is not to be retried. */
+function alsoNotStarted(error: VarveError, notStarted: VarveError): VarveError {
+  const { code, message, context } = error
+  return new VarveError(code, `${message} And ${notStarted.message}`, {
+    context: { ...notStarted.context, ...context },
+    cause: new AggregateError([error, notStarted]),
+  })
 }
 
 function withContext(failure: unknown, message: string, context: ErrorContext): VarveError {

@@ -1,6 +1,6 @@
 import { rm } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { isVarveError, VarveError } from './errors.ts'
+import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { forgetIncomplete, incompleteDisks, isStillThere } from './incomplete.ts'
@@ -45,6 +45,8 @@ export interface SettledRestore {
   readonly incomplete: readonly string[]
   /** Why libvirt did not take the definition, where that is why everything is as it was. */
   readonly refusal?: VarveError
+  /** Why the instance, which was to be started, was not; all else is settled. */
+  readonly notStarted?: VarveError
 }
 
 /**
@@ -82,12 +84,12 @@ export async function settleRestore(
   const start = wanted === true && writing.length === 0
   const failures: unknown[] = []
   const attempt = (work: Promise<void>) => work.catch(error => void failures.push(error))
-  let notStarted: unknown
+  let notStarted: VarveError | undefined
   if (power && start) {
     await attempt(assertStartable(journal, power, host, run))
     if (failures.length === 0)
       await startAgain(power, host, run).catch(error => {
-        notStarted = error
+        notStarted = startError(error, power.instance)
       })
   }
   // After the start: a large image takes its time.
@@ -103,9 +105,13 @@ export async function settleRestore(
     throw worstOf([...failures, notStarted, refusal].filter(error => error !== undefined))
   if (finished || overwritten) await forgetIncomplete(journal)
   await journal.settledBut(writing) // an instance that does not start is no reason to hold its disks
-  if (notStarted !== undefined) throw notStarted
-  const incomplete = writing.map(({ disk }) => disk)
-  return { finished, started: start, incomplete, ...(refusal && { refusal }) }
+  return {
+    finished,
+    started: start && !notStarted,
+    incomplete: writing.map(({ disk }) => disk),
+    ...(refusal && { refusal }),
+    ...(notStarted && { notStarted }),
+  }
 }
 
 /** All else was settled before. */
@@ -144,6 +150,17 @@ async function startAgain(
 ): Promise<void> {
   emit(run, { type: 'stage', stage: 'start', message: `Starting ${instance}` })
   await host.start(instance, run)
+}
+
+/** Nothing of the restore would be done again, so it is not to be retried, whatever the command's own error says. */
+function startError(error: unknown, instance: string): VarveError {
+  const known = isVarveError(error) ? error : undefined
+  const why = errorMessage(error).replace(/\.$/, '')
+  return new VarveError(
+    known?.code ?? 'COMMAND_FAILED',
+    `${instance} was not started: ${why}. Its start is what is left to do (virsh start ${instance}).`,
+    { context: { ...known?.context, instance }, cause: error },
+  )
 }
 
 /**

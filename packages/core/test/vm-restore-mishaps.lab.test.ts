@@ -160,6 +160,78 @@ test('a running instance is as it was where a restore in place fails before its 
   await expectCleanHost([`varve-${manifest.id}`])
 })
 
+test('an instance that does not start is told of beside what became of the restore', async () => {
+  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 8M'])
+  const manifest = await backup()
+  const wanted = await content('vda')
+  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+  const theirs = await content('vda')
+  const network = `idle-${vm.name}`
+  const networkXml = join(site.folder, 'network.xml')
+  await writeFile(networkXml, `<network><name>${network}</name></network>`)
+  await site.lab.virsh(['net-define', networkXml])
+  const startable = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+  /** It runs, and will not again: nobody has started the network that it is on by now. */
+  const strand = async () => {
+    await site.host.define(startable)
+    await vm.start()
+    const nic = `<interface type='network'><source network='${network}'/></interface>`
+    await site.host.define(startable.replace('</devices>', `${nic}</devices>`))
+  }
+  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
+  const notStarted = `${vm.name} was not started: .*network '${network}' is not active.*virsh start`
+  try {
+    await strand()
+    await expect(restore(request, { signal: abortAtStep('powered-off') })).rejects.toMatchObject({
+      code: 'ABORTED',
+      message: expect.stringMatching(notStarted),
+      context: expect.not.objectContaining({ restored: ['vda'] }),
+    })
+    expect(await vm.state()).toBe('shut off')
+    expect(await content('vda')).toBe(theirs)
+    await expectCleanHost([`varve-${manifest.id}`])
+
+    await strand()
+    await expect(restore(request)).rejects.toMatchObject({
+      code: 'COMMAND_FAILED',
+      message: expect.stringMatching(`^The disk vda is restored, and whole.*${notStarted}`),
+      context: { restored: ['vda'], instance: vm.name },
+      retryable: false,
+    })
+    expect(await vm.state()).toBe('shut off')
+    expect(await content('vda')).toBe(wanted)
+    await expectCleanHost([`varve-${manifest.id}`])
+
+    // The same where recover carries the restore through: it tells of it once.
+    await strand()
+    class Silent extends LibvirtHost {
+      silent = false
+      override async hasSavedMemory(...args: Parameters<LibvirtHost['hasSavedMemory']>): Promise<boolean> {
+        if (this.silent) throw new VarveError('COMMAND_TIMEOUT', 'virsh dominfo did not end.')
+        return super.hasSavedMemory(...args)
+      }
+    }
+    const host = new Silent({ uri: site.lab.uri })
+    const goesSilent = onStage('swap', () => {
+      host.silent = true
+    })
+    const { stateDir, storage } = site
+    const cut = new RestorePipeline({ host, storage, stateDir }).run(request, goesSilent)
+    await expect(cut).rejects.toMatchObject({ code: 'COMMAND_TIMEOUT' })
+    expect(await recoverNow()).toMatchObject({
+      ok: false,
+      runs: [{ outcome: 'finished', error: { message: expect.stringMatching(notStarted) } }],
+    })
+    expect(await content('vda')).toBe(wanted)
+    expect(await recoverNow()).toEqual({ ok: true, runs: [] })
+    await expectCleanHost([`varve-${manifest.id}`])
+  } finally {
+    await site.host.define(startable)
+    await site.lab.virsh(['net-undefine', network])
+  }
+})
+
 const REFUSED = {
   code: 'COMMAND_FAILED',
   message: expect.stringMatching(/refused.*nothing was changed.*pc-q35-99.9.*disks alone/s),

@@ -102,8 +102,8 @@ async function isMissing(path: string): Promise<boolean> {
 }
 
 /** Whether someone has to look at what became of a run. */
-function needsAttention({ outcome }: RecoveredRun): boolean {
-  return outcome === 'unresolved' || outcome === 'incomplete'
+function needsAttention({ outcome, error }: RecoveredRun): boolean {
+  return error !== undefined || outcome === 'incomplete'
 }
 
 function recoverDocument({ runs, ok }: RecoverReport): object {
