@@ -4,7 +4,8 @@ import type { LabDisk, LabDomainOptions } from './lab-domain.ts'
 
 /** The files that a domain's definition names beside its disks. */
 export interface DomainFiles {
-  readonly guest: GuestImage
+  /** What it boots, where a guest boots in it. */
+  readonly guest?: GuestImage
   /** Unix socket of the command port. */
   readonly commandSocket: string
   /** Where the guest's console output goes. */
@@ -15,11 +16,11 @@ export interface DomainFiles {
 
 /** The libvirt definition of a lab domain: software emulation, direct kernel boot, no more devices than needed. */
 export function labDomainXml(options: LabDomainOptions, uuid: string, files: DomainFiles): string {
-  const { firmware } = files
+  const { guest, firmware } = files
   return `<domain type='qemu'>
   <name>${escapeXml(options.name)}</name>
   <uuid>${uuid}</uuid>
-  <memory unit='MiB'>${options.memoryMiB ?? (options.guest === false ? 32 : 256)}</memory>
+  <memory unit='MiB'>${options.memoryMiB ?? (guest ? 256 : 32)}</memory>
   <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>${
@@ -28,7 +29,7 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
     <loader readonly='yes' type='pflash'>${escapeXml(firmware.code)}</loader>
     <nvram template='${escapeXml(firmware.template)}'>${escapeXml(firmware.nvram)}</nvram>`
         : ''
-    }${options.guest === false ? '' : kernelXml(options, files)}
+    }${guest ? kernelXml(options, guest, firmware !== undefined) : ''}
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact' check='none'>
@@ -38,7 +39,7 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
   <on_poweroff>destroy</on_poweroff>
   <on_crash>destroy</on_crash>
   <devices>${options.disks.map(diskXml).join('')}
-    <controller type='usb' model='none'/>${options.guest === false ? '' : portsXml(options, files)}
+    <controller type='usb' model='none'/>${guest ? portsXml(options, files) : ''}
     <memballoon model='none'/>
     <video><model type='none'/></video>
   </devices>
@@ -46,14 +47,14 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
 `
 }
 
-function kernelXml({ agent }: LabDomainOptions, { guest, firmware }: DomainFiles): string {
+function kernelXml({ agent }: LabDomainOptions, guest: GuestImage, isUefi: boolean): string {
   const commandLine = [
     // Spares boot time: self-tests of ciphers, patches against attacks, timer checks, console output.
     'console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable cryptomgr.notests',
     ...(agent ? [agentFlag] : []),
   ].join(' ')
   return `
-    <kernel>${escapeXml(firmware ? guest.efiKernel : guest.kernel)}</kernel>
+    <kernel>${escapeXml(isUefi ? guest.efiKernel : guest.kernel)}</kernel>
     <initrd>${escapeXml(guest.initrd)}</initrd>
     <cmdline>${escapeXml(commandLine)}</cmdline>`
 }

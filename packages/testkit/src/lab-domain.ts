@@ -75,7 +75,7 @@ export interface GuestProcess {
 /** What a domain needs of its lab. */
 export interface DomainLab {
   readonly root: string
-  readonly guest: GuestImage
+  guest(): Promise<GuestImage>
   virsh(args: readonly string[], timeoutMs?: number): Promise<string>
 }
 
@@ -237,7 +237,7 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
   const folder = path.join(lab.root, 'domains', randomBytes(4).toString('hex'))
   await mkdir(folder, { recursive: true })
   const files: DomainFiles = {
-    guest: lab.guest,
+    ...(options.guest !== false && { guest: await lab.guest() }),
     commandSocket: path.join(folder, 'command'),
     consoleLog: path.join(folder, 'console.log'),
     ...(options.uefi && { firmware: { ...(await ovmfFirmware()), nvram: path.join(folder, 'nvram') } }),
@@ -284,7 +284,7 @@ export async function openLabDomain(lab: DomainLab, name: string): Promise<LabDo
   if (socket === undefined)
     throw new Error(`libvirt chose no socket for the command port of ${name}:\n${xml}`)
   const consoleLog = /<serial type='file'>\s*<source path='([^']+)'/.exec(xml)?.[1] ?? ''
-  const files = { guest: lab.guest, commandSocket: path.join(lab.root, 'lib', socket), consoleLog }
+  const files = { commandSocket: path.join(lab.root, 'lib', socket), consoleLog }
   const uuid = /<uuid>([^<]+)</.exec(xml)?.[1] ?? ''
   return new LabDomain(lab, { name, disks: [] }, uuid, files)
 }

@@ -25,19 +25,23 @@ const programs: readonly (readonly [program: string, debianPackage: string])[] =
 export class LibvirtLab implements AsyncDisposable {
   /** Everything that the lab writes is below this folder, which {@link LibvirtLab.stop} removes. */
   readonly root: string
-  /** The guest that domains of this lab boot. */
-  readonly guest: GuestImage
   #daemon: LibvirtDaemon
+  #guest: Promise<GuestImage> | undefined
 
-  constructor(root: string, guest: GuestImage, daemon: LibvirtDaemon) {
+  constructor(root: string, daemon: LibvirtDaemon) {
     this.root = root
-    this.guest = guest
     this.#daemon = daemon
   }
 
   /** The URI for libvirt's clients, such as `virsh --connect`. */
   get uri(): string {
     return this.#daemon.uri
+  }
+
+  /** The guest that domains of this lab boot. It is built for the first of them: most labs need none. */
+  guest(): Promise<GuestImage> {
+    this.#guest ??= buildGuest(path.join(this.root, 'guest'))
+    return this.#guest
   }
 
   /** Runs `virsh` with these arguments and returns what it prints, in English. Rejects when it fails. */
@@ -115,9 +119,8 @@ export class LibvirtLab implements AsyncDisposable {
 export async function startLibvirt(): Promise<LibvirtLab> {
   const root = await mkdtemp(path.join(os.tmpdir(), 'varve-lab-'))
   try {
-    const folder = path.join(root, 'guest')
-    await mkdir(folder)
-    return new LibvirtLab(root, await buildGuest(folder), await startLibvirtDaemon(root))
+    await mkdir(path.join(root, 'guest'))
+    return new LibvirtLab(root, await startLibvirtDaemon(root))
   } catch (error) {
     await rm(root, { recursive: true, force: true })
     throw error
@@ -134,7 +137,8 @@ export async function libvirtAvailable(): Promise<LibvirtAvailability> {
     if (exitCode !== 0) return no(`${program} does not run: install the Debian package ${debianPackage}.`)
   }
   try {
-    await (await startLibvirt()).stop()
+    await using lab = await startLibvirt()
+    await lab.guest()
     return { available: true }
   } catch (error) {
     return no(error instanceof Error ? error.message : String(error))
