@@ -118,10 +118,7 @@ function checkTables(header: Tables, fileSize: number): void {
     throw unsupported(
       `The refcount table is at ${refcountTableOffset}; Varve writes it right after the header.`,
     )
-  if (l1Offset < refcountTableEnd)
-    throw l1End > refcountTableOffset
-      ? invalid('The L1 table and the refcount table overlap.')
-      : unsupported('The L1 table is before the refcount table; Varve writes it after.')
+  if (l1Offset < refcountTableEnd) throw invalid('The L1 table and the refcount table overlap.')
 }
 
 /** Walks the header's extensions, and takes the backing file's name and format. */
