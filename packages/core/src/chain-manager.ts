@@ -44,7 +44,7 @@ export interface ChainManagerOptions {
 export interface VerifyOptions extends CallOptions {
   /** Read every byte and compare it with its digest. Default: false, only sizes and manifests. */
   deep?: boolean
-  /** Is told how far a deep verification is, a few times a second and at its end. What it throws is ignored. */
+  /** Is told how far a deep verification is, a few times a second and at its end. What it throws, or rejects with, is ignored. */
   onProgress?: (progress: VerifyProgress) => void
 }
 

@@ -84,5 +84,5 @@ export interface WarningEvent {
 /** Anything that a run tells of. */
 export type VarveEvent = StageEvent | ProgressEvent | FallbackEvent | CommandEvent | WarningEvent
 
-/** Receives the events of a run. What it throws is ignored: a view must not break a backup. */
+/** Receives the events of a run. What it throws, or rejects with where it is `async`, is ignored: a view must not break a backup. */
 export type EventListener = (event: VarveEvent) => void

@@ -1,4 +1,5 @@
 import type { EventListener, VarveEvent } from './events.ts'
+import { tell } from './tell.ts'
 
 /** What every step of a run is given. */
 export interface RunOptions {
@@ -10,9 +11,5 @@ export interface RunOptions {
 
 /** Tells the listener, whose own errors must not break a run. */
 export function emit(run: RunOptions, event: VarveEvent): void {
-  try {
-    run.onEvent?.(event)
-  } catch {
-    // EventListener's contract: what a view throws is ignored
-  }
+  tell(run.onEvent, event)
 }

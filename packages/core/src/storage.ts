@@ -60,7 +60,7 @@ export interface CallOptions {
   signal?: AbortSignal
   /**
    * Is told of each external program that the call has run, when that has ended, and of what it printed; without
-   * secrets. A driver that runs none calls it never. What it throws is ignored.
+   * secrets. A driver that runs none calls it never. What it throws, or rejects with, is ignored.
    */
   onCommand?: (event: CommandEvent) => void
 }

@@ -1,17 +1,12 @@
 import type { CommandEvent } from './events.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
+import { tell } from './tell.ts'
 
-/** A storage each of whose calls tells a listener of the programs that it runs. What the listener throws is ignored. */
+/** A storage each of whose calls tells a listener of the programs that it runs. What the listener throws, or rejects with, is ignored. */
 export function tellCommands(storage: StorageDriver, listener: CallOptions['onCommand']): StorageDriver {
   if (!listener) return storage
   const cleanUp = storage.cleanUp?.bind(storage)
-  const onCommand = (event: CommandEvent) => {
-    try {
-      listener(event)
-    } catch {
-      // as for EventListener: a view must not break a backup
-    }
-  }
+  const onCommand = (event: CommandEvent) => tell(listener, event)
   return {
     type: storage.type,
     location: storage.location,

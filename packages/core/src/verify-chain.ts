@@ -4,6 +4,7 @@ import { checkDisk, checkFile, type ObjectReader } from './check-objects.ts'
 import type { ErrorCode, VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
 import type { StorageDriver } from './storage.ts'
+import { tell } from './tell.ts'
 
 /** Disks that are read at the same time. */
 const DISKS_AT_ONCE = 2
@@ -148,10 +149,6 @@ class ByteProgress {
   }
 
   tell(): void {
-    try {
-      this.#onProgress?.({ bytesDone: this.#done, bytesTotal: this.#total })
-    } catch {
-      // what a view throws must not look like damage
-    }
+    tell(this.#onProgress, { bytesDone: this.#done, bytesTotal: this.#total })
   }
 }

@@ -7,10 +7,12 @@ import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { VarveError } from '../src/errors.ts'
+import type { VarveEvent } from '../src/events.ts'
 import { type ImageDisk, ImageHost } from '../src/image-host.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 import type { StoredObject } from '../src/storage.ts'
+import { noRejectionUnhandled } from './no-rejection-unhandled.ts'
 
 const MiB = 1024 * 1024
 let folder: string
@@ -72,6 +74,24 @@ test('a backup that failed is settled also where its image is no qcow2 any more,
   const pipeline = new BackupPipeline({ host, storage, stateDir })
   await expect(pipeline.run({ instance: 'web-1' })).rejects.toBe(full)
   expect(await recover({ stateDir, storages: [storage] })).toEqual({ ok: true, runs: [] })
+})
+
+test('a backup and a restore are whole also where their listener rejects each time', async () => {
+  await using _ = await noRejectionUnhandled()
+  const image = join(folder, 'vda')
+  await createQcow2(image, 8 * MiB)
+  await qemuIo(image, 'qcow2', ['write -P 0x33 4M 4M'])
+  const options = pipelines(image)
+  const told: string[] = []
+  const onEvent = async ({ type }: VarveEvent) => {
+    told.push(type)
+    throw new Error('the database is away')
+  }
+  const { id } = await new BackupPipeline(options).run({ instance: 'web-1' }, { onEvent })
+  const restored = join(folder, 'restored')
+  await new RestorePipeline(options).run({ backup: id, to: { disks: { vda: restored } } }, { onEvent })
+  expect(await sha256Content(restored, 'qcow2')).toBe(await sha256Content(image, 'qcow2'))
+  expect(told).toEqual(expect.arrayContaining(['stage', 'command', 'progress']))
 })
 
 test('an image of another format is told of with what to do', async () => {

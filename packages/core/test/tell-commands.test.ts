@@ -3,9 +3,11 @@ import { beforeEach, expect, test } from 'vitest'
 import { findBackup, listBackups } from '../src/backups.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import type { CommandEvent, VarveEvent } from '../src/events.ts'
+import { emit } from '../src/run-options.ts'
 import { bytesBody, type CallOptions, type StorageDriver } from '../src/storage.ts'
 import { tellCommands } from '../src/tell-commands.ts'
 import { dayId, storeFakeChain } from './fake-backup.ts'
+import { noRejectionUnhandled } from './no-rejection-unhandled.ts'
 import { WatchedStorage } from './watched-storage.ts'
 
 /** A driver each of whose calls runs a program, as far as it tells, of the call's name. */
@@ -83,6 +85,18 @@ test('each call tells of its programs, keeps its own options, and outlives a lis
   const all = { signal, onCommand: expect.any(Function) }
   const range = { start: 0, end: 1 }
   expect(given).toEqual([all, { ...all, range }, all, all, all, all, { ...all, olderThan }])
+})
+
+test('a listener that rejects ends nothing', async () => {
+  await using _ = await noRejectionUnhandled()
+  const rejects = async (event: VarveEvent) => {
+    onCommand(event)
+    throw new Error('the database is away')
+  }
+  const driver = tellCommands(programDriver(storage), rejects)
+  await driver.put('a', bytesBody(Buffer.from('x')))
+  emit({ onEvent: rejects }, commandEvent('virsh'))
+  expect(told).toEqual(['put', 'virsh'])
 })
 
 test('a driver without cleanUp stays one, and without a listener it is itself', () => {

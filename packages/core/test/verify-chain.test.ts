@@ -9,6 +9,7 @@ import { type BackupManifest, type Qcow2ManifestDisk, serializeManifest } from '
 import { bytesBody } from '../src/storage.ts'
 import type { VerifyProgress } from '../src/verify-chain.ts'
 import type { MemoryStorageOptions } from './memory-storage.ts'
+import { noRejectionUnhandled } from './no-rejection-unhandled.ts'
 import { layerId, storeChain } from './stored-chain.ts'
 import { WatchedStorage } from './watched-storage.ts'
 
@@ -170,6 +171,9 @@ describe('verifying a whole chain', () => {
       throw new Error('view is gone')
     }
     expect((await chains.verify(NEWEST, { deep: true, onProgress })).ok).toBe(true)
+    await using _ = await noRejectionUnhandled()
+    const rejects = async () => onProgress()
+    expect((await chains.verify(NEWEST, { deep: true, onProgress: rejects })).ok).toBe(true)
   })
 })
 

@@ -1,5 +1,5 @@
 import type { Readable, Writable } from 'node:stream'
-import { abortError, type CallOptions, type CommandEvent, VarveError } from '@varve/core'
+import { abortError, type CallOptions, tell, VarveError } from '@varve/core'
 import { execa } from 'execa'
 import { IdleWatch } from './idle-watch.ts'
 
@@ -145,12 +145,4 @@ export class RcloneProcess {
 function afterFirstLine(text: string): string {
   const end = text.indexOf('\n')
   return end < 0 ? '' : text.slice(end + 1)
-}
-
-function tell(listener: CallOptions['onCommand'], event: CommandEvent): void {
-  try {
-    listener?.(event)
-  } catch {
-    // as for EventListener: a view must not break a backup
-  }
 }
