@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createWriteStream } from 'node:fs'
-import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -213,6 +213,26 @@ test('on a terminal a deletion is done when it is confirmed, and only then', asy
   const confirmed = await run(`delete ${dayId(1)}`, { typed: 'web-1\n' })
   expect(confirmed).toMatchObject({ code: 0, stderr: expect.stringContaining('100 B') })
   expect(await readdir(join(folder, 'nas'))).toEqual([])
+})
+
+test('a backup that is damaged, or has lost its manifest, is deleted once it is confirmed by its id', async () => {
+  const [id, damages] = [dayId(1), ['{', '{ "version": 2 }', undefined]]
+  for (const damage of damages) {
+    const { folder: key } = await storeFake(storage, { id })
+    if (damage === undefined) await storage.delete(`${key}/manifest.json`)
+    else await writeFile(join(folder, 'nas', key, 'manifest.json'), damage)
+    for (const name of await readdir(join(folder, 'nas', key)))
+      await utimes(join(folder, 'nas', key, name), 0, 0) // nobody is writing it
+    const refused = await run(`delete ${id}`)
+    expect(refused).toMatchObject({ code: 2, stderr: expect.stringContaining('Add --yes') })
+    const declined = await run(`delete ${id}`, { typed: 'web-1\n' })
+    expect(declined).toMatchObject({ code: 1, stderr: expect.stringMatching(/cannot be read.*manifest/s) })
+    expect(await readdir(join(folder, 'nas', key))).toContain('vda.qcow2')
+    expect(await run(`delete ${id}`, { typed: `${id}\n` })).toMatchObject({ code: 0 })
+    expect(await readdir(join(folder, 'nas'))).toEqual([])
+  }
+  const missing = await run(`delete ${id}`)
+  expect(missing).toMatchObject({ code: 1, stderr: expect.stringContaining('There is no backup') })
 })
 
 test.each([
