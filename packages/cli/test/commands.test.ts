@@ -192,6 +192,20 @@ test('prune --dry-run tells what goes and why the others stay, and touches nothi
   expect(JSON.parse(left.stdout).backups).toMatchObject([{ id: dayId(3) }, { id: dayId(4) }])
 })
 
+test('prune removes what an unfinished backup has left once it is as old as is said', async () => {
+  const { folder: key } = await storeFake(storage, { id: dayId(1) })
+  await storage.delete(`${key}/manifest.json`)
+  const threeHoursAgo = Date.now() / 1000 - 3 * 3600
+  for (const name of await readdir(join(folder, 'nas', key)))
+    await utimes(join(folder, 'nas', key, name), threeHoursAgo, threeHoursAgo)
+  const garbage = async (args: string) =>
+    JSON.parse((await run(`prune --keep-last 1 --dry-run --json${args}`)).stdout).garbage
+  expect(await garbage('')).toEqual([])
+  expect(await garbage(' --garbage-age 4')).toEqual([])
+  expect(await garbage(' --garbage-age 2')).toMatchObject([{ folder: key }])
+  expect((await run('prune --keep-last 1 --garbage-age 0')).code).toBe(2)
+})
+
 test('prune without a rule is refused, and says which there are', async () => {
   await storeFakeChain(storage, [1])
   const result = await run('prune')

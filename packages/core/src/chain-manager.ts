@@ -13,6 +13,7 @@ import { type ChainWalk, indexChains, walkChain } from './chain.ts'
 import { deleteBackup } from './delete-backup.ts'
 import { VarveError } from './errors.ts'
 import type { Host } from './host.ts'
+import { RunJournal } from './journal.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
 import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
 import { type RemoveSnapshotsOptions, removeSnapshotsOf } from './remove-snapshots.ts'
@@ -35,7 +36,8 @@ export interface ChainManagerOptions {
   host?: Host
   /**
    * The state folder of the pipelines, which belongs to `host`: only snapshots of backups that went from this machine to
-   * this storage, by its records, are removed. A storage is not believed whose snapshots those are.
+   * this storage, by its records, are removed. A storage is not believed whose snapshots those are. What a backup stores
+   * that it knows to be running, or not settled, is no garbage, however long that takes.
    */
   stateDir?: string
 }
@@ -129,7 +131,8 @@ export class ChainManager {
    */
   async delete(backupId: string, options: RunOptions = {}): Promise<void> {
     const storage = tellCommands(this.#storage, options.onEvent)
-    const deleted = await deleteBackup(storage, backupId, options.signal ?? never)
+    const running = await this.#unsettled()
+    const deleted = await deleteBackup(storage, backupId, running, options.signal ?? never)
     if (deleted && this.#snapshots) await removeSnapshotsOf(deleted.manifest, this.#snapshots, options)
   }
 
@@ -143,10 +146,16 @@ export class ChainManager {
   async prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
     const { dryRun = false, ...run } = options
     const storage = tellCommands(this.#storage, run.onEvent)
-    const report = await prune(storage, policy, dryRun, run.signal ?? never)
+    const running = await this.#unsettled()
+    const report = await prune(storage, policy, dryRun, running, run.signal ?? never)
     if (!dryRun && this.#snapshots)
       for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#snapshots, run)
     return report
+  }
+
+  /** The runs of this machine whose uploads may be under way. */
+  async #unsettled(): Promise<ReadonlySet<string>> {
+    return new Set(this.#snapshots && (await RunJournal.unsettled(this.#snapshots.stateDir)))
   }
 }
 

@@ -5,17 +5,22 @@ import { DEFAULT_GARBAGE_AGE_MS, isStillGarbage } from './garbage.ts'
 import { removeBackup } from './remove-backup.ts'
 import type { StorageDriver } from './storage.ts'
 
-/** Removes one backup, unless another rests on it, and returns what it was as far as that can be read. See `ChainManager.delete`. */
+/**
+ * Removes one backup, unless another rests on it, and returns what it was as far as that can be read. See `ChainManager.delete`.
+ *
+ * @param running the ids of runs that are not settled
+ */
 export async function deleteBackup(
   storage: StorageDriver,
   id: string,
+  running: ReadonlySet<string>,
   signal: AbortSignal,
 ): Promise<StoredBackup | undefined> {
   const located = await locateBackup(storage, id, signal)
   const { folder, chain } = located
   const children = dependentsOf(folder, indexChains(chain))
   if (children.length > 0) throw chainDependency(id, children)
-  if (!hasManifest(located)) await assertLeftover(storage, id, folder, signal)
+  if (!hasManifest(located)) await assertLeftover(storage, id, folder, running, signal)
   if (await removeBackup(storage, folder, chain.objects, signal))
     return chain.backups.find(backup => backup.folder === folder)
   const now = await readCatalog(storage, `${chainOf(folder)}/`, signal)
@@ -27,12 +32,13 @@ async function assertLeftover(
   storage: StorageDriver,
   id: string,
   folder: string,
+  running: ReadonlySet<string>,
   signal: AbortSignal,
 ): Promise<void> {
-  if (await isStillGarbage(storage, folder, DEFAULT_GARBAGE_AGE_MS, signal)) return
+  if (!running.has(id) && (await isStillGarbage(storage, folder, DEFAULT_GARBAGE_AGE_MS, signal))) return
   throw new VarveError(
     'BACKUP_NOT_FOUND',
-    `${id} is no backup: its folder ${folder} on ${storage.location} has no manifest. It is being written now, or was left over by a run or a deletion that broke off; then it can be removed after 24 hours.`,
+    `${id} is no backup: its folder ${folder} on ${storage.location} has no manifest. It is being written now, or was left over by a run or a deletion that broke off; then it can be removed after 24 hours, and once "varve recover" has settled that run.`,
     { context: { backup: id, folder, location: storage.location } },
   )
 }

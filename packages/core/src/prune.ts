@@ -1,3 +1,5 @@
+import { basename } from 'node:path'
+import { backupTime } from './backup-id.ts'
 import { type Catalog, readCatalog, type StoredBackup } from './backups.ts'
 import { brokenChains, chainOf, indexChains, missingObjects } from './chain.ts'
 import type { VarveError } from './errors.ts'
@@ -21,7 +23,7 @@ export interface PrunePolicy extends RetentionPolicy {
   instance?: string
   /**
    * Milliseconds without a write after which a folder that has no manifest is garbage; at least an hour, and
-   * above the time that the longest backup takes. Default: 24 hours.
+   * above the time that the longest backup takes, but for those that the manager's `stateDir` knows of. Default: 24 hours.
    */
   garbageAgeMs?: number
 }
@@ -66,11 +68,16 @@ export interface PruneReport {
   readonly unfinishedUploads: number
 }
 
-/** Removes what a policy does not keep, children before their parents; then garbage. */
+/**
+ * Removes what a policy does not keep, children before their parents; then garbage.
+ *
+ * @param running the ids of runs that are not settled: what they have stored is no garbage, however old
+ */
 export async function prune(
   storage: StorageDriver,
   policy: PrunePolicy,
   dryRun: boolean,
+  running: ReadonlySet<string>,
   signal: AbortSignal,
 ): Promise<PruneReport> {
   const { instance, garbageAgeMs = DEFAULT_GARBAGE_AGE_MS } = policy
@@ -87,11 +94,11 @@ export async function prune(
   const { kept, removed } = applyPolicy(catalog.backups, damagedChains, policy)
   // A folder in a damaged chain may be a link that has lost its manifest.
   const garbage = findGarbage(catalog, garbageAgeMs).filter(
-    ({ folder }) => !damagedChains.has(chainOf(folder)),
+    ({ folder }) => !damagedChains.has(chainOf(folder)) && !running.has(basename(folder)),
   )
 
   const plan = { dryRun, kept, removed, damaged, garbage, unfinishedUploads: 0 }
-  return dryRun ? plan : carryOut(storage, plan, catalog, garbageAgeMs, signal)
+  return dryRun ? plan : carryOut(storage, plan, catalog, garbageAgeMs, running, signal)
 }
 
 /** Removes what is planned, as far as it is still as it was when it was planned; reports what was removed. */
@@ -100,6 +107,7 @@ async function carryOut(
   plan: PruneReport,
   catalog: Catalog,
   garbageAgeMs: number,
+  running: ReadonlySet<string>,
   signal: AbortSignal,
 ): Promise<PruneReport> {
   const removed: StoredBackup[] = []
@@ -122,7 +130,8 @@ async function carryOut(
     await removeFolder(storage, leftover.folder, signal)
     garbage.push(leftover)
   }
-  const olderThan = new Date(Date.now() - garbageAgeMs)
+  const begun = [...running].map(id => backupTime(id).getTime())
+  const olderThan = new Date(Math.min(Date.now() - garbageAgeMs, ...begun))
   const unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0
   return { ...plan, kept: [...plan.kept, ...spared], removed, garbage, unfinishedUploads }
 }

@@ -140,10 +140,10 @@ describe('deleting a backup', () => {
   it('tells what it was, so that what it has elsewhere can go too', async () => {
     const folders = await storeFakeChain(storage, [1, 2])
     const { signal } = new AbortController()
-    const deleted = await deleteBackup(storage, dayId(2), signal)
+    const deleted = await deleteBackup(storage, dayId(2), new Set(), signal)
     expect(deleted).toMatchObject({ folder: folders[1], manifest: { id: dayId(2), parent: dayId(1) } })
     storage.damage(`${folders[0]}/manifest.json`, () => Buffer.from('{'))
-    expect(await deleteBackup(storage, dayId(1), signal)).toBeUndefined()
+    expect(await deleteBackup(storage, dayId(1), new Set(), signal)).toBeUndefined()
   })
 
   it('is refused while a backup of its chain that may rest on it has a damaged manifest', async () => {

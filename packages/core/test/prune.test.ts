@@ -1,7 +1,13 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import fc from 'fast-check'
-import { beforeEach, describe, expect, it } from 'vitest'
+import { beforeEach, describe, expect, it, onTestFinished } from 'vitest'
+import { backupTime } from '../src/backup-id.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
+import { ImageHost } from '../src/image-host.ts'
+import { RunJournal } from '../src/journal.ts'
 import type { PrunePolicy, PruneReport } from '../src/prune.ts'
 import { bytesBody } from '../src/storage.ts'
 import { dayId, storeFake, storeFakeChain } from './fake-backup.ts'
@@ -290,6 +296,29 @@ describe('garbage', () => {
   it('is not what began within the day, whatever the clock of the storage says', async () => {
     await leftOver(idAgo(23 * HOUR), 999 * HOUR)
     expect(await garbageOf()).toEqual([])
+  })
+
+  it('is not what a run of this machine stores that is not settled, nor is its upload, however long that takes', async () => {
+    const stateDir = await mkdtemp(join(tmpdir(), 'varve-prune-'))
+    onTestFinished(() => rm(stateDir, { recursive: true }))
+    const began = 30 * HOUR
+    const [id, dead] = [idAgo(began), idAgo(50 * HOUR)]
+    const folder = await leftOver(id, 29 * HOUR)
+    const other = await leftOver(dead, 29 * HOUR)
+    const host = new ImageHost({ instance: 'web-1', disks: {} })
+    const { type, location } = storage
+    const journal = await RunJournal.begin(stateDir, {
+      ...{ version: 1, id, kind: 'backup', instance: 'web-1', disks: [] },
+      ...{ host: host.reference, storage: { type, location }, startedAt: ago(began).toISOString() },
+    })
+    chains = new ChainManager({ storage, host, stateDir })
+    expect(await garbageOf()).toEqual([other])
+    expect(storage.keys.filter(key => key.startsWith(folder))).toHaveLength(3)
+    expect(storage.cleanedUp?.olderThan).toEqual(backupTime(id))
+    await expect(chains.delete(id)).rejects.toMatchObject({ code: 'BACKUP_NOT_FOUND' })
+
+    await journal.settled()
+    expect(await garbageOf()).toEqual([folder])
   })
 
   it('is told by the id where the storage tells no times', async () => {

@@ -14,6 +14,7 @@ interface PruneOptions {
   keepMonthly?: number
   keepYearly?: number
   timeZone?: string
+  garbageAge?: number
   dryRun?: boolean
   storage?: string
   libvirtUri?: string
@@ -35,6 +36,13 @@ export function pruneCommand(program: Command, session: Session): void {
     .addOption(numberOption('--keep-monthly <n>', 'keep the newest of each of n months', 0))
     .addOption(numberOption('--keep-yearly <n>', 'keep the newest of each of n years', 0))
     .option('--time-zone <name>', "where days begin, such as Europe/Vienna (default: this machine's)")
+    .addOption(
+      numberOption(
+        '--garbage-age <hours>',
+        'without a write, before what an unfinished backup has left is removed; above what a backup of another machine takes (default: 24)',
+        1,
+      ),
+    )
     .option('--dry-run', 'only show what would be removed')
     .addOption(storageOption())
     .addOption(libvirtUriOption())
@@ -44,7 +52,7 @@ export function pruneCommand(program: Command, session: Session): void {
 }
 
 async function prune(session: Session, instance: string | undefined, options: PruneOptions): Promise<void> {
-  const { dryRun = false, storage: name, libvirtUri, stateDir: folder, ...rules } = options
+  const { dryRun = false, garbageAge, storage: name, libvirtUri, stateDir: folder, ...rules } = options
   await using storage = await session.openStorage(name)
   const host = await session.libvirtHost(libvirtUri)
   const stateDir = await session.stateDir(folder)
@@ -53,6 +61,7 @@ async function prune(session: Session, instance: string | undefined, options: Pr
       timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
       ...rules,
       ...(instance !== undefined && { instance }),
+      ...(garbageAge !== undefined && { garbageAgeMs: garbageAge * 60 * 60 * 1000 }),
     },
     { dryRun, ...session.run() },
   )
