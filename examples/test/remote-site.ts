@@ -102,8 +102,11 @@ async function rclone(folder: string): Promise<RemoteSite> {
   }
 }
 
+/** What a storage is called in the examples. */
+export type SiteType = 's3' | 'sftp' | 'ftp' | 'rclone'
+
 /** By the type of the storage. Each takes a folder of its own for what it needs; whoever gave it removes it. */
-export const SITES: Readonly<Record<string, (folder: string) => Promise<RemoteSite>>> = {
+export const SITES: Readonly<Record<SiteType, (folder: string) => Promise<RemoteSite>>> = {
   s3,
   sftp,
   ftp,
