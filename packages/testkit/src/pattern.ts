@@ -1,3 +1,7 @@
+import { endianness } from 'node:os'
+
+const isLittleEndian = endianness() === 'LE'
+
 /**
  * Bytes that depend on a seed and on their own offset alone, so that any range of them can be made, and
  * checked, without the rest: a byte that is lost, doubled or moved does not go unnoticed.
@@ -11,16 +15,22 @@ export function patternBytes(seed: number, start: number, length: number): Buffe
 /** Fills memory with the bytes of {@link patternBytes} from offset `start` on. */
 export function fillPattern(into: Uint8Array, seed: number, start: number): void {
   const key = Math.imul(seed + 1, 0x9e3779b1)
-  const view = new DataView(into.buffer, into.byteOffset, into.byteLength)
   let at = 0
   const single = () => {
     const offset = start + at
     into[at++] = mix(key, Math.floor(offset / 4)) >>> (8 * (offset % 4))
   }
   while (at < into.length && (start + at) % 4 !== 0) single()
-  for (let index = (start + at) / 4; at + 4 <= into.length; at += 4, index++) {
-    view.setUint32(at, mix(key, index), true)
+  const first = (start + at) / 4
+  const words = Math.floor((into.length - at) / 4)
+  if (isLittleEndian && (into.byteOffset + at) % 4 === 0) {
+    const aligned = new Uint32Array(into.buffer, into.byteOffset + at, words) // several times as fast
+    for (let word = 0; word < words; word++) aligned[word] = mix(key, first + word)
+  } else {
+    const view = new DataView(into.buffer, into.byteOffset + at, 4 * words)
+    for (let word = 0; word < words; word++) view.setUint32(4 * word, mix(key, first + word), true)
   }
+  at += 4 * words
   while (at < into.length) single()
 }
 
