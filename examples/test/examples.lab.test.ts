@@ -26,7 +26,7 @@ afterEach(() => rm(folder, { recursive: true }))
 
 async function runExample(path: string, ...args: string[]): Promise<string> {
   const script = fileURLToPath(new URL(`../${path}`, import.meta.url))
-  const { stdout } = await execa(process.execPath, ['--import', 'tsx', script, ...args])
+  const { stdout } = await execa(process.execPath, [script, ...args])
   return stdout
 }
 

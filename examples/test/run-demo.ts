@@ -17,11 +17,10 @@ afterEach(() => rm(folder, { recursive: true }))
 
 /** Runs the demonstration, with a folder of its own for its temporary files. */
 export const runDemo = (...args: string[]) =>
-  execa(process.execPath, ['--import', 'tsx', demo, ...args], { env: { TMPDIR: folder }, reject: false })
+  execa(process.execPath, [demo, ...args], { env: { TMPDIR: folder }, reject: false })
 
-/** No file but those of the TypeScript loader, and no process of a server or of a virtual machine. */
+/** No file, and no process of a server or of a virtual machine. */
 export async function expectNothingLeft(): Promise<void> {
-  const files = (await readdir(folder)).filter(name => !name.startsWith('tsx-') && !name.startsWith('node-'))
-  expect(files).toEqual([])
+  expect(await readdir(folder)).toEqual([])
   expect((await execa('pgrep', ['-af', folder], { reject: false })).stdout).toBe('')
 }

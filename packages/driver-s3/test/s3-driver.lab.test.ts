@@ -273,7 +273,7 @@ test('a gateway that does not know the checksum in the trailer refuses the uploa
 test('an upload takes little memory, or that of its largest part where it opens once', async () => {
   const script = fileURLToPath(new URL('./measure-uploads.ts', import.meta.url))
   const options = { ...bucket.options, pathPrefix: 'memory' }
-  const { stdout } = await execa(process.execPath, ['--import', 'tsx', script], {
+  const { stdout } = await execa(process.execPath, [script], {
     env: { VARVE_TEST: JSON.stringify(options) },
   })
   const taken: { body: number; stream: number } = JSON.parse(stdout)
