@@ -5,7 +5,7 @@ import { NetworkProxy, PatternBody, patternBytes } from '@varve/testkit'
 import { startSshd } from '@varve/testkit/lab'
 import { build } from 'tsup'
 import { expect, onTestFinished, test } from 'vitest'
-import config from '../tsup.config.ts'
+import { output } from '../../../tsup.config.ts'
 import { login, sftpTarget } from './sftp-target.ts'
 
 const root = fileURLToPath(new URL('../../../', import.meta.url))
@@ -37,11 +37,10 @@ async function built(): Promise<typeof import('@varve/driver-sftp')> {
   const outDir = await mkdtemp(join(cache, 'built-'))
   onTestFinished(() => rm(outDir, { recursive: true }))
   await build({
-    ...config,
+    ...output,
     entry: [join(root, 'packages/driver-sftp/src/index.ts')],
     outDir,
     config: false,
-    dts: false,
     silent: true,
     external: [/^[^./]/],
     noExternal: ['@varve/core'],
