@@ -110,8 +110,7 @@ export function useVmSite(life: 'test' | 'file' = 'test'): VmSite {
     vm = undefined
   })
   end(async () => {
-    if (vm && (await vm.state()) !== 'shut off') await vm.destroy()
-    await vm?.undefine()
+    await vm?.remove()
     await rm(folder, { recursive: true })
   })
 

@@ -6,6 +6,8 @@ import type { LabDisk, LabDomainOptions } from './lab-domain.ts'
 export interface DomainFiles {
   /** What it boots, where a guest boots in it. */
   readonly guest?: GuestImage
+  /** Where nothing boots: firmware that halts the processor at once, see {@link haltingRom}. */
+  readonly rom?: string
   /** Unix socket of the command port. */
   readonly commandSocket: string
   /** Where the guest's console output goes. */
@@ -16,7 +18,7 @@ export interface DomainFiles {
 
 /** The libvirt definition of a lab domain: software emulation, direct kernel boot, no more devices than needed. */
 export function labDomainXml(options: LabDomainOptions, uuid: string, files: DomainFiles): string {
-  const { guest, firmware } = files
+  const { guest, firmware, rom } = files
   return `<domain type='qemu'>
   <name>${escapeXml(options.name)}</name>
   <uuid>${uuid}</uuid>
@@ -29,6 +31,11 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
     <loader readonly='yes' type='pflash'>${escapeXml(firmware.code)}</loader>
     <nvram template='${escapeXml(firmware.template)}'>${escapeXml(firmware.nvram)}</nvram>`
         : ''
+    }${
+      rom === undefined
+        ? ''
+        : `
+    <loader readonly='yes' type='rom'>${escapeXml(rom)}</loader>`
     }${guest ? kernelXml(options, guest, firmware !== undefined) : ''}
   </os>
   <features><acpi/></features>
@@ -45,6 +52,17 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
   </devices>
 </domain>
 `
+}
+
+/**
+ * What a PC runs in place of its BIOS where nothing is to boot. A BIOS looks for all its devices before it gives up, which
+ * takes software emulation as long as the rest of the start.
+ */
+export function haltingRom(): Buffer {
+  const rom = Buffer.alloc(64 * 1024)
+  // The processor begins 16 bytes before the end: cli, and again and again hlt.
+  Buffer.from([0xfa, 0xf4, 0xeb, 0xfd]).copy(rom, rom.length - 16)
+  return rom
 }
 
 function kernelXml({ agent }: LabDomainOptions, guest: GuestImage, isUefi: boolean): string {
