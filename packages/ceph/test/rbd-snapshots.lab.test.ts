@@ -22,7 +22,7 @@ import { RbdSite } from './rbd-site.ts'
 
 const MIB = 1024 ** 2
 const SEED = 20261127
-const BACKUPS = 5
+const BACKUPS = 3
 
 let site: RbdSite
 beforeAll(async () => {
