@@ -16,7 +16,6 @@ const SAMPLE: readonly KillCase[] = [
   { kind: 'mixed', run: 'restore in place', point: 'end rbd snap rollback', nth: 0, scope: 'group' },
   // With the guest suspended, and its file systems frozen.
   { kind: 'mixed', run: 'frozen backup', point: 'end rbd snap create', nth: 0, scope: 'group' },
-  { kind: 'mixed', run: 'restore', point: 'end rbd create', nth: 0, scope: 'group' },
 ]
 
 test('every step of a journal is in a run', () => {

@@ -10,6 +10,7 @@ afterAll(() => cases[Symbol.asyncDispose]())
 
 // Beside those of kill.lab.test.ts: other steps of the same runs, and images whose backups are on S3.
 const SAMPLE: readonly KillCase[] = [
+  { kind: 'mixed', run: 'restore', point: 'end rbd create', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'restore', point: 'end rbd rename', nth: 0, scope: 'process' },
   { kind: 'mixed', run: 'frozen backup', point: 'end virsh suspend', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'backup', point: 'after resumed', nth: 0, scope: 'process' },
