@@ -166,13 +166,13 @@ test('a definition that names the very file of the header by another name or in 
     await define(backingStore)
     const off = await backup({ type: 'full' })
     expect(off.consistency).toBe('offline')
-    await qemuIo(await restored(off), 'qcow2', ['read -P 0x11 0 4M'])
+    await site.expectStored(off, ['read -P 0x11 0 4M'])
   }
   await vm.start()
   await reads('read -P 0x11 0 4M')
   const running = await backup()
   expect(running).toMatchObject({ kind: 'incremental', consistency: 'crash' })
-  await qemuIo(await restored(running), 'qcow2', ['read -P 0x11 0 4M'])
+  await site.expectStored(running, ['read -P 0x11 0 4M'])
   await site.lab.virsh(['pool-destroy', 'templates'])
 })
 
@@ -183,11 +183,11 @@ test('a disk is backed up after a snapshot, when the definition has its backing 
   expect(await site.lab.virsh(['dumpxml', '--inactive', vm.name])).toContain('<backingStore type')
   await vm.io('vda', 'write -P 0x44 1M 1M')
   const wanted = ['read -P 0x11 0 1M', 'read -P 0x44 1M 1M', 'read -P 0x11 2M 2M']
-  await qemuIo(await restored(await backup()), 'qcow2', wanted)
+  await site.expectStored(await backup(), wanted)
   await vm.destroy()
   const off = await backup()
   expect(off).toMatchObject({ kind: 'incremental', consistency: 'offline' })
-  await qemuIo(await restored(off), 'qcow2', wanted)
+  await site.expectStored(off, wanted)
 })
 
 test('a disk on an export of an NBD server is backed up, also where the definition names that itself', async () => {
@@ -208,9 +208,9 @@ test('a disk on an export of an NBD server is backed up, also where the definiti
     await define(named('other'))
     await expect(backup()).rejects.toMatchObject({ code: 'DISK_UNSUPPORTED' })
     await define(named('raw'))
-    await qemuIo(await restored(await backup()), 'qcow2', ['read -P 0x55 0 4M'])
+    await site.expectStored(await backup(), ['read -P 0x55 0 4M'])
     await vm.start()
-    await qemuIo(await restored(await backup()), 'qcow2', ['read -P 0x55 0 4M'])
+    await site.expectStored(await backup(), ['read -P 0x55 0 4M'])
     await vm.destroy()
   } finally {
     process.kill(Number(await readFile(pidFile, 'utf8')))
@@ -233,8 +233,8 @@ test('a disk whose image names its backing file by a relative name is backed up,
   expect(off).toMatchObject({ kind: 'incremental', consistency: 'offline' })
 
   const asBefore = 'read -P 0x11 0 1M'
-  await qemuIo(await restored(full), 'qcow2', ['read -P 0x11 0 4M'])
-  await qemuIo(await restored(increment), 'qcow2', [asBefore, 'read -P 0x44 1M 1M', 'read -P 0x11 2M 2M'])
+  await site.expectStored(full, ['read -P 0x11 0 4M'])
+  await site.expectStored(increment, [asBefore, 'read -P 0x44 1M 1M', 'read -P 0x11 2M 2M'])
   const latest = [asBefore, 'read -P 0x44 1M 1M', 'read -P 0x55 2M 1M', 'read -P 0x11 3M 1M']
   await qemuIo(await restored(off), 'qcow2', latest)
   await qemuIo(image('vda'), 'qcow2', latest)

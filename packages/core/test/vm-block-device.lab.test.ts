@@ -1,76 +1,21 @@
-import { randomBytes } from 'node:crypto'
-import { mkdir, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises'
-import { basename, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { createQcow2, createRaw, type LabDomain, qemuIo, sha256File } from '@varve/testkit/lab'
+import { readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { createQcow2, type LabDomain, qemuIo, sha256File } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { beforeEach, expect, onTestFinished, test } from 'vitest'
+import { expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { diskDefinition } from '../src/domain-xml.ts'
-import type { VarveEvent } from '../src/events.ts'
-import { LibvirtHost } from '../src/libvirt-host.ts'
 import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
-import { MiB, useVmSite } from './vm-site.ts'
+import { FIRST, HELD, MEANWHILE, NOW, SIZE, useBlockDevices } from './block-devices.ts'
 
-const site = useVmSite()
-const SIZE = 8 * MiB
-/** A qcow2 image needs room for its tables on a device. */
-const DEVICE_SIZE = 12 * MiB
-
-/** Where the test has its devices: `dm-0` and the like, as the kernel numbers them, and `vg/web`, which stays. */
-let dev: string
-/** The kernel's numbers of the volumes' devices. */
-const numbers = new Map<string, string>()
-const overlayFolder = () => join(site.folder, 'overlays')
-const host = () => new LibvirtHost({ uri: site.lab.uri, overlayFolder: overlayFolder() })
-const pipelines = () => ({ host: host(), storage: site.storage, stateDir: site.stateDir })
-const volume = (name: string) => join(dev, 'vg', name)
-
-beforeEach(async () => {
-  dev = `/dev/varve-test-${randomBytes(4).toString('hex')}`
-  onTestFinished(() => rm(dev, { recursive: true, force: true }))
-  await mkdir(join(dev, 'vg'), { recursive: true })
-  await mkdir(overlayFolder())
-})
-
-/** The number of the device that a file is made, as long as the test lasts. */
-async function attach(file: string): Promise<string> {
-  const { stdout: loop } = await execa('losetup', ['--find', '--show', file])
-  onTestFinished(async () => void (await execa('losetup', ['--detach', loop])))
-  return loop.slice('/dev/loop'.length)
-}
-
-/** Makes a volume in a file beside the instance, the node of its device, and a link to that. */
-async function createVolume(name: string, device: string): Promise<void> {
-  await createRaw(site.image(name), DEVICE_SIZE)
-  const number = await attach(site.image(name))
-  numbers.set(name, number)
-  await makeNode(device, number)
-  await symlink(`../${device}`, volume(name))
-}
-
-async function makeNode(device: string, number: string | undefined): Promise<void> {
-  await rm(join(dev, device), { force: true })
-  await execa('mknod', [join(dev, device), 'b', '7', number ?? expect.fail('no such volume')])
-}
-
-/** An instance on two block devices: a qcow2 image, and a raw one. */
-async function createVm(): Promise<LabDomain> {
-  await createVolume('web', 'dm-0')
-  await createVolume('data', 'dm-1')
-  await createQcow2(volume('web'), SIZE)
-  const disks = [
-    { target: 'vda', path: volume('web'), format: 'qcow2', blockDevice: true, discard: 'unmap' },
-    { target: 'vdb', path: volume('data'), format: 'raw', blockDevice: true },
-  ] as const
-  return site.createVm([], { disks })
-}
+const devices = useBlockDevices()
+const { site, host, pipelines, overlayFolder, volume, device, definition, createVolume, createVm } = devices
+const { dieMidBackup, write, expectHolds, rebootRenumbered, makeJournalsOld, expectRecovered } = devices
 
 const backup = (instance: string): Promise<BackupManifest> =>
   new BackupPipeline(pipelines()).run({ instance })
-const definition = (vm: LabDomain) => site.lab.virsh(['dumpxml', '--inactive', vm.name])
 
 /** Has something happen right before an object of this name is stored, in the middle of the next backup. */
 function before(name: string, happens: () => Promise<unknown>): void {
@@ -79,35 +24,6 @@ function before(name: string, happens: () => Promise<unknown>): void {
     site.storage.beforePut = undefined
     await happens()
   }
-}
-
-/** Kills a backup in the middle of its upload, and resolves with its id. */
-async function dieMidBackup(instance: string): Promise<string> {
-  const { storagePath, stateDir } = site
-  const told = { uri: site.lab.uri, overlayFolder: overlayFolder(), storagePath, stateDir, instance }
-  const program = fileURLToPath(new URL('./die-mid-backup.ts', import.meta.url))
-  const { signal } = await execa(process.execPath, ['--import', 'tsx', program], {
-    env: { VARVE_TEST: JSON.stringify(told) },
-    reject: false,
-  })
-  expect(signal).toBe('SIGKILL')
-  const [journal = ''] = await readdir(join(stateDir, 'runs'))
-  return basename(journal, '.jsonl')
-}
-
-const FIRST = 'write -P 0x11 0 4M'
-const MEANWHILE = 'write -P 0x22 2M 4M'
-const HELD = ['read -P 0x11 0 4M', 'read -P 0 4M 4M']
-const NOW = ['read -P 0x11 0 2M', 'read -P 0x22 2M 4M', 'read -P 0 6M 2M']
-
-async function write(vm: LabDomain, command: string): Promise<void> {
-  for (const disk of ['vda', 'vdb']) await vm.io(disk, command)
-}
-
-/** Reads the disks of an instance that is off. */
-async function expectHolds(...reads: string[]): Promise<void> {
-  await qemuIo(volume('web'), 'qcow2', reads)
-  await qemuIo(volume('data'), 'raw', reads)
 }
 
 async function expectStored(manifest: BackupManifest, ...reads: string[]): Promise<void> {
@@ -156,39 +72,9 @@ test('an instance that goes off in the middle of a backup is defined as before, 
   await vm.start()
 })
 
-/** A reboot at which the kernel gives the volume `web` another number, and another volume its old one. */
-async function rebootRenumbered(): Promise<void> {
-  await site.lab.powerCycle()
-  await makeNode('dm-2', numbers.get('web'))
-  await makeNode('dm-0', numbers.get('other'))
-  await rm(volume('web'))
-  await symlink('../dm-2', volume('web'))
-}
-
-/** Takes out of the journals what older versions did not record. */
-async function makeJournalsOld(): Promise<void> {
-  const runs = join(site.stateDir, 'runs')
-  for (const name of await readdir(runs)) {
-    const journal = await readFile(join(runs, name), 'utf8')
-    const old = journal.replace(/,"definition":"[^\n]*?","device":"[^"]*"/g, '')
-    expect(old).not.toMatch(/"definition"|"device"/)
-    expect(old.length).toBeLessThan(journal.length)
-    await writeFile(join(runs, name), old)
-  }
-}
-
 test.each([
   { what: 'it runs on', happens: async () => undefined },
-  { what: 'it is destroyed', happens: (vm: LabDomain) => vm.destroy() },
-  { what: 'the host reboots', happens: () => site.lab.powerCycle() },
   { what: 'a device is renumbered', happens: rebootRenumbered },
-  {
-    what: 'renumbered, and started again',
-    happens: async (vm: LabDomain) => {
-      await rebootRenumbered()
-      await vm.start()
-    },
-  },
   {
     what: 'renumbered, with an older journal',
     happens: async () => {
@@ -196,33 +82,8 @@ test.each([
       await makeJournalsOld()
     },
   },
-])(
-  'an instance on block devices is as before once a killed backup is recovered: $what',
-  async ({ happens }) => {
-    const vm = await createVm()
-    await createVolume('other', 'dm-3')
-    const defined = await definition(vm)
-    await vm.start()
-    await write(vm, FIRST)
-    await dieMidBackup(vm.name)
-    // Such as a snapshot that LVM made of the volume, with the bitmaps that the backup began.
-    await execa('dd', [`if=${volume('web')}`, `of=${volume('other')}`, 'bs=1M', 'conv=fsync'])
-    const other = await sha256File(site.image('other'))
-    await write(vm, MEANWHILE)
-    await happens(vm)
-    const events: VarveEvent[] = []
-    const onEvent = (event: VarveEvent) => void events.push(event)
-    const report = await recover({ stateDir: site.stateDir, storages: [site.storage] }, { onEvent })
-    expect(report).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
-    expect(events.filter(({ type }) => type === 'warning')).toEqual([])
-    expect(await readdir(overlayFolder())).toEqual([])
-    expect(await definition(vm)).toBe(defined)
-    if ((await vm.state()) === 'running') await vm.destroy()
-    await expectHolds(...NOW)
-    expect(await host().instance(vm.name)).toMatchObject({ disks: [{ bitmaps: [] }, {}] })
-    expect(await sha256File(site.image('other'))).toBe(other)
-    await vm.start()
-  },
+])('an instance on block devices is as before once a killed backup is recovered: $what', ({ happens }) =>
+  expectRecovered(happens),
 )
 
 test('an overlay that no run knows of is merged by the name of its device, which has another number by then', async () => {
@@ -278,17 +139,17 @@ test('a disk is not frozen that would be put back to what its definition named f
   const vm = await createVm()
   const defined = await definition(vm)
   await vm.start()
-  const planned = diskDefinition(defined.replace(volume('web'), join(dev, 'dm-1')), 'vda')
+  const planned = diskDefinition(defined.replace(volume('web'), device('dm-1')), 'vda')
   const overlay = {
     disk: 'vda',
-    base: join(dev, 'dm-0'),
+    base: device('dm-0'),
     baseFormat: 'qcow2',
     overlay: join(overlayFolder(), 'overlay'),
     definition: planned ?? expect.fail('no vda'),
   } as const
   await expect(host().snapshot(vm.name, [overlay])).rejects.toMatchObject({
     code: 'SNAPSHOT_FAILED',
-    context: { disk: 'vda', runsOn: volume('web'), definedAs: join(dev, 'dm-1') },
+    context: { disk: 'vda', runsOn: volume('web'), definedAs: device('dm-1') },
   })
   expect(await readdir(overlayFolder())).toEqual([])
   expect(await definition(vm)).toBe(defined)

@@ -1,4 +1,4 @@
-import fs, { chmod, mkdir, readFile, stat, writeFile } from 'node:fs/promises'
+import fs, { chmod, mkdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
@@ -7,7 +7,6 @@ import { isPaused, pauseProcess, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, onTestFinished, test } from 'vitest'
 import type { DiskOverlay, MergeRecord } from '../src/host.ts'
-import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
@@ -54,52 +53,47 @@ async function dieBeforeSnapshot(instance: string): Promise<number> {
   return pid()
 }
 
-const NEXT_RUNS = {
-  backup: () => backup(),
-  restore: ({ id, instance }: BackupManifest) =>
-    site.restore({ backup: id, to: { instance: instance.name } }),
-}
+test('a snapshot that comes after its run was settled is found by the next backup, or restore, and merged by recover', async () => {
+  const vm = await createVm([
+    { target: 'vda', size: 4 * MiB },
+    { target: 'vdb', size: 4 * MiB, format: 'raw' },
+  ])
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 1M')
+  const full = await backup()
+  const virsh = await dieBeforeSnapshot(vm.name)
+  const settled = await recoverNow()
+  expect(settled).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+  await site.expectCleanHost([`varve-${full.id}`])
+  await vm.io('vda', 'write -P 0x22 1M 1M')
+  await vm.io('vdb', 'write -P 0x22 1M 1M')
 
-test.for(Object.entries(NEXT_RUNS))(
-  'a snapshot that comes after its run was settled is found by the next %s, and merged by recover',
-  async ([_, meetOverlay]) => {
-    const vm = await createVm([
-      { target: 'vda', size: 4 * MiB },
-      { target: 'vdb', size: 4 * MiB, format: 'raw' },
-    ])
-    await vm.start()
-    await vm.io('vda', 'write -P 0x11 0 1M')
-    const full = await backup()
-    const virsh = await dieBeforeSnapshot(vm.name)
-    const settled = await recoverNow()
-    expect(settled).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
-    await site.expectCleanHost([`varve-${full.id}`])
-    await vm.io('vda', 'write -P 0x22 1M 1M')
-    await vm.io('vdb', 'write -P 0x22 1M 1M')
+  process.kill(virsh, 'SIGCONT')
+  const { id = expect.fail('no run') } = settled.runs[0] ?? {}
+  const paths = async () => (await site.host.disks(vm.name)).disks.map(({ path }) => path)
+  await until(async () => (await paths()).every(path => path.endsWith(`.varve-${id}`)))
+  await vm.io('vda', 'write -P 0x33 2M 1M')
+  await vm.io('vdb', 'write -P 0x33 2M 1M')
+  expect(await recoverNow()).toEqual({ ok: true, runs: [] }) // nobody has told it yet
+  const found = { code: 'OVERLAY_LEFT_OVER' }
+  await expect(backup()).rejects.toMatchObject(found)
+  await rm(join(site.stateDir, 'runs', `${id}.jsonl`)) // and nobody has again
+  await expect(site.restore({ backup: full.id, to: { instance: vm.name } })).rejects.toMatchObject(found)
+  expect(await recoverNow()).toEqual(settled)
+  await site.expectCleanHost([`varve-${full.id}`])
 
-    process.kill(virsh, 'SIGCONT')
-    const paths = async () => (await site.host.disks(vm.name)).disks.map(({ path }) => path)
-    await until(async () => (await paths()).every(path => path.endsWith(`.varve-${settled.runs[0]?.id}`)))
-    await vm.io('vda', 'write -P 0x33 2M 1M')
-    await vm.io('vdb', 'write -P 0x33 2M 1M')
-    expect(await recoverNow()).toEqual({ ok: true, runs: [] }) // nobody has told it yet
-    await expect(meetOverlay(full)).rejects.toMatchObject({ code: 'OVERLAY_LEFT_OVER' })
-    expect(await recoverNow()).toEqual(settled)
-    await site.expectCleanHost([`varve-${full.id}`])
-
-    const next = await backup()
-    expect(next).toMatchObject({
-      parent: full.id,
-      disks: [{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }],
-    })
-    const reads = ['read -P 0x22 1M 1M', 'read -P 0x33 2M 1M', 'read -P 0 3M 1M']
-    await qemuIo(await site.restored(next), 'qcow2', ['read -P 0x11 0 1M', ...reads])
-    await qemuIo(await site.restored(next, 'vdb'), 'qcow2', ['read -P 0 0 1M', ...reads])
-    await vm.destroy()
-    await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', ...reads])
-    await qemuIo(image('vdb'), 'raw', ['read -P 0 0 1M', ...reads])
-  },
-)
+  const next = await backup()
+  expect(next).toMatchObject({
+    parent: full.id,
+    disks: [{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }],
+  })
+  const reads = ['read -P 0x22 1M 1M', 'read -P 0x33 2M 1M', 'read -P 0 3M 1M']
+  await site.expectStored(next, ['read -P 0x11 0 1M', ...reads])
+  await site.expectStored(next, ['read -P 0 0 1M', ...reads], 'vdb')
+  await vm.destroy()
+  await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', ...reads])
+  await qemuIo(image('vdb'), 'raw', ['read -P 0 0 1M', ...reads])
+})
 
 /** How a merge is told of an overlay that has not come yet. */
 const AWAITED: MergeRecord = { state: undefined, arrivesBy: 0, record: async () => undefined }

@@ -5,14 +5,11 @@ import { mountTmpfs, qemuIo, type Tmpfs } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
-import { ChainManager } from '../src/chain-manager.ts'
-import { isVarveError } from '../src/errors.ts'
-import type { BackupStage, VarveEvent } from '../src/events.ts'
 import { type JournalStepName, RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
-import type { BackupManifest } from '../src/manifest.ts'
 import { readImageInfo } from '../src/qemu-img.ts'
 import { recover } from '../src/recover.ts'
+import { expectSurvives, killAt } from './qemu-kills.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 let small: Tmpfs
@@ -63,17 +60,6 @@ function atStep(name: JournalStepName, happens: () => Promise<void>): void {
   })
 }
 
-/** Kills a process as soon as a backup comes to a stage. */
-function killAt(stage: string, pid: number): (event: VarveEvent) => void {
-  return event => {
-    if (event.type === 'stage' && event.stage === stage) process.kill(pid, 'SIGKILL')
-  }
-}
-
-async function expectHolds(manifest: BackupManifest, ...reads: readonly string[]): Promise<void> {
-  await qemuIo(await site.restored(manifest), 'qcow2', reads)
-}
-
 /** The bitmaps that an image has which nobody has open. */
 async function bitmapsIn(path: string): Promise<string[]> {
   return (await readImageInfo(path, 'qcow2', {})).bitmaps.map(({ name }) => name)
@@ -94,7 +80,7 @@ test('QEMU may be killed while its disk is read and while the last object is sto
   expect(await vm.state()).toBe('shut off')
   await site.expectCleanHost([`varve-${full.id}`])
   expect(await recoverNow()).toEqual(NOTHING)
-  await expectHolds(full, 'read -P 0x11 0 28M')
+  await site.expectStored(full, ['read -P 0x11 0 28M'])
   await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', 'read -P 0x22 1M 2M', 'read -P 0x11 3M 25M'])
 
   // And started again at once, on its overlay.
@@ -110,59 +96,18 @@ test('QEMU may be killed while its disk is read and while the last object is sto
   expect(increment).toMatchObject({ kind: 'incremental', parent: full.id })
   expect(await vm.state()).toBe('running')
   await site.expectCleanHost([`varve-${increment.id}`])
-  await expectHolds(increment, 'read -P 0x22 1M 1M', 'read -P 0x33 2M 2M', 'read -P 0x11 4M 24M')
+  await site.expectStored(increment, ['read -P 0x22 1M 1M', 'read -P 0x33 2M 2M', 'read -P 0x11 4M 24M'])
   const last = await backup()
   expect(last).toMatchObject({ kind: 'incremental', parent: increment.id })
   const now = ['read -P 0x33 2M 1M', 'read -P 0x44 3M 1M', 'read -P 0x55 4M 2M', 'read -P 0x11 6M 22M']
-  await expectHolds(last, ...now)
+  await qemuIo(await site.restored(last), 'qcow2', now)
   await vm.destroy()
   await qemuIo(image('vda'), 'qcow2', now)
 })
 
-/**
- * What comes of the backup after one in which QEMU was killed, by the stage that had just begun. While the overlay is active
- * QEMU has stored the bitmaps of its base; else those that it has open are lost with it.
- */
-const NEXT: Record<BackupStage, BackupManifest['kind']> = {
-  plan: 'full',
-  mark: 'full',
-  freeze: 'full',
-  export: 'incremental',
-  stream: 'incremental',
-  upload: 'incremental',
-  publish: 'incremental',
-  thaw: 'incremental',
-  retire: 'full',
-}
-
-test('QEMU may be killed in any stage: what was flushed stays, and no increment lacks any of it', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.start()
-  let last = await backup()
-  let pattern = 0x20
-  for (const [stage, kind] of Object.entries(NEXT)) {
-    pattern += 2
-    await vm.io('vda', `write -P ${pattern} 1M 2M`)
-    const onEvent = killAt(stage, await vm.qemuPid())
-    const published = await backup({}, { onEvent }).catch(error => {
-      expect(isVarveError(error), String(error)).toBe(true)
-    })
-    await vm.waitForState('shut off')
-    expect(await recoverNow(), stage).toMatchObject({ ok: true })
-    const newest = (await new ChainManager({ storage: site.storage }).list()).backups.at(-1)?.manifest
-    if (published) expect(newest, stage).toEqual(published)
-    if (newest && newest.id !== last.id) await expectHolds(newest, `read -P ${pattern} 1M 2M`)
-    await vm.start()
-    await vm.io('vda', `write -P ${pattern + 1} 2M 2M`)
-    last = await backup()
-    // It may have been backed up as one that is off.
-    const isOver = published?.disks[0]?.fallback === 'bitmap-inconsistent'
-    expect(last, stage).toMatchObject({ kind: isOver ? 'incremental' : kind })
-    if (last.kind === 'full') expect(last.disks[0], stage).toMatchObject({ fallback: 'bitmap-inconsistent' })
-    await expectHolds(last, `read -P ${pattern} 1M 1M`, `read -P ${pattern + 1} 2M 2M`)
-    await site.expectCleanHost([`varve-${last.id}`])
-  }
-})
+// Before the overlay is active, while it is, and after: the other stages are in the thorough mode.
+test('QEMU may be killed in a stage: what was flushed stays, and no increment lacks any of it', () =>
+  expectSurvives(site, ['mark', 'thaw', 'retire']))
 
 test('QEMU may be killed right before a disk is put back onto its base: the backup is right, and the next one full', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
@@ -173,12 +118,12 @@ test('QEMU may be killed right before a disk is put back onto its base: the back
   const manifest = await backup()
   await site.expectCleanHost([`varve-${manifest.id}`])
   expect(await recoverNow()).toEqual(NOTHING)
-  await expectHolds(manifest, 'read -P 0x11 0 4M')
+  await site.expectStored(manifest, ['read -P 0x11 0 4M'])
   await vm.start()
   const next = await backup()
   // QEMU had the bitmaps of the base open for writing again.
   expect(next.disks).toMatchObject([{ kind: 'full', fallback: 'bitmap-inconsistent' }])
-  await expectHolds(next, 'read -P 0x11 0 2M', 'read -P 0x22 2M 4M')
+  await site.expectStored(next, ['read -P 0x11 0 2M', 'read -P 0x22 2M 4M'])
 })
 
 test('bitmaps that QEMU was killed with before it wrote them are gone, and what comes next is a full backup', async () => {
@@ -190,12 +135,12 @@ test('bitmaps that QEMU was killed with before it wrote them are gone, and what 
   const first = await backup()
   await site.expectCleanHost([])
   expect(await recoverNow()).toEqual(NOTHING)
-  await expectHolds(first, 'read -P 0x11 0 4M')
+  await site.expectStored(first, ['read -P 0x11 0 4M'])
   await vm.start()
   await vm.io('vda', 'write -P 0x22 2M 4M')
   const full = await backup()
   expect(full.disks).toMatchObject([{ kind: 'full', fallback: 'bitmap-missing' }])
-  await expectHolds(full, 'read -P 0x11 0 2M', 'read -P 0x22 2M 4M')
+  await site.expectStored(full, ['read -P 0x11 0 2M', 'read -P 0x22 2M 4M'])
 })
 
 /** Leaves a file system no room, and returns what gives it back. */
@@ -225,14 +170,14 @@ test('a backup whose bitmaps never came onto a full disk is right, and no increm
     await vm.io('vda', 'write -P 0x22 2M 4M')
 
     const published = await pipeline.run(request, { onEvent: killAt('export', await vm.qemuPid()) })
-    await expectHolds(published, 'read -P 0x11 0 2M', 'read -P 0x22 2M 4M')
+    await site.expectStored(published, ['read -P 0x11 0 2M', 'read -P 0x22 2M 4M'])
     expect(await bitmapsIn(path)).toEqual([])
     await makeRoom()
     await vm.start()
     await vm.io('vda', 'write -P 0x33 4M 4M')
     const next = await pipeline.run(request)
     expect(next.disks).toMatchObject([{ kind: 'full', fallback: 'bitmap-missing' }])
-    await expectHolds(next, 'read -P 0x11 0 2M', 'read -P 0x22 2M 2M', 'read -P 0x33 4M 4M')
+    await site.expectStored(next, ['read -P 0x11 0 2M', 'read -P 0x22 2M 2M', 'read -P 0x33 4M 4M'])
     expect(await recoverNow()).toEqual(NOTHING)
   } finally {
     if ((await vm.state()) !== 'shut off') await vm.destroy()

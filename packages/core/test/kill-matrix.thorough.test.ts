@@ -1,0 +1,3 @@
+import { SECOND_SAMPLE, testCases } from './torture/sample.ts'
+
+testCases(SECOND_SAMPLE)
