@@ -5,7 +5,8 @@ import ssh2, { type Attributes, type Connection, type SFTPWrapper } from 'ssh2'
 import { onTestFinished } from 'vitest'
 
 const { OPEN_MODE, STATUS_CODE } = ssh2.utils.sftp
-const HOST_KEY = ssh2.utils.generateKeyPairSync('ed25519').private
+// The library writes a few of its keys of Ed25519 so that it cannot read them.
+export const HOST_KEY: string = ssh2.utils.generateKeyPairSync('ecdsa', { bits: 256 }).private
 
 /** What a {@link FakeServer} does in place of a request: a status, no answer at all, or nothing for the usual. */
 export type Twist = (...paths: string[]) => Twisted | Promise<Twisted>
