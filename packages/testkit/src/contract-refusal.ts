@@ -8,7 +8,7 @@ import { beginRemote, expectAllRefused, expectNoSecrets, outcomeOf, type Remote 
 import { troubledSource } from './troubled-source.ts'
 
 /** How often all processes are looked at, which is work. A program takes longer. */
-const LOOK_EVERY_MS = 30
+const LOOK_EVERY_MS = 60
 
 /** Servers that cannot be reached, or let nobody in, and secrets that stay where they are. */
 export function describeRefusal(contract: Contract, remote: Remote): void {

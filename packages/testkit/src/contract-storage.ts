@@ -116,8 +116,8 @@ export function describeStorage(contract: Contract): void {
 
     test('the objects that are there stay, and a small one still finds room', async () => {
       const target = await beginFull()
-      const former = new PatternBody({ size: Math.floor(target.capacity / 4), seed: 1 })
-      await target.driver.put('object', former)
+      const former = { size: Math.floor(target.capacity / 4), seed: 1 }
+      await place(target, 'object', former)
       const larger = new PatternBody({ size: target.capacity, seed: 2 })
       await expect(target.driver.put('object', larger)).rejects.toMatchObject(errorIn(target))
       await target.driver.put('small', new PatternBody({ size: 1000, seed: 3 }))
