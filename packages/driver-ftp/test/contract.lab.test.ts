@@ -70,6 +70,7 @@ describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
       }
       await Promise.all(keys.map(make))
     },
+    turns: process.env.VARVE_THOROUGH === '1' ? 25 : 8,
     manyObjects: 300, // a listing has no pages
     brief: true,
     ...SCOPE[tls],

@@ -46,6 +46,7 @@ describeDriver('SftpDriver', {
     await Promise.all(keys.map(make))
   },
   largeSize: (isThorough ? 24 : 6) * MIB + 12345,
+  turns: isThorough ? 25 : 8,
   manyObjects: 1000, // a folder of them takes more than one answer
   brief: true,
   remote: {
