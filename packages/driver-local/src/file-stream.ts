@@ -1,6 +1,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { Readable } from 'node:stream'
 import { type ByteRange, destroyOnAbort, type ObjectStream, VarveError } from '@varve/core'
+import { fileCall } from './file-call.ts'
 import { localError } from './local-error.ts'
 
 const CHUNK_SIZE = 1024 * 1024
@@ -13,6 +14,7 @@ export class FileStream extends Readable implements ObjectStream {
   readonly #file: FileHandle
   readonly #path: string
   readonly #end: number
+  readonly #signal: AbortSignal | undefined
   readonly #lent = new WeakSet<ArrayBufferLike>()
   readonly #free: Buffer[] = []
   #position: number
@@ -23,6 +25,7 @@ export class FileStream extends Readable implements ObjectStream {
     this.#path = path
     this.#position = range.start
     this.#end = range.end
+    this.#signal = signal
     destroyOnAbort(this, signal)
   }
 
@@ -59,7 +62,8 @@ export class FileStream extends Readable implements ObjectStream {
   async #read(memory: Uint8Array): Promise<number> {
     const length = Math.min(memory.byteLength, this.#end - this.#position)
     if (length <= 0) return 0
-    const { bytesRead } = await this.#file.read(memory, 0, length, this.#position)
+    const read = () => this.#file.read(memory, 0, length, this.#position)
+    const { bytesRead } = await fileCall(read, this.#signal)
     if (bytesRead === 0) {
       throw new VarveError(
         'STORAGE_FAILED',
@@ -74,7 +78,7 @@ export class FileStream extends Readable implements ObjectStream {
   override _destroy(error: Error | null, done: (error?: Error | null) => void): void {
     // Not awaited: it waits for a read that a hanging mount may never answer. Closing what was only read
     // tells nothing of the bytes.
-    this.#file.close().catch(() => undefined)
+    fileCall(() => this.#file.close()).catch(() => undefined)
     done(error)
   }
 }

@@ -1,5 +1,6 @@
 import { constants } from 'node:fs'
 import { type FileHandle, mkdir, open, rmdir } from 'node:fs/promises'
+import { fileCall } from './file-call.ts'
 import { isErrno } from './local-error.ts'
 
 const FOLDER = constants.O_RDONLY | constants.O_DIRECTORY
@@ -11,14 +12,25 @@ const FOLDER = constants.O_RDONLY | constants.O_DIRECTORY
  */
 export class Folder implements AsyncDisposable {
   readonly handle: FileHandle
+  readonly #signal: AbortSignal | undefined
 
-  constructor(handle: FileHandle) {
+  private constructor(handle: FileHandle, signal: AbortSignal | undefined) {
     this.handle = handle
+    this.#signal = signal
   }
 
-  /** Opens the folder at a path of the configuration; symbolic links in it are followed. */
-  static async open(path: string): Promise<Folder> {
-    return new Folder(await open(path, FOLDER))
+  /**
+   * Opens the folder at a path of the configuration; symbolic links in it are followed.
+   *
+   * @param signal gives up what waits to be done in it and in the folders that are entered from it
+   */
+  static async open(path: string, signal?: AbortSignal): Promise<Folder> {
+    return new Folder(await fileCall(() => open(path, FOLDER), signal), signal)
+  }
+
+  /** Makes one call to the file system, unless it is given up before. */
+  call<T>(call: () => Promise<T>): Promise<T> {
+    return fileCall(call, this.#signal)
   }
 
   /** The path of the folder itself while it is open. */
@@ -33,13 +45,14 @@ export class Folder implements AsyncDisposable {
 
   /** Opens a folder inside this one. A symbolic link is `ENOTDIR`. */
   async enter(name: string): Promise<Folder> {
-    return new Folder(await open(this.at(name), FOLDER | constants.O_NOFOLLOW))
+    const handle = await this.call(() => open(this.at(name), FOLDER | constants.O_NOFOLLOW))
+    return new Folder(handle, this.#signal)
   }
 
-  /** Makes the entries of the folder durable. */
+  /** Makes the entries of the folder durable. Like all that comes after a change, it is not given up. */
   async sync(): Promise<void> {
     try {
-      await this.handle.sync()
+      await fileCall(() => this.handle.sync())
     } catch (error) {
       // some network file systems have no such call for folders, and no delayed entries either
       if (!isErrno(error, 'EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP')) throw error
@@ -47,7 +60,7 @@ export class Folder implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.handle.close()
+    await fileCall(() => this.handle.close())
   }
 }
 
@@ -70,7 +83,7 @@ export class FolderPath implements AsyncDisposable {
     const path = new FolderPath(root, names)
     try {
       for (const name of names) {
-        if (create) await makeFolder(path.last.at(name))
+        if (create) await makeFolder(path.last, name)
         path.#folders.push(await path.last.enter(name))
       }
       return path
@@ -91,12 +104,12 @@ export class FolderPath implements AsyncDisposable {
     for (const folder of this.#folders.toReversed()) await folder.sync()
   }
 
-  /** Removes the folders of the path that are empty, from the last one up. The root stays. */
+  /** Removes the folders of the path that are empty, from the last one up. The root stays. Not given up: it cleans up. */
   async removeEmpty(): Promise<void> {
     for (const [depth, name] of [...this.#names.entries()].reverse()) {
       try {
         const parent = this.#folders[depth]
-        if (parent) await rmdir(parent.at(name))
+        if (parent) await fileCall(() => rmdir(parent.at(name)))
       } catch (error) {
         if (isErrno(error, 'ENOENT')) continue
         if (isErrno(error, 'ENOTEMPTY', 'EEXIST', 'ENOTDIR', 'EBUSY')) return
@@ -110,9 +123,9 @@ export class FolderPath implements AsyncDisposable {
   }
 }
 
-async function makeFolder(path: string): Promise<void> {
+async function makeFolder(parent: Folder, name: string): Promise<void> {
   try {
-    await mkdir(path, 0o700)
+    await parent.call(() => mkdir(parent.at(name), 0o700))
   } catch (error) {
     if (!isErrno(error, 'EEXIST')) throw error
   }

@@ -24,6 +24,7 @@ import {
   unlessAborted,
   VarveError,
 } from '@varve/core'
+import { fileCall } from './file-call.ts'
 import { FileStream } from './file-stream.ts'
 import { FolderPath } from './folder.ts'
 import { isErrno, isMissing, localError } from './local-error.ts'
@@ -73,19 +74,19 @@ export class LocalDriver implements StorageDriver {
   async get(key: string, options: GetOptions = {}): Promise<Readable> {
     const { range, signal } = options
     if (range) assertRange(range)
-    const stream = await this.#at(key, 'Reading', signal, async path => {
-      const file = await openPlainFile(path)
+    const stream = await this.#at(key, 'Reading', signal, async (path, { last }) => {
+      const file = await last.call(() => openPlainFile(path))
       try {
-        const stats = await file.stat()
+        const stats = await last.call(() => file.stat())
         if (stats.isFile() && !signal?.aborted) {
           const end = Math.min(range?.end ?? stats.size, stats.size)
           return new FileStream(file, this.#pathOf(key), { start: range?.start ?? 0, end }, signal)
         }
       } catch (error) {
-        await file.close()
+        await fileCall(() => file.close())
         throw error
       }
-      await file.close()
+      await fileCall(() => file.close())
       return undefined
     })
     if (stream) return stream
@@ -93,8 +94,8 @@ export class LocalDriver implements StorageDriver {
   }
 
   async stat(key: string, options: CallOptions = {}): Promise<StoredObject | undefined> {
-    return this.#at(key, 'Looking up', options.signal, async path => {
-      const stats = await lstat(path)
+    return this.#at(key, 'Looking up', options.signal, async (path, { last }) => {
+      const stats = await last.call(() => lstat(path))
       return stats.isFile() ? toObject(key, stats) : undefined
     })
   }
@@ -102,20 +103,21 @@ export class LocalDriver implements StorageDriver {
   async *list(prefix: string, options: CallOptions = {}): AsyncGenerator<StoredObject> {
     assertKey(prefix, 'prefix')
     const wanted = (path: string) => path.startsWith(prefix) && isKey(path) && path !== this.#root.marker
-    const files = this.#files(prefix, wanted, wanted)
+    const files = this.#files(prefix, wanted, wanted, options.signal)
     for await (const { path, stats } of untilAborted(files, options.signal)) yield toObject(path, stats)
   }
 
   async delete(key: string, options: CallOptions = {}): Promise<void> {
     await this.#at(key, 'Deleting', options.signal, async (path, folders) => {
-      await unlinkFile(path)
+      await folders.last.call(() => unlinkFile(path))
       await folders.last.sync()
       await folders.removeEmpty()
     })
   }
 
   async check(options: CallOptions = {}): Promise<StorageHealth> {
-    const connect = async () => ({ freeBytes: await unlessAborted(this.#root.freeBytes(), options.signal) })
+    const { signal } = options
+    const connect = async () => ({ freeBytes: await unlessAborted(this.#root.freeBytes(signal), signal) })
     return checkStorage(this, { ...options, connect })
   }
 
@@ -126,10 +128,11 @@ export class LocalDriver implements StorageDriver {
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
     const isTemporary = (path: string) => split(path).name.startsWith(TEMPORARY_PREFIX)
     let removed = 0
-    for await (const { path, stats } of untilAborted(this.#files('', isKey, isTemporary), signal)) {
+    const files = this.#files('', isKey, isTemporary, signal)
+    for await (const { path, stats } of untilAborted(files, signal)) {
       if (stats.mtime >= olderThan) continue
-      await this.#inFolderOf(path, 'Deleting', async (file, folders) => {
-        await unlink(file)
+      await this.#inFolderOf(path, 'Deleting', signal, async (file, folders) => {
+        await folders.last.call(() => unlink(file))
         await folders.removeEmpty()
         removed++
       })
@@ -148,7 +151,7 @@ export class LocalDriver implements StorageDriver {
     const { folders, name } = split(key)
     let pending: PendingFile | undefined
     try {
-      pending = await PendingFile.create(() => this.#root.open(), folders)
+      pending = await PendingFile.create(() => this.#root.open(signal), folders)
       const size = await writeFile(pending.file, body, { ...options, key })
       return toObject(key, await pending.publish(name, size, signal))
     } catch (error) {
@@ -166,16 +169,17 @@ export class LocalDriver implements StorageDriver {
   ): Promise<T | undefined> {
     this.#assertKey(key)
     if (signal?.aborted) throw abortError(signal)
-    return unlessAborted(this.#inFolderOf(key, doing, work), signal)
+    return unlessAborted(this.#inFolderOf(key, doing, signal, work), signal)
   }
 
   async #inFolderOf<T>(
     path: string,
     doing: string,
+    signal: AbortSignal | undefined,
     work: (path: string, folders: FolderPath) => Promise<T>,
   ): Promise<T | undefined> {
     const { folders: names, name } = split(path)
-    const root = await this.#root.open()
+    const root = await this.#root.open(signal)
     try {
       await using folders = await FolderPath.walk(root, names)
       return await work(folders.last.at(name), folders)
@@ -190,9 +194,10 @@ export class LocalDriver implements StorageDriver {
     prefix: string,
     enters: (path: string) => boolean,
     takes: (path: string) => boolean,
+    signal: AbortSignal | undefined,
   ): AsyncGenerator<FoundFile> {
     const { folders: names } = split(prefix)
-    const root = await this.#root.open()
+    const root = await this.#root.open(signal)
     try {
       await using folders = await FolderPath.walk(root, names)
       yield* walkFiles(folders.last, { base: prefix.slice(0, prefix.lastIndexOf('/') + 1), enters, takes })

@@ -2,6 +2,7 @@ import { randomBytes } from 'node:crypto'
 import type { Stats } from 'node:fs'
 import { type FileHandle, lstat, open, rename, unlink } from 'node:fs/promises'
 import { TEMPORARY_PREFIX, unlessAborted, VarveError } from '@varve/core'
+import { fileCall } from './file-call.ts'
 import { type Folder, FolderPath } from './folder.ts'
 import { isErrno } from './local-error.ts'
 
@@ -37,7 +38,8 @@ export class PendingFile {
   static async #createIn(folders: FolderPath): Promise<PendingFile> {
     const name = TEMPORARY_PREFIX + randomBytes(8).toString('hex')
     try {
-      return new PendingFile(folders, name, await open(folders.last.at(name), 'wx', 0o600))
+      const file = await folders.last.call(() => open(folders.last.at(name), 'wx', 0o600))
+      return new PendingFile(folders, name, file)
     } catch (error) {
       await using _ = folders
       await folders.removeEmpty()
@@ -47,9 +49,13 @@ export class PendingFile {
 
   /** Makes the content durable, gives the file its final name and makes that durable. */
   async publish(name: string, size: number, signal?: AbortSignal): Promise<Stats> {
-    await unlessAborted(this.file.datasync(), signal)
-    await this.file.close()
-    const stats = await lstat(this.#folders.last.at(this.#name))
+    const { last } = this.#folders
+    await unlessAborted(
+      last.call(() => this.file.datasync()),
+      signal,
+    )
+    await last.call(() => this.file.close())
+    const stats = await last.call(() => lstat(last.at(this.#name)))
     if (stats.size !== size) {
       throw new VarveError(
         'STORAGE_FAILED',
@@ -58,7 +64,7 @@ export class PendingFile {
       )
     }
     signal?.throwIfAborted()
-    await rename(this.#folders.last.at(this.#name), this.#folders.last.at(name))
+    await last.call(() => rename(last.at(this.#name), last.at(name)))
     this.#name = name
     await this.#folders.sync()
     await this.#folders[Symbol.asyncDispose]()
@@ -69,11 +75,11 @@ export class PendingFile {
   async discard(): Promise<void> {
     await using folders = this.#folders
     try {
-      await unlink(folders.last.at(this.#name))
+      await fileCall(() => unlink(folders.last.at(this.#name)))
     } catch (error) {
       if (!isErrno(error, 'ENOENT')) throw error // a publish that failed may have left either name
     } finally {
-      await this.file.close()
+      await fileCall(() => this.file.close())
     }
     await folders.removeEmpty()
   }

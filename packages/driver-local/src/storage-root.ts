@@ -1,6 +1,7 @@
 import { lstat, stat, statfs } from 'node:fs/promises'
 import { dirname, isAbsolute, normalize } from 'node:path'
 import { isKey, makeFolders, VarveError } from '@varve/core'
+import { fileCall } from './file-call.ts'
 import { Folder } from './folder.ts'
 import { isMissing, localError } from './local-error.ts'
 
@@ -50,13 +51,14 @@ export class StorageRoot {
   /**
    * Opens the folder, once it is what it should be.
    *
+   * @param signal see {@link Folder.open}
    * @throws STORAGE_NOT_FOUND, STORAGE_NOT_MOUNTED
    */
-  async open(): Promise<Folder> {
+  async open(signal?: AbortSignal): Promise<Folder> {
     let root: Folder
     try {
-      if (this.#create) await makeDurably(this.path)
-      root = await Folder.open(this.path)
+      if (this.#create) await makeDurably(this.path, signal)
+      root = await Folder.open(this.path, signal)
     } catch (error) {
       if (!isMissing(error)) throw localError(error, 'Opening', this.path)
       throw new VarveError(
@@ -75,24 +77,25 @@ export class StorageRoot {
   }
 
   /** Bytes that can still be written by who runs this. */
-  async freeBytes(): Promise<number> {
-    await using root = await this.open()
-    const { bavail, bsize } = await statfs(root.path)
+  async freeBytes(signal?: AbortSignal): Promise<number> {
+    await using root = await this.open(signal)
+    const { bavail, bsize } = await root.call(() => statfs(root.path))
     return bavail * bsize
   }
 
   async #assertMounted(root: Folder): Promise<void> {
     if (this.#requireMountPoint) {
-      const own = await root.handle.stat()
-      const parent = await stat(root.at('..'))
+      const own = await root.call(() => root.handle.stat())
+      const parent = await root.call(() => stat(root.at('..')))
       // the same device as its parent: no mount point; the same folder as its parent: the root of everything
       if (own.dev === parent.dev && own.ino !== parent.ino) {
         throw notMounted(this.path, 'it is no mount point')
       }
     }
     if (this.marker !== undefined) {
+      const path = root.at(this.marker)
       try {
-        await lstat(root.at(this.marker))
+        await root.call(() => lstat(path))
       } catch (error) {
         if (!isMissing(error)) throw error
         throw notMounted(this.path, `the file ${this.marker} is not in it`)
@@ -102,8 +105,8 @@ export class StorageRoot {
 }
 
 /** Makes a folder and its parents where they are missing, durably. */
-async function makeDurably(path: string): Promise<void> {
-  for (const folder of await makeFolders(path)) await syncFolder(dirname(folder))
+async function makeDurably(path: string, signal: AbortSignal | undefined): Promise<void> {
+  for (const folder of await fileCall(() => makeFolders(path), signal)) await syncFolder(dirname(folder))
 }
 
 async function syncFolder(path: string): Promise<void> {

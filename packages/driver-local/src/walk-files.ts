@@ -1,5 +1,6 @@
-import type { Stats } from 'node:fs'
+import type { Dirent, Stats } from 'node:fs'
 import { lstat, opendir } from 'node:fs/promises'
+import { fileCall } from './file-call.ts'
 import type { Folder } from './folder.ts'
 import { isMissing } from './local-error.ts'
 
@@ -30,7 +31,7 @@ export interface WalkFilesOptions {
 export async function* walkFiles(folder: Folder, options: WalkFilesOptions): AsyncGenerator<FoundFile> {
   const { base, enters, takes } = options
   let batch: string[] = []
-  for await (const entry of await opendir(folder.path, { bufferSize: BATCH })) {
+  for await (const entry of entriesOf(folder)) {
     const path = `${base}${entry.name}`
     if (entry.isDirectory() && enters(path)) {
       yield* filesBelow(folder, entry.name, { ...options, base: `${path}/` })
@@ -45,6 +46,19 @@ export async function* walkFiles(folder: Folder, options: WalkFilesOptions): Asy
   yield* await filesOf(folder, base, batch)
 }
 
+async function* entriesOf(folder: Folder): AsyncGenerator<Dirent> {
+  const entries = await folder.call(() => opendir(folder.path, { bufferSize: BATCH }))
+  try {
+    for (;;) {
+      const entry = await folder.call(() => entries.read())
+      if (!entry) return
+      yield entry
+    }
+  } finally {
+    await fileCall(() => entries.close())
+  }
+}
+
 async function* filesBelow(
   folder: Folder,
   name: string,
@@ -57,7 +71,7 @@ async function* filesBelow(
 async function filesOf(folder: Folder, base: string, names: readonly string[]): Promise<FoundFile[]> {
   const found = await Promise.all(
     names.map(async name => {
-      const stats = await unlessMissing(lstat(folder.at(name)))
+      const stats = await unlessMissing(folder.call(() => lstat(folder.at(name))))
       return stats?.isFile() ? [{ path: `${base}${name}`, stats }] : []
     }),
   )

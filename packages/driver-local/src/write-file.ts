@@ -1,5 +1,6 @@
 import type { FileHandle } from 'node:fs/promises'
 import { type PutOptions, readUpload, type UploadBody } from '@varve/core'
+import { fileCall } from './file-call.ts'
 
 /**
  * Writes of one file under way at once. The kernel lets one of them into the file at a time, so two keep it
@@ -26,6 +27,7 @@ export async function writeFile(
   // a failed write ends the source at once, also while the source gives nothing
   const broken = new AbortController()
   const inFlight = new Set<Promise<void>>()
+  const ends = signal ? AbortSignal.any([signal, broken.signal]) : broken.signal
   let failure: { error: unknown } | undefined
   let position = 0
   let written = 0
@@ -34,7 +36,7 @@ export async function writeFile(
     try {
       for (let done = 0; done < chunk.byteLength; ) {
         const length = Math.min(chunk.byteLength - done, LARGEST_WRITE)
-        const { bytesWritten } = await file.write(chunk, done, length, at + done)
+        const { bytesWritten } = await fileCall(() => file.write(chunk, done, length, at + done), ends)
         if (bytesWritten === 0) throw new Error('the file system takes no more bytes')
         done += bytesWritten
         written += bytesWritten
@@ -48,7 +50,6 @@ export async function writeFile(
   }
 
   try {
-    const ends = signal ? AbortSignal.any([signal, broken.signal]) : broken.signal
     for await (const chunk of readUpload(body, { key, signal: ends })) {
       const writing = write(chunk, position).finally(() => inFlight.delete(writing))
       inFlight.add(writing)

@@ -170,13 +170,15 @@ describe('a disk that hangs', () => {
   test('an upload can be given up while its content is made durable, and leaves nothing', async () => {
     const { path, driver } = await driverOn()
     const controller = new AbortController()
+    const answered = Promise.withResolvers<void>()
     vi.spyOn(handles, 'datasync').mockImplementation(() => {
       controller.abort()
-      return new Promise(() => undefined)
+      return answered.promise
     })
     const upload = driver.put('a/b', bytesBody(Buffer.from('x')), { signal: controller.signal })
     await expect(upload).rejects.toMatchObject({ code: 'ABORTED' })
     expect(await readdir(path)).toEqual([])
+    answered.resolve()
   })
 
   test('an upload that is given up just before it is published is not published', async () => {
