@@ -30,6 +30,7 @@ import { emit, type RunOptions } from './run-options.ts'
 import { settleBackup, settleError } from './settle-backup.ts'
 import { statIfThere } from './stat-if-there.ts'
 import type { StorageDriver } from './storage.ts'
+import { StorageCalls } from './storage-calls.ts'
 import { backupFolder, instanceFolder } from './storage-layout.ts'
 import { tellCommands } from './tell-commands.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
@@ -205,6 +206,7 @@ export class BackupPipeline {
     }
     let manifest: BackupManifest | undefined
     let failure: VarveError | undefined
+    const calls = new StorageCalls(storage)
     try {
       await ledger.add(id, storage)
       const definition = await storeDefinition(backup)
@@ -213,7 +215,7 @@ export class BackupPipeline {
       // While the guest's overlays have room.
       await using watch = new OverlayWatch(frozen.overlays, request.overlayReserve, run)
       const signal = run.signal ? AbortSignal.any([run.signal, watch.signal]) : watch.signal
-      const watched = { ...backup, run: { ...run, signal } }
+      const watched = { ...backup, storage: calls.storage, run: { ...run, signal } }
       const images = await stream(watched, frozen)
       manifest = await describe(watched, frozen, { definition, disks: images })
       await publish(watched, manifest, {
@@ -227,6 +229,7 @@ export class BackupPipeline {
     const { published } = await settleBackup(journal, {
       host,
       storage,
+      storageEnds: () => calls.ended(),
       overlayReserve: request.overlayReserve,
       run: onEvent ? { onEvent } : {},
     }).catch(error => {

@@ -40,7 +40,8 @@ async function giveUpAfter<T>(graceMs: number, work: Promise<T>, signal: AbortSi
     timer = setTimeout(() => {
       const { message } = abortError(signal)
       const more = `The storage has not answered for ${graceMs / 1000} s; an unfinished upload may be left on it.`
-      reject(new VarveError('ABORTED', `${message}. ${more}`, { cause: signal.reason }))
+      const context = { unanswered: true }
+      reject(new VarveError('ABORTED', `${message}. ${more}`, { context, cause: signal.reason }))
     }, graceMs)
   }
   signal.addEventListener('abort', onAbort, { once: true })

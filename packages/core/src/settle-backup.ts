@@ -26,6 +26,11 @@ export interface SettleOptions {
   readonly host: Host
   /** The storage of the backup. Without it the instance is brought back onto its disks all the same. */
   readonly storage: StorageDriver | undefined
+  /**
+   * Waits for what the storage still does for the backup, which is not before the overlays are merged. False where the storage
+   * does not answer. Default: it does nothing any more.
+   */
+  readonly storageEnds?: () => Promise<boolean>
   /** Whether the backup's process died, so that what it had begun may be under way. Default: false. */
   readonly died?: boolean
   /** Bytes to keep free where overlays are merged; below, it warns. Default: that of a backup. */
@@ -66,6 +71,7 @@ export async function settleBackup(
     for (const overlay of overlays)
       await attempt(commitWithRetry(journal, host, { overlay, died, ...(mayCome && { arrivesBy }) }, run))
   }
+  const answers = (await options.storageEnds?.()) ?? true
   if (failures.length > 0) throw worstOf(failures)
 
   const publish = journal.of('publish').at(-1)
@@ -91,7 +97,9 @@ export async function settleBackup(
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
     }
-    for (const { folder } of journal.of('upload')) await removeObjects(storage, folder, run)
+    // Where there is a manifest to be removed the storage was asked for it, and answered.
+    const removesFrom = answers || publish ? storage : undefined
+    for (const { folder } of journal.of('upload')) await removeObjects(removesFrom, folder, run)
   }
   await journal.settled()
   return { published }
