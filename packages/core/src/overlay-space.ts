@@ -1,7 +1,8 @@
-import { stat, statfs } from 'node:fs/promises'
+import { open, stat, statfs } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { errorMessage, VarveError } from './errors.ts'
+import { unlessAborted } from './giving-up.ts'
 import type { DiskOverlay } from './host.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -13,6 +14,8 @@ const RESERVE_BYTES = 1024 ** 3
 const RESERVE_SHARE = 0.05
 /** The unit of `st_blocks`, see inode(7). */
 const BLOCK_BYTES = 512
+/** Where a qcow2 header has the number of internal snapshots, 4 bytes with the highest first. */
+const SNAPSHOT_COUNT_AT = 60
 
 /** An overlay and the size of its disk. */
 export interface SizedOverlay extends DiskOverlay {
@@ -83,12 +86,22 @@ export function defaultReserve(size: number): number {
   return Math.min(RESERVE_BYTES, Math.floor(size * RESERVE_SHARE))
 }
 
-/** What a base may grow by when its overlay is merged into it. A block device does not. */
-async function growthOfBase({ base, overlay, virtualSize }: SizedOverlay): Promise<number> {
+/**
+ * What a base may grow by when its overlay is merged into it: by no more than it lacks of its disk, unless internal snapshots
+ * keep the clusters that are written anew. A block device does not grow.
+ */
+async function growthOfBase({ base, baseFormat, overlay, virtualSize }: SizedOverlay): Promise<number> {
   const [written, whole] = await Promise.all([statIfThere(overlay), statIfThere(base)])
   if (!whole?.isFile()) return 0
-  const left = Math.max(0, virtualSize - whole.blocks * BLOCK_BYTES)
-  return Math.min((written?.blocks ?? 0) * BLOCK_BYTES, left)
+  const held = (written?.blocks ?? 0) * BLOCK_BYTES
+  if (baseFormat === 'qcow2' && (await hasInternalSnapshots(base))) return held
+  return Math.min(held, Math.max(0, virtualSize - whole.blocks * BLOCK_BYTES))
+}
+
+async function hasInternalSnapshots(image: string): Promise<boolean> {
+  await using file = await open(image)
+  const { buffer } = await file.read(Buffer.alloc(4), 0, 4, SNAPSHOT_COUNT_AT)
+  return buffer.readUInt32BE() > 0
 }
 
 /** Looks at the space of file systems until there is too little of it somewhere, or it is told to end. */
@@ -115,15 +128,17 @@ class SpaceWatch implements AsyncDisposable {
     onLack: (lack: VarveError) => void,
     run: RunOptions,
   ): Promise<void> {
+    const { signal } = this.#end
     let warned = false
-    while (!this.#end.signal.aborted) {
-      const lack = await find().catch(error => {
-        if (!warned) emit(run, { type: 'warning', message: errorMessage(error) })
+    while (!signal.aborted) {
+      // At the end it is not waited for: a mount that hangs may never answer.
+      const lack = await unlessAborted(find(), signal).catch(error => {
+        if (!warned && !signal.aborted) emit(run, { type: 'warning', message: errorMessage(error) })
         warned = true
         return undefined
       })
       if (lack) return onLack(lack)
-      await sleep(INTERVAL_MS, undefined, { signal: this.#end.signal, ref: false }).catch(() => undefined) // at the end
+      await sleep(INTERVAL_MS, undefined, { signal, ref: false }).catch(() => undefined) // at the end
     }
   }
 }

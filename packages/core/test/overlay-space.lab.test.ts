@@ -1,14 +1,16 @@
 import { once } from 'node:events'
 import { existsSync, statfsSync, writeFileSync } from 'node:fs'
-import { mkdtemp, rm, truncate, writeFile } from 'node:fs/promises'
+import { mkdtemp, readdir, rm, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type LabDomain, mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { createQcow2, type LabDomain, mountTmpfs, qemuIo, type Tmpfs } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import { defaultReserve, lackOfSpace, type SizedOverlay } from '../src/overlay-space.ts'
-import type { StoredObject } from '../src/storage.ts'
+import { bytesBody, type StoredObject } from '../src/storage.ts'
 import { MiB, PausingStorage, useVmSite } from './vm-site.ts'
 
 let small: Tmpfs
@@ -24,11 +26,12 @@ const site = useVmSite()
 class SlowStorage extends PausingStorage {
   vm: LabDomain | undefined
   slow = ''
+  write = 'write -P 0x22 1M 12M'
 
   override async put(...args: Parameters<PausingStorage['put']>): Promise<StoredObject> {
     const [key, , { signal } = {}] = args
     if (key.endsWith(this.slow) && signal) {
-      await this.vm?.io('vda', 'write -P 0x22 1M 12M')
+      await this.vm?.io('vda', this.write)
       if (!signal.aborted) await once(signal, 'abort')
     }
     return super.put(...args)
@@ -58,6 +61,44 @@ test('a backup is given up before its overlay has no room left, at each object t
   const reads = ['read -P 0x11 0 1M', 'read -P 0x22 1M 12M', 'read -P 0 13M 3M']
   await site.expectStored(await site.backup({ overlayReserve: MiB }), reads)
   await site.expectHolds('vda', ...reads)
+})
+
+/** A storage that goes on for seconds when it is told to end an upload, and completes it after all. */
+class DeafStorage extends PausingStorage {
+  readonly order: string[] = []
+  readonly merged = Promise.withResolvers<void>()
+  vm: LabDomain | undefined
+
+  override async put(...args: Parameters<PausingStorage['put']>): Promise<StoredObject> {
+    const [key] = args
+    if (!key.endsWith('vda.qcow2')) return super.put(...args)
+    await this.vm?.io('vda', 'write -P 0x22 1M 12M')
+    await Promise.race([this.merged.promise, sleep(8_000, undefined, { ref: false })])
+    this.order.push('put')
+    return super.put(key, bytesBody(Buffer.from('late')))
+  }
+
+  readonly onEvent = (event: VarveEvent) => {
+    if (event.type !== 'command' || !event.args.includes('blockcommit')) return
+    this.order.push('blockcommit')
+    this.merged.resolve()
+  }
+}
+
+test('an overlay whose room runs low is merged though the storage does not end its upload, of which nothing is left', async () => {
+  const vm = await site.createVm([{ target: 'vda', size: 16 * MiB }])
+  await vm.start()
+  await vm.io('vda', 'write -P 0x11 0 2M')
+  const storage = Object.assign(new DeafStorage({ path: site.storagePath }), { vm })
+  const { onEvent, order } = storage
+  const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder: small.path })
+  const pipeline = new BackupPipeline({ host, storage, stateDir: site.stateDir })
+  const run = pipeline.run({ instance: vm.name, overlayReserve: 16 * MiB }, { onEvent })
+  await expect(run).rejects.toMatchObject({ code: 'OVERLAY_SPACE_LOW' })
+  expect(order).toEqual(['blockcommit', 'put'])
+  expect(await readdir(site.storagePath)).toEqual([])
+  await site.expectCleanHost([])
+  await site.expectHolds('vda', 'read -P 0x11 0 1M', 'read -P 0x22 1M 12M', 'read -P 0 13M 3M')
 })
 
 test('a backup does not begin where its overlay would have too little room', async () => {
@@ -138,7 +179,7 @@ test('1 GiB is kept free by default, or a twentieth of a file system of less tha
   expect([1000, 20, 10].map(size => defaultReserve(size * GiB))).toEqual([GiB, GiB, 512 * MiB])
   const overlay = await filled(small.path, 22.5 * MiB)
   // A disk that is written in full does not grow.
-  const one = { disk: 'vda', base: overlay, baseFormat: 'qcow2', overlay, virtualSize: 22.5 * MiB } as const
+  const one = { disk: 'vda', base: overlay, baseFormat: 'raw', overlay, virtualSize: 22.5 * MiB } as const
   expect(await lackOfSpace([one], undefined)).toBeUndefined()
   await filled(small.path, MiB / 2)
   const needed = Math.floor(1.2 * MiB)
@@ -167,4 +208,45 @@ test('disks have room for all that their overlays hold, as far as they can grow'
   expect(await lackOfSpace([one, { ...other, base: '/dev/zero' }], 0)).toBeUndefined()
   await truncate(rest, 0)
   expect(await lackOfSpace([one, other], 0)).toBeUndefined()
+})
+
+/** A qcow2 image of 8 MiB, written in full, in the small file system. With a snapshot inside, all is to be kept. */
+async function fullImage(snapshot: boolean): Promise<string> {
+  const path = join(await mkdtemp(join(small.path, 'full-')), 'vda')
+  onTestFinished(() => rm(path, { force: true }))
+  await createQcow2(path, 8 * MiB)
+  await qemuIo(path, 'qcow2', ['write -P 0x11 0 8M'])
+  if (snapshot) await execa('qemu-img', ['snapshot', '-c', 'before', path])
+  return path
+}
+
+test('a disk grows by all that its overlay holds where internal snapshots keep what is written over', async () => {
+  const overlay = await filled(site.folder, 6 * MiB)
+  const lack = async (base: string, reserve: number) =>
+    lackOfSpace([{ disk: 'vda', base, baseFormat: 'qcow2', overlay, virtualSize: 8 * MiB }], reserve)
+  const full = await fullImage(false)
+  expect(await lack(full, 12 * MiB)).toBeUndefined()
+  await rm(full)
+  const needed = 18 * MiB
+  expect(await lack(await fullImage(true), 12 * MiB)).toMatchObject({ context: { needed } })
+})
+
+test('a backup of a disk with internal snapshots is given up while its overlay can be merged', async () => {
+  const base = await fullImage(true)
+  const disk = { target: 'vda', path: base, format: 'qcow2', discard: 'unmap' } as const
+  const vm = await site.createVm([], { disks: [disk] })
+  await vm.start()
+  const storage = new SlowStorage({ path: site.storagePath })
+  Object.assign(storage, { vm, slow: 'vda.qcow2', write: 'write -P 0x22 0 8M' })
+  const host = new LibvirtHost({ uri: site.lab.uri, overlayFolder: site.folder })
+  const pipeline = new BackupPipeline({ host, storage, stateDir: site.stateDir })
+  const { bavail, bsize } = statfsSync(small.path)
+  const overlayReserve = bavail * bsize - 4 * MiB
+  await expect(pipeline.run({ instance: vm.name, overlayReserve })).rejects.toMatchObject({
+    code: 'OVERLAY_SPACE_LOW',
+    context: { folder: expect.stringContaining(small.path) },
+  })
+  const { disks } = await site.host.disks(vm.name)
+  expect(disks).toMatchObject([{ name: 'vda', path: base }])
+  await qemuIo(base, 'qcow2', ['read -P 0x22 0 8M'], { isOpen: true })
 })
