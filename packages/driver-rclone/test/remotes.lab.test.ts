@@ -98,16 +98,13 @@ describe('the parts of an upload to S3', () => {
           ['1', '2', 'meta'].map(end => expect.stringMatching(`^_multipart_${path}.*\\.${end}$`)),
         ),
       )
-  const begin = () =>
-    new RcloneDriver({
-      remoteName: 'cloud',
-      remotes: { cloud: s3() },
-      pathPrefix: 'parts/backups',
-      create: true,
-    })
+  let driver: RcloneDriver
+  beforeAll(() => {
+    const place = { remoteName: 'cloud', pathPrefix: 'parts/backups' }
+    driver = new RcloneDriver({ ...place, remotes: { cloud: s3() }, create: true })
+  })
 
   test('do not stay when the source fails, when it is given up, and when rclone is killed', async () => {
-    const driver = begin()
     const broken = twoParts('backups/a/').then(() => Promise.reject(new Error('boom')))
     await expect(driver.put('a/failed', source(broken))).rejects.toMatchObject({ code: 'UPLOAD_FAILED' })
     expect(await inBucket()).toEqual([])
@@ -128,7 +125,6 @@ describe('the parts of an upload to S3', () => {
   })
 
   test('that nobody could remove are cleaned up when they are old; those of others stay', async () => {
-    const driver = begin()
     await driver.put('whole', bytesBody(Buffer.from('stays')))
     await leaveParts('backups/a/.varve-part-0123', 'backups/others', 'backups2/.varve-part-0123')
     const before = (await inBucket()).length
