@@ -9,8 +9,8 @@ import { type FolderTarget, fillFolder, folderTarget } from './rclone-target.ts'
 const CAPACITY = 8 * 1024 * 1024
 
 let disk: Tmpfs
-/** Targets that have been used. Their drivers know the folder already, which saves three rclones of a dozen. */
-const free: FolderTarget[] = []
+/** Targets that have been used, by their roots. Their drivers know the folder already, which saves three rclones of a dozen. */
+const free = new Map<string | undefined, FolderTarget>()
 const made: FolderTarget[] = []
 
 beforeAll(async () => {
@@ -21,14 +21,15 @@ afterAll(async () => {
   await disk.dispose()
 })
 
-async function create(): Promise<FolderTarget> {
-  const used = free.pop()
+async function create(root?: string): Promise<FolderTarget> {
+  const used = free.get(root)
+  free.delete(root)
   if (used) return used
-  const target = await folderTarget()
+  const target = await folderTarget(root)
   made.push(target)
   const empty = async () => {
     for (const name of await readdir(target.path)) await rm(join(target.path, name), { recursive: true })
-    free.push(emptied)
+    free.set(root, emptied)
   }
   const emptied: FolderTarget = { ...target, dispose: empty }
   return emptied
@@ -36,7 +37,7 @@ async function create(): Promise<FolderTarget> {
 
 describeDriver('RcloneDriver on a folder', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
-  create,
+  create: () => create(),
   async leaveUnfinished({ path }) {
     await mkdir(join(path, 'killed'))
     await writeFile(join(path, 'killed/.varve-part-0123456789abcdef'), 'half')
@@ -45,7 +46,7 @@ describeDriver('RcloneDriver on a folder', {
     await mkdir(`${path}2`)
     return new RcloneDriver({ remoteName: 'nas', configFile, pathPrefix: 'backup2' })
   },
-  createFull: async () => ({ ...(await folderTarget(disk.path)), capacity: CAPACITY }),
+  createFull: async () => ({ ...(await create(disk.path)), capacity: CAPACITY }),
   fill: ({ path }, keys) => fillFolder(path, keys),
   manyObjects: 1100,
   largeSize: 8_000_011,

@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { dirname, join, resolve } from 'node:path'
+import { basename, dirname, join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
@@ -80,6 +80,7 @@ async function throughProxy(above = lab.home): Promise<FolderTarget> {
       await lab.makeFolder(join(path, dirname(key)))
       await writeFile(join(path, key), bytes)
     },
+    isUnfinished: name => basename(name).startsWith('.varve-part-'),
     async dispose() {
       proxy.cutAll()
       for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well

@@ -1,6 +1,6 @@
 import { mkdir, mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { dirname, join, relative } from 'node:path'
+import { basename, dirname, join, relative } from 'node:path'
 import { RcloneDriver, type RcloneDriverOptions } from '@varve/driver-rclone'
 import type { DriverTarget, RawObject } from '@varve/testkit'
 
@@ -31,6 +31,7 @@ export async function folderTarget(
       await mkdir(join(path, dirname(key)), { recursive: true })
       await writeFile(join(path, key), bytes)
     },
+    isUnfinished: name => basename(name).startsWith('.varve-part-'),
     async dispose() {
       await rm(path, { recursive: true })
       await rm(home, { recursive: true })

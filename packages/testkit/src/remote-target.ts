@@ -5,10 +5,10 @@ import { expect, onTestFinished } from 'vitest'
 import {
   type Contract,
   expectStored,
+  expectTidy,
   listed,
   type RemoteOptions,
   type RemoteTarget,
-  rawNames,
 } from './contract-target.ts'
 import { pollUntil } from './lab-poll.ts'
 import { shownOf, shows } from './secret-forms.ts'
@@ -38,7 +38,7 @@ export async function beginRemote(remote: Remote): Promise<RemoteTarget> {
 async function end(target: RemoteTarget): Promise<void> {
   target.proxy.heal()
   try {
-    await settle(async () => expect(await rawNames(target)).toEqual(await listed(target.driver)))
+    await settle(() => expectTidy(target))
   } finally {
     await target.dispose()
   }
