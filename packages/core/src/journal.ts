@@ -1,4 +1,4 @@
-import { type FileHandle, open, rm } from 'node:fs/promises'
+import { constants, type FileHandle, open, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
@@ -192,20 +192,9 @@ export class RunJournal {
    * @throws STATE_DIR_FAILED; there is no journal then
    */
   static async begin(stateDir: string, header: JournalHeader): Promise<RunJournal> {
-    const folder = runsFolder(stateDir)
     const path = pathOf(stateDir, header.id)
-    return inStateFolder(path, async () => {
-      for (const made of await makeFolders(folder)) await syncFolder(dirname(made))
-      await (await open(path, 'ax', 0o600)).close()
-      try {
-        const length = await writeLine(path, header, 0)
-        await syncFolder(folder)
-        return new RunJournal(stateDir, header, [], length)
-      } catch (error) {
-        await rm(path, { force: true })
-        throw error
-      }
-    })
+    const length = await inStateFolder(path, () => createFile(path, [header]))
+    return new RunJournal(stateDir, header, [], length)
   }
 
   /**
@@ -278,12 +267,19 @@ export class RunJournal {
   }
 
   /**
-   * Records a step; it is on the disk when this resolves, and only then may it be done.
+   * Records a step; it is on the disk when this resolves, and only then may it be done. Where the file is gone, as by
+   * somebody who cleans up, it is made anew with all that it held.
    *
    * @throws STATE_DIR_FAILED
    */
   async record(step: JournalStep): Promise<void> {
-    this.#length = await inStateFolder(this.#path, () => writeLine(this.#path, step, this.#length))
+    const whole = [this.header, ...this.#steps, step]
+    this.#length = await inStateFolder(this.#path, () =>
+      writeLines(this.#path, [step], this.#length).catch(error => {
+        if (error.code === 'ENOENT') return createFile(this.#path, whole)
+        throw error
+      }),
+    )
     this.#steps.push(step)
   }
 
@@ -322,18 +318,33 @@ function pathOf(stateDir: string, id: string): string {
   return join(runsFolder(stateDir), id + SUFFIX)
 }
 
-/** Writes a line after the first `length` bytes and resolves with the new length, the line durable. */
-async function writeLine(path: string, value: object, length: number): Promise<number> {
-  const line = Buffer.from(`${JSON.stringify(value)}\n`)
-  const file: FileHandle = await open(path, 'a', 0o600)
+/** Makes a journal that is not there and resolves with its length, all of it durable; or leaves none. */
+async function createFile(path: string, values: readonly object[]): Promise<number> {
+  const folder = dirname(path)
+  for (const made of await makeFolders(folder)) await syncFolder(dirname(made))
+  await (await open(path, 'ax', 0o600)).close()
+  try {
+    const length = await writeLines(path, values, 0)
+    await syncFolder(folder)
+    return length
+  } catch (error) {
+    await rm(path, { force: true })
+    throw error
+  }
+}
+
+/** Writes lines after the first `length` bytes of a file that is there and resolves with its new length, all durable. */
+async function writeLines(path: string, values: readonly object[], length: number): Promise<number> {
+  const lines = Buffer.from(values.map(value => `${JSON.stringify(value)}\n`).join(''))
+  const file: FileHandle = await open(path, constants.O_WRONLY | constants.O_APPEND)
   try {
     await file.truncate(length)
-    await file.appendFile(line)
+    await file.appendFile(lines)
     await file.datasync()
   } finally {
     await file.close()
   }
-  return length + line.byteLength
+  return length + lines.byteLength
 }
 
 async function syncFolder(folder: string): Promise<void> {

@@ -1,4 +1,14 @@
-import { appendFile, mkdtemp, readdir, readFile, rename, rm, truncate, writeFile } from 'node:fs/promises'
+import {
+  appendFile,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  truncate,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { FUZZ_TIMEOUT_MS, fuzz } from '@varve/testkit'
@@ -47,6 +57,28 @@ test('another process reads every step that was recorded, in order', async () =>
     { step: 'export', folder: '/tmp/x' },
   ])
   expect(found?.of('export')).toEqual([{ step: 'export', folder: '/tmp/x' }])
+})
+
+test('a journal that somebody removes in the middle of its run is whole again with the next step', async () => {
+  const head = header()
+  const journal = await RunJournal.begin(stateDir, head)
+  await journal.record({ step: 'export', folder: '/tmp/x' })
+  const file = join(stateDir, 'runs', `${head.id}.jsonl`)
+  await rm(file)
+  await journal.record({ step: 'upload', folder: 'web-1/x' })
+  expect((await unsettled())[0]?.steps).toHaveLength(2)
+  await rm(stateDir, { recursive: true })
+  await journal.record({ step: 'undo' })
+  const [found] = await unsettled()
+  expect(found?.header).toEqual(head)
+  expect(found?.steps).toEqual([
+    { step: 'export', folder: '/tmp/x' },
+    { step: 'upload', folder: 'web-1/x' },
+    { step: 'undo' },
+  ])
+  expect((await stat(file)).mode & 0o777).toBe(0o600)
+  await journal.record({ step: 'defined' })
+  expect((await unsettled())[0]?.steps).toHaveLength(4)
 })
 
 test('every kind of step is read with all that it tells', async () => {
