@@ -40,10 +40,8 @@ export interface OpenedLayers {
  * looked at before any table is read.
  */
 export async function openLayers(options: OpenLayersOptions): Promise<OpenedLayers> {
+  assertLayersFit(options)
   const pool = blockPool(options)
-  assertListsFit(
-    options.layers.reduce((sum, { disk }) => sum + blockListBytes(disk.storedSize, disk.digest), 0),
-  )
   const objects = await openObjects(options, pool)
   const images: ImageLayer[] = []
   for (const [index, object] of objects.entries()) {
@@ -54,7 +52,19 @@ export async function openLayers(options: OpenLayersOptions): Promise<OpenedLaye
   return { objects, images, pool }
 }
 
-function blockPool({ layers, memory }: OpenLayersOptions): BlockPool {
+/**
+ * Refuses layers that the memory does not suffice for, by what their manifests say.
+ *
+ * @throws INVALID_ARGUMENT
+ */
+export function assertLayersFit(options: Pick<OpenLayersOptions, 'layers' | 'memory'>): void {
+  blockPool(options)
+  assertListsFit(
+    options.layers.reduce((sum, { disk }) => sum + blockListBytes(disk.storedSize, disk.digest), 0),
+  )
+}
+
+function blockPool({ layers, memory }: Pick<OpenLayersOptions, 'layers' | 'memory'>): BlockPool {
   const blockSize = layers.reduce((largest, { disk }) => Math.max(largest, disk.digest.blockSize), 0)
   const needed = blockSize * BlockPool.leastBlocks
   if (needed > memory) {

@@ -9,7 +9,8 @@ import type { RestoreTarget } from './restore-target.ts'
 import type { StorageDriver } from './storage.ts'
 import { writeDisk } from './write-disk.ts'
 
-const MEBIBYTE = 1024 * 1024
+/** Bytes of memory for what a restore downloads, unless it is told otherwise. */
+export const RESTORE_MEMORY: number = 64 * 1024 * 1024
 
 /** What {@link restoreDisk} restores, and to what. */
 export interface RestoreDiskOptions {
@@ -44,7 +45,7 @@ export interface RestoreDiskOptions {
  * IMAGE_INVALID, ABORTED, the storage's errors and the target's
  */
 export async function restoreDisk(options: RestoreDiskOptions): Promise<void> {
-  const { storage, onProgress, memory = 64 * MEBIBYTE, downloads = 2, retry } = options
+  const { storage, onProgress, memory = RESTORE_MEMORY, downloads = 2, retry } = options
   const signal = options.signal ?? new AbortController().signal
   const layers = diskLayers(options.chain, options.disk)
   const { objects, images, pool } = await openLayers({ storage, layers, memory, signal, retry })

@@ -1,4 +1,4 @@
-import { expect, test } from 'vitest'
+import { expect, test, vi } from 'vitest'
 import { readCatalog } from '../src/backups.ts'
 import { chainForRestore } from '../src/restore-chain.ts'
 import { dayId, storeFake } from './fake-backup.ts'
@@ -59,4 +59,26 @@ test('a link that is gone is no matter below a newer full image, and told of whe
   expect(await check(backups, 'vda')).toEqual([dayId(2), dayId(3)])
   await expect(check(backups, 'vdb')).rejects.toMatchObject({ code: 'CHAIN_BROKEN' })
   await expect(check(backups, 'vdc')).rejects.toMatchObject({ code: 'DISK_NOT_FOUND' })
+})
+
+test('a backup that this machine has too little memory to restore is refused by what its manifests say', async () => {
+  const backups = await stored()
+  const { folder, manifest } = backups.newest
+  const tooLarge = 64 * 1024 * 1024
+  const disks = manifest.disks.map(disk => ({ ...disk, digest: { ...disk.digest, blockSize: tooLarge } }))
+  backups.storage.objects.set(`${folder}/manifest.json`, Buffer.from(JSON.stringify({ ...manifest, disks })))
+  const catalog = await readCatalog(backups.storage, 'web-1/')
+  const newest = catalog.backups.find(({ manifest: { id } }) => id === manifest.id) ?? expect.fail('not read')
+  await expect(check({ ...backups, newest }, 'vda')).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    context: { needed: 8 * tooLarge },
+  })
+  const available = vi.spyOn(process, 'availableMemory').mockReturnValue(127)
+  try {
+    await expect(check(backups, 'vda')).rejects.toMatchObject({ context: { needed: 64, available: 127 } })
+    available.mockReturnValue(128)
+    expect(await check(backups, 'vda')).toHaveLength(3)
+  } finally {
+    available.mockRestore()
+  }
 })
