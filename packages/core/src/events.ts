@@ -1,6 +1,6 @@
 import type { FallbackReason } from './manifest.ts'
 
-/** The stages of a backup, in their order. */
+/** The stages of a backup, in their order; `stream` and `upload` come for each disk, of which several may be under way. */
 export type BackupStage =
   | 'plan'
   | 'mark'
@@ -12,14 +12,17 @@ export type BackupStage =
   | 'thaw'
   | 'retire'
 
-/** The stages of a restore, in their order. */
-export type RestoreStage = 'preflight' | 'power-off' | 'write' | 'swap' | 'mark' | 'start'
+/**
+ * The stages of a restore, in their order; `write` comes for each disk. In place `power-off` comes before the first `write`.
+ * A restore that fails goes from wherever it is to `start`, if the instance is off for it.
+ */
+export type RestoreStage = 'preflight' | 'write' | 'mark' | 'power-off' | 'swap' | 'start'
 
 /** A stage begins. */
 export interface StageEvent {
   /** Tells the events apart. */
   readonly type: 'stage'
-  /** The stage that begins; the one before it has ended. */
+  /** The stage that begins. The one before it has ended, unless it is another disk's. */
   readonly stage: BackupStage | RestoreStage
   /** One sentence for people. */
   readonly message: string
