@@ -31,7 +31,9 @@ function stored(size: number, options: MemoryStorageOptions = {}): Opened {
   return { storage, bytes, pool, open: () => VerifiedObject.open(object) }
 }
 
-test('any range of an object reads as it was stored, in any order and many at once', async () => {
+test('any range of an object reads as it was stored, in any order and many at once', {
+  timeout: FUZZ_TIMEOUT_MS,
+}, async () => {
   const ranges = fc.array(fc.tuple(fc.nat(9_500), fc.nat(9_500)), { minLength: 1, maxLength: 8 })
   await fc.assert(
     fc.asyncProperty(ranges, fc.integer({ min: 1, max: 2500 }), async (pairs, chunkSize) => {
@@ -47,6 +49,7 @@ test('any range of an object reads as it was stored, in any order and many at on
       )
       expect(pool.inUse).toBe(0)
     }),
+    fuzz(40),
   )
 })
 
