@@ -1,4 +1,4 @@
-import { vi } from 'vitest'
+import { onTestFinished, vi } from 'vitest'
 import { type JournalStep, RunJournal } from '../src/journal.ts'
 
 /** A signal that is aborted as soon as a journal has recorded a step of that kind; nothing goes on before. */
@@ -14,5 +14,6 @@ export function abortAtStep(kind: JournalStep['step']): AbortSignal {
     recording.mockRestore()
     given.abort(new Error('enough'))
   })
+  onTestFinished(() => recording.mockRestore()) // where it never came to that
   return given.signal
 }

@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { mountTmpfs, qemuIo, type Tmpfs } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { afterAll, beforeAll, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, expect, onTestFinished, test, vi } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { type JournalStepName, RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
@@ -58,6 +58,7 @@ function atStep(name: JournalStepName, happens: () => Promise<void>): void {
     recording.mockRestore()
     await happens()
   })
+  onTestFinished(() => recording.mockRestore()) // where it never came to that
 }
 
 /** The bitmaps that an image has which nobody has open. */

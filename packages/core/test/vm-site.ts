@@ -12,7 +12,6 @@ import {
   sha256Content,
   startLibvirt,
 } from '@varve/testkit/lab'
-import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect } from 'vitest'
 import { BackupPipeline, type BackupRequest } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
@@ -21,6 +20,7 @@ import type { BackupManifest } from '../src/manifest.ts'
 import { RestorePipeline, type RestoreRequest, type RestoreResult } from '../src/restore-pipeline.ts'
 import type { RunOptions } from '../src/run-options.ts'
 import type { StoredObject } from '../src/storage.ts'
+import { serversWith } from './torture/processes.ts'
 
 export const MiB: number = 1024 * 1024
 
@@ -225,8 +225,7 @@ export function useVmSite(life: 'test' | 'file' = 'test'): VmSite {
         if (disk.format === 'qcow2' && (of?.includes(disk.name) ?? true))
           expect(disk.bitmaps.map(({ name }) => name).sort()).toEqual(bitmaps)
       }
-      const { stdout } = await execa('pgrep', ['-af', `qemu-nbd.*${folder}`], { reject: false })
-      expect(stdout).toBe('')
+      expect(serversWith(folder)).toEqual([])
     },
   }
   return site

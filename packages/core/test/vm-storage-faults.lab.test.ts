@@ -53,5 +53,5 @@ test('whatever the storage does while the guest writes, its overlay is merged an
   }
   const next = await site.backup()
   expect(next).toMatchObject({ kind: 'incremental', parent })
-  expect(await site.restoredSums(next)).toEqual({ vda: await site.content('vda') })
+  expect(await site.storedSums(next)).toEqual({ vda: await site.content('vda') })
 })
