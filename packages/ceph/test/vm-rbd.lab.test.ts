@@ -398,3 +398,22 @@ test('a file on an RBD image as its template is backed up running and off, and o
     context: { disk: 'vda', given: `rbd:${other}:conf=${site.ceph.conf}`, named: backing },
   })
 })
+
+test('a file on an RBD image as its template is backed up where QEMU has that without a node of the raw driver', async () => {
+  const template = await site.create(4 * MIB)
+  await site.write(template, 'write -P 17 0 4M')
+  const path = join(folder, 'vda.qcow2')
+  const backing = `rbd:${template}:conf=${site.ceph.conf}`
+  execaSync('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', backing, path])
+  const disks = [{ target: 'vda', path, format: 'qcow2' }] as const
+  vm = await lab.createDomain({ name: 'web-1', guest: false, bareRaw: true, disks })
+  await vm.start()
+  const drivers = JSON.stringify(await vm.qmp('query-named-block-nodes', { flat: true })).match(
+    /"drv":"\w+"/g,
+  )
+  expect(drivers?.sort()).toEqual(['"drv":"file"', '"drv":"qcow2"', '"drv":"rbd"'])
+  const { id } = await backup()
+  const target = join(folder, 'restored.qcow2')
+  await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { vda: target } } })
+  await qemuIo(target, 'qcow2', ['read -P 17 0 4M'])
+})

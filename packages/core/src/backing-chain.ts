@@ -31,7 +31,20 @@ export async function headerChain(path: string, format: string, run: RunOptions)
     )
   })
   const [, ...below] = parseOutput(chainInfo, stdout, 'qemu-img info')
-  return below.map(({ filename, format }) => ({ file: fileOfName(filename), format }))
+  return below.map(({ filename, format }) => ({ file: fileOfName(filename), format: formatOf(format) }))
+}
+
+/** QEMU's drivers of the places where images are, and not of formats; see its "QMP Reference Manual", BlockdevDriver. */
+const PLACES = new Set(
+  'file host_device host_cdrom nbd rbd iscsi nfs nvme ssh gluster http https ftp ftps'.split(' '),
+)
+
+/**
+ * The format of an image by the driver that reads it. A raw one may have that of its place alone: libvirt gives no other
+ * from 10.1 on, where QEMU is 9.0 or newer, and the header of an image on top may name it so.
+ */
+export function formatOf(driver: string): string {
+  return PLACES.has(driver) ? 'raw' : driver
 }
 
 /** A block node as QEMU writes it into a name; see its "QMP Reference Manual", BlockdevOptions. */

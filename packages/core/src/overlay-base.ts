@@ -1,5 +1,6 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
+import { formatOf } from './backing-chain.ts'
 import { fileIdentity } from './bitmap-twin.ts'
 import { runCommand } from './command.ts'
 import { type DiskSource, readDomainXml } from './domain-xml.ts'
@@ -54,7 +55,10 @@ async function deviceName(
 
 const backing = z.object({
   'full-backing-filename': z.string(),
-  'backing-filename-format': z.enum(['qcow2', 'raw']),
+  'backing-filename-format': z
+    .string()
+    .transform(formatOf)
+    .pipe(z.enum(['qcow2', 'raw'])),
 })
 
 /** What an overlay, be it in use, says of the file below it; undefined where it has none that a disk could be put on. */

@@ -1,6 +1,6 @@
 import { realpath } from 'node:fs/promises'
 import { z } from 'zod'
-import { type ChainImage, fileOfName } from './backing-chain.ts'
+import { type ChainImage, fileOfName, formatOf } from './backing-chain.ts'
 import { type FoundBitmap, ownerOf, type Seal, sealOf } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
 import type { BitmapChange } from './host.ts'
@@ -82,7 +82,12 @@ export class Qmp {
 
   /** The node of an image by its path, symbolic links resolved, and format. */
   node(path: string, format: string): BlockNode {
-    const node = this.#nodes.find(({ drv, file }) => drv === format && file === path)
+    const onFile = this.#nodes.filter(({ file }) => file === path)
+    // That of the file alone is below every qcow2 image too.
+    const isBare = format === 'raw' && !onFile.some(({ drv }) => drv === 'qcow2')
+    const node =
+      onFile.find(({ drv }) => drv === format) ??
+      (isBare ? onFile.find(({ drv }) => formatOf(drv) === format) : undefined)
     if (!node) throw noNode(this.#domain, path, format)
     return {
       name: node['node-name'],
@@ -175,7 +180,7 @@ export class DriveChains {
 function chainOf(image: ChainInfo | undefined): ChainImage[] {
   const chain: ChainImage[] = []
   for (let next = image; next; next = next['backing-image'])
-    chain.push({ file: fileOfName(next.filename), format: next.format })
+    chain.push({ file: fileOfName(next.filename), format: formatOf(next.format) })
   return chain
 }
 

@@ -14,11 +14,13 @@ export interface DomainFiles {
   readonly consoleLog: string
   /** UEFI: the firmware, its variables' template and the domain's own variables. */
   readonly firmware?: { readonly code: string; readonly template: string; readonly nvram: string }
+  /** The program to run in QEMU's place. */
+  readonly qemu?: string
 }
 
 /** The libvirt definition of a lab domain: software emulation, direct kernel boot, no more devices than needed. */
 export function labDomainXml(options: LabDomainOptions, uuid: string, files: DomainFiles): string {
-  const { guest, firmware, rom } = files
+  const { guest, firmware, rom, qemu } = files
   return `<domain type='qemu'>
   <name>${escapeXml(options.name)}</name>
   <uuid>${uuid}</uuid>
@@ -45,7 +47,7 @@ export function labDomainXml(options: LabDomainOptions, uuid: string, files: Dom
   </cpu>
   <on_poweroff>destroy</on_poweroff>
   <on_crash>destroy</on_crash>
-  <devices>${options.disks.map(diskXml).join('')}
+  <devices>${qemu === undefined ? '' : `<emulator>${escapeXml(qemu)}</emulator>`}${options.disks.map(diskXml).join('')}
     <controller type='usb' model='none'/>${guest ? portsXml(options, files) : ''}
     <memballoon model='none'/>
     <video><model type='none'/></video>

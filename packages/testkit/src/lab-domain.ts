@@ -1,6 +1,7 @@
 import { randomBytes, randomUUID } from 'node:crypto'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import path from 'node:path'
+import { writeBareRawQemu } from './bare-raw-qemu.ts'
 import { GuestChannel, GuestCommandError, type GuestResult } from './guest-channel.ts'
 import type { GuestImage } from './guest-image.ts'
 import { commandPortName } from './guest-init.ts'
@@ -52,6 +53,11 @@ export interface LabDomainOptions {
   readonly agent?: boolean
   /** Boot by UEFI firmware, with an NVRAM file of the domain's own. Default: false. */
   readonly uefi?: boolean
+  /**
+   * Let QEMU have raw images as newer versions of libvirt give them to it, without a node of the `raw` driver. Default: as
+   * the lab's libvirt does.
+   */
+  readonly bareRaw?: boolean
   /** Start together with the libvirt daemon. Default: false. */
   readonly autostart?: boolean
 }
@@ -254,7 +260,9 @@ export async function defineLabDomain(lab: DomainLab, options: LabDomainOptions)
     commandSocket: path.join(folder, 'command'),
     consoleLog: path.join(folder, 'console.log'),
     ...(options.uefi && { firmware: { ...(await ovmfFirmware()), nvram: path.join(folder, 'nvram') } }),
+    ...(options.bareRaw && { qemu: path.join(folder, 'qemu') }),
   }
+  if (files.qemu !== undefined) await writeBareRawQemu(files.qemu)
   const definition = path.join(folder, 'domain.xml')
   const uuid = randomUUID()
   await writeFile(definition, labDomainXml(options, uuid, files))
