@@ -11,7 +11,8 @@ export class RbdSite implements AsyncDisposable {
   /** The connection. */
   readonly rbd: CephConnector
   readonly cluster: RbdCluster
-  #images = 0
+  /** Of all clusters of this process. */
+  static #images = 0
 
   private constructor(ceph: CephLab, user: CephUser) {
     this.ceph = ceph
@@ -33,8 +34,8 @@ export class RbdSite implements AsyncDisposable {
 
   /** An image's name that no test has used, in no process: a lock on it counts on the whole machine. */
   newImage(): string {
-    this.#images++
-    return `vms/disk-${process.pid}-${this.#images}`
+    RbdSite.#images++
+    return `vms/disk-${process.pid}-${RbdSite.#images}`
   }
 
   /** Makes an image of `size` bytes, with options of `rbd create`. */

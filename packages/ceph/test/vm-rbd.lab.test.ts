@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -13,13 +14,22 @@ import {
   type VarveEvent,
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
-import { createQcow2, type LabDomain, type LibvirtLab, qemuIo, startLibvirt } from '@varve/testkit/lab'
+import {
+  createQcow2,
+  type LabDomain,
+  type LibvirtLab,
+  qemuIo,
+  readContent,
+  startLibvirt,
+} from '@varve/testkit/lab'
 import { execaSync } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 
 const MIB = 1024 ** 2
+/** Where the part of a disk begins that no number is written to. */
+const KEPT_FROM = 4096
 
 let site: RbdSite
 let lab: LibvirtLab
@@ -107,54 +117,70 @@ function backup(request: Partial<BackupRequest> = {}): Promise<BackupManifest> {
   return new BackupPipeline(pipelines()).run({ instance: 'web-1', ...request }, { onEvent })
 }
 
-/** The checksums of the guest's disks, by itself. */
-async function sumsOf(...disks: string[]): Promise<string | undefined> {
-  const devices = disks.map(disk => `/dev/${disk}`).join(' ')
-  return (await vm?.run(`sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum ${devices}`))?.stdout
-}
-
 test('a running guest on RBD and on a file is backed up at one moment, while it writes, and restored over itself', async () => {
   const [image, second] = [await site.create(4 * MIB), await site.create(MIB)]
   const guest = await createVm(image, { withFile: true, guest: true, second, agent: true })
   await guest.boot()
   await guest.run(
-    'for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=3 conv=fsync || exit 1; done',
+    "for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=3 conv=fsync || exit 1; done; printf '%-512d' 0 > /run/number",
   )
   // Flushed writes of the same number to one disk after the other, over and over: of any moment, the numbers are
   // the same, or of the first ones of the disks one more.
-  const writer = guest.spawn(`number=0
-    while [ ! -e /run/stop ]; do
-      number=$((number + 1))
+  const writer = `while [ ! -e /run/stop ]; do
+      number=$((1 + $(cat /run/number)))
+      printf '%-512d' $number > /run/number
       for disk in vda vdb vdc; do
-        printf '%-512d' $number | dd of=/dev/$disk bs=512 count=1 iflag=fullblock conv=notrunc,fsync || exit 1
+        dd if=/run/number of=/dev/$disk bs=512 count=1 conv=notrunc,fsync || exit 1
       done
       touch /run/begun
-      usleep 50000 # leaves the processor to others
-    done`)
-  await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
+      usleep 250000 # leaves the processor to others
+    done`
   const slow = `[[ " $* " != *' snap create '*${second.slice(4)}* ]] || sleep 1`
-  const manifests: BackupManifest[] = []
-  for (const freeze of ['off', 'require'] as const) {
-    const before = commands().length
-    const manifest = await withProgram('rbd', slow, () => backup({ freeze }))
-    expect(manifest).toMatchObject({
-      kind: freeze === 'off' ? 'full' : 'incremental',
-      consistency: freeze === 'off' ? 'crash' : 'filesystem',
-      running: true,
-    })
-    // All disks at one moment: the guest stands still while they are frozen one after the other.
-    // Nobody asks for the snapshots' numbers before it goes on.
-    const steps = commands()
-      .slice(before)
-      .flatMap(command => /suspend|resume|snapshot-create-as|snap create|snap ls/.exec(command)?.[0] ?? [])
-    const stop = steps.slice(steps.indexOf('suspend'), steps.indexOf('resume') + 1)
-    expect(stop).toEqual(['suspend', 'snapshot-create-as', 'snap create', 'snap create', 'resume'])
-    manifests.push(manifest)
+  /** Backs up while the guest writes, until an image has been read: all disks at one moment. */
+  const backupUnderWrites = async (freeze: 'off' | 'require') => {
+    await guest.run('rm -f /run/begun /run/stop')
+    const { result } = guest.spawn(writer)
+    await guest.run('while [ ! -e /run/begun ]; do usleep 10000; done')
+    const told: string[] = []
+    let stopped: Promise<unknown> | undefined
+    const onCommand = (event: VarveEvent) => {
+      onEvent(event)
+      if (event.type !== 'command') return
+      const said = event.args.join(' ')
+      told.push(...(/suspend|resume|snapshot-create-as|snap create|snap ls|export-diff/.exec(said) ?? []))
+      if (told.at(-1) === 'export-diff') stopped ??= guest.run('touch /run/stop')
+    }
+    const pipeline = new BackupPipeline(pipelines())
+    const manifest = await withProgram('rbd', slow, () =>
+      pipeline.run({ instance: 'web-1', freeze }, { onEvent: onCommand }),
+    )
+    await (stopped ?? guest.run('touch /run/stop'))
+    expect((await result).exitCode).toBe(0)
+    // The guest stands still while they are frozen one after the other. Nobody asks for the snapshots' numbers before it
+    // goes on.
+    const steps = told.slice(told.indexOf('suspend'), told.indexOf('resume') + 1)
+    expect(steps).toEqual(['suspend', 'snapshot-create-as', 'snap create', 'snap create', 'resume'])
+    return manifest
   }
-  await guest.run('touch /run/stop')
-  expect((await writer.result).exitCode).toBe(0)
+  const full = await backupUnderWrites('off')
+  expect(full).toMatchObject({ kind: 'full', consistency: 'crash', running: true })
+  await guest.run(
+    'dd if=/dev/zero of=/dev/vda bs=64k seek=4 count=4 conv=fsync && blkdiscard -o 1048576 -l 1048576 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=40 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
+  )
+  const sums: (string | undefined)[] = []
+  for (const disk of ['vda', 'vdb', 'vdc']) {
+    const { stdout } = await guest.run(`tail -c +${KEPT_FROM + 1} /dev/${disk} | sha256sum`)
+    sums.push(stdout.split(' ')[0])
+  }
+  const next = await backupUnderWrites('require')
+  expect(next).toMatchObject({ consistency: 'filesystem', running: true })
+  expect(next.disks.map(({ kind, format }) => [kind, format])).toEqual([
+    ['incremental', 'rbd-diff'],
+    ['incremental', 'qcow2'],
+    ['incremental', 'rbd-diff'],
+  ])
   let last = 0
-  for (const manifest of manifests) {
+  for (const manifest of [full, next]) {
     const path = (disk: string) => join(folder, `${manifest.id}-${disk}.raw`)
     const disks = { vda: path('vda'), vdb: path('vdb'), vdc: path('vdc') }
     await new RestorePipeline(pipelines()).run({ backup: manifest.id, to: { disks, format: 'raw' } })
@@ -169,34 +195,30 @@ test('a running guest on RBD and on a file is backed up at one moment, while it 
   }
 
   await guest.run(
-    'dd if=/dev/zero of=/dev/vda bs=64k seek=4 count=4 conv=fsync && blkdiscard -o 1048576 -l 1048576 /dev/vda && dd if=/dev/urandom of=/dev/vda bs=64k seek=40 count=9 conv=fsync && dd if=/dev/urandom of=/dev/vdb bs=64k seek=9 count=3 conv=fsync',
-  )
-  const sums = await sumsOf('vda', 'vdb', 'vdc')
-  const next = await backup()
-  expect(next.disks.map(({ kind, format }) => [kind, format])).toEqual([
-    ['incremental', 'rbd-diff'],
-    ['incremental', 'qcow2'],
-    ['incremental', 'rbd-diff'],
-  ])
-  await guest.run(
     'dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync; blkdiscard /dev/vdb; blkdiscard /dev/vdc',
   )
-  const request = { backup: next.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 30_000 }
+  // A guest that sleeps stands still as well, and is not woken.
+  guest.spawn('echo mem > /sys/power/state').result.catch(() => undefined) // it does not answer any more
+  await expect.poll(() => guest.state(), { timeout: 30_000, interval: 250 }).toBe('pmsuspended')
+  expect((await backup({ disks: ['vda', 'vdc'] })).parent).toBe(next.id)
+  expect(await guest.state()).toBe('pmsuspended')
+
+  const request = { backup: next.id, to: { instance: 'web-1' }, powerOffTimeoutMs: 0 }
   await new RestorePipeline(pipelines()).run(request, { onEvent })
-  await guest.waitForBoot()
-  // The guest does not wait until all of the old images is removed.
+  // It is on the new images, and does not wait until all of the old ones is removed.
+  await guest.io('vda', 'write -P 7 0 512')
+  await guest.destroy()
   const ends = commands().filter(command => / start web-1$|^rbd rm /.test(command))
   expect(ends.map(command => command.split(' ')[0])).toEqual(['virsh', 'rbd', 'rbd'])
-  expect(await sumsOf('vda', 'vdb', 'vdc')).toEqual(sums)
+  const file = { path: join(folder, 'vdb.qcow2'), format: 'qcow2' } as const
+  const disks = [await site.bytes(image), await readContent(file), await site.bytes(second)]
+  expect(disks[0]?.[0]).toBe(7)
+  expect(disks.map(bytes => createHash('sha256').update(bytes.subarray(KEPT_FROM)).digest('hex'))).toEqual(
+    sums,
+  )
   expect((await site.ceph.client.list('vms')).filter(name => name.includes('varve'))).toEqual([])
   expect(await recover({ ...pipelines(), storages: [storage] })).toEqual({ runs: [], ok: true })
   expect(JSON.stringify(events)).not.toContain(site.user.secret)
-
-  // A guest that sleeps stands still as well, and is not woken.
-  guest.spawn('echo mem > /sys/power/state').result.catch(() => undefined) // it does not answer any more
-  await expect.poll(() => guest.state(), { timeout: 30_000 }).toBe('pmsuspended')
-  expect((await backup({ disks: ['vda', 'vdc'] })).parent).toBe(next.id)
-  expect(await guest.state()).toBe('pmsuspended')
 })
 
 test('a guest goes on after a backup that was given up while libvirt suspended it', async () => {
@@ -374,15 +396,10 @@ test('a file on an RBD image as its template is backed up running and off, and o
   await vm.destroy()
   const off = await backup()
   expect(off).toMatchObject({ kind: 'incremental', consistency: 'offline' })
-  const restored = async ({ id }: BackupManifest) => {
-    const target = join(folder, `${id}.qcow2`)
-    await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { vda: target } } })
-    return target
-  }
+  const target = join(folder, 'restored.qcow2')
+  await new RestorePipeline(pipelines()).run({ backup: off.id, to: { disks: { vda: target } } })
   const latest = ['read -P 17 0 1M', 'read -P 51 1M 1M', 'read -P 17 2M 2M']
-  await qemuIo(await restored(full), 'qcow2', ['read -P 17 0 4M'])
-  await qemuIo(await restored(increment), 'qcow2', latest)
-  await qemuIo(await restored(off), 'qcow2', latest)
+  await qemuIo(target, 'qcow2', latest)
   await qemuIo(path, 'qcow2', latest)
 
   // libvirt gives QEMU what the definition says, whatever the image does.
