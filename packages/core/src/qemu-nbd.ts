@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { mkdir, readFile, rm, stat } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -13,6 +13,8 @@ import { inTemporaryFolder } from './state-folder.ts'
 const SOCKET_TIMEOUT_MS = 15_000
 /** How long a server may take to end, in milliseconds. After a third of it, it is killed. */
 const END_TIMEOUT_MS = 15_000
+/** How long {@link NbdExport.stop} waits for that: longer, as what was written is on the way to the disk then. */
+const STOP_TIMEOUT_MS = 30_000
 
 /**
  * Of glibc's allocator, see mallopt(3): qemu-nbd allocates a buffer for each request, and by default has the
@@ -49,8 +51,11 @@ export interface NbdExport extends AsyncDisposable {
   readonly socketPath: string
   /** Aborted when it ends without having been told to, with NBD_FAILED as the reason. */
   readonly died: AbortSignal
-  /** Ends it, and tells of it in a `command` event. */
-  stop(): Promise<void>
+  /**
+   * Ends it, and tells of it in a `command` event. One that does not end in the time, as while the storage below its disk
+   * hangs, is left to {@link stopExports}, which tells of it.
+   */
+  stop(timeoutMs?: number): Promise<void>
 }
 
 /**
@@ -109,10 +114,13 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     if (!stopping) died.abort(diedError(options, result))
     return result
   })
-  const stop = async () => {
+  const stop = async (timeoutMs = STOP_TIMEOUT_MS) => {
     stopping = true
     child.kill('SIGTERM')
-    await ended
+    const waiting = new AbortController()
+    const late = sleep(timeoutMs, 'late', { signal: waiting.signal }).catch(() => 'late')
+    if ((await Promise.race([ended, late])) === 'late') return
+    waiting.abort()
     await Promise.all([rm(socketPath, { force: true }), rm(pidFile, { force: true })])
   }
 
@@ -151,7 +159,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
       },
     )
   }
-  return { socketPath, died: died.signal, stop, [Symbol.asyncDispose]: stop }
+  return { socketPath, died: died.signal, stop, [Symbol.asyncDispose]: () => stop() }
 }
 
 /**
@@ -239,7 +247,19 @@ function endlessServer(disk: string, pid: number): VarveError {
 /** Whether the process is still the one that was started with this argument: process ids are used again. */
 async function runsWith(pid: number, argument: string): Promise<boolean> {
   const commandLine = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
-  return commandLine.split('\0').includes(argument)
+  return commandLine.split('\0').includes(argument) || (commandLine === '' && (await isDying(pid)))
+}
+
+/**
+ * Whether the process is a killed `qemu-nbd` of which a thread waits in the kernel still: it has no command line any more,
+ * but what that thread was writing is yet to come.
+ */
+async function isDying(pid: number): Promise<boolean> {
+  const comm = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '')
+  if (comm !== 'qemu-nbd\n') return false
+  const threads = await readdir(`/proc/${pid}/task`).catch(() => [])
+  const stats = threads.map(thread => readFile(`/proc/${pid}/task/${thread}/stat`, 'utf8').catch(() => ''))
+  return (await Promise.all(stats)).some(stat => stat !== '' && !/\) [ZX] /.test(stat))
 }
 
 async function isWritten(path: string): Promise<boolean> {

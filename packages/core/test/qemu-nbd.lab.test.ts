@@ -1,11 +1,12 @@
 import { spawn } from 'node:child_process'
 import { existsSync } from 'node:fs'
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, readFile, rm, rmdir, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { createQcow2 } from '@varve/testkit/lab'
-import { afterEach, beforeEach, expect, test, vi } from 'vitest'
+import { createQcow2, createRaw } from '@varve/testkit/lab'
+import { execa } from 'execa'
+import { afterEach, beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { exportDisk, stopExports } from '../src/qemu-nbd.ts'
 
 let folder: string
@@ -120,3 +121,43 @@ test('a server that does not end is told of in time, with its process, and is fo
   await stopExports(folder, ['vda', 'vdb'])
   expect(pids.map(isAlive)).toEqual([false, false])
 })
+
+test('a server whose storage hangs is waited for no longer than is said, and is told of then', async () => {
+  // On a file system that is frozen a write waits in the kernel, where no signal ends it.
+  const [device, exports] = [join(folder, 'device'), join(folder, 'exports')]
+  const mounted = await mkdtemp(join(tmpdir(), 'varve-frozen-'))
+  onTestFinished(() => rmdir(mounted))
+  await createRaw(device, 64 * 1024 * 1024)
+  await execa('mkfs.ext4', ['-q', device])
+  await mkdir(exports)
+  await execa('mount', ['-o', 'loop', device, mounted])
+  onTestFinished(async () => {
+    await execa('fsfreeze', ['--unfreeze', mounted], { reject: false }) // it is, where the test went well
+    await execa('umount', [mounted])
+  })
+  const path = join(mounted, 'vda')
+  await createRaw(path, 1024 * 1024)
+  const server = await exportDisk({ disk: 'vda', path, format: 'raw', writable: true, folder: exports })
+  const pid = Number(await readFile(join(exports, 'vda.pid'), 'utf8'))
+  await execa('fsfreeze', ['--freeze', mounted])
+  const write = ['-f', 'raw', '-c', 'write 0 64k', `nbd+unix:///?socket=${server.socketPath}`]
+  const writing = execa('qemu-io', write, { reject: false })
+  while (!(await waitsInKernel(pid))) await sleep(10)
+  await server.stop(200)
+  expect(isAlive(pid)).toBe(true)
+  await expect(stopExports(exports, ['vda'], 600)).rejects.toMatchObject({
+    code: 'NBD_FAILED',
+    context: { disk: 'vda', pid },
+  })
+  await execa('fsfreeze', ['--unfreeze', mounted])
+  await writing
+  await stopExports(exports, ['vda'])
+  expect(isAlive(pid)).toBe(false)
+})
+
+/** Whether a thread of the process waits where no signal reaches it. */
+async function waitsInKernel(pid: number): Promise<boolean> {
+  const threads = await readdir(`/proc/${pid}/task`)
+  const stats = await Promise.all(threads.map(thread => readFile(`/proc/${pid}/task/${thread}/stat`, 'utf8')))
+  return stats.some(stat => /\) D /.test(stat))
+}
