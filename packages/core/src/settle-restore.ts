@@ -1,5 +1,6 @@
 import { rm } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { readDomainXml } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
@@ -14,7 +15,7 @@ import type {
 } from './journal.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
-import { type RbdCluster, rbdImageOf } from './rbd.ts'
+import { RBD_PREFIX, type RbdCluster, rbdImageOf } from './rbd.ts'
 import { isImageGone } from './rbd-disk.ts'
 import {
   assertReplaceable,
@@ -327,6 +328,8 @@ async function changeDefinition(
   if ((!definition && !backing) || journal.of('defined').length > 0) return undefined
   if (definition) {
     const { instance, xml } = definition
+    const taken = await takenName(journal, definition, host, run)
+    if (taken) return taken
     const error = await refusalOf(host.define(xml, run), instance, host, run)
     const left =
       journal.of('written-in-place').length > 0 ? 'only its disks were restored' : 'nothing was changed'
@@ -349,6 +352,32 @@ async function changeDefinition(
   }
   await journal.record({ step: 'defined' })
   return undefined
+}
+
+/**
+ * Why a new instance is not defined: its name is taken by now. libvirt refuses that itself where the UUID is another one, but
+ * not where somebody defined the original again. One on the new disks is ours, from a try that was cut short.
+ */
+async function takenName(
+  journal: RunJournal,
+  { instance, xml }: JournalStepOf<'define'>,
+  host: Host,
+  run: RunOptions,
+): Promise<VarveError | undefined> {
+  if (journal.of('powered-off').length > 0) return undefined // of an instance that is to be replaced
+  const now = await host.describe(instance, run)
+  if (now === undefined) return undefined
+  const theirs = new Set(sourcesOf(now))
+  if (sourcesOf(xml).every(source => theirs.has(source))) return undefined
+  return new VarveError(
+    'TARGET_EXISTS',
+    `Somebody defined an instance ${instance} while its disks were restored, and it is left alone. Nothing was changed. Choose another name, or restore to that instance.`,
+    { context: { instance } },
+  )
+}
+
+function sourcesOf(xml: string): string[] {
+  return readDomainXml(xml).disks.flatMap(({ source, rbd }) => source ?? (rbd ? RBD_PREFIX + rbd.image : []))
 }
 
 async function refusalOf(

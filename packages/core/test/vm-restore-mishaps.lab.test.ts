@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { renameSync } from 'node:fs'
 import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -339,6 +340,31 @@ test('a copy whose definition was cut short is defined by recover, be it defined
     await site.lab.virsh(['undefine', copy])
   }
 })
+
+test.for(['its old UUID', 'another UUID'])(
+  'a new instance replaces none of its name that somebody defined with %s meanwhile',
+  async uuid => {
+    const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+    const manifest = await backup()
+    const original = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+    const other = original.replace(/<uuid>.*<\/uuid>/, `<uuid>${randomUUID()}</uuid>`)
+    const theirs = uuid === 'another UUID' ? other : original
+    const directory = join(site.folder, 'new')
+    await mkdir(directory)
+    const definition = join(site.folder, 'theirs.xml')
+    await writeFile(definition, theirs)
+    await site.lab.virsh(['undefine', vm.name])
+    const defined = onStage('swap', () =>
+      execaSync('virsh', ['--connect', site.lab.uri, 'define', definition]),
+    )
+    const request = { backup: manifest.id, to: { newInstance: vm.name, directory } }
+    const failed = await restore(request, defined).catch((error: unknown) => error)
+    expect(await site.lab.virsh(['dumpxml', '--inactive', vm.name])).toBe(theirs)
+    expect(failed).toMatchObject({ code: 'TARGET_EXISTS', context: { instance: vm.name } })
+    expect(await readdir(directory)).toEqual([])
+    expect(await recoverNow()).toEqual({ ok: true, runs: [] })
+  },
+)
 
 test("a backing file that the definition names for itself does not show through the restored disk's zeros", async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
