@@ -1,7 +1,7 @@
 import { fileIdentity } from './bitmap-twin.ts'
 import { DiskLock } from './disk-lock.ts'
 import { isVarveError } from './errors.ts'
-import type { Host } from './host.ts'
+import type { DiskPlace, Host } from './host.ts'
 import { type OverwrittenDisk, RunJournal } from './journal.ts'
 import { rbdImageOf } from './rbd.ts'
 import { isImageGone } from './rbd-disk.ts'
@@ -43,6 +43,27 @@ async function imageIdentity(
   }
 }
 
+/**
+ * Whether an instance ran before a restore in place that was cut short, which left it off, and is to run again: not as long
+ * as a disk of it is incomplete that is not among those which are restored now.
+ */
+export async function ranBeforeCut(
+  stateDir: string,
+  { name, disks }: { readonly name: string; readonly disks: readonly DiskPlace[] },
+  restored: ReadonlySet<string>,
+): Promise<boolean> {
+  const own = new Set(disks.map(({ path }) => path))
+  let ran = false
+  for (const id of await RunJournal.unsettled(stateDir)) {
+    const journal = await readIfReadable(stateDir, id)
+    const incomplete = ((journal && incompleteDisks(journal)) ?? []).filter(({ path }) => own.has(path))
+    if (incomplete.some(({ path }) => !restored.has(path))) return false
+    const power = journal?.of('power-off').at(-1)
+    if (incomplete.length > 0 && power?.instance === name) ran ||= power.wasRunning && power.start
+  }
+  return ran
+}
+
 /** Takes the disks of a restore that is complete off the record of those that were left incomplete before. */
 export async function forgetIncomplete({ header, stateDir }: RunJournal): Promise<void> {
   const restored = new Set(header.disks.map(({ path }) => path))
@@ -52,11 +73,15 @@ export async function forgetIncomplete({ header, stateDir }: RunJournal): Promis
 async function forgetDisks(stateDir: string, id: string, restored: ReadonlySet<string>): Promise<void> {
   // A restore of another disk of the same run may be doing this too.
   await using _ = await DiskLock.waitFor(`journal ${id}`)
-  const journal = await RunJournal.read(stateDir, id).catch(error => {
-    if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined // "recover" tells of one that cannot be read
-    throw error
-  })
+  const journal = await readIfReadable(stateDir, id)
   const disks = (journal && incompleteDisks(journal)) ?? []
   const left = disks.filter(({ path }) => !restored.has(path))
   if (left.length < disks.length) await journal?.settledBut(left)
+}
+
+async function readIfReadable(stateDir: string, id: string): Promise<RunJournal | undefined> {
+  return RunJournal.read(stateDir, id).catch(error => {
+    if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined // "recover" tells of one that cannot be read
+    throw error
+  })
 }

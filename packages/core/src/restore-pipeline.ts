@@ -80,7 +80,10 @@ export interface RestoreRequest {
    * (DISK_INCOMPLETE), and `recover` tells of it. Default: false.
    */
   inPlace?: boolean
-  /** Whether the instance is started afterwards. Default: if it ran before; a new instance is not started. */
+  /**
+   * Whether the instance is started afterwards. Default: if it ran before, or before a restore in place that was cut short and
+   * that this one makes good; a new instance is not started.
+   */
   start?: boolean
   /** How long the guest may take to shut down before it is switched off, in milliseconds. Default: 60,000. */
   powerOffTimeoutMs?: number

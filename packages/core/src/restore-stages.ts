@@ -7,6 +7,7 @@ import { type DiskSource, diskDefinition, readDomainXml, rewriteDomainXml } from
 import { abortError, isVarveError, VarveError } from './errors.ts'
 import type { Instance, RbdDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
+import { ranBeforeCut } from './incomplete.ts'
 import type { ImageRename, Rename } from './journal.ts'
 import { loadRecorded } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
@@ -114,11 +115,13 @@ export async function powerOff(restore: RestoreContext): Promise<void> {
   const timeoutMs = request.powerOffTimeoutMs ?? 60_000
   // As it is by now: since the plan hours may have gone by.
   const running = !(await host.waitUntilOff(name, 0, run))
+  const restored = new Set(plan.disks.map(({ target }) => target))
+  const ran = running || (await ranBeforeCut(journal.stateDir, instance, restored))
   await journal.record({
     step: 'power-off',
     instance: name,
     wasRunning: running,
-    start: request.start ?? running,
+    start: request.start ?? ran,
     timeoutMs,
   })
   try {

@@ -6,6 +6,7 @@ import { newBackupId } from '../src/backup-id.ts'
 import { fileIdentity } from '../src/bitmap-twin.ts'
 import { VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
+import { ranBeforeCut } from '../src/incomplete.ts'
 import { RunJournal } from '../src/journal.ts'
 import type { RbdCluster, RbdImage } from '../src/rbd.ts'
 import { recover } from '../src/recover.ts'
@@ -226,6 +227,28 @@ test('a disk that was left incomplete is told of until a restore of it is comple
   await settleRestore(swap.journal, swap.host, {})
   expect(await recovered()).toEqual([true])
   expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('an instance that a restore in place left off ran before it, once no other disk of it is incomplete', async () => {
+  const half = await restoreInPlace('vda', 'vdb')
+  const power = { instance: 'web-1', wasRunning: true, start: true, timeoutMs: 0 }
+  await half.record({ step: 'power-off', ...power })
+  await half.record({ step: 'powered-off' })
+  const path = (name: string) => join(folder, name)
+  const disks = ['vda', 'vdb', 'vdc'].map(name => ({ name, path: path(name) }))
+  const ran = (instance: string, ...restored: string[]) =>
+    ranBeforeCut(folder, { name: instance, disks }, new Set(restored.map(path)))
+  expect(await ran('web-1', 'vda', 'vdb')).toBe(false) // not settled, and so perhaps going on
+  await settleRestore(half, host, {})
+  expect(await ran('web-1', 'vda', 'vdb')).toBe(true)
+  expect(await ran('web-2', 'vda', 'vdb')).toBe(false)
+  expect(await ran('web-1', 'vda', 'vdc')).toBe(false)
+
+  // That of a disk restored by its path tells nothing of the instance, but keeps it off.
+  const other = await restoreInPlace('vdc')
+  await settleRestore(other, host, {})
+  expect(await ran('web-1', 'vda', 'vdb')).toBe(false)
+  expect(await ran('web-1', 'vda', 'vdb', 'vdc')).toBe(true)
 })
 
 test('disks that were left incomplete together are forgotten also where they are restored apart at the same time', async () => {

@@ -155,7 +155,11 @@ test('a running instance is as it was where a restore in place fails before its 
   await expect(cut).rejects.toMatchObject(incomplete)
   expect(await vm.state()).toBe('shut off')
   await expect(backup()).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
-  await restore({ backup: manifest.id, to: { instance: vm.name }, start: true })
+  // It ran before, so that it does again once the restore is made good, be it at the second try.
+  const again = restore({ backup: manifest.id, ...inPlace }, { signal: abortAtStep('write-in-place') })
+  await expect(again).rejects.toMatchObject(incomplete)
+  const whole = await restore({ backup: manifest.id, to: { instance: vm.name } })
+  expect([whole.started, await vm.state()]).toEqual([true, 'running'])
   await site.expectHolds('vda', 'read -P 0x11 0 8M', 'read -P 0 8M 8M')
   expect(await recoverNow()).toEqual({ ok: true, runs: [] })
   await expectCleanHost([`varve-${manifest.id}`])
