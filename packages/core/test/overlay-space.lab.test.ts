@@ -63,7 +63,7 @@ test('a backup is given up before its overlay has no room left, at each object t
   await site.expectHolds('vda', ...reads)
 })
 
-/** A storage that goes on for seconds when it is told to end an upload, and completes it after all. */
+/** A storage that goes on when it is told to end an upload, and completes it seconds after the merge has begun. */
 class DeafStorage extends PausingStorage {
   readonly order: string[] = []
   readonly merged = Promise.withResolvers<void>()
@@ -74,6 +74,7 @@ class DeafStorage extends PausingStorage {
     if (!key.endsWith('vda.qcow2')) return super.put(...args)
     await this.vm?.io('vda', 'write -P 0x22 1M 12M')
     await Promise.race([this.merged.promise, sleep(8_000, undefined, { ref: false })])
+    await sleep(2_000)
     this.order.push('put')
     return super.put(key, bytesBody(Buffer.from('late')))
   }
