@@ -121,6 +121,8 @@ export interface DiskOverlay {
   readonly definition?: string
   /** What tells a base that is a block device whatever it is called later; absent for a file. */
   readonly device?: string
+  /** What tells the overlay's folder. Without it nothing tells that an overlay which is not there is gone. */
+  readonly folder?: string
 }
 
 /** Enough to make the same host again, when another process cleans up after one that died. */

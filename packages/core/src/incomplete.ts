@@ -3,10 +3,10 @@ import { DiskLock } from './disk-lock.ts'
 import { isVarveError } from './errors.ts'
 import type { DiskPlace, Host } from './host.ts'
 import { type OverwrittenDisk, RunJournal } from './journal.ts'
+import { type Presence, presenceOf } from './presence.ts'
 import { rbdImageOf } from './rbd.ts'
-import { isImageGone } from './rbd-disk.ts'
+import { isClusterTold, isImageGone } from './rbd-disk.ts'
 import type { RunOptions } from './run-options.ts'
-import { statIfThere } from './stat-if-there.ts'
 
 /** The disks that a restore in place has left incomplete; undefined where it is not settled besides. */
 export function incompleteDisks(journal: RunJournal): readonly OverwrittenDisk[] | undefined {
@@ -14,18 +14,21 @@ export function incompleteDisks(journal: RunJournal): readonly OverwrittenDisk[]
   return last && journal.of('write-in-place').filter(({ disk }) => last.disks.includes(disk))
 }
 
-/** Whether what is at the path of a disk is still what was written over. */
-export async function isStillThere(
-  { path, identity, of }: OverwrittenDisk,
+/** Whether what was written over is at its path still; `gone` also where another file or image is there. */
+export async function presenceOfOverwritten(
+  { path, identity, folder, of }: OverwrittenDisk,
   host: Host,
   run: RunOptions,
-): Promise<boolean> {
+): Promise<Presence> {
+  const isOther = (now: string) => identity !== undefined && now !== identity
   const image = rbdImageOf(path)
-  const now =
-    image === undefined
-      ? (await statIfThere(path)) && (await fileIdentity(path))
-      : await imageIdentity(image, of, host, run)
-  return now !== undefined && (identity === undefined || now === identity)
+  if (image === undefined) {
+    const presence = await presenceOf(path, folder)
+    return presence === 'there' && isOther(await fileIdentity(path)) ? 'gone' : presence
+  }
+  const now = await imageIdentity(image, of, host, run)
+  if (now !== undefined && !isOther(now)) return 'there'
+  return (await isClusterTold(of, host, run)) ? 'gone' : 'unknown'
 }
 
 async function imageIdentity(

@@ -39,6 +39,7 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
         baseFormat: z.enum(['qcow2', 'raw']),
         definition: text.exactOptional(),
         device: text.exactOptional(),
+        folder: text.exactOptional(),
       }),
     ),
   }),
@@ -68,13 +69,26 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
     timeoutMs: z.number(),
   }),
   'powered-off': nothing,
-  'target-create': z.object({ temporary: text }),
+  'target-create': z.object({ temporary: text, folder: text.exactOptional() }),
   'image-create': z.object(targetImage),
-  'write-in-place': z.object({ disk: text, path: text, identity: text.exactOptional(), of }),
+  'write-in-place': z.object({
+    disk: text,
+    path: text,
+    identity: text.exactOptional(),
+    folder: text.exactOptional(),
+    of,
+  }),
   'written-in-place': nothing,
   incomplete: z.object({ disks: texts }),
   finish: z.object({
-    renames: z.array(z.object({ temporary: text, target: text, isNew: z.boolean().exactOptional() })),
+    renames: z.array(
+      z.object({
+        temporary: text,
+        target: text,
+        identity: text.exactOptional(),
+        isNew: z.boolean().exactOptional(),
+      }),
+    ),
     images: z
       .array(z.object({ ...targetImage, target: text, id: text, isNew: z.boolean().exactOptional() }))
       .exactOptional(),

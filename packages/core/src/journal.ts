@@ -110,7 +110,11 @@ interface StepDetails {
     readonly timeoutMs: number
   }
   'powered-off': object
-  'target-create': { readonly temporary: string }
+  'target-create': {
+    readonly temporary: string
+    /** What tells its folder, without which nothing tells that it is gone. Journals of former versions lack it. */
+    readonly folder?: string
+  }
   'image-create': TargetImage
   'write-in-place': OverwrittenDisk
   'written-in-place': object
@@ -127,6 +131,11 @@ export interface OverwrittenDisk {
   readonly path: string
   /** Tells the file, or the RBD image, from another one that takes its path later. */
   readonly identity?: string
+  /**
+   * What tells the folder of a file, without which nothing tells that it is gone. A device has none: its node comes and goes.
+   * Journals of former versions lack it.
+   */
+  readonly folder?: string
   /** The disk whose cluster an RBD image is in; see {@link TargetImage}. */
   readonly of?: TargetImage['of']
 }
@@ -143,6 +152,8 @@ export type JournalStep = JournalStepOf<JournalStepName>
 export interface Rename {
   readonly temporary: string
   readonly target: string
+  /** Tells the file once it has its name. Journals of former versions lack it. */
+  readonly identity?: string
   /** Whether nothing may be replaced by it. Default: false. */
   readonly isNew?: boolean
 }

@@ -1,5 +1,7 @@
+import { readDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
-import type { RbdDisk } from './host.ts'
+import type { Host, RbdDisk } from './host.ts'
+import type { TargetImage } from './journal.ts'
 import { RBD_PREFIX, type RbdCluster, type RbdSnapshot } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
 
@@ -41,6 +43,17 @@ export async function madeSnapshot(
 /** Whether an error says that an image is not there, or its pool or namespace. */
 export function isImageGone(error: unknown): boolean {
   return isVarveError(error, 'DISK_NOT_FOUND') || isVarveError(error, 'CEPH_POOL_NOT_FOUND')
+}
+
+/**
+ * Whether the cluster that the host takes for an image is surely its own. Where the domain is not defined for the moment whose
+ * disk tells it, another cluster may be asked, and that an image is not there tells nothing.
+ */
+export async function isClusterTold(of: TargetImage['of'], host: Host, run: RunOptions): Promise<boolean> {
+  if (of === undefined || host.reference.kind === 'image') return true
+  const xml = await host.describe(of.instance, run)
+  const disks = xml === undefined ? [] : readDomainXml(xml).disks
+  return disks.some(({ name, rbd }) => name === of.disk && rbd !== undefined)
 }
 
 /** The error of a host that meets an RBD image and does not know how to reach its cluster. */

@@ -3,8 +3,10 @@ import { abortError } from './errors.ts'
 import type { RestoreStage } from './events.ts'
 import type { Host } from './host.ts'
 import type { RunJournal } from './journal.ts'
+import { folderIdentity } from './presence.ts'
 import type { RestoreRequest } from './restore-pipeline.ts'
 import type { RestorePlan } from './restore-plan.ts'
+import { targetError } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -19,6 +21,14 @@ export interface RestoreContext {
   readonly plan: RestorePlan
   readonly journal: RunJournal
   readonly run: RunOptions
+}
+
+/** Records a file that is about to be made. @throws what would keep it from being made */
+export async function recordTarget(journal: RunJournal, temporary: string): Promise<void> {
+  const folder = await folderIdentity(temporary).catch(error => {
+    throw targetError(error, temporary)
+  })
+  await journal.record({ step: 'target-create', temporary, folder })
 }
 
 /** Tells that a stage begins, unless the run was given up. */

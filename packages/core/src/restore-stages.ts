@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
 import { backupOfMark, markName, marksOfBackups } from './backup-plan.ts'
 import type { StoredBackup } from './backups.ts'
-import { ownerOf } from './bitmap-twin.ts'
+import { fileIdentity, ownerOf } from './bitmap-twin.ts'
 import { type DiskSource, diskDefinition, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, isVarveError, VarveError } from './errors.ts'
 import type { Instance, RbdDisk } from './host.ts'
@@ -13,11 +13,12 @@ import { loadRecorded } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
 import { addImageBitmap, changeImageBitmaps, readImageInfo } from './qemu-img.ts'
-import { type RestoreContext, stage } from './restore-context.ts'
+import { type RestoreContext, recordTarget, stage } from './restore-context.ts'
 import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
 import { targetError } from './restore-target.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { statIfThere } from './stat-if-there.ts'
 import type { StorageDriver } from './storage.ts'
 import { takeOwnership } from './take-ownership.ts'
 import { markImage, targetImage } from './write-rbd-image.ts'
@@ -203,13 +204,13 @@ export async function define({
   await journal.record({ step: 'define', instance: name, xml })
   if (!nvram || nvramTarget === undefined) return undefined
   const temporary = `${nvramTarget}.varve-restore-${journal.header.id}`
-  await journal.record({ step: 'target-create', temporary })
+  await recordTarget(journal, temporary)
   const variables = await fetchFile(storage, backup.folder, nvram, run)
   await writeFile(temporary, variables, { mode: 0o600, flush: true }).catch(error => {
     throw targetError(error, temporary)
   })
   await takeOwnership(temporary, nvramTarget)
-  return { temporary, target: nvramTarget, isNew: newInstance !== undefined }
+  return renameOf(temporary, nvramTarget, newInstance !== undefined)
 }
 
 /** Where a restored disk is to be defined: as the instance that has it calls it by now. */
@@ -246,10 +247,10 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
     if (disk.format === 'rbd') {
       if (disk.existing) await assertImageUnused(disk.cluster, disk.image, run)
       const id = await disk.cluster.imageId(temporary, run)
-      if (id === undefined) throw imageGone(temporary)
+      if (id === undefined) throw newDiskGone(`RBD image ${temporary}`, { image: temporary })
       const isNew = disk.existing === undefined
       images.push({ ...targetImage(restore, disk, temporary), target: disk.image, id, isNew })
-    } else renames.push({ temporary, target, isNew: disk.isNew ?? false })
+    } else renames.push(await renameOf(temporary, target, disk.isNew ?? false))
   }
   if (nvram) renames.push(nvram)
   for (const rename of renames) {
@@ -260,11 +261,16 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
   await journal.record({ step: 'finish', renames, images })
 }
 
-function imageGone(image: string): VarveError {
+async function renameOf(temporary: string, target: string, isNew: boolean): Promise<Rename> {
+  if (!(await statIfThere(temporary))) throw newDiskGone(`file ${temporary}`, { path: temporary })
+  return { temporary, target, identity: await fileIdentity(temporary), isNew }
+}
+
+function newDiskGone(what: string, context: VarveError['context']): VarveError {
   return new VarveError(
     'DISK_NOT_FOUND',
-    `The new RBD image ${image} was removed by somebody before it could take its name. Nothing was changed; restore again.`,
-    { context: { image }, retryable: true },
+    `The new ${what} was removed by somebody before it could take its name. Nothing was changed; restore again.`,
+    { context, retryable: true },
   )
 }
 

@@ -1,10 +1,11 @@
 import { rm } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { fileIdentity } from './bitmap-twin.ts'
 import { readDomainXml } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
-import { forgetIncomplete, incompleteDisks, isStillThere } from './incomplete.ts'
+import { forgetIncomplete, incompleteDisks, presenceOfOverwritten } from './incomplete.ts'
 import type {
   ImageRename,
   JournalStepOf,
@@ -13,10 +14,11 @@ import type {
   RunJournal,
   TargetImage,
 } from './journal.ts'
+import { presenceOf } from './presence.ts'
 import { assertNameIsFree, putInPlace } from './put-in-place.ts'
 import { stopExports } from './qemu-nbd.ts'
 import { RBD_PREFIX, type RbdCluster, rbdImageOf } from './rbd.ts'
-import { isImageGone } from './rbd-disk.ts'
+import { isClusterTold, isImageGone } from './rbd-disk.ts'
 import {
   assertReplaceable,
   type Replacement,
@@ -53,11 +55,13 @@ export interface SettledRestore {
 /**
  * Ends a restore: after success, failure or, by `recover`, the death of its process. Once every new file is
  * complete, which the step `finish` tells, it is carried through; before, or where libvirt refuses the
- * definition, the new files are removed. Then the instance is started if it is to run, unless a disk of it is
- * incomplete: such disks stay on record until they have been restored, or are gone. May be cut short and called again.
+ * definition, the new files are removed. The instance is started if it is to run, unless a disk of it is
+ * incomplete: such disks stay on record until they have been restored, or are gone. That a file is not there does not
+ * tell that: its file system may not be mounted. May be cut short and called again.
  *
  * @param died whether the restore's process died, so that what it had begun may be under way. Default: false
- * @throws RUN_UNRESOLVED when the instance runs again, or has run, on disks that were to be replaced
+ * @throws RUN_UNRESOLVED when the instance runs again, or has run, on disks that were to be replaced, or where a new file is
+ *   not found, and it cannot be told whether it is gone
  */
 export async function settleRestore(
   journal: RunJournal,
@@ -73,7 +77,6 @@ export async function settleRestore(
   const undone = journal.of('undo').length > 0
   const finish = undone ? undefined : journal.of('finish').at(-1)
   const refusal = finish && (await finishSwap(journal, finish, host, run))
-  for (const { temporary } of journal.of('target-create')) await rm(temporary, { force: true })
 
   // In place the disks alone are all of it, unless their definition was still to come.
   const decided = finish !== undefined || undone || journal.of('define').length === 0
@@ -93,13 +96,16 @@ export async function settleRestore(
         notStarted = startError(error, power.instance)
       })
   }
+  const taken = (!refusal && finish?.renames.map(({ temporary }) => temporary)) || []
+  for (const made of journal.of('target-create'))
+    if (!taken.includes(made.temporary)) await attempt(removeTemporary(journal, made))
   // After the start: a large image takes its time.
   const renamed = (!refusal && finish?.images) || []
   const mayCome = died && journal.steps.at(-1)?.step === 'image-create'
   const arrivesBy = performance.now() + (mayCome ? IMAGE_ARRIVAL_MS : 0)
   for (const made of journal.of('image-create')) {
     if (!renamed.some(({ image }) => image === made.image))
-      await attempt(removeUnfinished(host, made, arrivesBy, run))
+      await attempt(removeUnfinished(journal, host, made, arrivesBy, run))
   }
   for (const step of renamed) await removeReplaced(() => host.rbd(step.of, run), step, journal.header.id, run)
   if (failures.length > 0)
@@ -123,13 +129,40 @@ async function settleIncomplete(
   run: RunOptions,
 ): Promise<SettledRestore> {
   const left: OverwrittenDisk[] = []
-  for (const disk of known) if (await isStillThere(disk, host, run)) left.push(disk)
+  for (const disk of known) {
+    const presence = await presenceOfOverwritten(disk, host, run)
+    if (presence === 'unknown') emit(run, { type: 'warning', message: notThere(journal, disk) })
+    if (presence !== 'gone') left.push(disk)
+  }
   if (left.length < known.length) await journal.settledBut(left)
   return { finished: false, started: false, incomplete: left.map(({ disk }) => disk) }
 }
 
+function notThere({ header }: RunJournal, { disk, path, of }: OverwrittenDisk): string {
+  const cause = of
+    ? `the domain ${of.instance}, which tells its Ceph cluster, is not defined`
+    : 'its file system may not be mounted yet, or its device not be there yet'
+  return `The disk ${disk} (${path}), which the restore ${header.id} left incomplete, is not found: ${cause}. It stays on record. If the disk is gone for good, remove runs/${header.id}.jsonl in the state folder.`
+}
+
+/** @throws RUN_UNRESOLVED where it cannot be told whether it is there */
+async function removeTemporary(
+  { header }: RunJournal,
+  { temporary, folder }: JournalStepOf<'target-create'>,
+): Promise<void> {
+  if ((await presenceOf(temporary, folder)) === 'unknown') {
+    throw new VarveError(
+      'RUN_UNRESOLVED',
+      `The new file ${temporary}, which is to be removed, is not found, and neither is the folder that it was made in: its file system may not be mounted yet. Mount it, then run "varve recover". If the file is gone for good, remove runs/${header.id}.jsonl in the state folder.`,
+      { context: { path: temporary }, retryable: true },
+    )
+  }
+  await rm(temporary, { force: true })
+}
+
 /** A server that was killed counts as a client of the image for half a minute more. */
 async function removeUnfinished(
+  { header }: RunJournal,
   host: Host,
   { image, of }: TargetImage,
   arrivesBy: number,
@@ -137,7 +170,14 @@ async function removeUnfinished(
 ): Promise<void> {
   const cluster = await host.rbd(of, run)
   while ((await cluster.imageId(image, run)) === undefined) {
-    if (performance.now() >= arrivesBy) return // it was not made
+    if (performance.now() >= arrivesBy) {
+      if (await isClusterTold(of, host, run)) return // it was not made
+      throw new VarveError(
+        'RUN_UNRESOLVED',
+        `The new RBD image ${image}, which is to be removed, is not found, and the domain ${of?.instance}, which tells its Ceph cluster, is not defined with it. Define it again, then run "varve recover". If the image is gone for good, remove runs/${header.id}.jsonl in the state folder.`,
+        { context: { image, instance: of?.instance } },
+      )
+    }
     await sleep(ARRIVAL_INTERVAL_MS)
   }
   await assertImageUnused(cluster, image, run)
@@ -248,7 +288,10 @@ async function finishSwap(
 ): Promise<VarveError | undefined> {
   emit(run, { type: 'stage', stage: 'swap', message: 'Putting the new disks in place' })
   const left: Rename[] = []
-  for (const step of renames) if (await statIfThere(step.temporary)) left.push(step)
+  for (const step of renames) {
+    if (await statIfThere(step.temporary)) left.push(step)
+    else if (!(await isRenamed(step))) throw fileNotFound(journal, step)
+  }
   const leftImages: { rename: ImageRename; cluster: RbdCluster }[] = []
   for (const rename of images) {
     const cluster = await host.rbd(rename.of, run)
@@ -297,6 +340,19 @@ async function hasSavedMemory(instance: string, host: Host, run: RunOptions): Pr
     if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return false // one that is to be defined anew
     throw error
   })
+}
+
+/** Not by the missing temporary alone: its file system may not be mounted, or somebody has removed it. */
+async function isRenamed({ target, identity }: Rename): Promise<boolean> {
+  return (await statIfThere(target)) !== undefined && (await fileIdentity(target)) === identity
+}
+
+function fileNotFound({ header }: RunJournal, { temporary, target }: Rename): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored file was complete as ${temporary}, and is found neither there nor at ${target}: its file system may not be mounted yet. Mount it, then run "varve recover". If the file is gone for good, remove runs/${header.id}.jsonl in the state folder, and restore again: ${target} may not hold the backup.`,
+    { context: { path: temporary, target }, retryable: true },
+  )
 }
 
 /** It was removed or moved, or is in another cluster, where the domain that tells the right one is gone. */

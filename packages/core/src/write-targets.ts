@@ -1,8 +1,10 @@
+import { stat } from 'node:fs/promises'
 import type { LayeredExtents } from '@varve/qcow2'
 import { fileIdentity } from './bitmap-twin.ts'
+import { folderIdentity } from './presence.ts'
 import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { RawFileTarget } from './raw-file-target.ts'
-import { type RestoreContext, stage } from './restore-context.ts'
+import { type RestoreContext, recordTarget, stage } from './restore-context.ts'
 import type { RestoredDisk } from './restore-pipeline.ts'
 import type { FileRestore } from './restore-plan.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
@@ -21,8 +23,8 @@ export async function writeTargets(restore: RestoreContext): Promise<RestoredDis
     stage(run, 'write', `Restoring ${disk.disk.name} to ${disk.target}`)
     if (disk.format === 'rbd') restored.push(await writeRbdImage(restore, disk))
     else if (disk.temporary !== undefined) {
-      await journal.record({ step: 'target-create', temporary: disk.temporary })
       const { temporary } = disk
+      await recordTarget(journal, temporary)
       restored.push(await writeTarget(restore, disk, merged => newFile(disk, temporary, merged)))
     } else restored.push(await writeInPlace(restore, disk))
   }
@@ -68,7 +70,10 @@ async function writeInPlace(
   disk: FileRestore,
 ): Promise<RestoredDisk> {
   const { format, target: path } = disk
-  const beforeWrite = async () =>
-    journal.record({ step: 'write-in-place', disk: disk.disk.name, path, identity: await fileIdentity(path) })
+  const beforeWrite = async () => {
+    const identity = await fileIdentity(path)
+    const folder = (await stat(path)).isFile() ? { folder: await folderIdentity(path) } : {}
+    await journal.record({ step: 'write-in-place', disk: disk.disk.name, path, identity, ...folder })
+  }
   return writeExport({ journal, ...restore }, disk, { open: async () => path, format, beforeWrite })
 }

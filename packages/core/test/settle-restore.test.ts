@@ -1,13 +1,15 @@
-import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
 import { fileIdentity } from '../src/bitmap-twin.ts'
 import { VarveError } from '../src/errors.ts'
+import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { ranBeforeCut } from '../src/incomplete.ts'
 import { RunJournal } from '../src/journal.ts'
+import { folderIdentity } from '../src/presence.ts'
 import type { RbdCluster, RbdImage } from '../src/rbd.ts'
 import { recover } from '../src/recover.ts'
 import { settleRestore } from '../src/settle-restore.ts'
@@ -89,14 +91,14 @@ async function completeRestore(site: Site) {
   const [temporary, target] = [join(folder, 'vdb.new'), join(folder, 'vdb')]
   await writeFile(temporary, 'restored')
   await journal.record({ step: 'define', instance: 'web-1', xml: '<domain/>' })
-  await journal.record({ step: 'target-create', temporary })
+  await journal.record({ step: 'target-create', temporary, folder: await folderIdentity(temporary) })
   await journal.record({ step: 'image-create', image: 'vms/a.new' })
   await journal.record({
     step: 'finish',
-    renames: [{ temporary, target }],
+    renames: [{ temporary, target, identity: await fileIdentity(temporary) }],
     images: [{ image: 'vms/a.new', target: 'vms/a', id: 'id of vms/a.new' }],
   })
-  return { journal, host, target, done }
+  return { journal, host, temporary, target, done }
 }
 
 /** A restore of an RBD image that ended once its instance, which ran, was off. */
@@ -195,7 +197,9 @@ async function restoreInPlace(...disks: string[]): Promise<RunJournal> {
   })
   for (const { name, path } of paths) {
     await writeFile(path, 'half', { flag: 'a' })
-    await journal.record({ step: 'write-in-place', disk: name, path, identity: await fileIdentity(path) })
+    const identity = await fileIdentity(path)
+    const folder = await folderIdentity(path)
+    await journal.record({ step: 'write-in-place', disk: name, path, identity, folder })
   }
   return journal
 }
@@ -279,6 +283,79 @@ test('an incomplete disk that is gone, or is another one by now, is told of no m
   await writeFile(join(folder, 'other'), 'another disk')
   await rename(join(folder, 'other'), join(folder, 'vdb'))
   expect(await recovered()).toEqual([true])
+  expect(await RunJournal.unsettled(folder)).toEqual([])
+})
+
+test('nothing is forgotten by a journal of a former version, which tells no folders, where a file is not found', async () => {
+  const notFound = expect.stringMatching(/may not be mounted yet.*remove runs\/.*\.jsonl/)
+  const path = join(folder, 'vda')
+  const half = await restoreInPlace()
+  await half.record({ step: 'write-in-place', disk: 'vda', path, identity: '1 2' })
+  const warnings: string[] = []
+  for (const _ of [1, 2]) {
+    const onEvent = (event: VarveEvent) => event.type === 'warning' && warnings.push(event.message)
+    expect(await settleRestore(half, host, { onEvent })).toMatchObject({ incomplete: ['vda'] })
+  }
+  expect(warnings).toEqual([notFound])
+
+  const cut = await restoreInPlace()
+  await cut.record({ step: 'target-create', temporary: `${path}.new` })
+  const unresolved = { code: 'RUN_UNRESOLVED', message: notFound }
+  await expect(settleRestore(cut, host, {})).rejects.toMatchObject(unresolved)
+  await writeFile(`${path}.new`, 'half')
+  expect(await settleRestore(cut, host, {})).toMatchObject({ finished: false })
+  expect(await statIfThere(`${path}.new`)).toBeUndefined()
+
+  const complete = await restoreInPlace()
+  await complete.record({ step: 'finish', renames: [{ temporary: `${path}.new`, target: path }] })
+  await writeFile(path, 'old')
+  await expect(settleRestore(complete, host, {})).rejects.toMatchObject(unresolved)
+  await writeFile(`${path}.new`, 'restored')
+  expect(await settleRestore(complete, host, {})).toMatchObject({ finished: true })
+  expect(await readFile(path, 'utf8')).toBe('restored')
+})
+
+test('a new disk that has its name is known again once the restore is called for again', async () => {
+  const site = await completeRestore({ images: ['vms/a', 'vms/a.new'] })
+  await rename(site.temporary, site.target) // as far as it came before it was cut short
+  expect(await settleRestore(site.journal, site.host, {})).toMatchObject({ finished: true })
+})
+
+test('an image is not forgotten while no domain tells its cluster, as another one may have been asked', async () => {
+  const of = { instance: 'web-1', disk: 'vda' }
+  const xml = `<domain><devices><disk type='network' device='disk'><driver type='raw'/>
+    <source protocol='rbd' name='vms/a'><host name='ceph'/></source><target dev='vda'/></disk></devices></domain>`
+  let definition: string | undefined
+  class Domain extends ImageHost {
+    override readonly reference = { kind: 'libvirt', uri: 'test:///default' } as never
+    override async describe() {
+      return definition as undefined
+    }
+    override async rbd() {
+      const cluster: Partial<RbdCluster> = {
+        async imageId() {
+          return undefined
+        },
+        async image() {
+          return { id: 'of the same name' } as RbdImage
+        },
+      }
+      return cluster as RbdCluster
+    }
+  }
+  const domain = new Domain({ instance: 'web-1', disks: {} })
+  const half = await restoreInPlace()
+  await half.record({ step: 'write-in-place', disk: 'vda', path: 'rbd:vms/a', identity: '5e', of })
+  const cut = await restoreInPlace()
+  await cut.record({ step: 'image-create', image: 'vms/a.new', of })
+  for (const _ of [1, 2]) expect(await settleRestore(half, domain, {})).toMatchObject({ incomplete: ['vda'] })
+  await expect(settleRestore(cut, domain, {})).rejects.toMatchObject({
+    code: 'RUN_UNRESOLVED',
+    message: expect.stringMatching(/vms\/a\.new.*Define it again.*remove runs\/.*\.jsonl/),
+  })
+  definition = xml
+  expect(await settleRestore(half, domain, {})).toMatchObject({ incomplete: [] })
+  expect(await settleRestore(cut, domain, {})).toMatchObject({ finished: false })
   expect(await RunJournal.unsettled(folder)).toEqual([])
 })
 
