@@ -17,6 +17,7 @@ import {
 } from './host.ts'
 import type { Consistency, ManifestDisk } from './manifest.ts'
 import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
+import { folderIdentity } from './presence.ts'
 import { resolveDisk } from './qemu-img.ts'
 import { makeExportFolder, newExportFolder } from './qemu-nbd.ts'
 import { RateLimit } from './rate-limit.ts'
@@ -45,11 +46,13 @@ export async function planOverlays(
   return Promise.all(
     disks.filter(isFileDisk).map(async disk => {
       const definition = whole === '' ? undefined : diskDefinition(whole, disk.name)
+      const overlay = await host.overlayPath(disk, id)
       return {
         disk: disk.name,
         base: disk.path,
         baseFormat: disk.format,
-        overlay: await host.overlayPath(disk, id),
+        overlay,
+        folder: await folderIdentity(overlay),
         virtualSize: disk.virtualSize,
         ...(definition !== undefined && { definition }),
         ...(disk.blockDevice && { device: await fileIdentity(disk.path) }),

@@ -5,8 +5,10 @@ import type { DiskSource } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { DiskOverlay, MergeRecord } from './host.ts'
 import { assertUnused } from './image-lock.ts'
+import { backupOfOverlay } from './late-overlays.ts'
 import type { LibvirtDomains } from './libvirt-domains.ts'
 import { type LocatedOverlay, locateBase } from './overlay-base.ts'
+import { presenceOf } from './presence.ts'
 import { isQcow2, readImageInfo } from './qemu-img.ts'
 import type { RunOptions } from './run-options.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -48,7 +50,11 @@ export async function commitOverlay(
   }
 }
 
-/** Merges the overlay wherever the disk is, so that it can be removed. False where there is none. */
+/**
+ * Merges the overlay wherever the disk is, so that it can be removed. False where there is none.
+ *
+ * @throws OVERLAY_LEFT_OVER where there may be one whose file system is not mounted
+ */
 async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<boolean> {
   const { instance, overlay, merge } = work
   const state = await settledState(domains, work, run)
@@ -68,7 +74,7 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
     else await commitDefined(domains, work, run)
     return true
   }
-  if (!(await statIfThere(overlay.overlay))) return false
+  if (!(await isThere(overlay))) return false
   if (state.path !== overlay.base) {
     // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
     throw new VarveError(
@@ -80,6 +86,19 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   if (!isPutBack(merge)) await mergeAbandoned(domains, work, state.running, run)
   return true
 }
+
+/** @throws OVERLAY_LEFT_OVER where that cannot be told */
+async function isThere({ overlay, base, folder }: DiskOverlay): Promise<boolean> {
+  const presence = await presenceOf(overlay, folder)
+  if (presence !== 'unknown') return presence === 'there'
+  throw new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `it is not found, and neither is the folder that it was made in: its file system may not be mounted yet. Mount it. ${lost(base)} and remove the record of the run, runs/${backupOfOverlay(overlay) ?? '<id>'}.jsonl in the state folder`,
+  )
+}
+
+const lost = (base: string) =>
+  `If it is gone for good, so is what the guest wrote to it that is not merged: define the disk on ${base}`
 
 /** Whether the base has all, as far as is recorded, and the disk was to be put onto it. */
 function isPutBack({ state }: MergeRecord): boolean {
@@ -131,7 +150,8 @@ async function commitForgotten(
   run: RunOptions,
 ): Promise<void> {
   const { merge, overlay } = work
-  if (merge.state === 'merged' || !(await statIfThere(overlay.overlay))) return
+  if (isDefined && merge.state !== 'merged') await assertThere(overlay)
+  if (!(await isThere(overlay)) || merge.state === 'merged') return
   if (merge.state === 'pivot') {
     throw new VarveError(
       'OVERLAY_LEFT_OVER',
@@ -152,8 +172,18 @@ async function commitForgotten(
   await commitOffline(domains, work, run)
 }
 
+/** What is removed is the overlay of a disk that is defined on its base again. So one that a definition names was removed by others. */
+async function assertThere(overlay: DiskOverlay): Promise<void> {
+  if (await isThere(overlay)) return
+  throw new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `the disk is defined to be on it, and somebody has removed it. Put it back. ${lost(overlay.base)}`,
+  )
+}
+
 /** The domain does not run, and is defined to be on the overlay. Its disk may have been run without it, on another host. */
 async function commitDefined(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
+  await assertThere(work.overlay)
   if (await wasWrittenLater(work.overlay)) await assertNothingToLose(work, run)
   await commitOffline(domains, work, run)
 }
@@ -308,7 +338,6 @@ async function commitOffline(
   { instance, overlay, merge }: OverlayMerge,
   run: RunOptions,
 ): Promise<void> {
-  if (!(await statIfThere(overlay.overlay))) return
   await assertNoSavedMemory(domains, instance, run)
   const info = await readImageInfo(overlay.overlay, 'qcow2', run)
   if (info.backing === undefined || (await realpath(info.backing)) !== overlay.base) {

@@ -4,6 +4,7 @@ import { backupTime, isBackupId } from './backup-id.ts'
 import type { DiskOverlay, Host, InstanceDisks } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { backingOf } from './overlay-base.ts'
+import { folderIdentity } from './presence.ts'
 import type { RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
 
@@ -45,8 +46,9 @@ export async function recordLateOverlays(
       const below = await backingOf(overlay, run)
       if (!below) continue
       const base = await realpath(below.name)
-      if (await isNamedAfter(overlay, { disk, base, backup: id }))
-        overlays.push({ disk, overlay, base, baseFormat: below.format })
+      if (!(await isNamedAfter(overlay, { disk, base, backup: id }))) continue
+      const folder = await folderIdentity(overlay)
+      overlays.push({ disk, overlay, folder, base, baseFormat: below.format })
     }
     if (overlays.length === 0) continue // not made by a backup, or changed since
     const journal = await RunJournal.begin(stateDir, {

@@ -7,6 +7,7 @@ import { isPaused, pauseProcess, qemuIo } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { expect, onTestFinished, test } from 'vitest'
 import type { DiskOverlay, MergeRecord } from '../src/host.ts'
+import { folderIdentity } from '../src/presence.ts'
 import { recover } from '../src/recover.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
@@ -98,14 +99,15 @@ test('a snapshot that comes after its run was settled is found by the next backu
 /** How a merge is told of an overlay that has not come yet. */
 const AWAITED: MergeRecord = { state: undefined, arrivesBy: 0, record: async () => undefined }
 
-function overlayOf(disk: string): DiskOverlay {
-  return { disk, base: image(disk), baseFormat: 'raw', overlay: join(site.folder, 'overlay') }
+async function overlayOf(disk: string): Promise<DiskOverlay> {
+  const overlay = join(site.folder, 'overlay')
+  return { disk, base: image(disk), baseFormat: 'raw', overlay, folder: await folderIdentity(overlay) }
 }
 
 test('a snapshot that libvirt has begun is waited for before its overlay counts as never made', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB, format: 'raw' }])
   await vm.start()
-  const overlay = overlayOf('vda')
+  const overlay = await overlayOf('vda')
   const qemu = await vm.qemuPid()
   let isMerged = false
   const asks = async () =>
@@ -132,7 +134,7 @@ test('a snapshot that libvirt has begun is waited for before its overlay counts 
 test('an overlay that comes right after it was looked for is not removed', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB, format: 'raw' }])
   await vm.start()
-  const overlay = overlayOf('vda')
+  const overlay = await overlayOf('vda')
   const look = fs.stat
   const setStat = (stat: unknown) => {
     Reflect.set(fs, 'stat', stat)
