@@ -75,6 +75,7 @@ export default defineConfig({
             '{packages/*,examples}/test/**/*.lab.test.ts',
             ...(isThorough ? ['{packages/*,examples}/test/**/*.thorough.test.ts'] : []),
           ],
+          isolate: false, // as for the others
           maxWorkers: 3,
           testTimeout: 300_000,
           hookTimeout: 120_000,
