@@ -1,7 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, openSync } from 'node:fs'
-import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { Socket } from 'node:net'
 import path from 'node:path'
 import { execa } from 'execa'
@@ -64,6 +64,18 @@ export interface LibvirtDaemon {
   stop(folder: 'keep' | 'remove'): Promise<void>
 }
 
+/**
+ * What the first libvirtd of this process has found out about the QEMUs that are installed: the files of its cache. To find that
+ * out costs more than the start of a domain.
+ */
+const capabilities = new Map<string, Buffer>()
+
+async function rememberCapabilities(cache: string): Promise<void> {
+  if (capabilities.size > 0) return
+  for (const name of await readdir(cache).catch(() => []))
+    capabilities.set(name, await readFile(path.join(cache, name)))
+}
+
 /** Starts a libvirtd whose configuration, state, sockets and logs are all below the folder `root`. */
 export async function startLibvirtDaemon(root: string): Promise<LibvirtDaemon> {
   for (const name of ['etc', 'lib', 'log', 'cache', 'run']) {
@@ -72,8 +84,13 @@ export async function startLibvirtDaemon(root: string): Promise<LibvirtDaemon> {
   await writeFile(path.join(root, 'etc/libvirtd.conf'), libvirtdConfig)
   await writeFile(path.join(root, 'etc/qemu.conf'), qemuConfig)
 
+  const cache = path.join(root, 'cache/qemu/capabilities')
+  await mkdir(cache, { recursive: true })
+  for (const [name, found] of capabilities) await writeFile(path.join(cache, name), found)
+
   const child = spawnSupervisor(root)
   const stop = async (folder: 'keep' | 'remove'): Promise<void> => {
+    await rememberCapabilities(cache)
     await endSupervisor(child, folder)
     if (folder === 'remove') await rm(root, { recursive: true, force: true })
   }
