@@ -119,7 +119,8 @@ export class CephLab implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#client?.[Symbol.asyncDispose]()
     await Promise.all(this.#daemons.map(daemon => daemon.kill()))
-    await rm(this.folder, { recursive: true, force: true })
+    // A client that still ends may be removing its own socket there.
+    await rm(this.folder, { recursive: true, force: true, maxRetries: 10 })
   }
 
   get #keyring(): string {
