@@ -9,11 +9,9 @@ beforeAll(async () => {
 })
 afterAll(() => cases[Symbol.asyncDispose]())
 
-// At effects that only RBD has, which the journal must know of by then; more in kill.thorough.test.ts, and all points of all
+// At an effect that only RBD has, which the journal must know of by then; more in kill.thorough.test.ts, and all points of all
 // runs in kill/kill-all.ts.
 const SAMPLE: readonly KillCase[] = [
-  // First: the image still has the snapshot of every backup, and is rolled back.
-  { kind: 'mixed', run: 'restore in place', point: 'end rbd snap rollback', nth: 0, scope: 'group' },
   // With the guest suspended, and its file systems frozen.
   { kind: 'mixed', run: 'frozen backup', point: 'end rbd snap create', nth: 0, scope: 'group' },
 ]

@@ -8,8 +8,10 @@ beforeAll(async () => {
 })
 afterAll(() => cases[Symbol.asyncDispose]())
 
-// Beside those of kill.lab.test.ts: other steps of the same runs, and images whose backups are on S3.
+// Beside that of kill.lab.test.ts: other steps of the same runs, and images whose backups are on S3.
 const SAMPLE: readonly KillCase[] = [
+  // First: the image still has the snapshot of every backup, and is rolled back.
+  { kind: 'mixed', run: 'restore in place', point: 'end rbd snap rollback', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'restore', point: 'end rbd create', nth: 0, scope: 'group' },
   { kind: 'mixed', run: 'restore', point: 'end rbd rename', nth: 0, scope: 'process' },
   { kind: 'mixed', run: 'frozen backup', point: 'end virsh suspend', nth: 0, scope: 'group' },

@@ -4,6 +4,7 @@ import { Readable } from 'node:stream'
 import { type BackupManifest, BackupPipeline, type RbdConnector, recover } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { clusterWith, expectSame, RbdInstance } from './rbd-instance.ts'
 import { RbdSite } from './rbd-site.ts'
@@ -44,47 +45,50 @@ test('an increment has what was written, zeroed and trimmed, and costs no more t
   expect(await snapshots(image)).toEqual([before, next].map(({ id }) => `varve-${id}`))
 })
 
-test('an instance may have images and files at once, of which one begins anew in the middle of a chain', async () => {
-  const vda = await site.create(8 * MIB)
-  const file = join(site.ceph.folder, 'vdb.qcow2')
-  await createQcow2(file, 8 * MIB)
-  const both = await RbdInstance.of(site, { vda: `rbd:${vda}`, vdb: file })
-  await site.write(vda, 'write -P 1 0 5M')
-  await qemuIo(file, 'qcow2', ['write -P 2 3M 2M'])
-  const first = await both.backup()
+thoroughTest(
+  'an instance may have images and files at once, of which one begins anew in the middle of a chain',
+  async () => {
+    const vda = await site.create(8 * MIB)
+    const file = join(site.ceph.folder, 'vdb.qcow2')
+    await createQcow2(file, 8 * MIB)
+    const both = await RbdInstance.of(site, { vda: `rbd:${vda}`, vdb: file })
+    await site.write(vda, 'write -P 1 0 5M')
+    await qemuIo(file, 'qcow2', ['write -P 2 3M 2M'])
+    const first = await both.backup()
 
-  // The image is stored in full again, and has less than it had.
-  await site.ceph.client.removeSnapshots(vda, `varve-${first.id}`)
-  await site.write(vda, 'discard 0 4M')
-  await qemuIo(file, 'qcow2', ['write -P 4 4M 1M'])
-  const second = await both.backup()
-  await site.write(vda, 'write -P 5 6M 1M')
-  const third = await both.backup()
-  const described = [first, second, third].map(({ chain, disks }) => [
-    chain,
-    ...disks.flatMap(({ kind, format }) => [kind, format]),
-  ])
-  expect(described).toEqual([
-    [first.id, 'full', 'rbd-diff', 'full', 'qcow2'],
-    [first.id, 'full', 'rbd-diff', 'incremental', 'qcow2'],
-    [first.id, 'incremental', 'rbd-diff', 'incremental', 'qcow2'],
-  ])
-  const wanted = await site.bytes(vda)
-  expectSame(await both.restored(third), wanted)
-  expectSame(await both.restored(third, 'vdb'), await both.rawOf(file))
-  // Without Varve, as docs/ceph.md has it: from the newest stream that is a full one.
-  const streams = [first, second, third].map(({ id }) =>
-    join(both.folder, 'storage', 'web-1', first.id, id, 'vda.rbd-diff'),
-  )
-  const starts = await Promise.all(
-    streams.map(async path => (await readFile(path)).toString('latin1', 12, 13)),
-  )
-  expect(starts).toEqual(['t', 't', 'f'])
-  const plain = await site.create(8 * MIB)
-  for (const stream of streams.slice(starts.lastIndexOf('t')))
-    await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, plain)
-  expectSame(await site.bytes(plain), wanted)
-})
+    // The image is stored in full again, and has less than it had.
+    await site.ceph.client.removeSnapshots(vda, `varve-${first.id}`)
+    await site.write(vda, 'discard 0 4M')
+    await qemuIo(file, 'qcow2', ['write -P 4 4M 1M'])
+    const second = await both.backup()
+    await site.write(vda, 'write -P 5 6M 1M')
+    const third = await both.backup()
+    const described = [first, second, third].map(({ chain, disks }) => [
+      chain,
+      ...disks.flatMap(({ kind, format }) => [kind, format]),
+    ])
+    expect(described).toEqual([
+      [first.id, 'full', 'rbd-diff', 'full', 'qcow2'],
+      [first.id, 'full', 'rbd-diff', 'incremental', 'qcow2'],
+      [first.id, 'incremental', 'rbd-diff', 'incremental', 'qcow2'],
+    ])
+    const wanted = await site.bytes(vda)
+    expectSame(await both.restored(third), wanted)
+    expectSame(await both.restored(third, 'vdb'), await both.rawOf(file))
+    // Without Varve, as docs/ceph.md has it: from the newest stream that is a full one.
+    const streams = [first, second, third].map(({ id }) =>
+      join(both.folder, 'storage', 'web-1', first.id, id, 'vda.rbd-diff'),
+    )
+    const starts = await Promise.all(
+      streams.map(async path => (await readFile(path)).toString('latin1', 12, 13)),
+    )
+    expect(starts).toEqual(['t', 't', 'f'])
+    const plain = await site.create(8 * MIB)
+    for (const stream of streams.slice(starts.lastIndexOf('t')))
+      await site.ceph.run('rbd', 'import-diff', '--no-progress', stream, plain)
+    expectSame(await site.bytes(plain), wanted)
+  },
+)
 
 test('a backup that fails leaves no snapshot, and the next increment rests on the one before', async () => {
   class Failing extends LocalDriver {

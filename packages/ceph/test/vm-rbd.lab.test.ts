@@ -22,6 +22,7 @@ import {
   readContent,
   startLibvirt,
 } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execaSync } from 'execa'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { CephConnector } from '../src/index.ts'
@@ -221,7 +222,7 @@ test('a running guest on RBD and on a file is backed up at one moment, while it 
   expect(JSON.stringify(events)).not.toContain(site.user.secret)
 })
 
-test('a guest goes on after a backup that was given up while libvirt suspended it', async () => {
+thoroughTest('a guest goes on after a backup that was given up while libvirt suspended it', async () => {
   const image = await site.create(4 * MIB)
   const guest = await createVm(image, { withFile: true, guest: false })
   await guest.start()
@@ -416,21 +417,24 @@ test('a file on an RBD image as its template is backed up running and off, and o
   })
 })
 
-test('a file on an RBD image as its template is backed up where QEMU has that without a node of the raw driver', async () => {
-  const template = await site.create(4 * MIB)
-  await site.write(template, 'write -P 17 0 4M')
-  const path = join(folder, 'vda.qcow2')
-  const backing = `rbd:${template}:conf=${site.ceph.conf}`
-  execaSync('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', backing, path])
-  const disks = [{ target: 'vda', path, format: 'qcow2' }] as const
-  vm = await lab.createDomain({ name: 'web-1', guest: false, bareRaw: true, disks })
-  await vm.start()
-  const drivers = JSON.stringify(await vm.qmp('query-named-block-nodes', { flat: true })).match(
-    /"drv":"\w+"/g,
-  )
-  expect(drivers?.sort()).toEqual(['"drv":"file"', '"drv":"qcow2"', '"drv":"rbd"'])
-  const { id } = await backup()
-  const target = join(folder, 'restored.qcow2')
-  await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { vda: target } } })
-  await qemuIo(target, 'qcow2', ['read -P 17 0 4M'])
-})
+thoroughTest(
+  'a file on an RBD image as its template is backed up where QEMU has that without a node of the raw driver',
+  async () => {
+    const template = await site.create(4 * MIB)
+    await site.write(template, 'write -P 17 0 4M')
+    const path = join(folder, 'vda.qcow2')
+    const backing = `rbd:${template}:conf=${site.ceph.conf}`
+    execaSync('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', backing, path])
+    const disks = [{ target: 'vda', path, format: 'qcow2' }] as const
+    vm = await lab.createDomain({ name: 'web-1', guest: false, bareRaw: true, disks })
+    await vm.start()
+    const drivers = JSON.stringify(await vm.qmp('query-named-block-nodes', { flat: true })).match(
+      /"drv":"\w+"/g,
+    )
+    expect(drivers?.sort()).toEqual(['"drv":"file"', '"drv":"qcow2"', '"drv":"rbd"'])
+    const { id } = await backup()
+    const target = join(folder, 'restored.qcow2')
+    await new RestorePipeline(pipelines()).run({ backup: id, to: { disks: { vda: target } } })
+    await qemuIo(target, 'qcow2', ['read -P 17 0 4M'])
+  },
+)

@@ -11,6 +11,7 @@ import {
   sha256File,
   writerBlockSize,
 } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { beforeAll, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
@@ -183,38 +184,41 @@ test('each backup of a guest that writes, zeroes and trims holds what it had flu
   expect(stored(second)).toBeLessThan(MiB / 2)
 })
 
-test('an instance with its memory saved is backed up as after a power cut, and goes on from that memory', async () => {
-  const before = await backup({ disks: FIRST })
-  await write(3, 2)
-  await vm.run('echo here > /run/mark')
-  await site.lab.virsh(['managedsave', vm.name])
-  const saved = await backup({ disks: FIRST })
-  expect(saved).toMatchObject({ parent: before.id, running: false, consistency: 'crash' })
-  expect(site.events).toContainEqual({
-    type: 'warning',
-    message: expect.stringMatching(/memory saved.*crash-consistent/),
-  })
-  const untouched = await sha256File(image('vda'))
-  expect(await storedSums(saved)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
-  const request = { backup: before.id, to: { instance: vm.name } }
-  for (const inPlace of [false, true]) {
-    await expect(restore({ ...request, inPlace })).rejects.toMatchObject({
-      code: 'MEMORY_SAVED',
-      message: expect.stringContaining(`virsh managedsave-remove ${vm.name}`),
+thoroughTest(
+  'an instance with its memory saved is backed up as after a power cut, and goes on from that memory',
+  async () => {
+    const before = await backup({ disks: FIRST })
+    await write(3, 2)
+    await vm.run('echo here > /run/mark')
+    await site.lab.virsh(['managedsave', vm.name])
+    const saved = await backup({ disks: FIRST })
+    expect(saved).toMatchObject({ parent: before.id, running: false, consistency: 'crash' })
+    expect(site.events).toContainEqual({
+      type: 'warning',
+      message: expect.stringMatching(/memory saved.*crash-consistent/),
     })
-  }
-  expect(await sha256File(image('vda'))).toBe(untouched)
+    const untouched = await sha256File(image('vda'))
+    expect(await storedSums(saved)).toEqual({ vda: await sha256Content(image('vda'), 'qcow2') })
+    const request = { backup: before.id, to: { instance: vm.name } }
+    for (const inPlace of [false, true]) {
+      await expect(restore({ ...request, inPlace })).rejects.toMatchObject({
+        code: 'MEMORY_SAVED',
+        message: expect.stringContaining(`virsh managedsave-remove ${vm.name}`),
+      })
+    }
+    expect(await sha256File(image('vda'))).toBe(untouched)
 
-  await vm.start()
-  expect((await vm.run('cat /run/mark')).stdout).toBe('here')
-  await write(6, 2)
-  const wanted = await sum('/dev/vda')
-  const next = await backup({ disks: FIRST })
-  expect(next).toMatchObject({ kind: 'incremental', parent: saved.id, running: true, consistency: 'crash' })
-  expect(await storedSums(next)).toEqual({ vda: wanted })
-})
+    await vm.start()
+    expect((await vm.run('cat /run/mark')).stdout).toBe('here')
+    await write(6, 2)
+    const wanted = await sum('/dev/vda')
+    const next = await backup({ disks: FIRST })
+    expect(next).toMatchObject({ kind: 'incremental', parent: saved.id, running: true, consistency: 'crash' })
+    expect(await storedSums(next)).toEqual({ vda: wanted })
+  },
+)
 
-test('a restore that is given up while the guest shuts down has it run again', async () => {
+thoroughTest('a restore that is given up while the guest shuts down has it run again', async () => {
   const pid = await vm.qemuPid()
   const manifest = await backup({ disks: FIRST })
   const given = new AbortController()

@@ -3,6 +3,7 @@ import { renameSync } from 'node:fs'
 import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execaSync } from 'execa'
 import { expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
@@ -287,38 +288,41 @@ test('a definition that libvirt refuses leaves the instance running as it was', 
   await asItWas()
 })
 
-test('a definition that libvirt refuses leaves disks and UEFI variables as they were, no copy, or in place restored disks', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
-  const nvram = vm.nvram ?? expect.fail('no UEFI')
-  await vm.start() // makes its UEFI variables
-  await vm.destroy()
-  const manifest = await backup()
-  await changeDefinition(manifest, ofAnotherHost)
-  const wanted = await content('vda')
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
-  await using variables = await open(nvram, 'r+')
-  await variables.write('theirs', 1000)
-  const before = [await content('vda'), await sha256File(nvram)]
-  const directory = join(site.folder, 'copies')
-  await mkdir(directory)
+thoroughTest(
+  'a definition that libvirt refuses leaves disks and UEFI variables as they were, no copy, or in place restored disks',
+  async () => {
+    const vm = await createVm([{ target: 'vda', size: 16 * MiB }], { uefi: true })
+    const nvram = vm.nvram ?? expect.fail('no UEFI')
+    await vm.start() // makes its UEFI variables
+    await vm.destroy()
+    const manifest = await backup()
+    await changeDefinition(manifest, ofAnotherHost)
+    const wanted = await content('vda')
+    await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+    await using variables = await open(nvram, 'r+')
+    await variables.write('theirs', 1000)
+    const before = [await content('vda'), await sha256File(nvram)]
+    const directory = join(site.folder, 'copies')
+    await mkdir(directory)
 
-  const over = { backup: manifest.id, to: { instance: vm.name }, definition: 'restore' } as const
-  await expect(restore(over)).rejects.toMatchObject(REFUSED)
-  expect([await content('vda'), await sha256File(nvram)]).toEqual(before)
-  await expectCleanHost([`varve-${manifest.id}`])
+    const over = { backup: manifest.id, to: { instance: vm.name }, definition: 'restore' } as const
+    await expect(restore(over)).rejects.toMatchObject(REFUSED)
+    expect([await content('vda'), await sha256File(nvram)]).toEqual(before)
+    await expectCleanHost([`varve-${manifest.id}`])
 
-  const copy = `${vm.name}-copy`
-  const to = { newInstance: copy, directory }
-  await expect(restore({ backup: manifest.id, to, start: true })).rejects.toMatchObject(REFUSED)
-  expect(await readdir(directory)).toEqual([])
-  await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+    const copy = `${vm.name}-copy`
+    const to = { newInstance: copy, directory }
+    await expect(restore({ backup: manifest.id, to, start: true })).rejects.toMatchObject(REFUSED)
+    expect(await readdir(directory)).toEqual([])
+    await expect(site.host.instance(copy)).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
 
-  await expect(restore({ ...over, inPlace: true })).rejects.toMatchObject({
-    code: 'COMMAND_FAILED',
-    message: expect.stringContaining('only its disks were restored'),
-  })
-  expect(await content('vda')).toBe(wanted)
-})
+    await expect(restore({ ...over, inPlace: true })).rejects.toMatchObject({
+      code: 'COMMAND_FAILED',
+      message: expect.stringContaining('only its disks were restored'),
+    })
+    expect(await content('vda')).toBe(wanted)
+  },
+)
 
 test('a copy whose definition was cut short is defined by recover, be it defined already or not', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])

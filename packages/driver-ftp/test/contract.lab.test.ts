@@ -3,6 +3,7 @@ import { dirname, join, relative } from 'node:path'
 import { FtpDriver, type FtpDriverOptions } from '@varve/driver-ftp'
 import { type ContractOptions, describeDriver, type RefusedDriver, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, openFtpTunnel, startVsftpd, type Tmpfs, type VsftpdLab } from '@varve/testkit/lab'
+import { isThorough } from '@varve/testkit/thorough'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { ftpTarget, optionsOf } from './ftp-target.ts'
 
@@ -70,7 +71,7 @@ describe.each(['none', 'explicit'] as const)('with TLS: %s', tls => {
       }
       await Promise.all(keys.map(make))
     },
-    turns: process.env.VARVE_THOROUGH === '1' ? 25 : 8,
+    turns: isThorough ? 25 : 8,
     manyObjects: 300, // a listing has no pages
     brief: true,
     ...SCOPE[tls],

@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver } from '@varve/testkit'
 import { mountTmpfs, type Tmpfs } from '@varve/testkit/lab'
+import { isThorough } from '@varve/testkit/thorough'
 import { afterAll, beforeAll } from 'vitest'
 import { type FolderTarget, fillFolder, folderTarget } from './rclone-target.ts'
 
@@ -50,7 +51,7 @@ describeDriver('RcloneDriver on a folder', {
   fill: ({ path }, keys) => fillFolder(path, keys),
   manyObjects: 1100,
   largeSize: 8_000_011,
-  turns: process.env.VARVE_THOROUGH === '1' ? 2 : 1,
+  turns: isThorough ? 2 : 1,
   brief: true,
   // what the core sees of odd sources, it sees for every driver
   parts: ['objects', 'keys', 'sources', 'publishing', 'reading', 'listing', 'storage'],

@@ -5,13 +5,13 @@ import { basename, dirname, join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
+import { isThorough } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { afterAll, beforeAll } from 'vitest'
 import { filesIn, fillFolder } from './rclone-target.ts'
 
 const CAPACITY = 8 * 1024 * 1024
 const WRONG = 'not the password'
-const isThorough = process.env.VARVE_THOROUGH === '1'
 /** Long enough for the start of a program on a busy machine. */
 const IDLE_TIMEOUT_MS = isThorough ? 8000 : 4000
 
@@ -109,7 +109,14 @@ describeDriver('RcloneDriver over SFTP', {
   // The rest was tried on a folder, also that nothing is staged. A connection of SSH that ends early is to rclone one that is
   // cut; what it does when a move over an object or a listing breaks off, and that it waits for sources and readers, is tried
   // with scripts.
-  parts: ['cut uploads', 'cut downloads', 'silence', 'slowness', 'refusal', 'restart'],
+  parts: [
+    'cut uploads',
+    'cut downloads',
+    'silence',
+    ...(isThorough ? (['slowness'] as const) : []),
+    'refusal',
+    'restart',
+  ],
   largeSize: 4_000_011,
   turns: 2,
   brief: true,

@@ -16,6 +16,7 @@ import {
   startRadosgw,
   startVsftpd,
 } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { filesIn } from './rclone-target.ts'
 import { expectRefused, sizes } from './remotes.ts'
@@ -46,7 +47,7 @@ const s3 = () => ({
 })
 
 // All of the contract over each kind of remote is for a longer run.
-test('over S3, given by the environment, objects are kept and no secret is told', async () => {
+thoroughTest('over S3, given by the environment, objects are kept and no secret is told', async () => {
   const commands: CommandEvent[] = []
   const driver = new RcloneDriver({
     remoteName: 'cloud',

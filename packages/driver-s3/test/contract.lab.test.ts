@@ -3,6 +3,7 @@ import { appendFile } from 'node:fs/promises'
 import { S3Driver, type S3DriverOptions } from '@varve/driver-s3'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
 import { type CephLab, type RadosgwLab, type S3User, startCeph, startRadosgw } from '@varve/testkit/lab'
+import { isThorough } from '@varve/testkit/thorough'
 import { afterAll, beforeAll } from 'vitest'
 import { TestBucket } from './s3-target.ts'
 
@@ -54,10 +55,10 @@ describeDriver('S3Driver', {
     // the gateway counts a part when it is stored, so that several at once may pass together
     return { ...(await small.target({ parallelParts: 1 })), capacity: CAPACITY }
   },
-  largeSize: (process.env.VARVE_THOROUGH === '1' ? 24 : 12) * MIB + 12_345, // three parts; two where its size is not known
+  largeSize: (isThorough ? 24 : 12) * MIB + 12_345, // three parts; two where its size is not known
   streamSize: 18_000_000, // the first part, of 8 MiB, is in its first half
   manyObjects: 2.5 * PAGE,
-  turns: process.env.VARVE_THOROUGH === '1' ? 25 : 5, // the gateway has no folders that come and go
+  turns: isThorough ? 25 : 5, // the gateway has no folders that come and go
   brief: true,
   remote: {
     async create() {

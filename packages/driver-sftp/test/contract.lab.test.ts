@@ -3,12 +3,12 @@ import { dirname, join } from 'node:path'
 import { SftpDriver, type SftpDriverOptions } from '@varve/driver-sftp'
 import { describeDriver, NetworkProxy } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
+import { isThorough } from '@varve/testkit/thorough'
 import { afterAll, beforeAll } from 'vitest'
 import { login, sftpTarget } from './sftp-target.ts'
 
 const MIB = 1024 * 1024
 const CAPACITY = 8 * MIB
-const isThorough = process.env.VARVE_THOROUGH === '1'
 
 let disk: Tmpfs
 let lab: SshdLab

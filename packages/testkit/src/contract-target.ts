@@ -10,6 +10,7 @@ import {
 import { expect, onTestFinished } from 'vitest'
 import type { NetworkProxy } from './network-proxy.ts'
 import { patternBytes } from './pattern.ts'
+import { isThorough } from './thorough.ts'
 
 /** Something that a storage's server holds, seen by other means than the driver. */
 export interface RawObject {
@@ -222,7 +223,7 @@ export async function begin<T extends DriverTarget>(create: () => Promise<T>): P
 /** Expects the server to hold what the driver lists and nothing else, or nothing unfinished where the target can tell. */
 export async function expectTidy(target: DriverTarget): Promise<void> {
   const raw = await rawNames(target)
-  if (target.isUnfinished && process.env.VARVE_THOROUGH !== '1') {
+  if (target.isUnfinished && !isThorough) {
     expect(raw.filter(name => target.isUnfinished?.(name))).toEqual([])
   } else {
     expect(raw).toEqual(await listed(target.driver))

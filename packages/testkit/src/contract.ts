@@ -9,6 +9,7 @@ import { describeRemote } from './contract-remote.ts'
 import { describeSources } from './contract-sources.ts'
 import { describeStorage } from './contract-storage.ts'
 import { type Contract, type ContractOptions, type DriverTarget, tries } from './contract-target.ts'
+import { isThorough } from './thorough.ts'
 
 /** More than a page of S3's listings, and of most others'. */
 const THOROUGH_OBJECTS = 1100
@@ -39,7 +40,7 @@ export function describeDriver<T extends DriverTarget>(name: string, options: Co
     timeoutMs: 60_000,
     ...options,
   }
-  if (process.env.VARVE_THOROUGH === '1') {
+  if (isThorough) {
     delete contract.parts
     contract.brief = false
     contract.manyObjects = Math.max(contract.manyObjects, THOROUGH_OBJECTS)

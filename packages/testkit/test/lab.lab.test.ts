@@ -19,6 +19,7 @@ import {
   startLibvirt,
   writerBlockSize,
 } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { processesOf } from './lab-processes.ts'
@@ -172,7 +173,7 @@ describe('a booted guest', () => {
     await expect(writer.stop()).rejects.toThrow('could not write: dd')
   })
 
-  test('has after a shutdown on its disks what it had before', async () => {
+  thoroughTest('has after a shutdown on its disks what it had before', async () => {
     await vm.run('dd if=/dev/urandom of=/mnt/random bs=1M count=2 && umount /mnt && sync')
     inside = (await vm.run('sha256sum /dev/vda /dev/vdb')).stdout
     await lab.virsh(['shutdown', 'guest-1', '--mode', 'agent'])
@@ -182,13 +183,16 @@ describe('a booted guest', () => {
     expect(inside).toBe(outside.join('\n'))
   })
 
-  test('loses power with its host and, where it is set to autostart, comes back with it and what it had', async () => {
-    await vm.start()
-    await lab.powerCycle()
-    expect(await vm.state()).toBe('running')
-    await vm.waitForBoot()
-    expect((await vm.run('sha256sum /dev/vda /dev/vdb')).stdout).toBe(inside)
-  })
+  thoroughTest(
+    'loses power with its host and, where it is set to autostart, comes back with it and what it had',
+    async () => {
+      await vm.start()
+      await lab.powerCycle()
+      expect(await vm.state()).toBe('running')
+      await vm.waitForBoot()
+      expect((await vm.run('sha256sum /dev/vda /dev/vdb')).stdout).toBe(inside)
+    },
+  )
 
   test('rejects a running command at once when it is destroyed', async () => {
     const running = vm.run('sleep 1000')
@@ -208,7 +212,7 @@ describe('a booted guest', () => {
   })
 })
 
-test('a lab whose process is killed leaves no process and no folder', async () => {
+thoroughTest('a lab whose process is killed leaves no process and no folder', async () => {
   const owner = execa(process.execPath, [fixture('abandon-lab.ts')], { reject: false, timeout: 120_000 })
   const [root = ''] = await once(createInterface(owner.stdout), 'line')
   expect(await processesOf(root)).toContainEqual(expect.stringContaining('qemu-system-x86_64'))
