@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { writeFileSync } from 'node:fs'
-import { mkdir, mkdtemp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
@@ -20,6 +20,7 @@ import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
 import { abortAtStep } from './abort-at-step.ts'
+import { storeImage } from './stored-image.ts'
 
 const SIZE = 8 * 1024 * 1024
 
@@ -34,17 +35,7 @@ let events: VarveEvent[]
 
 beforeAll(async () => {
   workshop = await mkdtemp(join(tmpdir(), 'varve-targets-'))
-  stateDir = join(workshop, 'state')
-  await mkdir(join(workshop, 'storage'))
-  storage = new LocalDriver({ path: join(workshop, 'storage') })
-  const disk = join(workshop, 'disk.qcow2')
-  await createQcow2(disk, SIZE)
-  await qemuIo(disk, 'qcow2', ['write -P 0x11 1M 3M'])
-  wanted = await sha256Content(disk, 'qcow2')
-  const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
-  manifest = await new BackupPipeline({ host, storage, stateDir }).run({
-    instance: 'web-1',
-  })
+  ;({ storage, stateDir, manifest, wanted } = await storeImage(workshop, SIZE))
 })
 afterAll(() => rm(workshop, { recursive: true }))
 

@@ -1,9 +1,9 @@
 import { readdirSync, writeFileSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, rm, stat } from 'node:fs/promises'
+import { mkdtemp, readdir, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { LocalDriver } from '@varve/driver-local'
-import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
+import type { LocalDriver } from '@varve/driver-local'
+import { createQcow2, sha256Content } from '@varve/testkit/lab'
 import { afterAll, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import type { VarveEvent } from '../src/events.ts'
@@ -12,6 +12,7 @@ import type { BackupManifest } from '../src/manifest.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline, type RestoreRequest } from '../src/restore-pipeline.ts'
 import { abortAtStep } from './abort-at-step.ts'
+import { storeImage } from './stored-image.ts'
 import { mountNew, type Unmountable } from './unmountable.ts'
 
 const SIZE = 8 * 1024 * 1024
@@ -23,15 +24,7 @@ let manifest: BackupManifest
 let wanted: string
 beforeAll(async () => {
   workshop = await mkdtemp(join(tmpdir(), 'varve-unmounted-'))
-  stateDir = join(workshop, 'state')
-  await mkdir(join(workshop, 'storage'))
-  storage = new LocalDriver({ path: join(workshop, 'storage') })
-  const disk = join(workshop, 'disk.qcow2')
-  await createQcow2(disk, SIZE)
-  await qemuIo(disk, 'qcow2', ['write -P 0x11 1M 3M'])
-  wanted = await sha256Content(disk, 'qcow2')
-  const host = new ImageHost({ instance: 'web-1', disks: { vda: disk } })
-  manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-1' })
+  ;({ storage, stateDir, manifest, wanted } = await storeImage(workshop, SIZE))
 })
 afterAll(() => rm(workshop, { recursive: true }))
 
