@@ -11,7 +11,7 @@ import {
 } from './backups.ts'
 import { type ChainWalk, indexChains, walkChain } from './chain.ts'
 import { deleteBackup } from './delete-backup.ts'
-import { VarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import type { Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
@@ -131,7 +131,7 @@ export class ChainManager {
    */
   async delete(backupId: string, options: RunOptions = {}): Promise<void> {
     const storage = tellCommands(this.#storage, options.onEvent)
-    const running = await this.#unsettled()
+    const running = await this.#runningBackups()
     const deleted = await deleteBackup(storage, backupId, running, options.signal ?? never)
     if (deleted && this.#snapshots) await removeSnapshotsOf(deleted.manifest, this.#snapshots, options)
   }
@@ -146,16 +146,23 @@ export class ChainManager {
   async prune(policy: PrunePolicy, options: PruneOptions = {}): Promise<PruneReport> {
     const { dryRun = false, ...run } = options
     const storage = tellCommands(this.#storage, run.onEvent)
-    const running = await this.#unsettled()
+    const running = await this.#runningBackups()
     const report = await prune(storage, policy, dryRun, running, run.signal ?? never)
     if (!dryRun && this.#snapshots)
       for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#snapshots, run)
     return report
   }
 
-  /** The runs of this machine whose uploads may be under way. */
-  async #unsettled(): Promise<ReadonlySet<string>> {
-    return new Set(this.#snapshots && (await RunJournal.unsettled(this.#snapshots.stateDir)))
+  /** The backups of this machine whose uploads may be under way; where a run cannot be read, all runs may be such. */
+  async #runningBackups(): Promise<ReadonlySet<string>> {
+    if (!this.#snapshots) return new Set()
+    const { stateDir } = this.#snapshots
+    const headers = await RunJournal.headers(stateDir).catch(error => {
+      if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined
+      throw error
+    })
+    if (!headers) return new Set(await RunJournal.unsettled(stateDir))
+    return new Set(headers.filter(({ kind }) => kind === 'backup').map(({ id }) => id))
   }
 }
 

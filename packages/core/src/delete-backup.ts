@@ -8,7 +8,7 @@ import type { StorageDriver } from './storage.ts'
 /**
  * Removes one backup, unless another rests on it, and returns what it was as far as that can be read. See `ChainManager.delete`.
  *
- * @param running the ids of runs that are not settled
+ * @param running the ids of backups that are not settled
  */
 export async function deleteBackup(
   storage: StorageDriver,

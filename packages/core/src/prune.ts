@@ -71,7 +71,7 @@ export interface PruneReport {
 /**
  * Removes what a policy does not keep, children before their parents; then garbage.
  *
- * @param running the ids of runs that are not settled: what they have stored is no garbage, however old
+ * @param running the ids of backups that are not settled: what they have stored is no garbage, however old
  */
 export async function prune(
   storage: StorageDriver,

@@ -307,10 +307,13 @@ describe('garbage', () => {
     const other = await leftOver(dead, 29 * HOUR)
     const host = new ImageHost({ instance: 'web-1', disks: {} })
     const { type, location } = storage
-    const journal = await RunJournal.begin(stateDir, {
-      ...{ version: 1, id, kind: 'backup', instance: 'web-1', disks: [] },
-      ...{ host: host.reference, storage: { type, location }, startedAt: ago(began).toISOString() },
-    })
+    const begin = (id: string, kind: 'backup' | 'restore') =>
+      RunJournal.begin(stateDir, {
+        ...{ version: 1, id, kind, instance: 'web-1', disks: [] },
+        ...{ host: host.reference, storage: { type, location }, startedAt: ago(began).toISOString() },
+      })
+    const journal = await begin(id, 'backup')
+    await begin(idAgo(99 * HOUR), 'restore') // such as one that has left a disk incomplete: it uploads nothing
     chains = new ChainManager({ storage, host, stateDir })
     expect(await garbageOf()).toEqual([other])
     expect(storage.keys.filter(key => key.startsWith(folder))).toHaveLength(3)
