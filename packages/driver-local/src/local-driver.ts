@@ -27,7 +27,7 @@ import {
 import { fileCall } from './file-call.ts'
 import { FileStream } from './file-stream.ts'
 import { FolderPath } from './folder.ts'
-import { isErrno, isMissing, localError } from './local-error.ts'
+import { isErrno, isMissing, localError, unlessMissing } from './local-error.ts'
 import { PendingFile } from './pending-file.ts'
 import { type LocalDriverOptions, StorageRoot } from './storage-root.ts'
 import { untilAborted } from './until-aborted.ts'
@@ -199,10 +199,12 @@ export class LocalDriver implements StorageDriver {
     const { folders: names } = split(prefix)
     const root = await this.#root.open(signal)
     try {
-      await using folders = await FolderPath.walk(root, names)
+      // only the way there may be missing: an error of the walk must not pass for the end of the listing
+      await using folders = await unlessMissing(FolderPath.walk(root, names))
+      if (!folders) return
       yield* walkFiles(folders.last, { base: prefix.slice(0, prefix.lastIndexOf('/') + 1), enters, takes })
     } catch (error) {
-      if (!isMissing(error)) throw localError(error, 'Listing', this.#pathOf(prefix))
+      throw localError(error, 'Listing', this.#pathOf(prefix))
     }
   }
 

@@ -18,6 +18,16 @@ export function isMissing(error: unknown): boolean {
   return isErrno(error, 'ENOENT', 'ENOTDIR', 'ELOOP', 'ENXIO')
 }
 
+/** What a call gives, or undefined where {@link isMissing} is what it fails with. */
+export async function unlessMissing<T>(promise: Promise<T>): Promise<T | undefined> {
+  try {
+    return await promise
+  } catch (error) {
+    if (isMissing(error)) return undefined
+    throw error
+  }
+}
+
 /** A file system's error as one that says what was done, to what, and what to do now. */
 export function localError(error: unknown, doing: string, path: string): VarveError {
   if (isVarveError(error)) return error

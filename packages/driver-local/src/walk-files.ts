@@ -1,16 +1,20 @@
-import type { Dirent, Stats } from 'node:fs'
-import { lstat, opendir } from 'node:fs/promises'
-import { fileCall } from './file-call.ts'
+import type { Stats } from 'node:fs'
+import { lstat, readdir } from 'node:fs/promises'
 import type { Folder } from './folder.ts'
-import { isMissing } from './local-error.ts'
+import { unlessMissing } from './local-error.ts'
 
-/** Entries of a folder whose sizes are asked for at once. */
+/** Entries of a folder that are looked up at once. */
 const BATCH = 64
 
 /** A file that {@link walkFiles} found. */
 export interface FoundFile {
   /** Its path below the folder where the walk began. */
   readonly path: string
+  readonly stats: Stats
+}
+
+interface Entry {
+  readonly name: string
   readonly stats: Stats
 }
 
@@ -30,33 +34,25 @@ export interface WalkFilesOptions {
  */
 export async function* walkFiles(folder: Folder, options: WalkFilesOptions): AsyncGenerator<FoundFile> {
   const { base, enters, takes } = options
-  let batch: string[] = []
-  for await (const entry of entriesOf(folder)) {
-    const path = `${base}${entry.name}`
-    if (entry.isDirectory() && enters(path)) {
-      yield* filesBelow(folder, entry.name, { ...options, base: `${path}/` })
-    } else if (entry.isFile() && takes(path)) {
-      batch.push(entry.name)
-      if (batch.length === BATCH) {
-        yield* await filesOf(folder, base, batch)
-        batch = []
-      }
+  const names = await namesIn(folder)
+  const wanted = names.filter(name => takes(`${base}${name}`) || enters(`${base}${name}`))
+  for (let first = 0; first < wanted.length; first += BATCH) {
+    for (const { name, stats } of await entriesOf(folder, wanted.slice(first, first + BATCH))) {
+      const path = `${base}${name}`
+      if (stats.isFile() && takes(path)) yield { path, stats }
+      const within = { ...options, base: `${path}/` }
+      if (stats.isDirectory() && enters(path)) yield* filesBelow(folder, name, within)
     }
   }
-  yield* await filesOf(folder, base, batch)
 }
 
-async function* entriesOf(folder: Folder): AsyncGenerator<Dirent> {
-  const entries = await folder.call(() => opendir(folder.path, { bufferSize: BATCH }))
-  try {
-    for (;;) {
-      const entry = await folder.call(() => entries.read())
-      if (!entry) return
-      yield entry
-    }
-  } finally {
-    await fileCall(() => entries.close())
-  }
+/**
+ * Names alone: for the type of an entry, where the file system does not give it with the name, Node asks in the main
+ * thread, and fails with `ENOENT` where the entry has gone by then.
+ */
+async function namesIn(folder: Folder): Promise<string[]> {
+  // the system has no entries of a folder, not even none, that was removed since it was opened
+  return (await unlessMissing(folder.call(() => readdir(folder.path)))) ?? []
 }
 
 async function* filesBelow(
@@ -68,21 +64,12 @@ async function* filesBelow(
   if (inner) yield* walkFiles(inner, options)
 }
 
-async function filesOf(folder: Folder, base: string, names: readonly string[]): Promise<FoundFile[]> {
+async function entriesOf(folder: Folder, names: readonly string[]): Promise<Entry[]> {
   const found = await Promise.all(
     names.map(async name => {
       const stats = await unlessMissing(folder.call(() => lstat(folder.at(name))))
-      return stats?.isFile() ? [{ path: `${base}${name}`, stats }] : []
+      return stats ? [{ name, stats }] : []
     }),
   )
   return found.flat()
-}
-
-async function unlessMissing<T>(promise: Promise<T>): Promise<T | undefined> {
-  try {
-    return await promise
-  } catch (error) {
-    if (isMissing(error)) return undefined
-    throw error
-  }
 }

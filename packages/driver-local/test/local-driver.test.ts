@@ -1,11 +1,13 @@
 import { once } from 'node:events'
-import { mkdir, readdir, truncate, unlink, utimes, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, rmdir, truncate, unlink, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
 import { bytesBody, type ObjectStream } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { PatternBody, troubledSource } from '@varve/testkit'
 import { describe, expect, test, vi } from 'vitest'
+import { Folder } from '../src/folder.ts'
+import { walkFiles } from '../src/walk-files.ts'
 import { temporaryStorage } from './temporary-storage.ts'
 
 async function driverOn() {
@@ -73,6 +75,16 @@ test('an upload of any size needs the memory of a few chunks', async () => {
   await driver.put('object', body)
   expect(body.faults).toEqual([])
   expect(body.allocations).toBeLessThanOrEqual(6)
+})
+
+test('a folder that was removed when it is read is empty, and ends no listing', async () => {
+  const { path } = await temporaryStorage()
+  await mkdir(`${path}/gone`)
+  await using root = await Folder.open(path)
+  await using gone = await root.enter('gone')
+  await rmdir(`${path}/gone`)
+  const every = { base: '', enters: () => true, takes: () => true }
+  for await (const file of walkFiles(gone, every)) expect.unreachable(file.path)
 })
 
 test('no file stays open, whatever comes of the calls', async () => {

@@ -1,4 +1,8 @@
-import { readdir, writeFile } from 'node:fs/promises'
+import { execFileSync, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdir, mkdtemp, readdir, rm, truncate, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
@@ -89,4 +93,44 @@ test('a read-only mount denies writing and deleting, says so at the check, and c
     ],
   })
   expect(await buffer(await driver.get('a/object'))).toEqual(bytes)
+})
+
+/** Gives files their names in one folder, and makes and removes another, without end. Says first that it does. */
+const BUSY = `
+  const fs = require('node:fs')
+  const [path] = process.argv.slice(1)
+  for (let turn = 0; ; turn++) {
+    fs.writeFileSync(path + '/inst/c/b0/.varve-part-1', 'x')
+    fs.renameSync(path + '/inst/c/b0/.varve-part-1', path + '/inst/c/b0/new')
+    fs.mkdirSync(path + '/inst/a')
+    fs.rmdirSync(path + '/inst/a')
+    if (turn === 0) fs.writeSync(1, 'busy')
+  }`
+
+test('a listing has all objects while others come and go, also where the file system tells no types of entries', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-mount-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const [image, path] = [join(folder, 'image'), join(folder, 'mounted')]
+  await writeFile(image, '')
+  await truncate(image, 16 * MIB)
+  execFileSync('mkfs.ext4', ['-q', '-O', '^filetype', image])
+  await mkdir(path)
+  execFileSync('mount', ['-o', 'loop', image, path])
+  onTestFinished(() => void execFileSync('umount', [path]))
+  const driver = new LocalDriver({ path })
+  const keys = Array.from({ length: 30 }, (_, object) => `inst/c/b${object % 10}/${object}`)
+  for (const key of keys) await driver.put(key, bytesBody(bytes))
+
+  const busy = spawn(process.execPath, ['-e', BUSY, path], { stdio: ['ignore', 'pipe', 'inherit'] })
+  try {
+    await once(busy.stdout, 'data')
+    for (let listing = 0; listing < 100; listing++) {
+      const listed = new Set<string>()
+      for await (const { key } of driver.list('inst/')) listed.add(key)
+      expect(keys.filter(key => !listed.has(key))).toEqual([])
+    }
+  } finally {
+    busy.kill()
+    await once(busy, 'close')
+  }
 })
