@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import {
   abortError,
   backupOfMark,
+  type ImageState,
   isVarveError,
   type RbdCluster,
   type RbdDiffStream,
@@ -87,6 +88,11 @@ export class CephCluster implements RbdCluster {
         throw error
       },
     )
+  }
+
+  async imageState(image: string, run: RunOptions = {}): Promise<ImageState> {
+    const { id, writtenAt } = await this.#info(image, run)
+    return { id, ...(writtenAt !== undefined && { writtenAt }) }
   }
 
   async snapshots(image: string, run: RunOptions = {}): Promise<RbdSnapshot[]> {

@@ -14,6 +14,7 @@ const infoShape = z.object({
   flags: z.array(z.string()).default([]),
   group: z.string().optional(),
   mirroring: z.unknown().optional(),
+  modify_timestamp: z.string().optional(),
 })
 
 const snapshotShape = z.array(z.object({ id: size, name: z.string(), protected: z.enum(['true', 'false']) }))
@@ -39,6 +40,8 @@ export interface ImageInfo {
   readonly flags: readonly string[]
   /** The group that it is in. */
   readonly group?: string
+  /** When it was last written to. */
+  readonly writtenAt?: string
   /** Whether it is mirrored to another cluster, or from it. */
   readonly mirrored: boolean
 }
@@ -70,6 +73,7 @@ export function parseInfo(json: string): ImageInfo {
     size: info.size,
     flags: info.flags,
     mirrored: info.mirroring !== undefined,
+    ...(info.modify_timestamp !== undefined && { writtenAt: info.modify_timestamp }),
     ...(info.group !== undefined && { group: info.group }),
     layout: {
       features: info.features,

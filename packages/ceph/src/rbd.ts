@@ -47,7 +47,7 @@ export class Rbd {
       ...more,
     ]
     const timeoutMs = isLong ? LONG_MS : SHORT_MS
-    const env = connectionEnvironment(this.#connection)
+    const env = { ...connectionEnvironment(this.#connection), TZ: 'UTC' } // times are compared as they are printed
     try {
       return (await runCommand('rbd', args, { ...run, label, timeoutMs, env })).stdout
     } catch (error) {

@@ -316,8 +316,10 @@ test('where no disk tells its cluster any more, that of the configuration is tak
   expect(warnings).toEqual([{ type: 'warning', message: expect.stringContaining('web-0/vda') }])
 })
 
-test('an instance that is off is backed up, and its restore waits where it was started and saved its memory since', async () => {
+test('an instance that is off is backed up, and its restore waits where it was started and saved its memory since, or wrote to its image', async () => {
   const image = await site.create(MIB)
+  // Ceph notes the time of a write once a minute by itself.
+  await site.ceph.run('rbd', 'config', 'image', 'set', image, 'rbd_mtime_update_interval', '1')
   const guest = await createVm(image, { withFile: false, guest: false })
   await site.write(image, 'write -P 1 0 1M')
   const { id, ...stored } = await backup()
@@ -340,6 +342,11 @@ test('an instance that is off is backed up, and its restore waits where it was s
   const recoverNow = () => recover({ ...pipelines(), storages: [storage] })
   expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
   virsh('managedsave-remove')
+  await site.write(image, 'write -P 3 0 1M')
+  const written = { code: 'RUN_UNRESOLVED', message: expect.stringContaining('was written to') }
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: written }] })
+  expect((await site.bytes(image))[0]).toBe(3)
+  await site.ceph.run('rbd', 'rename', image, `${image}-kept`)
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   expect(await guest.state()).toBe('running')
   expect((await site.bytes(image))[0]).toBe(1)

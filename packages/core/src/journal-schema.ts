@@ -21,6 +21,8 @@ const header: z.ZodType<JournalHeader> = z.object({
   startedAt: text,
 })
 
+const fileState = z.object({ identity: text, writtenAt: text })
+const imageState = z.object({ id: text, writtenAt: text.exactOptional() })
 const of = z.object({ instance: text, disk: text }).exactOptional()
 const targetImage = { image: text, of }
 
@@ -86,11 +88,20 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
         temporary: text,
         target: text,
         identity: text.exactOptional(),
+        replaces: fileState.exactOptional(),
         isNew: z.boolean().exactOptional(),
       }),
     ),
     images: z
-      .array(z.object({ ...targetImage, target: text, id: text, isNew: z.boolean().exactOptional() }))
+      .array(
+        z.object({
+          ...targetImage,
+          target: text,
+          id: text,
+          replaces: imageState.exactOptional(),
+          isNew: z.boolean().exactOptional(),
+        }),
+      )
       .exactOptional(),
   }),
   defined: nothing,

@@ -2,9 +2,11 @@ import { constants, type FileHandle, open, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { isBackupId } from './backup-id.ts'
 import { VarveError } from './errors.ts'
+import type { FileState } from './file-state.ts'
 import type { DiskOverlay, DiskPlace, HostReference } from './host.ts'
 import { parseHeader, parseStep } from './journal-schema.ts'
 import { makeFolders } from './make-folders.ts'
+import type { ImageState } from './rbd.ts'
 import { statIfThere } from './stat-if-there.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 
@@ -154,6 +156,8 @@ export interface Rename {
   readonly target: string
   /** Tells the file once it has its name. Journals of former versions lack it. */
   readonly identity?: string
+  /** The file that it replaces, to which nobody may write from then on. Journals of former versions lack it. */
+  readonly replaces?: FileState
   /** Whether nothing may be replaced by it. Default: false. */
   readonly isNew?: boolean
 }
@@ -171,6 +175,8 @@ export interface ImageRename extends TargetImage {
   readonly target: string
   /** The id that Ceph gave it, by which it is known once it has its name. */
   readonly id: string
+  /** The image that it replaces, to which nobody may write from then on. Journals of former versions lack it. */
+  readonly replaces?: ImageState
   /** Whether nothing may be replaced by it. Default: false. */
   readonly isNew?: boolean
 }

@@ -73,6 +73,14 @@ export interface RbdImage {
   readonly mirrored?: boolean
 }
 
+/** What shows that an image is another one later, or was written to. */
+export interface ImageState {
+  /** The id that Ceph gave it. */
+  readonly id: string
+  /** When it was last written to, as Ceph tells it, which notes that once a minute. Absent where it does not. */
+  readonly writtenAt?: string
+}
+
 /** What is exported: the content of a snapshot, or what changed from another one to it. */
 export interface RbdExport {
   /** The name of the snapshot that the stream leads to. */
@@ -129,6 +137,8 @@ export interface RbdCluster {
   image(image: string, run?: RunOptions): Promise<RbdImage>
   /** The id that Ceph gave an image; undefined where there is none of that name, or no such pool. */
   imageId(image: string, run?: RunOptions): Promise<string | undefined>
+  /** What an image is known by later. @throws DISK_NOT_FOUND */
+  imageState(image: string, run?: RunOptions): Promise<ImageState>
   /** The snapshots that users made, the oldest first. @throws DISK_NOT_FOUND */
   snapshots(image: string, run?: RunOptions): Promise<RbdSnapshot[]>
   /** Takes a snapshot where there is none of that name. Also while a client has the image open. */

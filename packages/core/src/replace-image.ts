@@ -32,7 +32,8 @@ export async function replaceImage(
  */
 export async function assertReplaceable(
   cluster: RbdCluster,
-  { image, target, isNew }: ImageRename,
+  { image, target, replaces, isNew }: ImageRename,
+  runId: string,
   run: RunOptions,
 ): Promise<boolean> {
   if (isNew) {
@@ -41,6 +42,14 @@ export async function assertReplaceable(
   }
   try {
     await assertImageUnused(cluster, target, run)
+    const now = replaces && (await cluster.imageState(target, run))
+    if (replaces && now && (now.id !== replaces.id || now.writtenAt !== replaces.writtenAt))
+      throw usedSince(`${RBD_PREFIX}${target}`, {
+        what: now.id === replaces.id ? 'was written to' : 'is another image',
+        restored: `the RBD image ${image}`,
+        runId,
+        moveAway: 'rename that image (rbd rename)',
+      })
     return true
   } catch (error) {
     if (isVarveError(error, 'DISK_NOT_FOUND')) return false
@@ -81,7 +90,26 @@ function notReplaced(image: string, target: string): VarveError {
 export function stillInUse(path: string, cause: unknown): VarveError {
   return new VarveError(
     'RUN_UNRESOLVED',
-    `The restored disk is complete, but cannot take the place of ${path}: that is in use by a virtual machine or another program. Shut it off, then run "varve recover": the disk is replaced and what was written to it since is lost. Copy the disk before where that is needed.`,
+    `The restored disk is complete, but cannot take the place of ${path}: that is in use by a virtual machine or another program. Shut it off, then run "varve recover": it replaces the disk, or where that was written to since, tells how to decide.`,
     { context: { path }, cause },
+  )
+}
+
+/** How the error of {@link usedSince} names things. */
+interface UsedSince {
+  /** What happened, such as `was written to`. */
+  readonly what: string
+  /** What the restore has made. */
+  readonly restored: string
+  readonly runId: string
+  readonly moveAway: string
+}
+
+/** The error of a restored disk whose place is taken by what nobody has seen: only a person may drop that. */
+export function usedSince(path: string, { what, restored, runId, moveAway }: UsedSince): VarveError {
+  return new VarveError(
+    'RUN_UNRESOLVED',
+    `The restored disk is complete as ${restored}, but ${path}, which it was to replace, ${what} since the restore ended. It is left alone. To have the restored disk, ${moveAway} and run "varve recover": the disk gets its name. To keep what is there, remove ${restored} and runs/${runId}.jsonl in the state folder.`,
+    { context: { path } },
   )
 }

@@ -5,6 +5,7 @@ import type { StoredBackup } from './backups.ts'
 import { fileIdentity, ownerOf } from './bitmap-twin.ts'
 import { type DiskSource, diskDefinition, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { abortError, isVarveError, VarveError } from './errors.ts'
+import { fileState } from './file-state.ts'
 import type { Instance, RbdDisk } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { ranBeforeCut } from './incomplete.ts'
@@ -239,7 +240,7 @@ function ownNvram(instance: string, stored: string | undefined): string | undefi
  * a new file's name is taken. */
 export async function finish(restore: RestoreContext, nvram: Rename | undefined): Promise<void> {
   const { plan, journal, run } = restore
-  const renames: Rename[] = []
+  const files: Rename[] = []
   const images: ImageRename[] = []
   for (const disk of plan.disks) {
     const { temporary, target } = disk
@@ -249,13 +250,22 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
       const id = await disk.cluster.imageId(temporary, run)
       if (id === undefined) throw newDiskGone(`RBD image ${temporary}`, { image: temporary })
       const isNew = disk.existing === undefined
-      images.push({ ...targetImage(restore, disk, temporary), target: disk.image, id, isNew })
-    } else renames.push(await renameOf(temporary, target, disk.isNew ?? false))
+      const replaces = isNew ? {} : { replaces: await disk.cluster.imageState(disk.image, run) }
+      images.push({
+        ...targetImage(restore, disk, temporary),
+        target: disk.image,
+        id,
+        ...replaces,
+        isNew,
+      })
+    } else files.push(await renameOf(temporary, target, disk.isNew ?? false))
   }
-  if (nvram) renames.push(nvram)
-  for (const rename of renames) {
+  if (nvram) files.push(nvram)
+  const renames: Rename[] = []
+  for (const rename of files) {
     if (rename.isNew) await assertNameIsFree(rename)
     await assertUnused(rename.target, run)
+    renames.push(await withReplaced(rename))
   }
   if (run.signal?.aborted) throw abortError(run.signal)
   await journal.record({ step: 'finish', renames, images })
@@ -264,6 +274,13 @@ export async function finish(restore: RestoreContext, nvram: Rename | undefined)
 async function renameOf(temporary: string, target: string, isNew: boolean): Promise<Rename> {
   if (!(await statIfThere(temporary))) throw newDiskGone(`file ${temporary}`, { path: temporary })
   return { temporary, target, identity: await fileIdentity(temporary), isNew }
+}
+
+/** Nothing may be replaced later but what is there now. */
+async function withReplaced(rename: Rename): Promise<Rename> {
+  if (rename.isNew || !(await statIfThere(rename.target))) return { ...rename, isNew: true }
+  const replaces = await fileState(rename.target)
+  return { ...rename, ...(replaces && { replaces }) }
 }
 
 function newDiskGone(what: string, context: VarveError['context']): VarveError {

@@ -3,6 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileIdentity } from './bitmap-twin.ts'
 import { readDomainXml } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { changeSince } from './file-state.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { forgetIncomplete, incompleteDisks, presenceOfOverwritten } from './incomplete.ts'
@@ -25,6 +26,7 @@ import {
   removeReplaced,
   replaceImage,
   stillInUse,
+  usedSince,
 } from './replace-image.ts'
 import { assertImageUnused } from './restore-plan-rbd.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -301,11 +303,16 @@ async function finishSwap(
   if (left.length + leftImages.length > 0) await assertNoSavedMemory(journal, host, run)
   for (const step of left) {
     await assertOff(step.target, run)
+    await assertUntouched(journal, step)
     if (step.isNew) await assertNameIsFree(step).catch(error => throwUnresolved(step, error))
   }
   const replacements: Replacement[] = []
   for (const { rename, cluster } of leftImages)
-    replacements.push({ rename, cluster, replaces: await assertReplaceable(cluster, rename, run) })
+    replacements.push({
+      rename,
+      cluster,
+      replaces: await assertReplaceable(cluster, rename, journal.header.id, run),
+    })
   const refusal = await changeDefinition(journal, host, run)
   if (refusal) {
     await journal.record({ step: 'undo' })
@@ -324,13 +331,26 @@ async function assertOff(target: string, run: RunOptions): Promise<void> {
   })
 }
 
+/** What was written to the old disk since the restore ended, or took its place, is not ours to drop either. */
+async function assertUntouched({ header }: RunJournal, step: Rename): Promise<void> {
+  const { temporary, target, replaces } = step
+  const change = replaces ? await changeSince(target, replaces) : 'none'
+  if (change === 'none' || change === 'gone') return
+  throw usedSince(target, {
+    what: change === 'written' ? 'was written to' : 'is another file',
+    restored: temporary,
+    runId: header.id,
+    moveAway: `move ${target} away`,
+  })
+}
+
 /** Memory that was saved since belongs to the old disks: the instance was started by somebody else. */
 async function assertNoSavedMemory(journal: RunJournal, host: Host, run: RunOptions): Promise<void> {
   const power = journal.of('power-off').at(-1)
   if (!power || !(await hasSavedMemory(power.instance, host, run))) return
   throw new VarveError(
     'RUN_UNRESOLVED',
-    `The restored disks are complete, but ${power.instance} has its memory saved (virsh managedsave) since it ran on the old ones. Drop that memory with "virsh managedsave-remove ${power.instance}", then run "varve recover": the disks are replaced and what was written to the old ones since is lost. Copy them before where that is needed.`,
+    `The restored disks are complete, but ${power.instance} has its memory saved (virsh managedsave) since it ran on the old ones. Drop that memory with "virsh managedsave-remove ${power.instance}", then run "varve recover": it tells how to decide where the old disks were written to since.`,
     { context: { instance: power.instance } },
   )
 }

@@ -10,7 +10,7 @@ import { ImageHost } from '../src/image-host.ts'
 import { ranBeforeCut } from '../src/incomplete.ts'
 import { RunJournal } from '../src/journal.ts'
 import { folderIdentity } from '../src/presence.ts'
-import type { RbdCluster, RbdImage } from '../src/rbd.ts'
+import type { ImageState, RbdCluster, RbdImage } from '../src/rbd.ts'
 import { recover } from '../src/recover.ts'
 import { settleRestore } from '../src/settle-restore.ts'
 import { statIfThere } from '../src/stat-if-there.ts'
@@ -26,18 +26,26 @@ interface Site {
   images: string[]
   /** Of these, those that somebody has open. */
   open?: string[]
+  /** The one that the restored image is to replace, as it is by now. Default: as it was. */
+  now?: ImageState
   /** Why libvirt does not take the definition. */
   refusal?: VarveError
   /** Why an image is not removed. */
   notRemoved?: VarveError
 }
 
+/** The image that a restored one is to replace, when the restore ended. */
+const REPLACED: ImageState = { id: 'id of vms/a', writtenAt: 'Sat Nov 28 12:00:00 2026' }
+
 /** The host of an instance that is off, on the RBD image `vms/a`, and what is done there. */
-function siteOf({ images, open = [], refusal, notRemoved }: Site) {
+function siteOf({ images, open = [], now = REPLACED, refusal, notRemoved }: Site) {
   const done: string[] = []
   const cluster: Partial<RbdCluster> = {
     async imageId(image) {
       return images.includes(image) ? `id of ${image}` : undefined
+    },
+    async imageState() {
+      return now
     },
     async image() {
       return { id: 'a', size: 0, snapshots: [], metadata: new Map(), objectMapInvalid: false }
@@ -96,7 +104,7 @@ async function completeRestore(site: Site) {
   await journal.record({
     step: 'finish',
     renames: [{ temporary, target, identity: await fileIdentity(temporary) }],
-    images: [{ image: 'vms/a.new', target: 'vms/a', id: 'id of vms/a.new' }],
+    images: [{ image: 'vms/a.new', target: 'vms/a', id: 'id of vms/a.new', replaces: REPLACED }],
   })
   return { journal, host, temporary, target, done }
 }
@@ -125,6 +133,23 @@ test('nothing is defined and no file is replaced where an image is in use again'
   expect(await statIfThere(target)).toBeUndefined()
   expect(await RunJournal.unsettled(folder)).toHaveLength(1)
 })
+
+test.for([
+  { what: 'was written to', now: { ...REPLACED, writtenAt: 'Sun Nov 29 12:00:00 2026' } },
+  { what: 'is another image', now: { ...REPLACED, id: 'another' } },
+])(
+  'an image that $what since the restore ended is not replaced, and nothing else is',
+  async ({ what, now }) => {
+    const { journal, host, target, done } = await completeRestore({ images: ['vms/a', 'vms/a.new'], now })
+    await expect(settleRestore(journal, host, {})).rejects.toMatchObject({
+      code: 'RUN_UNRESOLVED',
+      message: expect.stringMatching(new RegExp(`rbd:vms/a, .*${what} .*rbd rename.*keep.*runs/.*jsonl`)),
+      context: { path: 'rbd:vms/a' },
+    })
+    expect(done).toEqual([])
+    expect(await statIfThere(target)).toBeUndefined()
+  },
+)
 
 test.for([
   { there: 'nothing', images: [] },

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { renameSync } from 'node:fs'
-import { mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, open, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { thoroughTest } from '@varve/testkit/thorough'
@@ -49,29 +49,42 @@ async function changeDefinition(manifest: BackupManifest, change: (xml: string) 
 
 const ofAnotherHost = (xml: string) => xml.replace(/machine='[^']*'/, "machine='pc-q35-99.9'")
 
-test('an instance that somebody started again right before the swap keeps its disk until it is off', async () => {
+test('an instance that somebody started again right before the swap keeps its disk, and what it wrote there', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
   await qemuIo(image('vda'), 'qcow2', ['write -P 0x11 0 8M'])
   const manifest = await backup()
   const wanted = await content('vda')
   await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
-  const theirs = await content('vda')
   await vm.start()
   const startAgain = onStage('swap', () => execaSync('virsh', ['--connect', site.lab.uri, 'start', vm.name]))
   const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
-  const unresolved = {
+  const unresolved = (message: RegExp) => ({
     code: 'RUN_UNRESOLVED',
-    message: expect.stringMatching(/varve recover.*is lost/s),
+    message: expect.stringMatching(message),
     context: { path: image('vda') },
-  }
-  await expect(restore(request, startAgain)).rejects.toMatchObject(unresolved)
-  expect(await recoverNow()).toMatchObject({
-    ok: false,
-    runs: [{ outcome: 'unresolved', error: unresolved }],
   })
+  const recoverIsRefused = async (message: RegExp) =>
+    expect(await recoverNow()).toMatchObject({
+      ok: false,
+      runs: [{ outcome: 'unresolved', error: unresolved(message) }],
+    })
+  const isInUse = /is in use.*Shut it off.*varve recover/s
+  await expect(restore(request, startAgain)).rejects.toMatchObject(unresolved(isInUse))
+  await recoverIsRefused(isInUse)
   expect(await vm.state()).toBe('running')
+  await vm.io('vda', 'write -P 0x33 0 1M')
   await vm.destroy()
+  const theirs = await content('vda')
+  await recoverIsRefused(/was written to.*move .*vda away.*varve recover.*keep.*remove .*runs\/.*jsonl/s)
   expect(await content('vda')).toBe(theirs)
+  await qemuIo(image('vda'), 'qcow2', ['read -P 0x33 0 1M', 'read -P 0x22 4M 8M'])
+
+  // Another disk at its path, as of an instance that was installed anew.
+  await rename(image('vda'), join(site.folder, 'before'))
+  await createQcow2(image('vda'), 16 * MiB)
+  await recoverIsRefused(/is another file since/)
+  await qemuIo(image('vda'), 'qcow2', ['read -P 0 0 16M'])
+  await rename(image('vda'), join(site.folder, 'anew'))
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   expect(await vm.state()).toBe('running')
   await vm.destroy()
