@@ -84,7 +84,7 @@ async function tellError(
 
 function interrupted(signal: EndSignal): VarveError {
   const by = signal === 'SIGINT' ? 'Ctrl-C' : signal
-  return new VarveError('ABORTED', `Stopped by ${by}.`, { context: { signal } })
+  return new VarveError('ABORTED', `Stopped by ${by}.`)
 }
 
 function createProgram(session: Session, writeOut: (text: string) => void): Command {

@@ -214,13 +214,15 @@ export class BackupPipeline {
       const frozen = await freeze(backup)
       // While the guest's overlays have room.
       await using watch = new OverlayWatch(frozen.overlays, request.overlayReserve, run)
-      const signal = run.signal ? AbortSignal.any([run.signal, watch.signal]) : watch.signal
-      const watched = { ...backup, storage: calls.storage, run: { ...run, signal } }
-      const images = await stream(watched, frozen)
-      manifest = await describe(watched, frozen, { definition, disks: images })
-      await publish(watched, manifest, {
-        bitmaps: bitmapsToRetire(disks, backups, id, gone),
-        snapshots: snapshotsToRetire(disks, backups, id, request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS, gone),
+      const snapshots = request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS
+      await watch.during(run.signal, async signal => {
+        const watched = { ...backup, storage: calls.storage, run: { ...run, signal } }
+        const images = await stream(watched, frozen)
+        manifest = await describe(watched, frozen, { definition, disks: images })
+        await publish(watched, manifest, {
+          bitmaps: bitmapsToRetire(disks, backups, id, gone),
+          snapshots: snapshotsToRetire(disks, backups, id, snapshots, gone),
+        })
       })
     } catch (error) {
       failure = runError(error, run.signal)

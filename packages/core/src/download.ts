@@ -95,7 +95,8 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
     if (stream.readInto && sink.direct) await receiveDirectly(stream, sink.direct, attempt)
     else await receiveChunks(stream, sink, attempt)
   } catch (error) {
-    if (signal.aborted) throw abortError(signal)
+    if (options.signal.aborted) throw abortError(options.signal)
+    if (stall.signal.aborted) throw stall.signal.reason
     if (isVarveError(error)) throw error
     throw new VarveError(
       'STORAGE_FAILED',

@@ -123,8 +123,8 @@ export function errorMessage(error: unknown): string {
 
 /** What a run rejects with, whatever was thrown in it: an error that nobody has foreseen has the code `UNEXPECTED`. */
 export function runError(error: unknown, signal?: AbortSignal): VarveError {
+  if (signal?.aborted && (error === signal.reason || !isVarveError(error))) return abortError(signal)
   if (isVarveError(error)) return error
-  if (signal?.aborted) return abortError(signal)
   return new VarveError(
     'UNEXPECTED',
     `Something that Varve does not expect: ${errorMessage(error)}. Look at what that names; if nothing is wrong with it, this is an error of Varve's: report it with the error that is its cause.`,
@@ -132,9 +132,15 @@ export function runError(error: unknown, signal?: AbortSignal): VarveError {
   )
 }
 
-/** The error of a run that its caller gave up: `ABORTED`, with the signal's reason as its cause. */
+/**
+ * The error of a run that its caller gave up: `ABORTED`, with the signal's reason as its cause. The reason may be the error of
+ * another run, whose code and context tell nothing of this one.
+ */
 export function abortError(signal: AbortSignal): VarveError {
   const { reason } = signal
-  if (isVarveError(reason)) return reason
-  return new VarveError('ABORTED', `Given up: ${errorMessage(reason)}`, { cause: reason })
+  const message = errorMessage(reason)
+  if (!isVarveError(reason, 'ABORTED'))
+    return new VarveError('ABORTED', `Given up: ${message}`, { cause: reason })
+  if (Object.keys(reason.context).length === 0) return reason
+  return new VarveError('ABORTED', message, { cause: reason })
 }

@@ -1,6 +1,6 @@
 import { type FileHandle, open } from 'node:fs/promises'
 import type { GuestReader, ReadOptions } from '@varve/qcow2'
-import { errorMessage, VarveError } from './errors.ts'
+import { abortError, errorMessage, VarveError } from './errors.ts'
 import { ImageMap } from './image-map.ts'
 import { readImageMap } from './read-image-map.ts'
 import { emit, type RunOptions } from './run-options.ts'
@@ -90,7 +90,7 @@ export class ImageReader implements GuestReader, Disposable {
   /** What the file does not give, since it ends before a cluster does or is damaged, is the server's to give or refuse. */
   async #readFile(position: number, offset: number, into: Uint8Array, options: ReadOptions): Promise<void> {
     for (let done = 0; done < into.length; ) {
-      options.signal?.throwIfAborted()
+      if (options.signal?.aborted) throw abortError(options.signal)
       const read = this.#file?.read(into, done, into.length - done, position + done)
       const bytesRead = await read?.then(
         result => result.bytesRead,

@@ -143,7 +143,7 @@ class SpaceWatch implements AsyncDisposable {
   }
 }
 
-/** Watches the space of overlays that are in use. Its signal is aborted, with the error as the reason, when that ends. */
+/** Watches the space of overlays that are in use. */
 export class OverlayWatch implements AsyncDisposable {
   readonly #lack = new AbortController()
   readonly #watch: SpaceWatch | undefined
@@ -157,8 +157,14 @@ export class OverlayWatch implements AsyncDisposable {
     )
   }
 
-  get signal(): AbortSignal {
-    return this.#lack.signal
+  /** Does `work`, and gives it up where the space runs low: what is lacking is thrown once it has ended. */
+  async during<T>(given: AbortSignal | undefined, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
+    const lack = this.#lack.signal
+    try {
+      return await work(given ? AbortSignal.any([given, lack]) : lack)
+    } catch (error) {
+      throw lack.aborted && !given?.aborted ? lack.reason : error
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

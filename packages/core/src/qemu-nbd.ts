@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { execa } from 'execa'
 import { missingCommand } from './command.ts'
-import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { saysLocked } from './image-lock.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import { inTemporaryFolder } from './state-folder.ts'
@@ -134,7 +134,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
       }
       if (Date.now() - startedAt > SOCKET_TIMEOUT_MS)
         throw new Error(`none after ${SOCKET_TIMEOUT_MS / 1000} s`)
-      options.signal?.throwIfAborted()
+      if (options.signal?.aborted) throw abortError(options.signal)
       alive = await Promise.race([ended.then(() => false), sleep(10).then(() => true)])
     }
   } catch (error) {

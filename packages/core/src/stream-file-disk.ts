@@ -3,7 +3,7 @@ import { ComposedImage, type ImageLayout, planImage } from '@varve/qcow2'
 import { type BackupContext, stage } from './backup-context.ts'
 import { BITMAP_GRANULARITY, DEFAULT_CLUSTER_SIZE, type DiskPlan, markName } from './backup-plan.ts'
 import { DataMapWriter, LostData } from './data-map.ts'
-import { VarveError } from './errors.ts'
+import { abortError, VarveError } from './errors.ts'
 import type { FileDisk } from './host.ts'
 import { imageExtents } from './image-extents.ts'
 import { ImageReader } from './image-reader.ts'
@@ -80,7 +80,7 @@ export async function streamFileDisk(
   const { signal: given = new AbortController().signal } = run
   const signal = AbortSignal.any([given, died])
   try {
-    signal.throwIfAborted()
+    if (signal.aborted) throw abortError(signal)
     return await uploadDisk({ ...backup, run: { ...run, signal } }, disk, plan, client, limit, signal)
   } catch (error) {
     throw died.aborted && !given.aborted ? died.reason : error

@@ -16,7 +16,7 @@ test('a watch ends also while the file system that it looks at does not answer',
   const warnings: unknown[] = []
   const watch = new OverlayWatch([overlay], 0, { onEvent: event => void warnings.push(event) })
   await watch[Symbol.asyncDispose]()
-  expect(watch.signal.aborted).toBe(false)
+  expect(await watch.during(undefined, async signal => signal.aborted)).toBe(false)
   expect(warnings).toEqual([])
 
   const writer = openSync(pipe, constants.O_RDWR)

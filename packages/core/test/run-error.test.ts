@@ -4,6 +4,8 @@ import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { headerChain } from '../src/backing-chain.ts'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
+import { ChainManager } from '../src/chain-manager.ts'
+import { VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { readImageInfo } from '../src/qemu-img.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
@@ -52,6 +54,29 @@ test('a run that was given up says so, whatever the abort has broken', async () 
     code: 'ABORTED',
     cause: reason,
   })
+})
+
+test('the error of another run, as the reason of an abort, is not told as the own one', async () => {
+  const another = new VarveError('DISK_BUSY', 'web-1 is busy', {
+    context: { published: 'web-1' },
+    retryable: true,
+  })
+  const storage = new MemoryStorage()
+  const options = { host: new ImageHost({ instance: 'web-2', disks: {} }), storage, stateDir: folder }
+  const restore = { backup: '20261123-231543-123-9f3a1c', to: { disks: { vda: join(folder, 'vda') } } }
+  const calls = {
+    backup: given => new BackupPipeline(options).run({ instance: 'web-2' }, given),
+    restore: given => new RestorePipeline(options).run(restore, given),
+    list: given => new ChainManager({ storage }).list(given),
+    prune: given => new ChainManager({ storage }).prune({ keepLast: 1 }, given),
+  } satisfies Record<string, (given: { signal: AbortSignal }) => Promise<unknown>>
+  for (const [name, call] of Object.entries(calls)) {
+    const error = await call({ signal: AbortSignal.abort(another) }).then(
+      () => undefined,
+      (thrown: unknown) => thrown,
+    )
+    expect(error, name).toMatchObject({ code: 'ABORTED', cause: another, context: {}, retryable: false })
+  }
 })
 
 test('a program that prints what is not understood is told of', async () => {

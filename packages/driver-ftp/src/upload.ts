@@ -268,7 +268,7 @@ export class Upload {
         { context: { key: this.#key, size, stored }, retryable: true },
       )
     }
-    this.#options.signal?.throwIfAborted()
+    if (this.#options.signal?.aborted) throw abortError(this.#options.signal)
     try {
       await connection.command(`RNFR ${connection.pathOf(part)}`)
       this.#renamed = { part, size }

@@ -1,7 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import type { Stats } from 'node:fs'
 import { type FileHandle, lstat, open, rename, unlink } from 'node:fs/promises'
-import { TEMPORARY_PREFIX, unlessAborted, VarveError } from '@varve/core'
+import { abortError, TEMPORARY_PREFIX, unlessAborted, VarveError } from '@varve/core'
 import { fileCall } from './file-call.ts'
 import { type Folder, FolderPath } from './folder.ts'
 import { isErrno } from './local-error.ts'
@@ -63,7 +63,7 @@ export class PendingFile {
         { context: { size, stored: stats.size } },
       )
     }
-    signal?.throwIfAborted()
+    if (signal?.aborted) throw abortError(signal)
     await last.call(() => rename(last.at(this.#name), last.at(name)))
     this.#name = name
     await this.#folders.sync()

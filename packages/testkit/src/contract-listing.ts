@@ -1,6 +1,14 @@
 import { bytesBody, type StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, type Contract, type DriverTarget, errorOf, listed, place } from './contract-target.ts'
+import {
+  anotherError,
+  begin,
+  type Contract,
+  type DriverTarget,
+  errorOf,
+  listed,
+  place,
+} from './contract-target.ts'
 
 /** Uploads under way at once while a long listing is prepared. */
 const PARALLEL = 16
@@ -63,7 +71,7 @@ export function describeListing(contract: Contract): void {
       await store(target, ['1', '2', '3'])
       const controller = new AbortController()
       const giveUpHalfWay = async () => {
-        for await (const _ of driver.list('', { signal: controller.signal })) controller.abort()
+        for await (const _ of driver.list('', { signal: controller.signal })) controller.abort(anotherError)
       }
       await expect(giveUpHalfWay()).rejects.toMatchObject(errorOf('ABORTED'))
       await expect(giveUpHalfWay()).rejects.toMatchObject(errorOf('ABORTED'))

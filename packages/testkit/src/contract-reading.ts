@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import type { ByteRange, ObjectStream, StorageDriver } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, bytesOf, type Contract, errorOf, place, read } from './contract-target.ts'
+import { anotherError, begin, bytesOf, type Contract, errorOf, place, read } from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 
@@ -93,9 +93,8 @@ export function describeReading(contract: Contract): void {
       const target = await begin(contract.create)
       const { driver } = target
       await place(target, 'object', Buffer.from('x'))
-      const reason = new Error('not now')
-      const download = driver.get('object', { signal: AbortSignal.abort(reason) })
-      await expect(download).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
+      const download = driver.get('object', { signal: AbortSignal.abort(anotherError) })
+      await expect(download).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: anotherError })
     })
 
     test('a download that is given up fails with ABORTED', async () => {
@@ -106,7 +105,7 @@ export function describeReading(contract: Contract): void {
       const download = await driver.get('large', { signal: controller.signal })
       await once(download, 'readable')
       const failure = once(download, 'close').catch(error => error)
-      controller.abort()
+      controller.abort(anotherError)
       expect(await failure).toMatchObject(errorOf('ABORTED'))
     })
 
@@ -119,7 +118,7 @@ export function describeReading(contract: Contract): void {
       await once(download, 'readable')
       await driver.stat('small') // while its end comes as well
       const failure = once(download, 'close').catch(error => error)
-      controller.abort()
+      controller.abort(anotherError)
       expect(await failure).toMatchObject(errorOf('ABORTED'))
     })
 

@@ -4,7 +4,15 @@ import { buffer } from 'node:stream/consumers'
 import { setTimeout as delay } from 'node:timers/promises'
 import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { bytesOf, type Contract, errorOf, expectStored, place, type RemoteTarget } from './contract-target.ts'
+import {
+  anotherError,
+  bytesOf,
+  type Contract,
+  errorOf,
+  expectStored,
+  place,
+  type RemoteTarget,
+} from './contract-target.ts'
 import { PatternBody } from './pattern-body.ts'
 import {
   beginRemote,
@@ -72,7 +80,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
         const controller = new AbortController()
         const calls = everyCall(target.driver, { signal: controller.signal })
         await delay(remote.idleTimeoutMs / 10) // so that they are under way
-        controller.abort()
+        controller.abort(anotherError)
         const late = delay(0.75 * remote.idleTimeoutMs, { error: 'none, since it waits for the server' })
         for (const [name, call] of calls) {
           // an upload may try to remove what it left, for a while
@@ -84,7 +92,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       const uploading = async () => {
         const target = await beginRemote(remote)
         const controller = new AbortController()
-        const source = stallingSource(target, () => controller.abort())
+        const source = stallingSource(target, () => controller.abort(anotherError))
         const upload = target.driver.put('a/b', source, { signal: controller.signal })
         await expect(upload).rejects.toMatchObject(errorOf('ABORTED'))
         expect(source.destroyed).toBe(true)

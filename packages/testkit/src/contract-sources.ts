@@ -1,7 +1,15 @@
 import { Readable } from 'node:stream'
 import { bytesBody, toUploadBody, VarveError } from '@varve/core'
 import { describe, expect, test } from 'vitest'
-import { begin, type Contract, errorOf, expectNothing, expectStored, place } from './contract-target.ts'
+import {
+  anotherError,
+  begin,
+  type Contract,
+  errorOf,
+  expectNothing,
+  expectStored,
+  place,
+} from './contract-target.ts'
 import { patternBytes } from './pattern.ts'
 import { PatternBody } from './pattern-body.ts'
 import { bodyOf, type Trouble, troubledSource } from './troubled-source.ts'
@@ -75,9 +83,8 @@ export function describeSources(contract: Contract): void {
     test('an upload that is given up before it begins reads nothing and leaves nothing', async () => {
       const target = await begin(contract.create)
       const source = troubledSource({ kind: 'end' }, { bytes: goodBytes })
-      const reason = new Error('not now')
-      const upload = target.driver.put('a/b', source, { signal: AbortSignal.abort(reason) })
-      await expect(upload).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: reason })
+      const upload = target.driver.put('a/b', source, { signal: AbortSignal.abort(anotherError) })
+      await expect(upload).rejects.toMatchObject({ ...errorOf('ABORTED'), cause: anotherError })
       expect(source.readableDidRead).toBe(false)
       expect(source.destroyed).toBe(true)
       await expectNothing(target)
@@ -90,7 +97,7 @@ export function describeSources(contract: Contract): void {
         const controller = new AbortController()
         const source = troubledSource(
           { kind: 'wait', resumed: never, size: 2 * goodBytes },
-          { bytes, onTaken: () => controller.abort() },
+          { bytes, onTaken: () => controller.abort(anotherError) },
         )
         const upload = target.driver.put('a/b', source, { signal: controller.signal })
         await expect(upload).rejects.toMatchObject(errorOf('ABORTED'))
@@ -106,7 +113,7 @@ export function describeSources(contract: Contract): void {
       const body = new PatternBody({ size: contract.largeSize })
       const upload = target.driver.put('large', body, {
         signal: controller.signal,
-        onProgress: bytes => bytes > contract.largeSize / 3 && controller.abort(),
+        onProgress: bytes => bytes > contract.largeSize / 3 && controller.abort(anotherError),
       })
       await expect(upload).rejects.toMatchObject(errorOf('ABORTED'))
       expect(body.faults).toEqual([])

@@ -1,6 +1,7 @@
 import { bytesBody } from '@varve/core'
 import { describe, expect, test } from 'vitest'
 import {
+  anotherError,
   begin,
   bytesOf,
   type Contract,
@@ -43,14 +44,14 @@ export function describeStorage(contract: Contract): void {
 
     test('a check can be given up', async () => {
       const { driver } = await begin(contract.create)
-      const check = driver.check({ signal: AbortSignal.abort() })
+      const check = driver.check({ signal: AbortSignal.abort(anotherError) })
       await expect(check).rejects.toMatchObject(errorOf('ABORTED'))
     })
 
     test('what moves no data can be given up as well', async () => {
       const target = await begin(contract.create)
       await place(target, 'stays', Buffer.from('x'))
-      const given = { signal: AbortSignal.abort() }
+      const given = { signal: AbortSignal.abort(anotherError) }
       await expect(target.driver.stat('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
       await expect(target.driver.delete('stays', given)).rejects.toMatchObject(errorOf('ABORTED'))
       await expectStored(target, 'stays', Buffer.from('x'))

@@ -6,6 +6,7 @@ import {
   type DriverCapabilities,
   type ErrorCode,
   type StorageDriver,
+  VarveError,
 } from '@varve/core'
 import { expect, onTestFinished } from 'vitest'
 import type { NetworkProxy } from './network-proxy.ts'
@@ -295,6 +296,12 @@ export async function expectNothing(target: DriverTarget): Promise<void> {
 export function errorOf(code: string): { name: string; code: string } {
   return { name: 'VarveError', code }
 }
+
+/** What a caller gives a call up for: the error of another one, which is not to be taken for this one's. */
+export const anotherError = new VarveError('DISK_BUSY', 'another run failed', {
+  context: { published: 'another' },
+  retryable: true,
+})
 
 /** The bytes of a pattern body. */
 export function bytesOf({ seed, size }: { seed: number; size: number }): Buffer {
