@@ -10,7 +10,7 @@ export interface DownloadRetry {
   readonly attempts?: number
   /** Milliseconds before the second try; doubled for each one after it. Default: 500. */
   readonly backoffMs?: number
-  /** Milliseconds without a byte after which a try counts as broken. Default: 60,000. */
+  /** Milliseconds without a byte after which a try counts as broken, less those that it waits for other calls. Default: 60,000. */
   readonly stallMs?: number
 }
 
@@ -69,11 +69,16 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
   const stall = new AbortController()
   let received = 0
   let writing = false
+  let queued = false
   const timer = setTimeout(() => {
-    if (writing)
+    if (writing || queued)
       timer.refresh() // waiting for our own side is no stall
     else stall.abort(stalled(key, range.start + received, stallMs))
   }, stallMs)
+  const onWait = (waits: boolean) => {
+    queued = waits
+    timer.refresh()
+  }
   const signal = AbortSignal.any([options.signal, stall.signal])
   const attempt: Attempt = {
     signal,
@@ -91,7 +96,7 @@ async function downloadOnce(options: DownloadOptions, stallMs: number, sink: Dow
     },
   }
   try {
-    const stream: ObjectStream = addAbortSignal(signal, await storage.get(key, { range, signal }))
+    const stream: ObjectStream = addAbortSignal(signal, await storage.get(key, { range, signal, onWait }))
     if (stream.readInto && sink.direct) await receiveDirectly(stream, sink.direct, attempt)
     else await receiveChunks(stream, sink, attempt)
   } catch (error) {

@@ -79,6 +79,12 @@ export interface GetOptions extends CallOptions {
   range?: ByteRange
   /** Ends the download: the stream fails with `ABORTED`. */
   signal?: AbortSignal
+  /**
+   * Is told when the call begins to wait until other calls of the driver are done, as for a connection that they have, and
+   * when that is over. Whoever gives up what a storage is silent about leaves that time out. A driver whose calls do not wait
+   * for one another never calls it.
+   */
+  onWait?: (waits: boolean) => void
 }
 
 /** The bytes of an object, as {@link StorageDriver.get} opens them. */

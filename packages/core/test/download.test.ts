@@ -139,6 +139,24 @@ test('a slow download is no stall, and neither is a sink that takes its time', a
   expect(Buffer.concat(taken)).toStrictEqual(BYTES)
 })
 
+test('a download that waits for other calls of the driver is no stall, and one that is silent afterwards is', async () => {
+  for (const silent of [false, true]) {
+    const storage = storageWith()
+    const get = storage.get.bind(storage)
+    storage.get = async (key, options) => {
+      options?.onWait?.(true)
+      vi.advanceTimersByTime(3_600_000)
+      options?.onWait?.(false)
+      options?.signal?.throwIfAborted()
+      if (silent) vi.advanceTimersByTime(60_000)
+      return get(key, options)
+    }
+    const fetched = fetch(storage, { attempts: 1 })
+    if (silent) await expect(fetched).rejects.toMatchObject({ code: 'TIMEOUT', context: { stallMs: 60_000 } })
+    else expect(await fetched).toStrictEqual(BYTES.subarray(50, 950))
+  }
+})
+
 test('a download that is given up ends with the reason: while it waits for bytes, and between two tries', async () => {
   for (const retry of [{ stallMs: 60_000 }, { backoffMs: 60_000 }]) {
     const storage = storageWith(failing(1, 0, new Error('ECONNRESET')))

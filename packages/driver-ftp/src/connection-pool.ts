@@ -8,8 +8,15 @@ const IDLE_MS = 15_000
 /** How long a server that turned a connection away is asked for no more than it had allowed, in milliseconds. */
 const CAUTIOUS_MS = 60_000
 
-/** What a connection is for: a transfer takes as long as the other end of it likes, a command does not. */
-export type ConnectionUse = 'transfer' | 'command'
+/** What a connection is for: an upload and a download take as long as the other end of them likes, a command does not. */
+export type ConnectionUse = 'upload' | 'download' | 'command'
+
+/** What waits for a connection. */
+export interface ConnectionOptions {
+  readonly signal?: AbortSignal | undefined
+  /** Is told when it begins to wait for those that others have, and when that is over. */
+  readonly onWait?: ((waits: boolean) => void) | undefined
+}
 
 interface Waiter {
   readonly use: ConnectionUse
@@ -17,8 +24,9 @@ interface Waiter {
 }
 
 /**
- * The connections of a driver. Transfers never take the last one where there are several, so that a look-up need
- * not wait for uploads whose source stalls.
+ * The connections of a driver. Uploads and downloads never take the last one where there are several, so that a look-up
+ * need not wait for uploads whose source stalls; nor do uploads take the last one of three that are left. A download that
+ * waits goes before the uploads that do: whoever restores waits for it.
  */
 export class ConnectionPool {
   readonly #open: (signal: AbortSignal | undefined) => Promise<FtpConnection>
@@ -26,7 +34,7 @@ export class ConnectionPool {
   readonly #idle = new Map<FtpConnection, NodeJS.Timeout>()
   readonly #waiting: Waiter[] = []
   /** Given out or being opened. */
-  readonly #taken: Record<ConnectionUse, number> = { transfer: 0, command: 0 }
+  readonly #taken: Record<ConnectionUse, number> = { upload: 0, download: 0, command: 0 }
   readonly #most: number
   #limit: number
   #cautious: NodeJS.Timeout | undefined
@@ -48,10 +56,11 @@ export class ConnectionPool {
    *
    * @throws ABORTED also when the pool is closed meanwhile
    */
-  async acquire(use: ConnectionUse, caller?: AbortSignal): Promise<FtpConnection> {
+  async acquire(use: ConnectionUse, options: ConnectionOptions = {}): Promise<FtpConnection> {
+    const { signal: caller, onWait } = options
     const signal = caller ? AbortSignal.any([caller, this.closing]) : this.closing
     for (;;) {
-      await this.#slot(use, signal)
+      await this.#slot(use, signal, onWait)
       const connection = this.#idleOne()
       if (connection) {
         this.#busy.set(connection, use)
@@ -67,7 +76,7 @@ export class ConnectionPool {
         return opened
       } catch (error) {
         this.#taken[use]--
-        const others = this.#taken.transfer + this.#taken.command
+        const others = this.#inUse
         // the server allows no more than there are: wait for one of them
         if (!isTooMany(error) || others === 0 || signal.aborted) throw error
         this.#limit = Math.min(this.#limit, others)
@@ -105,7 +114,7 @@ export class ConnectionPool {
     signal: AbortSignal | undefined,
     work: (connection: FtpConnection) => Promise<T>,
   ): Promise<T> {
-    const connection = await this.acquire(use, signal)
+    const connection = await this.acquire(use, { signal })
     const close = () => connection.close()
     signal?.addEventListener('abort', close, { once: true })
     try {
@@ -154,13 +163,21 @@ export class ConnectionPool {
     return undefined
   }
 
-  #mayTake(use: ConnectionUse): boolean {
-    const { transfer, command } = this.#taken
-    if (transfer + command >= this.#limit) return false
-    return use === 'command' || transfer < Math.max(1, this.#limit - 1)
+  get #inUse(): number {
+    const { upload, download, command } = this.#taken
+    return upload + download + command
   }
 
-  async #slot(use: ConnectionUse, signal: AbortSignal): Promise<void> {
+  #mayTake(use: ConnectionUse): boolean {
+    if (this.#inUse >= this.#limit) return false
+    if (use === 'command') return true
+    const { upload, download } = this.#taken
+    const transfers = Math.max(1, this.#limit - 1)
+    if (upload + download >= transfers) return false
+    return use === 'download' || transfers < 3 || upload < transfers - 1
+  }
+
+  async #slot(use: ConnectionUse, signal: AbortSignal, onWait?: (waits: boolean) => void): Promise<void> {
     if (signal.aborted) throw abortError(signal)
     const { promise, resolve, reject } = Promise.withResolvers<void>()
     const waiter: Waiter = { use, grant: resolve }
@@ -170,17 +187,22 @@ export class ConnectionPool {
       this.#waiting.splice(index, 1)
       reject(abortError(signal))
     }
-    this.#waiting.push(waiter)
+    const firstUpload = this.#waiting.findIndex(other => other.use === 'upload')
+    const place = use === 'download' && firstUpload >= 0 ? firstUpload : this.#waiting.length
+    this.#waiting.splice(place, 0, waiter)
     signal.addEventListener('abort', giveUp, { once: true })
     this.#serve()
+    const waits = this.#waiting.includes(waiter)
+    if (waits) onWait?.(true)
     try {
       await promise
     } finally {
       signal.removeEventListener('abort', giveUp)
+      if (waits) onWait?.(false)
     }
   }
 
-  /** Lets those go on who can, first come first served. */
+  /** Lets those go on who can, in their order. */
   #serve(): void {
     for (let index = 0; index < this.#waiting.length; ) {
       const waiter = this.#waiting[index]

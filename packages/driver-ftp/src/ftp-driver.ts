@@ -1,4 +1,5 @@
 import { Readable } from 'node:stream'
+import { buffer } from 'node:stream/consumers'
 import {
   abortError,
   assertKey,
@@ -7,6 +8,7 @@ import {
   type CleanUpOptions,
   checkStorage,
   type DriverCapabilities,
+  destroyOnAbort,
   failsWithProgress,
   type GetOptions,
   isKey,
@@ -30,6 +32,12 @@ import { listFolder } from './list-folder.ts'
 import { askSize, askTime, unlessMissing } from './place.ts'
 import { Transfer } from './transfer.ts'
 import { Upload } from './upload.ts'
+
+/**
+ * A range of so many bytes at most is read at once, on the connection that is left to commands: what a manifest or a
+ * look into an image takes must not wait for uploads of hours.
+ */
+const SHORT_BYTES = 1024 * 1024
 
 /**
  * Keeps backups on an FTP server, with TLS unless told otherwise. Passive mode only.
@@ -77,20 +85,23 @@ export class FtpDriver implements StorageDriver {
   }
 
   async get(key: string, options: GetOptions = {}): Promise<Readable> {
-    const { range, signal } = options
+    const { range, signal, onWait } = options
     assertKey(key)
     if (range) assertRange(range)
+    const isShort = range !== undefined && range.end - range.start <= SHORT_BYTES
     let stream: Readable | undefined
     await this.#retrying(`Reading ${key}`, signal, async () => {
-      const connection = await this.#pool.acquire('transfer', signal)
+      const connection = await this.#pool.acquire(isShort ? 'command' : 'download', { signal, onWait })
       const close = () => connection.close()
       signal?.addEventListener('abort', close, { once: true })
+      let opened: Readable | undefined
       try {
-        stream = await this.#open(connection, key, options)
+        opened = await this.#open(connection, key, options)
       } finally {
         signal?.removeEventListener('abort', close)
-        if (!(stream instanceof Download)) this.#pool.release(connection)
+        if (!(opened instanceof Download)) this.#pool.release(connection)
       }
+      stream = isShort && opened ? await inMemory(opened, signal) : opened
     })
     if (signal?.aborted) {
       stream?.destroy()
@@ -258,6 +269,14 @@ export class FtpDriver implements StorageDriver {
       throw error
     }
   }
+}
+
+/** The bytes of a stream once all have come. */
+async function inMemory(stream: Readable, signal: AbortSignal | undefined): Promise<Readable> {
+  const bytes = await buffer(stream)
+  const whole = Readable.from(bytes.length > 0 ? [bytes] : [], { objectMode: false })
+  destroyOnAbort(whole, signal)
+  return whole
 }
 
 function toObject(key: string, size: number, time: Date | 'unknown'): StoredObject {

@@ -103,7 +103,7 @@ export class Upload {
     const { closing } = pool
     for (;;) {
       try {
-        const connection = await pool.acquire('transfer', signal)
+        const connection = await pool.acquire('upload', { signal })
         try {
           return await this.#withGrace(connection, () => this.#attempt(connection))
         } finally {

@@ -10,6 +10,22 @@ import { begin, commandsOf, listed, optionsOf } from './ftp-target.ts'
 
 const x = bytesBody(Buffer.from('x'))
 
+/** Uploads whose sources stall in the middle: one, or all, go on when they are told to. */
+function stalledUploads(driver: FtpDriver, count: number) {
+  const begun = Promise.withResolvers<void>()
+  const uploads = Array.from({ length: count }, () => Promise.withResolvers<void>())
+  const stalled = uploads.map(({ promise: resumed }, index) =>
+    driver.put(
+      `stalled/${index}`,
+      troubledSource({ kind: 'wait', resumed, size: 10 }, { bytes: 5, onTaken: begun.resolve }),
+    ),
+  )
+  const resume = (only?: number) => {
+    for (const [index, { resolve }] of uploads.entries()) if (only === undefined || only === index) resolve()
+  }
+  return { first: begun.promise, stalled, resume }
+}
+
 describe('connections', () => {
   test('are used again, and are no more than allowed', async () => {
     const { lab, driver } = await begin({}, { connections: 3 })
@@ -32,18 +48,36 @@ describe('connections', () => {
     expect((await driver.check()).ok).toBe(true)
   })
 
-  test('a look-up does not wait for uploads whose source stalls', async () => {
-    const { driver } = await begin({}, { connections: 2 })
-    const resumed = Promise.withResolvers<void>()
-    const stalled = [1, 2, 3].map(index =>
-      driver.put(
-        `stalled/${index}`,
-        troubledSource({ kind: 'wait', resumed: resumed.promise, size: 10 }, { bytes: 5 }),
-      ),
-    )
+  test('a look-up and a short download do not wait for uploads whose source stalls; a long one is next, and says that it waits', async () => {
+    const { driver } = await begin({ config: ['max_per_ip=2'] }, { connections: 2 })
+    const body = new PatternBody({ size: 3_000_000, seed: 8 })
+    await driver.put('object', body)
+    const { first, stalled, resume } = stalledUploads(driver, 3)
+    await first
     expect(await driver.stat('a')).toBeUndefined()
-    expect(await listed(driver, '')).toEqual([])
-    resumed.resolve()
+    expect(await listed(driver, '')).toHaveLength(1)
+    const range = { start: 1_000_000, end: 2_000_000 }
+    expect(
+      (await buffer(await driver.get('object', { range }))).equals(patternBytes(8, 1_000_000, 1_000_000)),
+    ).toBe(true)
+    const waits: boolean[] = []
+    const download = driver.get('object', { onWait: wait => void waits.push(wait) })
+    await expect.poll(() => waits).toEqual([true])
+    resume(0)
+    expect((await buffer(await download)).equals(patternBytes(8, 0, 3_000_000))).toBe(true)
+    expect(waits).toEqual([true, false])
+    resume()
+    await Promise.all(stalled)
+  })
+
+  test('one is left to downloads, however many uploads there are', async () => {
+    const { driver } = await begin({})
+    const body = new PatternBody({ size: 3_000_000, seed: 9 })
+    await driver.put('object', body)
+    const { first, stalled, resume } = stalledUploads(driver, 4)
+    await first
+    expect((await buffer(await driver.get('object'))).equals(patternBytes(9, 0, 3_000_000))).toBe(true)
+    resume()
     await Promise.all(stalled)
   })
 
