@@ -55,13 +55,15 @@ export async function isStillGarbage(
 
 function isGarbage(folder: string, within: readonly StoredObject[], garbageAgeMs: number): boolean {
   if (within.some(({ key }) => key === `${folder}/${MANIFEST_FILE}`)) return false
-  // The id tells when the backup began, also where the storage tells no times or its clock is wrong.
+  const now = Date.now()
+  // The id tells when the backup began, also where the storage tells no times or its clock is wrong; but not one from a clock
+  // that was ahead, or that follows such an id.
   const began = backupTime(folder.slice(folder.lastIndexOf('/') + 1)).getTime()
   const lastWrite = within.reduce(
-    (latest, { modifiedAt }) => Math.max(latest, modifiedAt?.getTime() ?? 0),
-    began,
+    (latest, { modifiedAt }) => Math.max(latest, modifiedAt?.getTime() ?? began),
+    began > now ? 0 : began,
   )
-  return Date.now() - lastWrite > garbageAgeMs
+  return now - lastWrite > garbageAgeMs
 }
 
 function measure(folder: string, within: readonly StoredObject[]): GarbageFolder {

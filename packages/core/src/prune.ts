@@ -161,6 +161,7 @@ function applyPolicy(
     const byId = new Map(ofInstance.map(backup => [backup.manifest.id, backup]))
     const items = ofInstance.map(({ manifest, folder }) => ({
       id: manifest.id,
+      startedAt: new Date(manifest.startedAt),
       ...(manifest.parent !== undefined && { parent: manifest.parent }),
       damaged: damagedChains.has(chainOf(folder)),
     }))

@@ -1,4 +1,3 @@
-import { backupTime } from './backup-id.ts'
 import { VarveError } from './errors.ts'
 
 /**
@@ -26,9 +25,11 @@ export interface RetentionPolicy {
  */
 export type RetentionReason = 'last' | 'daily' | 'weekly' | 'monthly' | 'yearly' | 'ancestor' | 'damaged'
 
-/** A backup as {@link planRetention} sees it. Its time is that of its id. */
+/** A backup as {@link planRetention} sees it. Ids tell which is newer. */
 export interface RetentionItem {
   readonly id: string
+  /** When it began. Its id may be of another year: after one from a clock that was ahead, ids go on from there. */
+  readonly startedAt: Date
   /** The backup that it rests on; older than it. */
   readonly parent?: string
   /** Kept whatever the rules say, and counted by none: it may not be fit to restore from. */
@@ -59,12 +60,12 @@ export function planRetention(items: readonly RetentionItem[], policy: Retention
 
   for (const { reason, count, periodOf } of rules) {
     const periods = new Set<string>()
-    for (const { id, damaged } of newestFirst) {
-      const period = periodOf(id)
+    for (const { damaged, ...item } of newestFirst) {
+      const period = periodOf(item)
       if (damaged || periods.has(period)) continue
       if (periods.size === count) break
       periods.add(period)
-      keep(id, reason)
+      keep(item.id, reason)
     }
   }
   for (const { id, damaged } of newestFirst) if (damaged) keep(id, 'damaged')
@@ -86,17 +87,17 @@ interface Rule {
   /** Periods of which one backup is kept. */
   readonly count: number
   /** Names the period that a backup is in. */
-  readonly periodOf: (id: string) => string
+  readonly periodOf: (item: RetentionItem) => string
 }
 
 function readRules(policy: RetentionPolicy): Rule[] {
   const dayOf = calendar(policy.timeZone ?? 'UTC')
   const rules: Rule[] = [
-    { reason: 'last', count: policy.keepLast ?? 0, periodOf: id => id },
-    { reason: 'daily', count: policy.keepDaily ?? 0, periodOf: id => dayOf(id) },
-    { reason: 'weekly', count: policy.keepWeekly ?? 0, periodOf: id => mondayOf(dayOf(id)) },
-    { reason: 'monthly', count: policy.keepMonthly ?? 0, periodOf: id => dayOf(id).slice(0, 7) },
-    { reason: 'yearly', count: policy.keepYearly ?? 0, periodOf: id => dayOf(id).slice(0, 4) },
+    { reason: 'last', count: policy.keepLast ?? 0, periodOf: ({ id }) => id },
+    { reason: 'daily', count: policy.keepDaily ?? 0, periodOf: dayOf },
+    { reason: 'weekly', count: policy.keepWeekly ?? 0, periodOf: item => mondayOf(dayOf(item)) },
+    { reason: 'monthly', count: policy.keepMonthly ?? 0, periodOf: item => dayOf(item).slice(0, 7) },
+    { reason: 'yearly', count: policy.keepYearly ?? 0, periodOf: item => dayOf(item).slice(0, 4) },
   ]
   for (const { reason, count } of rules) {
     if (Number.isSafeInteger(count) && count >= 0) continue
@@ -116,7 +117,7 @@ function readRules(policy: RetentionPolicy): Rule[] {
 }
 
 /** A function that tells the local day of a backup, as `2026-11-23`. */
-function calendar(timeZone: string): (id: string) => string {
+function calendar(timeZone: string): (item: RetentionItem) => string {
   try {
     const format = new Intl.DateTimeFormat('en-CA', {
       timeZone,
@@ -126,8 +127,8 @@ function calendar(timeZone: string): (id: string) => string {
       month: '2-digit',
       day: '2-digit',
     })
-    return id => {
-      const parts = new Map(format.formatToParts(backupTime(id)).map(({ type, value }) => [type, value]))
+    return ({ startedAt }) => {
+      const parts = new Map(format.formatToParts(startedAt).map(({ type, value }) => [type, value]))
       return `${parts.get('year')?.padStart(4, '0')}-${parts.get('month')}-${parts.get('day')}`
     }
   } catch (cause) {

@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto'
+import { backupTime } from '../src/backup-id.ts'
 import { BlockDigester, blake3Hex } from '../src/digest.ts'
 import { type BackupManifest, serializeManifest } from '../src/manifest.ts'
 import { bytesBody, type StorageDriver } from '../src/storage.ts'
@@ -7,6 +8,8 @@ import { backupFolder } from '../src/storage-layout.ts'
 /** A backup as a test of chains wants it: a few bytes in place of an image. */
 export interface FakeBackup {
   id: string
+  /** When it began. Default: as its id tells. */
+  startedAt?: Date
   /** Absent in a full one. */
   parent?: string | undefined
   /** Default: the id. */
@@ -26,7 +29,7 @@ export async function storeFake(
 ): Promise<{ folder: string; manifest: BackupManifest }> {
   const { id, parent, chain = id, instance = 'web-1', disks = ['vda'], fullDisks = [] } = fake
   const folder = backupFolder(instance, chain, id)
-  const time = '2026-01-01T00:00:00.000Z'
+  const time = (fake.startedAt ?? backupTime(id)).toISOString()
   const bytes = new Map<string, Uint8Array>([['domain.xml', Buffer.from(`<domain id="${id}"/>`)]])
 
   const manifest: BackupManifest = {

@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { beforeEach, describe, expect, it, onTestFinished } from 'vitest'
-import { backupTime } from '../src/backup-id.ts'
+import { backupTime, newBackupId } from '../src/backup-id.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
 import { ImageHost } from '../src/image-host.ts'
@@ -67,6 +67,20 @@ describe('pruning', () => {
     await storeFakeChain(storage, [1, 2], { instance: 'quiet' })
     for (const day of [10, 11, 12]) await storeFakeChain(storage, [day], { instance: 'busy' })
     expect(told(await chains.prune({ keepLast: 2 })).removed).toEqual([dayId(10)])
+  })
+
+  it('counts days as they were, also where all ids follow one from a clock that was ahead', async () => {
+    const ahead = newBackupId(undefined, new Date('2127-11-06T02:00:00Z'))
+    const ids = [ahead]
+    for (let day = 1; day <= 14; day++) {
+      const startedAt = new Date(Date.UTC(2026, 10, day, 2))
+      const id = newBackupId(ids.at(-1), startedAt)
+      await storeFake(storage, { id, startedAt })
+      ids.push(id)
+    }
+    const weekBefore = ids[1] ?? '' // the 1st was a Sunday
+    const report = await chains.prune({ keepDaily: 7, keepWeekly: 3 })
+    expect(told(report).kept).toEqual([weekBefore, ...ids.slice(-7)])
   })
 
   it('of one instance leaves the others alone', async () => {
@@ -321,6 +335,14 @@ describe('garbage', () => {
     await expect(chains.delete(id)).rejects.toMatchObject({ code: 'BACKUP_NOT_FOUND' })
 
     await journal.settled()
+    expect(await garbageOf()).toEqual([folder])
+  })
+
+  it('is told by what was written where the id is from a clock that was ahead', async () => {
+    const ahead = (ms: number) => newBackupId(undefined, ago(-ms))
+    const folder = await leftOver(ahead(999 * HOUR), 25 * HOUR)
+    await leftOver(ahead(2 * HOUR), 23 * HOUR)
+    await leftOver(ahead(3 * HOUR), undefined)
     expect(await garbageOf()).toEqual([folder])
   })
 

@@ -1,6 +1,12 @@
 import fc from 'fast-check'
 import { describe, expect, it } from 'vitest'
-import { planRetention, type RetentionItem, type RetentionPolicy } from '../src/retention.ts'
+import { backupTime } from '../src/backup-id.ts'
+import {
+  planRetention,
+  type RetentionItem,
+  type RetentionPlan,
+  type RetentionPolicy,
+} from '../src/retention.ts'
 
 /** An id of a time such as `2026-11-23 23:15`. */
 function id(time: string, tail = 'abc123'): string {
@@ -8,12 +14,22 @@ function id(time: string, tail = 'abc123'): string {
   return `${day.replaceAll('-', '')}-${clock.replace(':', '')}00-000-${tail}`
 }
 
-function fulls(...times: string[]): RetentionItem[] {
+type Item = Omit<RetentionItem, 'startedAt'>
+
+/** The plan for backups that began when their ids say. */
+function planOf(items: readonly Item[], policy: RetentionPolicy): RetentionPlan {
+  return planRetention(
+    items.map(item => ({ ...item, startedAt: backupTime(item.id) })),
+    policy,
+  )
+}
+
+function fulls(...times: string[]): Item[] {
   return times.map(time => ({ id: id(time) }))
 }
 
-function kept(items: readonly RetentionItem[], policy: RetentionPolicy): Record<string, string[]> {
-  return Object.fromEntries(planRetention(items, policy).keep.map(({ id, reasons }) => [id, [...reasons]]))
+function kept(items: readonly Item[], policy: RetentionPolicy): Record<string, string[]> {
+  return Object.fromEntries(planOf(items, policy).keep.map(({ id, reasons }) => [id, [...reasons]]))
 }
 
 describe('retention', () => {
@@ -23,7 +39,7 @@ describe('retention', () => {
       [id('2026-11-02')]: ['last'],
       [id('2026-11-03')]: ['last'],
     })
-    expect(planRetention(items, { keepLast: 2 }).remove).toEqual([id('2026-11-01')])
+    expect(planOf(items, { keepLast: 2 }).remove).toEqual([id('2026-11-01')])
   })
 
   it('keeps the newest backup of each day, and counts only days that have one', () => {
@@ -120,7 +136,7 @@ describe('retention', () => {
       { id: id('2026-11-02'), parent: id('2026-11-01') },
       { id: id('2026-11-03') },
     ]
-    expect(planRetention(items, { keepLast: 1 }).remove).toEqual([id('2026-11-02'), id('2026-11-01')])
+    expect(planOf(items, { keepLast: 1 }).remove).toEqual([id('2026-11-02'), id('2026-11-01')])
   })
 
   it.each<[RetentionPolicy, string, object]>([
@@ -141,21 +157,21 @@ describe('retention', () => {
     [{ keepLast: 1, timeZone: '' }, 'Not a time zone: ""', { timeZone: '' }],
   ])('refuses the policy %j and says why', (policy, why, context) => {
     const message = expect.stringContaining(why)
-    expect(() => planRetention([], policy)).toThrow(
+    expect(() => planOf([], policy)).toThrow(
       expect.objectContaining({ code: 'INVALID_ARGUMENT', message, context }),
     )
   })
 
   it('passes on what is wrong with a time zone', () => {
     const cause = expect.any(RangeError)
-    expect(() => planRetention([], { keepLast: 1, timeZone: 'Mars/Olympus' })).toThrow(
+    expect(() => planOf([], { keepLast: 1, timeZone: 'Mars/Olympus' })).toThrow(
       expect.objectContaining({ cause }),
     )
   })
 })
 
 /** Backups of random times within three years; each either begins a chain or rests on an older one. */
-const anyItems: fc.Arbitrary<RetentionItem[]> = fc
+const anyItems: fc.Arbitrary<Item[]> = fc
   .uniqueArray(
     fc.record({
       minute: fc.integer({ min: 0, max: 3 * 365 * 24 * 60 }),
@@ -166,7 +182,7 @@ const anyItems: fc.Arbitrary<RetentionItem[]> = fc
   )
   .map(drawn => {
     const start = Date.UTC(2025, 0, 1)
-    const items: RetentionItem[] = []
+    const items: Item[] = []
     for (const { minute, parent, damaged } of drawn.sort((a, b) => a.minute - b.minute)) {
       const iso = new Date(start + minute * 60_000).toISOString()
       const base = parent === undefined ? undefined : items[parent % Math.max(1, items.length)]
@@ -194,11 +210,7 @@ const anyPolicy: fc.Arbitrary<Required<RetentionPolicy>> = fc
   .filter(({ timeZone: _, ...counts }) => Object.values(counts).some(count => count > 0))
 
 /** The rule in its plainest form: split into periods, take the newest of each, then the newest so many. */
-function newestOfPeriods(
-  items: readonly RetentionItem[],
-  count: number,
-  periodOf: (id: string) => string,
-): string[] {
+function newestOfPeriods(items: readonly Item[], count: number, periodOf: (id: string) => string): string[] {
   const sound = items.filter(({ damaged }) => !damaged).map(({ id }) => id)
   const periods = [...new Set(sound.map(periodOf))]
   const newest = periods.map(
@@ -230,7 +242,7 @@ function isoWeek(day: string): string {
   return `${year}-W${Math.floor((thursday.getTime() - Date.UTC(year, 0, 1)) / 604_800_000) + 1}`
 }
 
-function modelKeeps(items: readonly RetentionItem[], policy: Required<RetentionPolicy>): Set<string> {
+function modelKeeps(items: readonly Item[], policy: Required<RetentionPolicy>): Set<string> {
   const day = (id: string) => localDay(id, policy.timeZone)
   const keep = new Set([
     ...newestOfPeriods(items, policy.keepLast, id => id),
@@ -250,7 +262,7 @@ describe('retention of any backups under any policy', () => {
   it('keeps exactly what a plain model keeps, and removes the rest', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
-        const plan = planRetention(items, policy)
+        const plan = planOf(items, policy)
         const expected = modelKeeps(items, policy)
         expect(plan.keep.map(({ id }) => id)).toEqual([...expected].sort())
         expect([...plan.remove].sort()).toEqual(
@@ -268,7 +280,7 @@ describe('retention of any backups under any policy', () => {
   it('never removes what a kept backup rests on, and removes children first', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
-        const { remove } = planRetention(items, policy)
+        const { remove } = planOf(items, policy)
         const removed = new Set<string>()
         for (const gone of remove) {
           removed.add(gone)
@@ -295,9 +307,9 @@ describe('retention of any backups under any policy', () => {
   it('removes nothing when it is applied again', { timeout: 60_000 }, () => {
     fc.assert(
       fc.property(anyItems, anyPolicy, (items, policy) => {
-        const removed = new Set(planRetention(items, policy).remove)
+        const removed = new Set(planOf(items, policy).remove)
         const left = items.filter(({ id }) => !removed.has(id))
-        expect(planRetention(left, policy).remove).toEqual([])
+        expect(planOf(left, policy).remove).toEqual([])
       }),
     )
   })
