@@ -18,16 +18,16 @@ const SLOW_SIZE = 30_000_000
 /** Servers that are slow, which is not silent. */
 export function describeSlowness({ capabilities }: Contract, remote: Remote): void {
   const twice = 2 * remote.idleTimeoutMs
-  test('a server that is slow for longer than it may be silent fails neither an upload nor a download', async () => {
+  test.concurrent('a server that is slow for longer than it may be silent fails neither an upload nor a download', async context => {
     const downloading = async () => {
-      const target = await beginRemote(remote)
+      const target = await beginRemote(remote, context)
       const body = new PatternBody({ size: DOWNLOAD_SIZE, seed: 33 })
       await place(target, 'a/b', body)
       target.proxy.bytesPerSecond = body.size / (twice / 1000)
       expect((await read(target.driver, 'a/b')).equals(bytesOf(body))).toBe(true)
     }
     const uploading = async () => {
-      const target = await beginRemote(remote)
+      const target = await beginRemote(remote, context)
       const body = new PatternBody({ size: SLOW_SIZE, seed: 34 })
       // one that cannot be read again: a second attempt would hide that the first one was given up
       const once: UploadBody = { size: body.size, replayable: false, open: () => body.open() }
@@ -47,9 +47,9 @@ export function describeSlowness({ capabilities }: Contract, remote: Remote): vo
 export function describePauses(contract: Contract, remote: Remote): void {
   const size = contract.streamSize
   const twice = 2 * remote.idleTimeoutMs
-  test('a source, or a reader, that is silent for longer than a server may be does not fail its upload or download', async () => {
+  test.concurrent('a source, or a reader, that is silent for longer than a server may be does not fail its upload or download', async context => {
     const uploading = async () => {
-      const target = await beginRemote(remote)
+      const target = await beginRemote(remote, context)
       const known: UploadBody = { size, replayable: false, open: () => pausingSource() }
       await Promise.all([
         target.driver.put('a/unknown', pausingSource()),
@@ -60,7 +60,7 @@ export function describePauses(contract: Contract, remote: Remote): void {
       for (const key of ['a/unknown', 'a/known', 'a/first']) await expectStored(target, key, bytes)
     }
     const downloading = async () => {
-      const target = await beginRemote(remote)
+      const target = await beginRemote(remote, context)
       const body = new PatternBody({ size: contract.largeSize, seed: 32 })
       await place(target, 'a/large', body)
       const chunks: Buffer[] = []

@@ -29,7 +29,7 @@ import { troubledSource } from './troubled-source.ts'
 const SILENT = ['TIMEOUT', 'STORAGE_UNREACHABLE'] as const
 
 /**
- * Servers that go silent end a call. What such a test waits for is mostly time, so that two cases, each with a driver and a
+ * Servers that go silent end a call. What such a test waits for is mostly time, so that all cases, each with a driver and a
  * network of its own, wait at once.
  */
 export function describeSilence(contract: Contract, remote: Remote): void {
@@ -37,9 +37,9 @@ export function describeSilence(contract: Contract, remote: Remote): void {
     const size = contract.streamSize
     const warmths = remote.keepsConnections ? [false, true] : [false]
     const when = remote.keepsConnections ? 'when it is first spoken to, or later,' : 'when it is spoken to'
-    test(`a server that is silent ${when} fails every call, and none hangs`, async () => {
+    test.concurrent(`a server that is silent ${when} fails every call, and none hangs`, async context => {
       const trial = async (isWarm: boolean) => {
-        const target = await beginRemote(remote)
+        const target = await beginRemote(remote, context)
         if (isWarm) await target.driver.put('calls/stat', bytesBody(Buffer.from('x')))
         target.proxy.stall()
         await expectAllRefused(target.driver, SILENT, remote)
@@ -48,9 +48,9 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       await Promise.all(warmths.map(trial))
     })
 
-    test('a server that goes silent in the middle of an upload, or of a download, fails it if it has not sent all', async () => {
+    test.concurrent('a server that goes silent in the middle of an upload, or of a download, fails it if it has not sent all', async context => {
       const uploading = async () => {
-        const target = await beginRemote(remote)
+        const target = await beginRemote(remote, context)
         const upload = await outcomeOf(target.driver.put('a/b', stallingSource(target)))
         if ('value' in upload) expect.unreachable('the upload ended while nothing reached the server')
         expectNetworkError(upload.error, remote)
@@ -58,7 +58,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
         expect(await target.driver.stat('a/b')).toBeUndefined()
       }
       const downloading = async () => {
-        const target = await beginRemote(remote)
+        const target = await beginRemote(remote, context)
         const body = new PatternBody({ size: contract.largeSize, seed: 31 })
         await place(target, 'a/large', body)
         const download = await target.driver.get('a/large')
@@ -72,9 +72,9 @@ export function describeSilence(contract: Contract, remote: Remote): void {
       await Promise.all([uploading(), downloading()])
     })
 
-    test('a call to a silent server, and an upload to one that has gone silent, can be given up and do not wait for it', async () => {
+    test.concurrent('a call to a silent server, and an upload to one that has gone silent, can be given up and do not wait for it', async context => {
       const calling = async () => {
-        const target = await beginRemote(remote)
+        const target = await beginRemote(remote, context)
         await place(target, 'calls/get', Buffer.from('x'))
         target.proxy.stall()
         const controller = new AbortController()
@@ -90,7 +90,7 @@ export function describeSilence(contract: Contract, remote: Remote): void {
         await expectWellAgain(target)
       }
       const uploading = async () => {
-        const target = await beginRemote(remote)
+        const target = await beginRemote(remote, context)
         const controller = new AbortController()
         const source = stallingSource(target, () => controller.abort(anotherError))
         const upload = target.driver.put('a/b', source, { signal: controller.signal })

@@ -1,7 +1,7 @@
 import { buffer } from 'node:stream/consumers'
 import { inspect } from 'node:util'
 import { bytesBody, type CallOptions, type ErrorCode, isVarveError, type StorageDriver } from '@varve/core'
-import { expect, onTestFinished } from 'vitest'
+import { expect, onTestFinished, type TestContext } from 'vitest'
 import {
   type Contract,
   expectStored,
@@ -27,10 +27,17 @@ const NETWORK_CODES: readonly ErrorCode[] = [
 /** How long a server may take to notice that a connection is gone, and to drop what it had of an upload. */
 const SETTLE_MS = 30_000
 
-/** A target for the test that runs, with a network that is well again when the test ends. */
-export async function beginRemote(remote: Remote): Promise<RemoteTarget> {
+/**
+ * A target for the test that runs, with a network that is well again when the test ends.
+ *
+ * @param test must be given by a test that runs beside others
+ */
+export async function beginRemote(
+  remote: Remote,
+  test: Pick<TestContext, 'onTestFinished'> = { onTestFinished },
+): Promise<RemoteTarget> {
   const target = await remote.create()
-  onTestFinished(() => end(target), 3 * SETTLE_MS)
+  test.onTestFinished(() => end(target), 3 * SETTLE_MS)
   return target
 }
 
