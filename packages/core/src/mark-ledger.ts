@@ -1,9 +1,11 @@
+import { randomBytes } from 'node:crypto'
 import { rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { z } from 'zod'
 import { isBackupId } from './backup-id.ts'
 import type { StorageReference } from './journal.ts'
 import { makeFolders } from './make-folders.ts'
+import { isSameStorage } from './same-storage.ts'
 import { statIfThere } from './stat-if-there.ts'
 import { inStateFolder, namesIn, textOf } from './state-folder.ts'
 import { instanceFolder, instanceOfFolder } from './storage-layout.ts'
@@ -36,7 +38,8 @@ export class MarkLedger {
   /** To be called before the mark is made. */
   async add(backup: string, { type, location }: StorageReference): Promise<void> {
     const path = this.#path(backup)
-    const temporary = join(this.#folder, `${backup}${TEMPORARY}`)
+    // Of its own name: another restore of the same backup may be at it.
+    const temporary = join(this.#folder, `${backup}.${randomBytes(8).toString('hex')}${TEMPORARY}`)
     await inStateFolder(path, async () => {
       await makeFolders(this.#folder)
       await this.#removeLeft()
@@ -51,13 +54,13 @@ export class MarkLedger {
   }
 
   /** The backups that went to a storage. */
-  async backupsOn({ type, location }: StorageReference): Promise<string[]> {
+  async backupsOn(storage: StorageReference): Promise<string[]> {
     const found: string[] = []
     for (const name of await namesIn(this.#folder)) {
       const backup = name.slice(0, -'.json'.length)
       if (!name.endsWith('.json') || !isBackupId(backup)) continue
-      const storage = await this.#read(backup)
-      if (storage?.type === type && storage.location === location) found.push(backup)
+      const went = await this.#read(backup)
+      if (went && isSameStorage(went, storage)) found.push(backup)
     }
     return found
   }

@@ -7,6 +7,7 @@ import { type JournalHeader, RunJournal } from './journal.ts'
 import { LibvirtHost } from './libvirt-host.ts'
 import type { RbdConnector } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
+import { isSameStorage } from './same-storage.ts'
 import { settleBackup } from './settle-backup.ts'
 import { settleRestore } from './settle-restore.ts'
 import type { StorageDriver } from './storage.ts'
@@ -120,9 +121,7 @@ async function settle(
     const outcome = incomplete.length > 0 ? 'incomplete' : finished ? 'finished' : 'undone'
     return { outcome, ...(notStarted && { error: notStarted }) }
   }
-  const used = options.storages.find(
-    ({ type, location }) => type === header.storage.type && location === header.storage.location,
-  )
+  const used = options.storages.find(storage => isSameStorage(storage, header.storage))
   const storage = used && tellCommands(used, run.onEvent)
   const { published } = await settleBackup(journal, { host, storage, died: true, run })
   return { outcome: published ? 'finished' : 'undone' }

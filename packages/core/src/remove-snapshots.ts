@@ -8,6 +8,7 @@ import { MarkLedger } from './mark-ledger.ts'
 import { RBD_PREFIX } from './rbd.ts'
 import { isImageGone } from './rbd-disk.ts'
 import { emit, type RunOptions } from './run-options.ts'
+import { isSameStorage } from './same-storage.ts'
 
 /** What {@link removeSnapshotsOf} works with. */
 export interface RemoveSnapshotsOptions {
@@ -44,7 +45,7 @@ export async function removeSnapshotsOf(
       const went = await new MarkLedger(stateDir, instance.name).storageOf(id)
       // Without a definition it was backed up by its name alone.
       const cluster = await host.rbd(definition && { instance: instance.name, disk }, run)
-      if (went?.type === storage.type && went.location === storage.location) {
+      if (went && isSameStorage(went, storage)) {
         // An increment that is being exported since this snapshot must not lose it on the way.
         await using _lock = await DiskLock.acquire([`${RBD_PREFIX}${image}`])
         await cluster.removeSnapshots(image, [snapshot], run)

@@ -6,6 +6,7 @@ import type { DiskPlace, Host } from './host.ts'
 import { RunJournal } from './journal.ts'
 import { recordLateOverlays } from './late-overlays.ts'
 import { MarkLedger } from './mark-ledger.ts'
+import { rbdImageOf } from './rbd.ts'
 import { chainForRestore } from './restore-chain.ts'
 import { type RestoreContext, stage } from './restore-context.ts'
 import { planRestore, type RestorePlan } from './restore-plan.ts'
@@ -185,8 +186,7 @@ export class RestorePipeline {
       const nvram = await define(restore)
       if (request.inPlace) await powerOff(restore)
       disks = await writeTargets(restore)
-      const ledger = new MarkLedger(stateDir, found.manifest.instance.name)
-      if (!plan.newInstance) await ledger.add(request.backup, storage)
+      await rememberMark(new MarkLedger(stateDir, found.manifest.instance.name), found, plan, storage)
       await mark(restore, catalog.backups)
       if (!request.inPlace) await powerOff(restore)
       await finish(restore, nvram)
@@ -230,6 +230,23 @@ function targetsOf({ disks }: RestorePlan) {
 /** What a restore holds: all disks of the instance too, as a restore of others would start it in the middle of this one. */
 function disksOf(plan: RestorePlan): readonly DiskPlace[] {
   return [...targetsOf(plan), ...(plan.instance?.disks ?? [])]
+}
+
+/**
+ * Records to which storage the mark belongs that the instance's own disks get. Where a record is there it stays: the backup went
+ * to that storage, the chain there goes on from the mark too, and this may be a copy of it on another one.
+ */
+async function rememberMark(
+  ledger: MarkLedger,
+  { manifest }: StoredBackup,
+  plan: RestorePlan,
+  storage: StorageDriver,
+): Promise<void> {
+  const own = plan.instance
+    ? plan.instance.name === manifest.instance.name
+    : !plan.newInstance &&
+      plan.disks.some(({ disk, target }) => (rbdImageOf(target) ?? target) === disk.source.path)
+  if (own && !(await ledger.storageOf(manifest.id))) await ledger.add(manifest.id, storage)
 }
 
 function incompleteError(failure: unknown, journal: RunJournal, disks: readonly string[]): VarveError {

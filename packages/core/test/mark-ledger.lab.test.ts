@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, rename, rm, utimes, writeFile } from 'node:fs/promises'
+import { cp, mkdir, mkdtemp, readdir, rename, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
@@ -93,6 +93,34 @@ test('the bitmap of a backup that was restored and then deleted goes too', async
   expect(next).toMatchObject({ kind: 'full' })
   expect(await marks()).toEqual([markOf(next)])
   expect(a1.chain).toBe(a2.chain)
+})
+
+test('a restore for practice, or from a copy on another storage, leaves the record of where a backup went', async () => {
+  const a1 = await backup('a')
+  await cp(join(folder, 'a'), join(folder, 'b'), { recursive: true })
+  const ledger = new MarkLedger(stateDir(), 'web-1')
+  const restore = (stateDir: string, path: string) =>
+    new RestorePipeline({ host, storage: storage('b'), stateDir }).run({
+      backup: a1.id,
+      to: { disks: { vda: path }, overwrite: true },
+    })
+  await restore(stateDir(), join(folder, 'practice.qcow2'))
+  await restore(stateDir(), join(folder, 'disk.qcow2'))
+  expect(await ledger.storageOf(a1.id)).toEqual({ type: 'local', location: join(folder, 'a') })
+  await restore(join(folder, 'fresh'), join(folder, 'again.qcow2'))
+  expect(await new MarkLedger(join(folder, 'fresh'), 'web-1').storageOf(a1.id)).toBeUndefined()
+
+  await remove('b', a1.id)
+  await backup('b')
+  expect(await marks()).toContain(markOf(a1))
+  expect(await backup('a')).toMatchObject({ parent: a1.id })
+})
+
+test('two runs may remember one backup at the same time', async () => {
+  const ledger = new MarkLedger(stateDir(), 'web-1')
+  const id = '20260101-000000-000-cccccc'
+  await Promise.all(Array.from({ length: 50 }, () => ledger.add(id, storage('a'))))
+  expect(await readdir(join(stateDir(), 'marks', 'web-1'))).toEqual([`${id}.json`])
 })
 
 test('what a process left that died while it remembered a backup goes with a backup an hour later', async () => {
