@@ -116,6 +116,14 @@ test('a restore for practice, or from a copy on another storage, leaves the reco
   expect(await backup('a')).toMatchObject({ parent: a1.id })
 })
 
+test('a storage is the same one whether its path was written with a slash at its end or not', async () => {
+  const ledger = new MarkLedger(stateDir(), 'web-1')
+  const id = '20260101-000000-000-cccccc'
+  await ledger.add(id, { type: 'local', location: '/mnt/a/' })
+  expect(await ledger.backupsOn({ type: 'local', location: '/mnt/a' })).toEqual([id])
+  expect(await ledger.backupsOn({ type: 'local', location: '/mnt/ab' })).toEqual([])
+})
+
 test('two runs may remember one backup at the same time', async () => {
   const ledger = new MarkLedger(stateDir(), 'web-1')
   const id = '20260101-000000-000-cccccc'

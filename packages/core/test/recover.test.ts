@@ -20,14 +20,18 @@ beforeEach(async () => {
 })
 afterEach(() => rm(stateDir, { recursive: true }))
 
-function begin(instance: string, id = newBackupId()): Promise<RunJournal> {
+function begin(
+  instance: string,
+  id = newBackupId(),
+  location: string = storage.location,
+): Promise<RunJournal> {
   const header: JournalHeader = {
     version: 1,
     id,
     kind: 'backup',
     instance,
     host: { kind: 'image', instance, disks: {} },
-    storage: { type: storage.type, location: storage.location },
+    storage: { type: storage.type, location },
     disks: [{ name: 'vda', path: join(stateDir, `${instance}.qcow2`) }],
     startedAt: new Date().toISOString(),
   }
@@ -167,4 +171,12 @@ test('a backup that its own run has seen published is one, whatever became of wh
   expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'unresolved' }])
   await dead.record({ step: 'published' })
   expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'finished' }])
+})
+
+test('a storage is known again though its path was written with a slash at its end', async () => {
+  const dead = await begin('web-1', newBackupId(), `${storage.location}/`)
+  const publication = { manifest: 'web-1/x/y/manifest.json', size: 7, blake3: 'b', parent: 'web-1/x/x' }
+  await dead.record({ step: 'publish', ...publication, retire: {} })
+  expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'unresolved' }])
+  expect((await recover({ stateDir, storages: [storage] })).runs).toMatchObject([{ outcome: 'undone' }])
 })
