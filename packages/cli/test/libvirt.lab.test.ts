@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { compareImages, createQcow2, type LibvirtLab, qemuIo, startLibvirt } from '@varve/testkit/lab'
@@ -64,7 +64,23 @@ test('a domain is backed up, and its disks are replaced only when that is confir
   const confirmed = await run(`restore ${id} --to-instance web-1`, { typed: 'web-1\n' })
   expect(confirmed.code, confirmed.stderr).toBe(0)
   expect(confirmed.stderr).toContain('The disks vda, vdb of web-1 will be replaced')
+  expect(confirmed.stderr).not.toContain('another domain')
   expect(await damaged()).toBe(false)
+
+  // The manifest is changed here in place of the domain: one of the same name, but another UUID.
+  const path = join(folder, 'nas', 'web-1', id, id, 'manifest.json')
+  const manifest = await readFile(path, 'utf8')
+  const { uuid } = JSON.parse(manifest).instance
+  const former = uuid.replace(/./, (digit: string) => (digit === '0' ? '1' : '0'))
+  await writeFile(path, manifest.replace(uuid, former))
+  const asked = await run(`restore ${id} --to-instance web-1`, { typed: 'no\n' })
+  expect(asked).toMatchObject({
+    code: 1,
+    stderr: expect.stringContaining(
+      `another domain of this name, or web-1 was defined anew since: its UUID was ${former} and is ${uuid} by now.`,
+    ),
+  })
+  await writeFile(path, manifest)
 
   await write('vda', '0x33')
   expect(await run(`restore ${id} --to-instance web-1 --disks vda --yes --with-definition`)).toMatchObject({

@@ -162,6 +162,7 @@ function applyPolicy(
     const items = ofInstance.map(({ manifest, folder }) => ({
       id: manifest.id,
       startedAt: new Date(manifest.startedAt),
+      owner: manifest.instance.uuid, // a name may be that of two instances, of two hosts or one after the other
       ...(manifest.parent !== undefined && { parent: manifest.parent }),
       damaged: damagedChains.has(chainOf(folder)),
     }))

@@ -161,6 +161,7 @@ export class RestorePipeline {
       throw error
     })
     lock.assertHolds(disksOf(plan))
+    warnOfOtherInstance(plan, found, run)
     const chain = chainForRestore(found, catalog, {
       disks: plan.disks.map(({ disk }) => disk.name),
       definition: plan.newInstance !== undefined || request.definition === 'restore',
@@ -230,6 +231,14 @@ function targetsOf({ disks }: RestorePlan) {
 /** What a restore holds: all disks of the instance too, as a restore of others would start it in the middle of this one. */
 function disksOf(plan: RestorePlan): readonly DiskPlace[] {
   return [...targetsOf(plan), ...(plan.instance?.disks ?? [])]
+}
+
+/** A name may be given again: to another customer's machine, say. */
+function warnOfOtherInstance({ instance }: RestorePlan, { manifest }: StoredBackup, run: RunOptions): void {
+  const { name, uuid } = manifest.instance
+  if (instance?.name !== name || !uuid || !instance.uuid || instance.uuid === uuid) return
+  const message = `The backup ${manifest.id} is of another instance that had the name ${name}, or ${name} was defined anew since: its UUID was ${uuid} and is ${instance.uuid} by now. See that this is the backup that you want.`
+  emit(run, { type: 'warning', message })
 }
 
 /**

@@ -30,7 +30,9 @@ export interface RetentionItem {
   readonly id: string
   /** When it began. Its id may be of another year: after one from a clock that was ahead, ids go on from there. */
   readonly startedAt: Date
-  /** The backup that it rests on; older than it. */
+  /** Whose it is. The rules count the backups of each by themselves. */
+  readonly owner?: string | undefined
+  /** The backup that it rests on; older than it, and perhaps of another owner. */
   readonly parent?: string
   /** Kept whatever the rules say, and counted by none: it may not be fit to restore from. */
   readonly damaged?: boolean
@@ -45,8 +47,8 @@ export interface RetentionPlan {
 }
 
 /**
- * Decides which backups of one instance are kept. What a kept backup rests on is kept too. The newest
- * undamaged backup is always kept, since every rule begins with it.
+ * Decides which backups of one instance's name are kept. What a kept backup rests on is kept too. The newest
+ * undamaged backup of each owner is always kept, since every rule begins with it.
  *
  * @throws INVALID_ARGUMENT for a policy without a rule, a count that is no natural number, or an unknown time zone
  */
@@ -59,13 +61,15 @@ export function planRetention(items: readonly RetentionItem[], policy: Retention
   }
 
   for (const { reason, count, periodOf } of rules) {
-    const periods = new Set<string>()
-    for (const { damaged, ...item } of newestFirst) {
-      const period = periodOf(item)
-      if (damaged || periods.has(period)) continue
-      if (periods.size === count) break
-      periods.add(period)
-      keep(item.id, reason)
+    for (const [, ofOwner] of Map.groupBy(newestFirst, ({ owner }) => owner)) {
+      const periods = new Set<string>()
+      for (const item of ofOwner) {
+        const period = periodOf(item)
+        if (item.damaged || periods.has(period)) continue
+        if (periods.size === count) break
+        periods.add(period)
+        keep(item.id, reason)
+      }
     }
   }
   for (const { id, damaged } of newestFirst) if (damaged) keep(id, 'damaged')

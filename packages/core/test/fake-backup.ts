@@ -16,6 +16,8 @@ export interface FakeBackup {
   chain?: string | undefined
   /** Default: `web-1`. */
   instance?: string
+  /** The instance's UUID. Default: none, as of plain images. */
+  uuid?: string
   /** Names of the disks, all of the backup's kind. Default: `vda`. */
   disks?: readonly string[]
   /** Names of disks that are full, whatever the backup is. */
@@ -38,7 +40,7 @@ export async function storeFake(
     chain,
     ...(parent !== undefined && { parent }),
     kind: parent === undefined ? 'full' : 'incremental',
-    instance: { name: instance },
+    instance: { name: instance, ...(fake.uuid !== undefined && { uuid: fake.uuid }) },
     startedAt: time,
     frozenAt: time,
     finishedAt: time,

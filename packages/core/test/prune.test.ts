@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -81,6 +82,27 @@ describe('pruning', () => {
     const weekBefore = ids[1] ?? '' // the 1st was a Sunday
     const report = await chains.prune({ keepDaily: 7, keepWeekly: 3 })
     expect(told(report).kept).toEqual([weekBefore, ...ids.slice(-7)])
+  })
+
+  it('counts the backups of two instances with one name by themselves, and keeps what rests on the other', async () => {
+    const [one, other] = [randomUUID(), randomUUID()]
+    const store = (day: number, uuid: string, parent?: number) =>
+      storeFake(storage, {
+        id: dayId(day),
+        uuid,
+        ...(parent && { parent: dayId(parent), chain: dayId(parent) }),
+      })
+    await store(1, one)
+    await store(2, one)
+    await store(3, other)
+    await store(4, other)
+    expect(told(await chains.prune({ keepLast: 1 }))).toMatchObject({ kept: [dayId(2), dayId(4)] })
+    await store(5, one)
+    await store(6, other, 2) // defined anew, the instance goes on from its disks' bitmaps
+    expect(told(await chains.prune({ keepLast: 1 }))).toMatchObject({
+      kept: [dayId(2), dayId(5), dayId(6)],
+      removed: [dayId(4)],
+    })
   })
 
   it('of one instance leaves the others alone', async () => {

@@ -4,6 +4,7 @@ import { qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { expect, test } from 'vitest'
 import { DiskLock } from '../src/disk-lock.ts'
 import { readDomainXml } from '../src/domain-xml.ts'
+import type { VarveEvent } from '../src/events.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -111,7 +112,13 @@ test('a definition goes to its own instance only, made anew or as a copy with UE
   await writeFile(definition, (await inactive(vm.name)).replace(before, other).replaceAll('262144', '196608'))
   await site.lab.virsh(['undefine', vm.name, '--nvram'])
   await site.lab.virsh(['define', definition])
-  await restore({ backup: manifest.id, to: { instance: vm.name }, definition: 'restore' })
+  const warnings: string[] = []
+  const onEvent = (event: VarveEvent) => event.type === 'warning' && void warnings.push(event.message)
+  const again = { backup: manifest.id, to: { instance: vm.name }, definition: 'restore' } as const
+  await restore(again, { onEvent })
+  expect(warnings).toEqual([
+    expect.stringMatching(new RegExp(`its UUID was ${before} and is ${other} by now`)),
+  ])
   expect(readDomainXml(await inactive(vm.name))).toMatchObject({ uuid: other, nvram })
   expect(await inactive(vm.name)).toContain('>262144</memory>')
 })

@@ -1,5 +1,7 @@
 import {
+  type BackupManifest,
   findBackup,
+  type Host,
   type RestoreDestination,
   RestorePipeline,
   type RestoreRequest,
@@ -107,7 +109,7 @@ async function restore(session: Session, backup: string, options: RestoreOptions
   const host = await session.libvirtHost(options.libvirtUri)
   const stateDir = await session.stateDir(options.stateDir)
   if ('instance' in to && !options.yes)
-    await confirmReplacement(session, storage, backup, to.instance, options)
+    await confirmReplacement(session, { storage, host, backup, instance: to.instance }, options)
   const request: RestoreRequest = {
     backup,
     to,
@@ -164,22 +166,38 @@ function destination(session: Session, options: RestoreOptions): RestoreDestinat
 
 async function confirmReplacement(
   session: Session,
-  storage: StorageDriver,
-  id: string,
-  instance: string,
+  {
+    storage,
+    host,
+    backup,
+    instance,
+  }: { storage: StorageDriver; host: Host; backup: string; instance: string },
   { disks, inPlace, withDefinition }: RestoreOptions,
 ): Promise<void> {
-  const { manifest }: StoredBackup = await findBackup(storage, id, session.call())
+  const { manifest }: StoredBackup = await findBackup(storage, backup, session.call())
   const frozen = new Date(manifest.frozenAt)
-  const of = manifest.instance.name === instance ? '' : ` of ${manifest.instance.name}`
+  const isSameName = manifest.instance.name === instance
+  const of = isSameName ? '' : ` of ${manifest.instance.name}`
+  const other = isSameName ? await otherUuid(session, host, manifest) : ''
   const names = disks ?? manifest.disks.map(({ name }) => name)
   const what = `The ${names.length === 1 ? 'disk' : 'disks'} ${names.join(', ')} of ${instance}${withDefinition ? ' and its definition' : ''}`
   const how = inPlace ? 'overwritten in place with' : 'replaced by'
   const risk = inPlace ? ' A failure leaves the disks incomplete.' : ''
   await confirm(session, {
-    text: `${what} will be ${how} the backup${of} from ${formatTime(frozen)} (${formatAge(frozen, new Date())} ago). If it runs, it is shut down for that.${risk}`,
+    text: `${what} will be ${how} the backup${of} from ${formatTime(frozen)} (${formatAge(frozen, new Date())} ago). If it runs, it is shut down for that.${risk}${other}`,
     answer: instance,
   })
+}
+
+/** What tells that the domain is not the one that was backed up. Why it cannot be looked at, the restore tells. */
+async function otherUuid(
+  session: Session,
+  host: Host,
+  { instance: { name, uuid } }: BackupManifest,
+): Promise<string> {
+  const now = await host.instance(name, session.run()).catch(() => undefined)
+  if (!uuid || !now?.uuid || now.uuid === uuid) return ''
+  return `\nThe backup is of another domain of this name, or ${name} was defined anew since: its UUID was ${uuid} and is ${now.uuid} by now.`
 }
 
 function restoreSummary({ backup, disks, instance, started }: RestoreResult, seconds: number): string {
