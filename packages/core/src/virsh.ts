@@ -3,6 +3,9 @@ import { type CommandOptions, type CommandResult, runCommand } from './command.t
 import { isVarveError, VarveError } from './errors.ts'
 import type { RunOptions } from './run-options.ts'
 
+/** What virsh takes for the UUID of a domain has this length, in bytes. */
+const UUID_LENGTH = 36
+
 /** Options of one command. */
 export type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput'>
 
@@ -22,11 +25,13 @@ export class Virsh {
 
   /**
    * What stands for a domain on virsh's command line. It takes a number for the id of a running domain, then
-   * text for a UUID, and only then for a name; a name that could be taken for something else is given as the
-   * UUID of the domain that has it.
+   * text as long as a UUID for one, and only then for a name; a name that could be taken for something else is given
+   * as the UUID of the domain that has it, which takes a start of the program more.
    */
   async #designation(instance: string, run: VirshOptions): Promise<string> {
-    if (/^[a-z_]/i.test(instance) && !/^[\da-f-]+$/i.test(instance)) return instance
+    const isOption = !/^[a-z_\d]/i.test(instance) // or odd in another way
+    const isId = /^\d+$/.test(instance)
+    if (!isOption && !isId && Buffer.byteLength(instance) !== UUID_LENGTH) return instance
     const list = await this.run({ ...run, secretOutput: false }, 'list', '--all', '--uuid', '--name')
     const uuid = list
       .split('\n')
