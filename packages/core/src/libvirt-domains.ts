@@ -1,10 +1,13 @@
 import { realpath } from 'node:fs/promises'
 import { type DomainChanges, type ImageSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
-import { isVarveError } from './errors.ts'
+import { isVarveError, VarveError } from './errors.ts'
 import { namelessFile } from './nameless-file.ts'
-import { DriveChains, Qmp } from './qmp.ts'
+import { DRIVES_QUESTION, DriveChains, type Monitor, Qmp } from './qmp.ts'
 import type { RunOptions } from './run-options.ts'
 import type { Virsh } from './virsh.ts'
+
+/** What virsh says where a domain has no QEMU that could be asked. */
+export const NOT_RUNNING: RegExp = /domain is not running/i
 
 /** Where a disk of a domain writes to now, and whether QEMU runs it. */
 export interface DiskState {
@@ -98,7 +101,7 @@ export class LibvirtDomains {
       return await this.qmp(instance, run)
     } catch (error) {
       const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
-      if (/domain is not running/i.test(stderr)) return undefined
+      if (NOT_RUNNING.test(stderr)) return undefined
       throw error
     }
   }
@@ -107,11 +110,21 @@ export class LibvirtDomains {
     return Qmp.open(this.#monitor(instance, run), instance)
   }
 
-  chains(instance: string, run: RunOptions): Promise<DriveChains> {
-    return DriveChains.open(this.#monitor(instance, run), instance)
+  /** The same from what its monitor said to `NODES_QUESTION`. @throws COMMAND_FAILED where that was nothing */
+  async qmpOf(reply: string, instance: string, run: RunOptions): Promise<Qmp> {
+    if (reply.trim() !== '') return Qmp.of(reply, this.#monitor(instance, run), instance)
+    throw new VarveError(
+      'COMMAND_FAILED',
+      `${instance} went off while it was looked at: QEMU does not answer any more. Try again.`,
+      { context: { instance }, retryable: true },
+    )
   }
 
-  #monitor(instance: string, run: RunOptions): (json: string) => Promise<string> {
+  async chains(instance: string, run: RunOptions): Promise<DriveChains> {
+    return DriveChains.of(await this.#monitor(instance, run)(DRIVES_QUESTION), instance)
+  }
+
+  #monitor(instance: string, run: RunOptions): Monitor {
     return json => this.virsh.onDomain(run, instance, 'qemu-monitor-command', json)
   }
 }

@@ -30,9 +30,9 @@ import type {
   RbdDisk,
 } from './host.ts'
 import { backupOfOverlay, overlayName } from './late-overlays.ts'
-import { type DiskState, isRunning, LibvirtDomains, readInfo } from './libvirt-domains.ts'
+import { type DiskState, isRunning, LibvirtDomains, NOT_RUNNING, readInfo } from './libvirt-domains.ts'
 import { addImageBitmap, changeImageBitmaps, readOfflineDisk } from './qemu-img.ts'
-import type { Qmp } from './qmp.ts'
+import { DRIVES_QUESTION, DriveChains, NODES_QUESTION, type Qmp } from './qmp.ts'
 import { RBD_PREFIX, type RbdCluster, type RbdConnector } from './rbd.ts'
 import { rbdConnection } from './rbd-connection.ts'
 import { noConnector, readRbdDisk } from './rbd-disk.ts'
@@ -41,6 +41,9 @@ import { statIfThere } from './stat-if-there.ts'
 import { takeSnapshot } from './take-snapshot.ts'
 import { unsupportedReason } from './unsupported-disk.ts'
 import { Virsh } from './virsh.ts'
+
+/** How long an instance may be looked at, in milliseconds: libvirt lets each question to QEMU wait for 30 s. */
+const LOOK_TIMEOUT_MS = 2 * 60_000
 
 /** Options of {@link LibvirtHost}. */
 export interface LibvirtHostOptions {
@@ -70,6 +73,8 @@ export class LibvirtHost implements Host {
   readonly #rbd: RbdConnector | undefined
   /** The disks, as `<instance>/<disk>`, that were warned of since libvirt does not tell their cluster. */
   readonly #unplaced = new Set<string>()
+  /** What QEMU said of its drives when an instance that runs was looked at; taken once. */
+  readonly #drives = new WeakMap<Instance, string>()
 
   constructor(options: LibvirtHostOptions = {}) {
     const { uri = 'qemu:///system' } = options
@@ -92,18 +97,27 @@ export class LibvirtHost implements Host {
   }
 
   async instance(name: string, run: RunOptions = {}): Promise<Instance> {
-    const questions = [['dominfo'], ['dumpxml'], ['dumpxml', '--inactive']]
-    const [info = '', xml = '', definition = ''] = await this.#virsh.ask(run, name, ...questions)
+    // Of one start, as each takes longer than its answers.
+    const [info = '', xml = '', definition = '', nodes = '', drives = ''] = await this.#virsh.ask(
+      { ...run, timeoutMs: LOOK_TIMEOUT_MS, noAnswer: NOT_RUNNING },
+      name,
+      ['dominfo'],
+      ['dumpxml'],
+      ['dumpxml', '--inactive'],
+      ['qemu-monitor-command', NODES_QUESTION],
+      ['qemu-monitor-command', DRIVES_QUESTION],
+    )
     const { state, transient } = readInfo(info)
     const running = isRunning(state)
     const domain = readDomainXml(xml)
-    const qmp = running ? await this.#domains.qmp(name, run) : undefined
     const { places, primary, unsupported } = await this.#locate(domain, run)
+    const asksQemu = running && places.some(({ disk }) => !disk.rbd)
+    const qmp = asksQemu ? await this.#domains.qmpOf(nodes, name, run) : undefined
     const disks: HostDisk[] = []
     for (const { disk, path } of places) {
       disks.push(await (disk.rbd ? this.#rbdDisk(disk.name, disk.rbd, run) : readDisk(disk, path, qmp, run)))
     }
-    return {
+    const instance: Instance = {
       name: domain.name,
       ...(domain.uuid !== undefined && { uuid: domain.uuid }),
       running,
@@ -115,12 +129,14 @@ export class LibvirtHost implements Host {
       definition,
       ...(domain.nvram !== undefined && { nvram: domain.nvram }),
     }
+    if (drives.trim() !== '') this.#drives.set(instance, drives)
+    return instance
   }
 
   async assertBacking(instance: Instance, disks: readonly FileDisk[], run: RunOptions = {}): Promise<void> {
     const images = disks.filter(({ format }) => format === 'qcow2') // nothing is under a raw one
     if (images.length === 0) return
-    const chains = instance.running ? await this.#domains.chains(instance.name, run) : undefined
+    const chains = instance.running ? await this.#chains(instance, run) : undefined
     for (const { name, path, format } of images) {
       const of = { instance: instance.name, disk: name, path }
       if (chains) {
@@ -130,6 +146,15 @@ export class LibvirtHost implements Host {
         await assertDefinedBacking(this.#domains, { ...of, definition: instance.definition ?? '' }, run)
       }
     }
+  }
+
+  /** Those of the moment at which the instance was looked at, the first time that they are asked for. */
+  async #chains(instance: Instance, run: RunOptions): Promise<DriveChains> {
+    const reply = this.#drives.get(instance)
+    this.#drives.delete(instance)
+    return reply === undefined
+      ? this.#domains.chains(instance.name, run)
+      : DriveChains.of(reply, instance.name)
   }
 
   async describe(name: string, run: RunOptions = {}): Promise<string | undefined> {

@@ -55,8 +55,13 @@ export interface BlockNode {
 
 type FoundNode = z.infer<typeof blockNodes>[number]
 
+/** Has QEMU list its block nodes; {@link Qmp} takes the reply. */
+export const NODES_QUESTION: string = commandText('query-named-block-nodes', { flat: true })
+/** Has QEMU list its drives; {@link DriveChains} takes the reply. */
+export const DRIVES_QUESTION: string = commandText('query-block')
+
 /** Sends one command, as JSON, to the monitor of a domain and gives the reply. */
-type Monitor = (json: string) => Promise<string>
+export type Monitor = (json: string) => Promise<string>
 
 /** QEMU's monitor of a running domain, through `virsh qemu-monitor-command`. */
 export class Qmp {
@@ -72,8 +77,12 @@ export class Qmp {
 
   /** Reads the block nodes. Their state is the one at this moment. */
   static async open(monitor: Monitor, domain: string): Promise<Qmp> {
-    const reply = await execute(monitor, domain, 'query-named-block-nodes', { flat: true })
-    const nodes = blockNodes.parse(reply)
+    return Qmp.of(await monitor(NODES_QUESTION), monitor, domain)
+  }
+
+  /** Knows the block nodes from QEMU's reply to {@link NODES_QUESTION}, and their state at that moment. */
+  static async of(reply: string, monitor: Monitor, domain: string): Promise<Qmp> {
+    const nodes = blockNodes.parse(resultOf(reply, domain, 'query-named-block-nodes'))
     const resolved = nodes.map(async node => {
       return { ...node, file: await resolvedFile(node.file) }
     })
@@ -123,7 +132,8 @@ export class Qmp {
 
   /** Carries out all the actions at one point in time, or none. */
   async transaction(actions: readonly { type: string; data: object }[]): Promise<void> {
-    if (actions.length > 0) await execute(this.#monitor, this.#domain, 'transaction', { actions })
+    if (actions.length === 0) return
+    resultOf(await this.#monitor(commandText('transaction', { actions })), this.#domain, 'transaction')
   }
 }
 
@@ -155,9 +165,9 @@ export class DriveChains {
     this.#chains = chains
   }
 
-  /** Asks for them. */
-  static async open(monitor: Monitor, domain: string): Promise<DriveChains> {
-    const drives = blockDevices.parse(await execute(monitor, domain, 'query-block', {}))
+  /** Knows them from QEMU's reply to {@link DRIVES_QUESTION}. */
+  static of(reply: string, domain: string): DriveChains {
+    const drives = blockDevices.parse(resultOf(reply, domain, 'query-block'))
     return new DriveChains(
       domain,
       drives.map(({ inserted }) => chainOf(inserted?.image)),
@@ -195,8 +205,11 @@ const monitorReply = z.object({
   error: z.object({ class: z.string(), desc: z.string() }).optional(),
 })
 
-async function execute(monitor: Monitor, domain: string, command: string, args: object): Promise<unknown> {
-  const output = await monitor(JSON.stringify({ execute: command, arguments: args }))
+function commandText(command: string, args: object = {}): string {
+  return JSON.stringify({ execute: command, arguments: args })
+}
+
+function resultOf(output: string, domain: string, command: string): unknown {
   const reply = monitorReply.parse(JSON.parse(output))
   if (reply.error) {
     throw new VarveError(

@@ -9,6 +9,12 @@ const UUID_LENGTH = 36
 /** Options of one command. */
 export type VirshOptions = RunOptions & Pick<CommandOptions, 'timeoutMs' | 'secretOutput'>
 
+/** Options of several questions. */
+export type AskOptions = Omit<VirshOptions, 'secretOutput'> & {
+  /** The errors that only leave the answer to a question empty. Default: none. */
+  readonly noAnswer?: RegExp
+}
+
 /** The `virsh` program on one connection: its domains by their names, and its errors as the SDK's own. */
 export class Virsh {
   readonly #uri: string
@@ -51,25 +57,31 @@ export class Virsh {
 
   /**
    * Asks several things about a domain with one start of the program, which takes longer than the answers do.
-   * Returns what was printed to each.
+   * Returns what was printed to each, in the order in which they were asked, one after the other.
    *
    * @param commands such as `['dumpxml', '--inactive']`: the domain comes after the first word
    * @throws INSTANCE_NOT_FOUND
    */
-  async ask(run: RunOptions, instance: string, ...commands: readonly string[][]): Promise<string[]> {
+  async ask(
+    { noAnswer, ...run }: AskOptions,
+    instance: string,
+    ...commands: readonly (readonly string[])[]
+  ): Promise<string[]> {
     const domain = await this.#designation(instance, run)
     const mark = `varve-${randomBytes(8).toString('hex')}`
     const lines = commands.map(([command, ...args]) => [command, ...[domain, ...args].map(quote)].join(' '))
-    const args = [lines.join(`; echo ${mark}; `)]
+    // The exit code is that of the last command.
+    const args = [[...lines, ...(noAnswer ? [''] : [])].join(`; echo ${mark}; `)]
     return this.#explained(args, async () => {
       const { stdout, stderr } = await this.#execute(run, args)
-      const said = /^error: *(.*)/m.exec(stderr)?.[1] // the exit code is that of the last command
+      const errors = [...stderr.matchAll(/^error: *(.*)/gm)].map(([, error = '']) => error)
+      const said = errors.find(error => !noAnswer?.test(error))
       if (said !== undefined) {
         throw new VarveError('COMMAND_FAILED', `virsh failed: ${said}; put that right and try again`, {
           context: { command: 'virsh', args, stderr },
         })
       }
-      return stdout.split(mark)
+      return stdout.split(mark).slice(0, commands.length)
     })
   }
 

@@ -33,6 +33,28 @@ test('one of several questions that has no answer is an error, whatever its plac
   }
 })
 
+test('a question that may have no answer leaves those to the others as they are, whatever its place', async () => {
+  const questions = [['domblkinfo', 'vdz'], ['domstate'], ['domuuid']]
+  for (let turn = 0; turn < questions.length; turn++) {
+    const answers = await virsh.ask({ noAnswer: /vdz/ }, 'test', ...questions)
+    expect(answers.map(answer => answer.trim().replace(/^.{8}-.*$/, 'UUID'))).toEqual(
+      questions.map(([question]) => ({ domstate: 'running', domuuid: 'UUID' })[question ?? ''] ?? ''),
+    )
+    questions.push(...questions.splice(0, 1))
+  }
+  await expect(
+    virsh.ask({ noAnswer: /vdz/ }, 'test', ['domblkinfo', 'vdz'], ['domblkinfo', 'vdy'], ['domstate']),
+  ).rejects.toMatchObject({ code: 'COMMAND_FAILED', message: expect.stringContaining('vdy') })
+  await expect(virsh.ask({ noAnswer: /vdz/ }, 'gone', ['domstate'])).rejects.toMatchObject({
+    code: 'INSTANCE_NOT_FOUND',
+  })
+  const away = new Virsh(`qemu+unix:///system?socket=${join(tmpdir(), 'varve-no-socket')}`)
+  await expect(away.ask({ noAnswer: /vdz/ }, 'test', ['domstate'])).rejects.toMatchObject({
+    code: 'COMMAND_FAILED',
+    retryable: true,
+  })
+})
+
 test('a name is that of its domain also where virsh could take it for an id, a UUID or an option, and asked for by itself where not', async () => {
   const folder = await mkdtemp(join(tmpdir(), 'varve-virsh-'))
   onTestFinished(() => rm(folder, { recursive: true }))

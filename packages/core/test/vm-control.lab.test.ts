@@ -1,12 +1,12 @@
 import { execFileSync } from 'node:child_process'
-import { stat, writeFile } from 'node:fs/promises'
+import { rm, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execa } from 'execa'
-import { expect, test } from 'vitest'
+import { expect, onTestFinished, test, vi } from 'vitest'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
-import type { DiskOverlay, MergeRecord, MergeState } from '../src/host.ts'
+import { type DiskOverlay, isFileDisk, type MergeRecord, type MergeState } from '../src/host.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 const site = useVmSite()
@@ -32,6 +32,25 @@ function mergeRecord(state?: MergeRecord['state']): MergeRecord {
 
 function createOverlay({ base, overlay }: DiskOverlay): void {
   execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b', base, overlay])
+}
+
+/** Has libvirt be told something else once, right before one of several questions that virsh asks in one start. */
+async function amid(question: string, theirs: string): Promise<void> {
+  const [done, program] = [join(site.folder, 'done'), join(site.folder, 'virsh')]
+  await rm(done, { force: true })
+  const script = `#!/bin/bash
+line="\${@: -1}"
+if [[ $line == *"$QUESTION"* && ! -e '${done}' ]]; then
+  touch '${done}'
+  set -- "\${@:1:$#-1}" "\${line/"$QUESTION"/"$THEIRS; $QUESTION"}"
+fi
+PATH="\${PATH#*:}" exec virsh "$@"
+`
+  await writeFile(program, script, { mode: 0o755 })
+  vi.unstubAllEnvs()
+  for (const [name, value] of Object.entries({ QUESTION: question, THEIRS: theirs })) vi.stubEnv(name, value)
+  vi.stubEnv('PATH', `${site.folder}:${process.env.PATH}`)
+  onTestFinished(() => void vi.unstubAllEnvs())
 }
 
 test("a snapshot that somebody takes between two backups makes the next one full, since its bitmap is libvirt's empty copy", async () => {
@@ -91,6 +110,33 @@ test('a name with all that virsh would take for something else is that of the do
     expect(error).toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
   }
   await vm.destroy()
+})
+
+test('an instance that goes off while it is looked at is no running one, nor is one whose drives QEMU does not tell', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const asked = `qemu-monitor-command '${vm.name}' '{"execute":`
+  for (const [question, running] of [
+    ['"query-named-block-nodes"', undefined],
+    ['"query-block"', true],
+  ] as const) {
+    await vm.start()
+    await amid(`${asked}${question}`, `destroy '${vm.name}'`)
+    const looking = site.host.instance(vm.name)
+    if (running) {
+      const instance = await looking
+      expect(instance.running).toBe(true)
+      await expect(
+        site.host.assertBacking(instance, instance.disks.filter(isFileDisk)),
+      ).rejects.toMatchObject({ code: 'COMMAND_FAILED', message: expect.stringContaining('not running') })
+    } else {
+      await expect(looking).rejects.toMatchObject({
+        code: 'COMMAND_FAILED',
+        message: expect.stringContaining('went off'),
+        retryable: true,
+      })
+    }
+    expect(await site.host.instance(vm.name)).toMatchObject({ running: false })
+  }
 })
 
 test('a snapshot is seen through although the run is given up, so that its overlay can be merged back', async () => {
