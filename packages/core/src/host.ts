@@ -150,6 +150,11 @@ export interface BitmapChange {
   readonly remove: readonly string[]
 }
 
+/** The same with the disk. */
+export interface DiskBitmapChange extends BitmapChange {
+  readonly disk: DiskPlace
+}
+
 /** What is known, and to be written down, of the merging of an overlay: an overlay is removed by it alone. */
 export interface MergeRecord {
   /**
@@ -203,10 +208,11 @@ export interface Host {
     run?: RunOptions,
   ): Promise<void>
   /**
-   * Seals a bitmap of a disk, and removes others, with their twins and seals; those that are not there are left out. Also on
-   * the disk's file, `path`, where that belongs to another instance or disk by now, or to none.
+   * Seals a bitmap of each of these disks, and removes others, with their twins and seals; those that are not there are left
+   * out, as are disks that are gone. Also on a disk's file, `path`, where that belongs to another instance or disk by now, or
+   * to none. A disk where it fails keeps no other from it.
    */
-  changeBitmaps(instance: string, disk: DiskPlace, change: BitmapChange, run?: RunOptions): Promise<void>
+  changeBitmaps(instance: string, changes: readonly DiskBitmapChange[], run?: RunOptions): Promise<void>
   /** Where the overlay of a disk goes. @throws INVALID_ARGUMENT where there is no such folder */
   overlayPath(disk: FileDisk, backupId: string): Promise<string>
   /** One atomic snapshot of all the disks: from here on the instance writes to the overlays. */

@@ -1,8 +1,8 @@
 import { resolve } from 'node:path'
+import { changeEach } from './change-each.ts'
 import { VarveError } from './errors.ts'
 import type {
-  BitmapChange,
-  DiskPlace,
+  DiskBitmapChange,
   FileDisk,
   Host,
   HostDisk,
@@ -113,12 +113,13 @@ export class ImageHost implements Host {
 
   async changeBitmaps(
     _instance: string,
-    { name }: DiskPlace,
-    change: BitmapChange,
+    changes: readonly DiskBitmapChange[],
     run: RunOptions = {},
   ): Promise<void> {
-    const image = this.#disks[name]
-    if (image !== undefined) await changeImageBitmaps(pathOf(image), change, run)
+    await changeEach(changes, async change => {
+      const image = this.#disks[change.disk.name]
+      if (image !== undefined) await changeImageBitmaps(pathOf(image), change, run)
+    })
   }
 
   overlayPath(): Promise<string> {

@@ -2,7 +2,7 @@ import { realpath } from 'node:fs/promises'
 import { type DomainChanges, type ImageSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import { namelessFile } from './nameless-file.ts'
-import { DRIVES_QUESTION, DriveChains, type Monitor, Qmp } from './qmp.ts'
+import { DRIVES_QUESTION, DriveChains, type Monitor, NODES_QUESTION, Qmp } from './qmp.ts'
 import type { RunOptions } from './run-options.ts'
 import type { Virsh } from './virsh.ts'
 
@@ -16,6 +16,14 @@ export interface DiskState {
   readonly format: string
   /** Whether the guest cannot write to it. */
   readonly readOnly: boolean
+}
+
+/** What one look tells of disks of a domain. */
+export interface DiskStates {
+  /** By the disks' names. */
+  readonly states: ReadonlyMap<string, DiskState>
+  /** The reply of its monitor to {@link NODES_QUESTION}; empty where it is off. */
+  readonly nodes: string
 }
 
 /** What `virsh` tells of the domains of a libvirt daemon, and their definitions. */
@@ -54,15 +62,36 @@ export class LibvirtDomains {
   /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
   async diskState(instance: string, disk: string, run: RunOptions): Promise<DiskState | undefined> {
     try {
-      const { active, disks } = readDomainXml(await this.virsh.onDomain(run, instance, 'dumpxml'))
-      const found = disks.find(({ name }) => name === disk)
-      const path = found && (await this.diskPath(found, run))
-      if (!found || path === undefined) return undefined
-      return { running: active, path, format: found.format, readOnly: found.readOnly }
+      const xml = await this.virsh.onDomain(run, instance, 'dumpxml')
+      return (await this.#statesOf(xml, [disk], run)).get(disk)
     } catch (error) {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
       throw error
     }
+  }
+
+  /** The same of several disks, those that are gone left out, and what QEMU says of its nodes; see {@link qmpOf}. */
+  async diskStates(instance: string, names: readonly string[], run: RunOptions): Promise<DiskStates> {
+    const questions = [['dumpxml'], ['qemu-monitor-command', NODES_QUESTION]]
+    try {
+      const asked = this.virsh.ask({ ...run, noAnswer: NOT_RUNNING }, instance, ...questions)
+      const [xml = '', nodes = ''] = await asked
+      return { states: await this.#statesOf(xml, names, run), nodes }
+    } catch (error) {
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return { states: new Map(), nodes: '' }
+      throw error
+    }
+  }
+
+  async #statesOf(xml: string, names: readonly string[], run: RunOptions): Promise<Map<string, DiskState>> {
+    const { active, disks } = readDomainXml(xml)
+    const states = new Map<string, DiskState>()
+    for (const disk of disks.filter(({ name }) => names.includes(name))) {
+      const path = await this.diskPath(disk, run)
+      const { name, format, readOnly } = disk
+      if (path !== undefined) states.set(name, { running: active, path, format, readOnly })
+    }
+    return states
   }
 
   /** The disk that is on a file, or is defined to be; undefined where no domain has one. */
@@ -110,7 +139,7 @@ export class LibvirtDomains {
     return Qmp.open(this.#monitor(instance, run), instance)
   }
 
-  /** The same from what its monitor said to `NODES_QUESTION`. @throws COMMAND_FAILED where that was nothing */
+  /** The same from what its monitor said to {@link NODES_QUESTION}. @throws COMMAND_FAILED where that was nothing */
   async qmpOf(reply: string, instance: string, run: RunOptions): Promise<Qmp> {
     if (reply.trim() !== '') return Qmp.of(reply, this.#monitor(instance, run), instance)
     throw new VarveError(

@@ -3,6 +3,7 @@ import { realpath, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { assertSameChain, headerChain } from './backing-chain.ts'
 import { diskMark, joinTwins, twinOf } from './bitmap-twin.ts'
+import { changeEach } from './change-each.ts'
 import { commitOverlay } from './commit-overlay.ts'
 import { assertDefinedBacking } from './defined-backing.ts'
 import { type DomainDescription, type DomainDisk, type RbdSource, readDomainXml } from './domain-xml.ts'
@@ -18,8 +19,8 @@ import {
 } from './guest-state.ts'
 import type {
   BitmapChange,
+  DiskBitmapChange,
   DiskOverlay,
-  DiskPlace,
   FileDisk,
   Host,
   HostDisk,
@@ -188,32 +189,65 @@ export class LibvirtHost implements Host {
 
   async changeBitmaps(
     instance: string,
-    disk: DiskPlace,
-    change: BitmapChange,
+    changes: readonly DiskBitmapChange[],
     run: RunOptions = {},
   ): Promise<void> {
-    const state = await this.#domains.diskState(instance, disk.name, run)
-    if (state) await this.#changeBitmaps(instance, state, change, run)
-    // The number of a device tells nothing once the host has booted.
-    if (state && (state.path === disk.path || disk.path.startsWith('/dev/'))) return
-    // Somebody has renamed the instance or the disk, and may have given the name to another one.
-    const renamed = await this.#domains.diskOn(disk.path, run)
-    const there = renamed && (await this.#domains.diskState(renamed.instance, renamed.disk, run))
-    if (renamed && there) await this.#changeBitmaps(renamed.instance, there, change, run)
-    else await removeForgottenBitmaps(disk.path, change.remove, run)
+    try {
+      await this.#changeBitmaps(instance, changes, run)
+    } catch (error) {
+      if (isVarveError(error, 'COMMAND_TIMEOUT')) throw error
+      // It may have gone off, or have been started, since it was looked at; or one disk keeps the others from it.
+      await changeEach(changes, change => this.#changeBitmaps(instance, [change], run))
+    }
   }
 
+  /** Of disks of a running instance all at once, or none. */
   async #changeBitmaps(
     instance: string,
-    { running, path, format, readOnly }: DiskState,
-    change: BitmapChange,
+    changes: readonly DiskBitmapChange[],
     run: RunOptions,
   ): Promise<void> {
-    if (format !== 'qcow2') return
-    if (!running) return changeImageBitmaps(path, change, run)
-    if (readOnly) return // QEMU changes none there, and they cost nothing
-    const qmp = await this.#domains.qmp(instance, run)
-    await qmp.changeBitmaps(qmp.node(path, format), change)
+    const names = changes.map(({ disk }) => disk.name)
+    const { states, nodes } = await this.#domains.diskStates(instance, names, run)
+    const found = changes.flatMap(change => {
+      const state = states.get(change.disk.name)
+      return state ? [{ state, change }] : []
+    })
+    await this.#changeFound(instance, found, nodes, run)
+    for (const { disk, ...change } of changes) {
+      const state = states.get(disk.name)
+      // The number of a device tells nothing once the host has booted.
+      if (state && (state.path === disk.path || disk.path.startsWith('/dev/'))) continue
+      // Somebody has renamed the instance or the disk, and may have given the name to another one.
+      await this.#changeElsewhere(disk.path, change, run)
+    }
+  }
+
+  async #changeElsewhere(path: string, change: BitmapChange, run: RunOptions): Promise<void> {
+    const renamed = await this.#domains.diskOn(path, run)
+    if (renamed) {
+      const { states, nodes } = await this.#domains.diskStates(renamed.instance, [renamed.disk], run)
+      const state = states.get(renamed.disk)
+      if (state) return this.#changeFound(renamed.instance, [{ state, change }], nodes, run)
+    }
+    await removeForgottenBitmaps(path, change.remove, run)
+  }
+
+  async #changeFound(
+    instance: string,
+    found: readonly { readonly state: DiskState; readonly change: BitmapChange }[],
+    nodes: string,
+    run: RunOptions,
+  ): Promise<void> {
+    const images = found.filter(({ state }) => state.format === 'qcow2')
+    for (const { state, change } of images)
+      if (!state.running) await changeImageBitmaps(state.path, change, run)
+    // QEMU changes none of a disk that is read-only, and they cost nothing.
+    const open = images.filter(({ state }) => state.running && !state.readOnly)
+    if (open.length === 0) return
+    const qmp = await this.#domains.qmpOf(nodes, instance, run)
+    const changes = open.map(({ state, change }) => ({ node: qmp.node(state.path, state.format), change }))
+    await qmp.changeBitmaps(changes)
   }
 
   async overlayPath(disk: FileDisk, backupId: string): Promise<string> {

@@ -117,17 +117,11 @@ export class Qmp {
     return this.#nodes.some(({ file }) => file === path)
   }
 
-  /** See {@link Host.changeBitmaps}. */
+  /** See {@link Host.changeBitmaps}: of all these nodes at one moment, or of none. */
   async changeBitmaps(
-    { name: node, bitmaps }: BlockNode,
-    { seal: sealed, remove }: BitmapChange,
+    changes: readonly { readonly node: BlockNode; readonly change: BitmapChange }[],
   ): Promise<void> {
-    const seal = sealed === undefined ? undefined : sealOf(sealed, bitmaps)
-    const removed = bitmaps.filter(({ name }) => remove.includes(ownerOf(name)))
-    await this.transaction([
-      ...(seal ? sealing(node, seal) : []),
-      ...removed.map(({ name }) => ({ type: 'block-dirty-bitmap-remove', data: { node, name } })),
-    ])
+    await this.transaction(changes.flatMap(({ node, change }) => changing(node, change)))
   }
 
   /** Carries out all the actions at one point in time, or none. */
@@ -135,6 +129,18 @@ export class Qmp {
     if (actions.length === 0) return
     resultOf(await this.#monitor(commandText('transaction', { actions })), this.#domain, 'transaction')
   }
+}
+
+function changing(
+  { name: node, bitmaps }: BlockNode,
+  { seal: sealed, remove }: BitmapChange,
+): { type: string; data: object }[] {
+  const seal = sealed === undefined ? undefined : sealOf(sealed, bitmaps)
+  const removed = bitmaps.filter(({ name }) => remove.includes(ownerOf(name)))
+  return [
+    ...(seal ? sealing(node, seal) : []),
+    ...removed.map(({ name }) => ({ type: 'block-dirty-bitmap-remove', data: { node, name } })),
+  ]
 }
 
 function sealing(node: string, { name, from, granularity }: Seal): { type: string; data: object }[] {

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { assertPublished } from './assert-published.ts'
 import { type ErrorCode, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { BitmapChange, DiskOverlay, DiskPlace, Host, MergeRecord } from './host.ts'
+import type { DiskOverlay, Host, MergeRecord } from './host.ts'
 import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
@@ -81,18 +81,24 @@ export async function settleBackup(
   if (publish && published) {
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     const [begun] = journal.of('bitmap-add')
-    for (const disk of disks) {
+    const changes = disks.map(disk => {
       const seal = begun?.disks.includes(disk.name) ? { seal: begun.bitmap } : {}
-      await changeBitmaps(host, instance, disk, { ...seal, remove: publish.retire[disk.name] ?? [] }, run)
-    }
+      return { disk, ...seal, remove: publish.retire[disk.name] ?? [] }
+    })
+    const needed = changes.filter(({ seal, remove }) => seal !== undefined || remove.length > 0)
+    if (needed.length > 0) await host.changeBitmaps(instance, needed, run)
     for (const { disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images)
         await removeSnapshots(host, instance, image, publish.retireSnapshots?.[image.disk] ?? [], run)
     }
   } else {
     for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
-      for (const disk of disks.filter(({ name }) => marked.includes(name)))
-        await changeBitmaps(host, instance, disk, { remove: [bitmap] }, run)
+      const begun = disks.filter(({ name }) => marked.includes(name))
+      await host.changeBitmaps(
+        instance,
+        begun.map(disk => ({ disk, remove: [bitmap] })),
+        run,
+      )
     }
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
       for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
@@ -141,22 +147,6 @@ async function commitWithRetry(
     emit(run, { type: 'warning', message: `${errorMessage(error)} Trying once more.` })
     await sleep(1_000) // QEMU may still be ending the job that failed
     await host.commitOverlay(instance, overlay, merge, run)
-  }
-}
-
-async function changeBitmaps(
-  host: Host,
-  instance: string,
-  disk: DiskPlace,
-  change: BitmapChange,
-  run: RunOptions,
-): Promise<void> {
-  if (change.seal === undefined && change.remove.length === 0) return
-  try {
-    await host.changeBitmaps(instance, disk, change, run)
-  } catch (error) {
-    // An instance, or a disk of it, that is gone took its bitmaps along.
-    if (!isVarveError(error, 'INSTANCE_NOT_FOUND') && !isVarveError(error, 'DISK_NOT_FOUND')) throw error
   }
 }
 

@@ -95,11 +95,8 @@ test('raw disks, and those whose bitmap is missing, are backed up in full, with 
   )
   expect(await storedSums(next)).toEqual(wanted)
 
-  await site.host.changeBitmaps(
-    vm.name,
-    { name: 'vda', path: site.image('vda') },
-    { remove: [`varve-${next.id}`] },
-  )
+  const disk = { name: 'vda', path: site.image('vda') }
+  await site.host.changeBitmaps(vm.name, [{ disk, remove: [`varve-${next.id}`] }])
   const again = await backup({ type: 'incremental' })
   expect(again).toMatchObject({
     kind: 'full',

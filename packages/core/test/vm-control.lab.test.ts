@@ -139,6 +139,49 @@ test('an instance that goes off while it is looked at is no running one, nor is 
   }
 })
 
+test('bitmaps go from all disks but the one that keeps its own, and also where the instance goes off meanwhile', async () => {
+  const names = ['vda', 'vdb']
+  const vm = await createVm(names.map(target => ({ target, size: MiB })))
+  await vm.start()
+  const bitmaps = async () => {
+    const disks = (await site.host.instance(vm.name)).disks.filter(isFileDisk)
+    return disks.map(({ bitmaps }) => bitmaps.map(({ name }) => name).sort())
+  }
+  const changes = (...remove: string[]) =>
+    names.map(name => ({ disk: { name, path: image(name) }, remove, seal: 'varve-kept' }))
+  const disks = (await site.host.instance(vm.name)).disks.filter(isFileDisk)
+  for (const bitmap of ['varve-kept', 'varve-one', 'varve-two'])
+    await site.host.addBitmap(vm.name, disks, bitmap, 65536)
+  for (const name of names) await vm.io(name, 'write 0 64k')
+  const sealed = ['varve-kept', 'varve-one', 'varve-two']
+  expect(await bitmaps()).toEqual([sealed, sealed])
+
+  const socket = join(site.folder, 'nbd.sock')
+  await vm.qmp('nbd-server-start', { addr: { type: 'unix', data: { path: socket } } })
+  const found = await vm.qmp('query-named-block-nodes', { flat: true })
+  const nodes = found as { 'node-name': string; drv: string; file: string }[]
+  const node = nodes.find(({ drv, file }) => drv === 'qcow2' && file === image('vda'))?.['node-name']
+  await vm.qmp('block-dirty-bitmap-disable', { node, name: 'varve-one' })
+  const exported = { type: 'nbd', id: 'theirs', 'node-name': node, bitmaps: ['varve-one'] }
+  await vm.qmp('block-export-add', exported)
+  await expect(site.host.changeBitmaps(vm.name, changes('varve-one'))).rejects.toMatchObject({
+    code: 'COMMAND_FAILED',
+    message: expect.stringContaining('varve-one'),
+  })
+  expect(await bitmaps()).toEqual([sealed, ['varve-kept', 'varve-two']])
+  await vm.qmp('nbd-server-stop')
+  await site.host.changeBitmaps(vm.name, changes('varve-one'))
+  expect(await bitmaps()).toEqual([
+    ['varve-kept', 'varve-two'],
+    ['varve-kept', 'varve-two'],
+  ])
+
+  await amid(`qemu-monitor-command '${vm.name}'`, `destroy '${vm.name}'`)
+  await site.host.changeBitmaps(vm.name, changes('varve-two'))
+  expect(await vm.state()).toBe('shut off')
+  expect(await bitmaps()).toEqual([['varve-kept'], ['varve-kept']])
+})
+
 test('a snapshot is seen through although the run is given up, so that its overlay can be merged back', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   await vm.start()
