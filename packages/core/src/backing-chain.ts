@@ -1,4 +1,4 @@
-import { stat } from 'node:fs/promises'
+import { open, stat } from 'node:fs/promises'
 import { z } from 'zod'
 import { runCommand } from './command.ts'
 import { isVarveError, VarveError } from './errors.ts'
@@ -12,6 +12,8 @@ export interface ChainImage {
   readonly format: string
 }
 
+const MAGIC = 0x514649fb // "QFI\xfb"
+
 const chainInfo = z.array(z.object({ filename: z.string(), format: z.string() })).min(1)
 
 /**
@@ -21,6 +23,7 @@ const chainInfo = z.array(z.object({ filename: z.string(), format: z.string() })
  * @throws DISK_UNSUPPORTED where one of them cannot be opened
  */
 export async function headerChain(path: string, format: string, run: RunOptions): Promise<ChainImage[]> {
+  if (format === 'qcow2' && (await namesNoBacking(path))) return []
   const args = ['info', '--force-share', '--backing-chain', '--output=json', '-f', format, path]
   const { stdout } = await runCommand('qemu-img', args, run).catch(error => {
     if (!isVarveError(error, 'COMMAND_FAILED')) throw error // such as that of a run that was given up
@@ -32,6 +35,23 @@ export async function headerChain(path: string, format: string, run: RunOptions)
   })
   const [, ...below] = parseOutput(chainInfo, stdout, 'qemu-img info')
   return below.map(({ filename, format }) => ({ file: fileOfName(filename), format: formatOf(format) }))
+}
+
+/**
+ * Whether a qcow2 image says by its header that nothing is under it, as QEMU reads that: one that has no backing file needs
+ * no start of a program. False for whatever cannot be told so.
+ */
+async function namesNoBacking(path: string): Promise<boolean> {
+  const header = Buffer.alloc(16)
+  try {
+    await using file = await open(path)
+    const { bytesRead } = await file.read(header, 0, header.length, 0)
+    if (bytesRead < header.length) return false
+  } catch {
+    return false // qemu-img tells why
+  }
+  const [magic, version] = [header.readUInt32BE(0), header.readUInt32BE(4)]
+  return magic === MAGIC && (version === 2 || version === 3) && header.readBigUInt64BE(8) === 0n
 }
 
 /** QEMU's drivers of the places where images are, and not of formats; see its "QMP Reference Manual", BlockdevDriver. */

@@ -1,4 +1,7 @@
-import { afterEach, expect, test, vi } from 'vitest'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, expect, onTestFinished, test, vi } from 'vitest'
 import { fileOfName, headerChain } from '../src/backing-chain.ts'
 import { readDefinedBacking } from '../src/defined-backing.ts'
 
@@ -10,6 +13,39 @@ test('a look at the headers that was given up, or lacks its program, does not bl
   await expect(givenUp).rejects.toMatchObject({ code: 'ABORTED', cause: reason })
   vi.stubEnv('PATH', '/nowhere')
   await expect(headerChain('/img/a', 'qcow2', {})).rejects.toMatchObject({ code: 'COMMAND_MISSING' })
+})
+
+test('a header that names no backing file is enough, and whatever else is there is looked at by qemu-img', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-header-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  vi.stubEnv('PATH', '/nowhere')
+  const path = join(folder, 'image')
+  const chainOf = async (header: Buffer, format = 'qcow2') => {
+    await writeFile(path, header)
+    return headerChain(path, format, {})
+  }
+  const headerOf = (version: number, backing: bigint, magic = 0x514649fb) => {
+    const header = Buffer.alloc(104)
+    header.writeUInt32BE(magic, 0)
+    header.writeUInt32BE(version, 4)
+    header.writeBigUInt64BE(backing, 8)
+    return header
+  }
+  expect(await chainOf(headerOf(3, 0n))).toEqual([])
+  expect(await chainOf(headerOf(2, 0n))).toEqual([])
+  const asked = { code: 'COMMAND_MISSING' }
+  for (const other of [
+    headerOf(3, 1n),
+    headerOf(2, 1n << 63n),
+    headerOf(1, 0n), // of qcow2's forerunner
+    headerOf(4, 0n),
+    headerOf(3, 0n, 0x514649fa),
+    headerOf(3, 0n).subarray(0, 15),
+    Buffer.alloc(0),
+  ])
+    await expect(chainOf(other)).rejects.toMatchObject(asked)
+  await expect(chainOf(headerOf(3, 0n), 'raw')).rejects.toMatchObject(asked)
+  await expect(headerChain(folder, 'qcow2', {})).rejects.toMatchObject(asked)
 })
 
 test('the file of a node is told from the name that QEMU gives it', () => {
