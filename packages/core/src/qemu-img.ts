@@ -158,13 +158,22 @@ export async function addImageBitmap(
   bitmap: { readonly name: string; readonly granularity: number },
   run: RunOptions,
 ): Promise<void> {
-  const { bitmaps } = await readImageInfo(path, 'qcow2', run)
-  const present = new Set(bitmaps.map(({ name }) => name))
-  for (const name of [bitmap.name, twinOf(bitmap.name, await diskMark(disk, path))]) {
-    if (present.has(name)) continue
-    const options = ['--add', '-g', String(bitmap.granularity), '-f', 'qcow2']
-    await changeBitmap(path, [...options, path, name], run)
-  }
+  await addIfMissing(path, bitmap, run)
+  await addIfMissing(path, { ...bitmap, name: twinOf(bitmap.name, await diskMark(disk, path)) }, run)
+}
+
+async function addIfMissing(
+  path: string,
+  { name, granularity }: { readonly name: string; readonly granularity: number },
+  run: RunOptions,
+): Promise<void> {
+  const options = ['--add', '-g', String(granularity), '-f', 'qcow2']
+  await changeBitmap(path, [...options, path, name], run).catch(async error => {
+    if (!isVarveError(error, 'COMMAND_FAILED')) throw error
+    // Only now: it is seldom there, and the look takes as long. It also tells of an image that is in use, or gone.
+    const { bitmaps } = await readImageInfo(path, 'qcow2', run)
+    if (!bitmaps.some(present => present.name === name)) throw error
+  })
 }
 
 /** Seals a bitmap of an image that nobody has open, and removes others; see {@link Host.changeBitmaps}. */
@@ -184,8 +193,17 @@ export async function changeImageBitmaps(
     const actions = ['--add', '-g', String(seal.granularity), '--disable', '--merge', seal.from]
     await changeBitmap(path, [...actions, '-f', 'qcow2', path, seal.name], run)
   }
-  for (const { name } of present.filter(({ name }) => remove.includes(ownerOf(name))))
-    await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
+  const removed = present.map(({ name }) => name).filter(name => remove.includes(ownerOf(name)))
+  await removeImageBitmaps(path, removed, run)
+}
+
+/** Removes bitmaps, which are there, from an image that nobody has open. */
+export async function removeImageBitmaps(
+  path: string,
+  names: readonly string[],
+  run: RunOptions,
+): Promise<void> {
+  for (const name of names) await changeBitmap(path, ['--remove', '-f', 'qcow2', path, name], run)
 }
 
 /** Whether a file begins as a qcow2 image does. */

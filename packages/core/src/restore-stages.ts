@@ -13,7 +13,7 @@ import type { ImageRename, Rename } from './journal.ts'
 import { loadRecorded } from './load-object.ts'
 import type { ManifestFile } from './manifest.ts'
 import { assertNameIsFree } from './put-in-place.ts'
-import { addImageBitmap, changeImageBitmaps, readImageInfo } from './qemu-img.ts'
+import { addImageBitmap, readImageInfo, removeImageBitmaps } from './qemu-img.ts'
 import { type RestoreContext, recordTarget, stage } from './restore-context.ts'
 import { type DiskRestore, planRestore, type RestorePlan } from './restore-plan.ts'
 import { assertImageUnused, type RbdRestore } from './restore-plan-rbd.ts'
@@ -54,9 +54,9 @@ export async function mark(
   for (const { bitmap, ...disk } of files) {
     if (request.inPlace) {
       const { bitmaps } = await readImageInfo(disk.path, 'qcow2', run)
-      const names = bitmaps.map(({ name }) => ownerOf(name))
-      const old = names.filter(name => known.has(backupOfMark(name) ?? ''))
-      await changeImageBitmaps(disk.path, { remove: old }, run)
+      const names = bitmaps.map(({ name }) => name)
+      const old = names.filter(name => known.has(backupOfMark(ownerOf(name)) ?? ''))
+      await removeImageBitmaps(disk.path, old, run)
     }
     await addImageBitmap(disk, bitmap, run)
   }

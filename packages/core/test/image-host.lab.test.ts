@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { mkdir, mkdtemp, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -8,6 +9,7 @@ import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
+import { isFileDisk } from '../src/host.ts'
 import { type ImageDisk, ImageHost } from '../src/image-host.ts'
 import { recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
@@ -105,4 +107,32 @@ test('an image of another format is told of with what to do', async () => {
     code: 'DISK_UNSUPPORTED',
     message: expect.stringContaining('See that it is a whole image'),
   })
+})
+
+test('a bitmap that an image has already is kept, one that it cannot be given is told of with the cause', async () => {
+  const image = join(folder, 'vda')
+  await createQcow2(image, MiB)
+  await execa('qemu-img', ['bitmap', '--add', '-f', 'qcow2', image, 'varve-mine'])
+  await qemuIo(image, 'qcow2', ['write 0 64k'])
+  const { host } = pipelines({ path: image, format: 'qcow2' })
+  const disks = (await host.instance('web-1')).disks.filter(isFileDisk)
+  const add = () => host.addBitmap('web-1', disks, 'varve-mine', 65536)
+  for (let time = 1; time <= 2; time++) {
+    await add()
+    const [found] = (await host.instance('web-1')).disks.filter(isFileDisk)
+    // Its twin, which began later, lacks the write that it has.
+    expect(found?.bitmaps).toMatchObject([{ name: 'varve-mine', twin: 'agrees', enabled: true }])
+    expect(found?.bitmaps[0]?.names).toHaveLength(2)
+  }
+  const refused = (code: string) => expect(add()).rejects.toMatchObject({ code, context: { path: image } })
+  const user = execa('qemu-io', ['-f', 'qcow2', image], { stdin: 'pipe', buffer: false })
+  await once(user.stdout, 'data') // its prompt
+  await refused('DISK_BUSY')
+  user.stdin.end()
+  await user
+  await createQcow2(image, MiB)
+  await execa('qemu-img', ['amend', '-f', 'qcow2', '-o', 'compat=0.10', image])
+  await refused('COMMAND_FAILED') // that version holds none
+  await rm(image)
+  await refused('DISK_NOT_FOUND')
 })
