@@ -99,6 +99,8 @@ export interface Instance extends InstanceDisks<HostDisk> {
   readonly running: boolean
   /** Whether it runs, but somebody has stopped its processors. */
   readonly paused?: boolean
+  /** Whether it is off with its memory saved; see {@link Host.hasSavedMemory}. Default: false. */
+  readonly savedMemory?: boolean
   /** Whether it is gone once it stops, since its definition is stored nowhere. */
   readonly transient?: boolean
   /** libvirt's XML of the instance, as it is defined. */

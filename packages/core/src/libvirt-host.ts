@@ -108,7 +108,7 @@ export class LibvirtHost implements Host {
       ['qemu-monitor-command', NODES_QUESTION],
       ['qemu-monitor-command', DRIVES_QUESTION],
     )
-    const { state, transient } = readInfo(info)
+    const { state, transient, hasSavedMemory } = readInfo(info)
     const running = isRunning(state)
     const domain = readDomainXml(xml)
     const { places, primary, unsupported } = await this.#locate(domain, run)
@@ -123,6 +123,7 @@ export class LibvirtHost implements Host {
       ...(domain.uuid !== undefined && { uuid: domain.uuid }),
       running,
       ...(state === 'paused' && { paused: true }),
+      ...(hasSavedMemory && { savedMemory: true }),
       ...(transient && { transient }),
       disks,
       primary,

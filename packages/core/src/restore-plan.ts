@@ -132,7 +132,7 @@ async function planInstance(
     )
   }
   const instance = await host.instance(name, run)
-  if (await host.hasSavedMemory(name, run)) {
+  if (instance.savedMemory) {
     throw new VarveError(
       'MEMORY_SAVED',
       `${name} is off with its memory saved (virsh managedsave). At its next start it would go on with that memory on the restored disks, which ruins its file systems. Start it and shut it down, or drop the memory with "virsh managedsave-remove ${name}", and restore again. Nothing was changed.`,
