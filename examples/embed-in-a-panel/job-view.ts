@@ -1,9 +1,12 @@
-import type { VarveEvent } from '@varve/core'
+import { isVarveError, type VarveEvent } from '@varve/core'
 
 /** What a panel shows of one backup in its queue. */
 export interface JobView {
   readonly instance: string
-  readonly state: 'waiting' | 'running' | 'done' | 'failed' | 'cancelled'
+  /** `attention`: there is a good backup, and its host needs somebody to look at it, as the last note says. */
+  readonly state: 'waiting' | 'running' | 'done' | 'attention' | 'failed' | 'cancelled'
+  /** The id of the backup, once there is one. */
+  readonly backup?: string
   /** What is being done now. */
   readonly stage: string
   /** Of all disks together, 0 to 100. */
@@ -58,4 +61,14 @@ export function reduceEvent(view: JobView, event: VarveEvent): JobView {
       }
     }
   }
+}
+
+/** The view of a job that has ended with an error. */
+export function reduceError(view: JobView, error: unknown): JobView {
+  const note = isVarveError(error) ? `${error.code}: ${error.message}` : String(error)
+  const ended = { ...view, notes: [...view.notes, note] }
+  const published = isVarveError(error) ? error.context.published : undefined
+  if (typeof published === 'string') return { ...ended, state: 'attention', backup: published }
+  // By the code: what failed while it was cancelled has failed, such as an overlay that was not merged.
+  return { ...ended, state: isVarveError(error, 'ABORTED') ? 'cancelled' : 'failed' }
 }

@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, rm, stat } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -115,6 +115,53 @@ test('a panel sees its backups wait, run and end, and what it cancels leaves not
   expect(queue.view(fourth.id)?.notes).toEqual([expect.stringContaining('DISK_NOT_FOUND')])
   expect(await readdir(storagePath)).toEqual(['web-1'])
   expect(await queue.recover()).toEqual({ runs: [], ok: true })
+})
+
+test('a panel shows a good backup whose host needs attention, settles a run that died meanwhile, and survives its own views', async () => {
+  const host = new ImageHost({ instance: 'web-1', disks: { vda: await createDisk('web-1') } })
+  let spoil: (() => Promise<void>) | undefined
+  let spoilt: Promise<void> | undefined
+  const queue = queueOf(
+    () => host,
+    (_, { state, stage }) => {
+      if (spoil && stage.startsWith('Reading')) {
+        spoilt = spoil()
+        spoil = undefined
+      }
+      if (state === 'done') throw new Error('the browser is gone')
+      return Promise.reject(new Error('and so is its socket'))
+    },
+  )
+  const [first] = [await queue.add('web-1').result, await queue.add('web-1').result]
+  const record = join(stateDir, 'marks', 'web-1', `${first?.id}.json`)
+  spoil = async () => {
+    await rm(record, { force: true, recursive: true })
+    await mkdir(record) // is removed by no means that is for files
+  }
+  const third = queue.add('web-1')
+  expect(await third.result).toBeUndefined()
+  await spoilt
+  const { backups } = await new ChainManager({ storage: new LocalDriver({ path: storagePath }) }).list()
+  expect(backups).toHaveLength(3)
+  expect(queue.view(third.id)).toMatchObject({
+    state: 'attention',
+    backup: backups.at(-1)?.manifest.id,
+    notes: [expect.stringContaining('STATE_DIR_FAILED')],
+  })
+  queue.forget(third.id)
+  expect(queue.view(third.id)).toBeUndefined()
+
+  await rm(record, { recursive: true })
+  const dead = '20260101-000000-000-abcdef'
+  const header = {
+    ...{ version: 1, id: dead, kind: 'backup', instance: 'web-1', host: host.reference },
+    storage: { type: 'local', location: storagePath },
+    disks: [{ name: 'vda', path: join(folder, 'web-1.qcow2') }],
+    startedAt: '2026-01-01T00:00:00.000Z',
+  }
+  await writeFile(join(stateDir, 'runs', `${dead}.jsonl`), `${JSON.stringify(header)}\n`)
+  expect(await queue.add('web-1').result).toMatchObject({ kind: 'incremental' })
+  expect(await readdir(join(stateDir, 'runs'))).toEqual([])
 })
 
 function queueOf(hostOf: (instance: string) => Host, onChange?: (id: number, view: JobView) => void) {
