@@ -6,6 +6,7 @@ import { fileIdentity } from './bitmap-twin.ts'
 import { diskError } from './disk-error.ts'
 import { diskDefinition } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
+import { fileState } from './file-state.ts'
 import {
   type DiskOverlay,
   type FileDisk,
@@ -15,6 +16,7 @@ import {
   isFileDisk,
   type RbdDisk,
 } from './host.ts'
+import type { FrozenBase } from './journal.ts'
 import type { Consistency, ManifestDisk } from './manifest.ts'
 import { lackOfSpace, type SizedOverlay } from './overlay-space.ts'
 import { folderIdentity } from './presence.ts'
@@ -162,8 +164,18 @@ async function freezeRunning(backup: BackupContext, images: readonly RbdDisk[]):
   } finally {
     if (frozen) await thaw(backup)
   }
+  if (overlays.length > 0) await journal.record({ step: 'frozen', bases: await frozenBases(overlays) })
   const snapshots = await snapshotsOf(backup, images) // no guest stands still while they are asked for
   return { at, consistency: frozen ? 'filesystem' : 'crash', overlays, snapshots, files: new Map() }
+}
+
+/** After the snapshot: QEMU writes its bitmaps into the file which it freezes. */
+async function frozenBases(overlays: readonly DiskOverlay[]): Promise<FrozenBase[]> {
+  const bases = overlays.map(async ({ base, overlay }) => {
+    const state = await fileState(base)
+    return state ? [{ overlay, ...state }] : []
+  })
+  return (await Promise.all(bases)).flat()
 }
 
 /**

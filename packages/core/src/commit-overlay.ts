@@ -1,8 +1,9 @@
-import { realpath, rm, stat } from 'node:fs/promises'
+import { realpath, rm } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { runCommand } from './command.ts'
 import type { DiskSource } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
+import { changeSince, type FileChange } from './file-state.ts'
 import type { DiskOverlay, MergeRecord } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { backupOfOverlay } from './late-overlays.ts'
@@ -166,9 +167,9 @@ async function commitForgotten(
     const abandoned = { instance, overlay: { ...overlay, disk }, merge }
     return mergeAbandoned(domains, abandoned, state?.running ?? true, run)
   }
-  const isLater = await wasWrittenLater(overlay)
-  // Where no times tell: under a backup that lives the instance has just gone; after one that died anything may have been.
-  if (isLater ?? merge.died) await assertNothingToLose(work, run)
+  // Where nothing tells: under a backup that lives the instance has just gone; after one that died anything may have been.
+  const change = await baseChange(work)
+  await assertMergeable(work, change === 'unknown' && !merge.died ? 'none' : change, run)
   await commitOffline(domains, work, run)
 }
 
@@ -184,16 +185,36 @@ async function assertThere(overlay: DiskOverlay): Promise<void> {
 /** The domain does not run, and is defined to be on the overlay. Its disk may have been run without it, on another host. */
 async function commitDefined(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<void> {
   await assertThere(work.overlay)
-  if (await wasWrittenLater(work.overlay)) await assertNothingToLose(work, run)
+  const change = await baseChange(work)
+  await assertMergeable(work, change === 'unknown' ? 'none' : change, run)
   await commitOffline(domains, work, run)
 }
 
-/** Refuses an overlay by which newer writes could be undone, unless the base is newer by what was merged. */
-async function assertNothingToLose({ overlay, merge }: OverlayMerge, run: RunOptions): Promise<void> {
-  if (merge.state !== undefined || !(await hasData(overlay.overlay, run))) return
-  throw new VarveError(
+/**
+ * Refuses an overlay that does not belong to its base any more, or by which newer writes could be undone, unless the base is
+ * newer by what was merged.
+ */
+async function assertMergeable(
+  { overlay, merge }: OverlayMerge,
+  change: BaseChange,
+  run: RunOptions,
+): Promise<void> {
+  const isMergeable = change === 'none' || (change !== 'replaced' && merge.state !== undefined)
+  if (isMergeable || !(await hasData(overlay.overlay, run))) return
+  throw change === 'replaced' ? anotherFile(overlay) : writtenSince(overlay)
+}
+
+function writtenSince({ base }: DiskOverlay): VarveError {
+  return new VarveError(
     'OVERLAY_LEFT_OVER',
-    `${overlay.base} was written to since the overlay was, or nothing tells that it was not: the instance may have run without the overlay, by another definition or on another host. ${HOW_TO_DECIDE}`,
+    `${base} was written to since the overlay was, or nothing tells that it was not: the instance may have run without the overlay, by another definition or on another host. ${HOW_TO_DECIDE}`,
+  )
+}
+
+function anotherFile({ base }: DiskOverlay): VarveError {
+  return new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `${base} is another file by now than the one which the overlay was made on, such as a copy that was put back, or the disk of an instance that was installed anew. ${HOW_TO_DECIDE}`,
   )
 }
 
@@ -210,7 +231,9 @@ async function mergeAbandoned(
   const { instance, overlay } = work
   await assertUnused(overlay.overlay, run) // by a QEMU that this libvirt knows nothing of
   if (!(await hasData(overlay.overlay, run))) return // it was never in use
-  if (running || (await wasWrittenLater(overlay)) !== false) throw changedDefinition(overlay)
+  const change = await baseChange(work)
+  if (change === 'replaced') throw anotherFile(overlay)
+  if (running || change !== 'none') throw changedDefinition(overlay)
   await assertNoSavedMemory(domains, instance, run)
   // Back onto the overlay first: from there on this is like any other, also when it is cut short.
   await domains.redefine(instance, { disks: { [overlay.disk]: onOverlay(overlay) } }, run)
@@ -230,19 +253,38 @@ function changedDefinition({ base }: DiskOverlay): VarveError {
 }
 
 const HOW_TO_DECIDE =
-  'Merged now, both would be mixed. Decide which of the two holds, while nothing runs on either. If it is the base, define the disk on it and move the overlay away; if it is the overlay, define the disk on that and make it the newer file (touch). Then run "varve recover".'
+  'Merged now, both would be mixed. Decide which of the two holds, while nothing runs on either. If it is the base, define the disk on it and move the overlay away; if it is the overlay, merge it by hand (qemu-img commit). Then run "varve recover".'
 
 const onOverlay = ({ overlay }: DiskOverlay) => ({ path: overlay, format: 'qcow2' }) as const
 
-/**
- * Whether a base was last written to after its overlay. Undefined where nothing tells: a device has no times, and two file
- * systems may not have one clock.
- */
-async function wasWrittenLater({ base, overlay }: DiskOverlay): Promise<boolean | undefined> {
-  const [below, above] = await Promise.all([stat(base), statIfThere(overlay)])
+/** What became of a base since the overlay is on top of it; `unknown` of a device, which has no times. */
+type BaseChange = Exclude<FileChange, 'gone'> | 'unknown'
+
+/** @throws OVERLAY_LEFT_OVER where the base is not found */
+async function baseChange({
+  overlay: { base, overlay },
+  merge: { frozen },
+}: OverlayMerge): Promise<BaseChange> {
+  const below = await statIfThere(base)
+  if (!below) throw baseNotFound(base)
+  if (frozen) {
+    const change = await changeSince(base, frozen)
+    if (change === 'gone') throw baseNotFound(base)
+    return change
+  }
+  // A process that died right after the snapshot, or a former version, has recorded no state: the times of the two files tell
+  // it, where one clock made both.
+  const above = await statIfThere(overlay)
   if (!above || !below.isFile() || below.dev !== above.dev || below.mtimeMs === above.mtimeMs)
-    return undefined
-  return below.mtimeMs > above.mtimeMs
+    return 'unknown'
+  return below.mtimeMs > above.mtimeMs ? 'written' : 'none'
+}
+
+function baseNotFound(base: string): VarveError {
+  return new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `the disk itself, ${base}, is not found: its file system may not be mounted yet. Mount it. If the disk was removed, and is not needed any more, move the overlay away and run "varve recover"`,
+  )
 }
 
 /** Whether an overlay that is not in use holds anything; its base may be. */

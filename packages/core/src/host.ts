@@ -1,3 +1,4 @@
+import type { FileState } from './file-state.ts'
 import type { ImageDisk } from './image-host.ts'
 import type { RbdCluster, RbdImage } from './rbd.ts'
 import type { RunOptions } from './run-options.ts'
@@ -169,6 +170,11 @@ export interface MergeRecord {
    * `performance.now()`; absent where it has come, or failed.
    */
   readonly arrivesBy?: number
+  /**
+   * How the base was when the overlay was on top of it, from when on only a merge writes to it. Absent of a block device, and
+   * where the process died before it had recorded that.
+   */
+  readonly frozen?: FileState
   /** Whether the process died that had the overlay made: what was done to the base since then is not known. Default: false. */
   readonly died?: boolean
   record(state: MergeState): Promise<void>

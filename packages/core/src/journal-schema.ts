@@ -45,6 +45,7 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
       }),
     ),
   }),
+  frozen: z.object({ bases: z.array(fileState.extend({ overlay: text })) }),
   'rbd-snapshot': z.object({ snapshot: text, disks: z.array(z.object({ disk: text, image: text })) }),
   resumed: nothing,
   export: z.object({ folder: text }),

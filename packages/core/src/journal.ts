@@ -39,6 +39,7 @@ export const JOURNAL_STEPS = [
   'filesystem-thawed',
   'suspend',
   'snapshot',
+  'frozen',
   'rbd-snapshot',
   'resumed',
   'export',
@@ -74,6 +75,8 @@ interface StepDetails {
   'filesystem-thawed': object
   suspend: object
   snapshot: { readonly overlays: readonly DiskOverlay[] }
+  /** What the overlays are on top of, from when on only their merging writes to it; nothing of block devices. */
+  frozen: { readonly bases: readonly FrozenBase[] }
   'rbd-snapshot': {
     readonly snapshot: string
     readonly disks: readonly { readonly disk: string; readonly image: string }[]
@@ -140,6 +143,11 @@ export interface OverwrittenDisk {
   readonly folder?: string
   /** The disk whose cluster an RBD image is in; see {@link TargetImage}. */
   readonly of?: TargetImage['of']
+}
+
+/** The file under an overlay, as it was frozen. */
+export interface FrozenBase extends FileState {
+  readonly overlay: string
 }
 
 /** A step of one name. */

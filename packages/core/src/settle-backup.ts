@@ -128,12 +128,15 @@ async function commitWithRetry(
   run: RunOptions,
 ): Promise<void> {
   const { instance } = journal.header
+  const bases = journal.of('frozen').flatMap(step => step.bases)
+  const frozen = bases.find(base => base.overlay === overlay.overlay)
   const merge: MergeRecord = {
     get state() {
       const steps = journal.steps.filter(step => 'overlay' in step)
       return steps.findLast(step => step.overlay === overlay.overlay)?.step
     },
     ...known,
+    ...(frozen && { frozen }),
     record: async step => {
       // No reason to let the overlay grow: should this process die now, it is kept, and looked at by a person.
       await journal

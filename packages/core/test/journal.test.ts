@@ -103,6 +103,7 @@ test('every kind of step is read with all that it tells', async () => {
         },
       ],
     },
+    { step: 'frozen', bases: [{ overlay: '/a.x', identity: '5 6', writtenAt: '9' }] },
     { step: 'rbd-snapshot', snapshot: 'varve-x', disks: [{ disk: 'vda', image: 'pool/vda' }] },
     { step: 'resumed' },
     { step: 'export', folder: '/tmp/x' },
@@ -139,8 +140,13 @@ test('every kind of step is read with all that it tells', async () => {
       renames: [
         { temporary: '/a.new', target: '/a', identity: '5 6', isNew: true },
         { temporary: '/b.new', target: '/b' },
+        { temporary: '/c.new', target: '/c', replaces: { identity: '5 6', writtenAt: '9' } },
       ],
-      images: [{ image: 'pool/a.new', target: 'pool/a', id: '1f', isNew: false, of }],
+      images: [
+        { image: 'pool/a.new', target: 'pool/a', id: '1f', isNew: false, of },
+        { image: 'pool/b.new', target: 'pool/b', id: '2f', replaces: { id: '3f', writtenAt: 'today' } },
+        { image: 'pool/c.new', target: 'pool/c', id: '4f', replaces: { id: '5f' } },
+      ],
     },
     { step: 'defined' },
     { step: 'undo' },

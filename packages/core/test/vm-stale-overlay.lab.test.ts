@@ -11,6 +11,8 @@ import {
 } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test } from 'vitest'
+import { fileIdentity } from '../src/bitmap-twin.ts'
+import { type FileState, fileState } from '../src/file-state.ts'
 import type { DiskOverlay, MergeRecord } from '../src/host.ts'
 import { recover } from '../src/recover.ts'
 import { MiB, useVmSite } from './vm-site.ts'
@@ -62,8 +64,14 @@ async function expectGone(path: string): Promise<void> {
 }
 
 /** What a person does who has decided for the overlay. */
-async function touch(path: string): Promise<void> {
-  await utimes(path, new Date(), new Date())
+async function mergeByHand(overlay: string): Promise<void> {
+  await execa('qemu-img', ['commit', '-f', 'qcow2', overlay])
+}
+
+/** Gives a file the time of a host whose clock was an hour behind when it was written to. */
+async function setBack(path: string): Promise<void> {
+  const { mtimeMs } = await stat(path)
+  await utimes(path, new Date(), new Date(mtimeMs - 3_600_000))
 }
 
 /** Writes the definition of an instance to a file, each text in it replaced. */
@@ -80,8 +88,9 @@ async function definitionOf(
 
 const stale = {
   code: 'BLOCK_COMMIT_FAILED',
-  message: expect.stringMatching(/written to since.*Decide which of the two holds.*touch/s),
+  message: expect.stringMatching(/written to since.*Decide which of the two holds.*qemu-img commit/s),
 }
+const isOther = { code: 'BLOCK_COMMIT_FAILED', message: expect.stringContaining('is another file by now') }
 const unresolved = { ok: false, runs: [{ outcome: 'unresolved', error: stale }] }
 const finished = { ok: true, runs: [{ outcome: 'finished' }] }
 
@@ -98,11 +107,12 @@ test('what a transient instance wrote since it was created anew on its disk is k
     await vm.io('vda', 'write -P 0x33 1M 2M')
     expect(await recoverNow()).toMatchObject(unresolved) // while it runs
     await vm.destroy()
+    await setBack(image('vda'))
     const before = await shownBy(image('vda'), overlay)
     expect(await recoverNow()).toMatchObject(unresolved)
     expect(await shownBy(image('vda'), overlay)).toEqual(before)
     await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', 'read -P 0x33 1M 2M'])
-    await touch(overlay)
+    await mergeByHand(overlay)
     expect(await recoverNow()).toMatchObject(finished)
     await qemuIo(image('vda'), 'qcow2', ['read -P 0x22 1M 1M', 'read -P 0x33 2M 1M'])
     await expectGone(overlay)
@@ -124,7 +134,7 @@ test('an instance that is defined on its overlay, and was run without it on anot
     expect(await recoverNow()).toMatchObject(unresolved)
     expect(await shownBy(image('vda'), overlay)).toEqual(before)
     expect((await site.host.disks(vm.name)).disks).toMatchObject([{ path: overlay }])
-    if (decision === 'overlay') await touch(overlay)
+    if (decision === 'overlay') await mergeByHand(overlay)
     else {
       await site.lab.virsh(['define', definition])
       await rename(overlay, join(site.folder, 'away'))
@@ -134,6 +144,22 @@ test('an instance that is defined on its overlay, and was run without it on anot
     await qemuIo(image('vda'), 'qcow2', [`read -P ${decision === 'base' ? 0x33 : 0x22} 1M 1M`])
     await expectGone(overlay)
   }
+
+  // A copy that somebody puts back by hand, with its old time, is another disk.
+  const copy = join(site.folder, 'copy')
+  await execa('cp', ['-a', image('vda'), copy])
+  await vm.start()
+  const overlay = await backupWithoutMerge(() => vm.io('vda', 'write -P 0x44 1M 1M'))
+  await vm.killQemu()
+  await rename(copy, image('vda'))
+  const before = await shownBy(image('vda'))
+  const refused = { ok: false, runs: [{ outcome: 'unresolved', error: isOther }] }
+  expect(await recoverNow()).toMatchObject(refused)
+  await site.lab.virsh(['define', definition])
+  expect(await recoverNow()).toMatchObject(refused)
+  expect(await shownBy(image('vda'))).toEqual(before)
+  await rename(overlay, join(site.folder, 'away too'))
+  expect(await recoverNow()).toMatchObject(finished)
 })
 
 test('where another domain has the disk of an instance that is gone, the overlay is merged unless that one has run', async () => {
@@ -194,9 +220,10 @@ test('a disk that was unplugged from an instance which goes on is on its base at
   expect((await site.host.disks(vm.name)).disks).toMatchObject([{ name: 'vda' }, { path: overlay.base }])
 })
 
-test('an overlay on another file system, whose times tell nothing, is merged for an instance that is gone unless its backup died', async () => {
+test('an overlay on another file system, whose times tell nothing, is merged for an instance that is gone unless its backup died before it had the time of the base', async () => {
   const overlay = overlayIn(elsewhere.path)
-  const merging = (died: boolean) => site.host.commitOverlay('gone', overlay, { ...UNMERGED, died })
+  const merging = (died: boolean, frozen?: FileState) =>
+    site.host.commitOverlay('gone', overlay, { ...UNMERGED, died, ...(frozen && { frozen }) })
   await createQcow2(overlay.base, MiB)
   await createOverlay(overlay)
   await merging(true) // of what was never in use nothing can be lost
@@ -208,15 +235,22 @@ test('an overlay on another file system, whose times tell nothing, is merged for
   await merging(false)
   await qemuIo(overlay.base, 'qcow2', ['read -P 0x11 0 1M'])
   await expectGone(overlay.overlay)
+
+  await createOverlay(overlay)
+  await qemuIo(overlay.overlay, 'qcow2', ['write -P 0x22 0 1M'])
+  await merging(true, await fileState(overlay.base))
+  await qemuIo(overlay.base, 'qcow2', ['read -P 0x22 0 1M'])
+  await expectGone(overlay.overlay)
 })
 
-test('a merge that was cut short, which makes the base the newer file, is done again', async () => {
+test('a merge that was cut short, which makes the base the newer file, is done again, but not into another file', async () => {
   const overlay = overlayIn(site.folder)
   const steps: string[] = []
-  const merging = (state: MergeRecord['state']) =>
+  const merging = (state: MergeRecord['state'], frozen?: FileState) =>
     site.host.commitOverlay('gone', overlay, {
       state,
       died: true,
+      ...(frozen && { frozen }),
       record: async step => void steps.push(step),
     })
   await createQcow2(overlay.base, MiB)
@@ -233,6 +267,9 @@ test('a merge that was cut short, which makes the base the newer file, is done a
   await user
   await qemuIo(overlay.base, 'qcow2', ['write -P 0x11 0 512k'])
   await expect(merging(undefined)).rejects.toMatchObject(stale)
+  expect(steps).toEqual([])
+  const other = { identity: await fileIdentity(overlay.overlay), writtenAt: '1' }
+  await expect(merging('merging', other)).rejects.toMatchObject(isOther)
   expect(steps).toEqual([])
   await merging('merging')
   expect(steps).toEqual(['merged'])

@@ -22,7 +22,7 @@ export type RunName =
   | 'prune'
 
 const BACKUP = ['rbd-snapshot', 'upload', 'publish', 'published'] as const
-const OVERLAY = ['bitmap-add', 'snapshot', 'export', 'merging', 'pivot', 'merged'] as const
+const OVERLAY = ['bitmap-add', 'snapshot', 'frozen', 'export', 'merging', 'pivot', 'merged'] as const
 const SUSPENDED = ['suspend', 'resumed'] as const
 const FROZEN = [...SUSPENDED, 'filesystem-freeze', 'filesystem-thawed'] as const
 const OFF = ['power-off', 'powered-off'] as const

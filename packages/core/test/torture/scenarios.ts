@@ -42,7 +42,7 @@ const over = (backupId: string, more: object = {}): Task => ({
 })
 
 const BACKUP = ['bitmap-add', 'export', 'upload', 'publish', 'published'] as const
-const RUNNING_BACKUP = [...BACKUP, 'snapshot', 'merging', 'pivot', 'merged'] as const
+const RUNNING_BACKUP = [...BACKUP, 'snapshot', 'frozen', 'merging', 'pivot', 'merged'] as const
 const RESTORE = ['power-off', 'powered-off', 'target-create', 'finish'] as const
 const IN_PLACE = ['power-off', 'powered-off', 'export', 'write-in-place', 'written-in-place'] as const
 
