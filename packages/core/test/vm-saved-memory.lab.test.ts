@@ -1,3 +1,5 @@
+import { rename } from 'node:fs/promises'
+import { join } from 'node:path'
 import { qemuIo, sha256Content } from '@varve/testkit/lab'
 import { execaSync } from 'execa'
 import { expect, test } from 'vitest'
@@ -54,6 +56,10 @@ test('restored disks do not take the place of those that an instance was started
   await expect(restore(request, { onEvent })).rejects.toMatchObject(unresolved)
   expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: unresolved }] })
   virsh('managedsave-remove')
+  // QEMU has put the disk's bitmap back, which is a write.
+  const written = { code: 'RUN_UNRESOLVED', message: expect.stringContaining('was written to') }
+  expect(await recoverNow()).toMatchObject({ ok: false, runs: [{ error: written }] })
+  await rename(image('vda'), join(site.folder, 'away'))
   expect(await recoverNow()).toMatchObject({ ok: true, runs: [{ outcome: 'finished' }] })
   expect(await vm.state()).toBe('running')
   await vm.destroy()
