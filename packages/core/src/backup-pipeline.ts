@@ -143,7 +143,7 @@ export class BackupPipeline {
     lock.assertHolds(disks)
     assertClustersFit(disks, request.clusterSize ?? DEFAULT_CLUSTER_SIZE)
     await warnOfOddSizes(disks, run)
-    await assertNoUnsettledRun(stateDir, instance.name, disks)
+    await assertNoUnsettledRun(stateDir, instance, disks)
     await host.assertBacking(instance, disks.filter(isFileDisk), run)
     const catalog = await readCatalog(storage, `${instanceFolder(instance.name)}/`, run.signal)
     for (const { key, error } of catalog.damaged)
@@ -184,6 +184,7 @@ export class BackupPipeline {
       id,
       kind: 'backup',
       instance: instance.name,
+      ...(instance.uuid !== undefined && { uuid: instance.uuid }),
       host: host.reference,
       storage: { type: storage.type, location: storage.location },
       disks: disks.map(({ name, path }) => ({ name, path })),

@@ -1,5 +1,6 @@
 import { realpath, rm } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { headerChain } from './backing-chain.ts'
 import { runCommand } from './command.ts'
 import type { DiskSource } from './domain-xml.ts'
 import { errorMessage, isVarveError, VarveError } from './errors.ts'
@@ -7,7 +8,7 @@ import { changeSince, type FileChange } from './file-state.ts'
 import type { DiskOverlay, MergeRecord } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { backupOfOverlay } from './late-overlays.ts'
-import type { LibvirtDomains } from './libvirt-domains.ts'
+import type { DiskState, LibvirtDomains } from './libvirt-domains.ts'
 import { type LocatedOverlay, locateBase } from './overlay-base.ts'
 import { presenceOf } from './presence.ts'
 import { isQcow2, readImageInfo } from './qemu-img.ts'
@@ -67,7 +68,7 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
       const { instance, disk } = renamed
       return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
     }
-    await commitForgotten(domains, work, renamed !== undefined, run)
+    await commitForgotten(domains, await ofItsInstance(domains, work, run), renamed !== undefined, run)
     return true
   }
   if (state.path === overlay.overlay) {
@@ -77,6 +78,11 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   }
   if (!(await isThere(overlay))) return false
   if (state.path !== overlay.base) {
+    const own = await ofItsInstance(domains, work, run)
+    if (own !== work && !(await restsOn(state, overlay.overlay, run))) {
+      await commitForgotten(domains, own, false, run)
+      return true
+    }
     // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
     throw new VarveError(
       'OVERLAY_LEFT_OVER',
@@ -86,6 +92,31 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   if (state.running) await assertNotTaken(domains, instance, overlay, run)
   if (!isPutBack(merge)) await mergeAbandoned(domains, work, state.running, run)
   return true
+}
+
+/**
+ * The same for an instance that is gone, where another one has its name by now: no domain is called by the UUID, by which
+ * nothing is done to that other one.
+ */
+async function ofItsInstance(
+  { virsh }: LibvirtDomains,
+  work: OverlayMerge,
+  run: RunOptions,
+): Promise<OverlayMerge> {
+  const { uuid } = work.merge
+  if (uuid === undefined) return work
+  const now = await virsh.onDomain(run, work.instance, 'domuuid').catch(error => {
+    if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return uuid
+    throw error
+  })
+  return now.trim() === uuid ? work : { ...work, instance: uuid }
+}
+
+/** Whether an overlay is under the image that a disk is on, as it is after a snapshot of it. */
+async function restsOn({ path, format }: DiskState, overlay: string, run: RunOptions): Promise<boolean> {
+  const below = await headerChain(path, format, run)
+  const files = await Promise.all(below.map(({ file }) => realpath(file).catch(() => file)))
+  return files.includes(overlay)
 }
 
 /** @throws OVERLAY_LEFT_OVER where that cannot be told */

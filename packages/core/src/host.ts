@@ -175,6 +175,8 @@ export interface MergeRecord {
    * where the process died before it had recorded that.
    */
   readonly frozen?: FileState
+  /** libvirt's UUID of the instance, where it is known: one of the same name that has another may be a later one. */
+  readonly uuid?: string
   /** Whether the process died that had the overlay made: what was done to the base since then is not known. Default: false. */
   readonly died?: boolean
   record(state: MergeState): Promise<void>

@@ -12,6 +12,7 @@ const header: z.ZodType<JournalHeader> = z.object({
   id: text,
   kind: z.enum(['backup', 'restore']),
   instance: text,
+  uuid: text.exactOptional(),
   host: z.discriminatedUnion('kind', [
     z.object({ kind: z.literal('libvirt'), uri: text }),
     z.object({ kind: z.literal('image'), instance: text, disks: z.record(text, imageDisk) }),

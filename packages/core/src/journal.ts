@@ -23,6 +23,8 @@ export interface JournalHeader {
   readonly id: string
   readonly kind: 'backup' | 'restore'
   readonly instance: string
+  /** libvirt's UUID of the instance of a backup, by which it is told from one that gets its name later. */
+  readonly uuid?: string
   readonly host: HostReference
   readonly storage: StorageReference
   /** The disks that the run holds: target name and path. */

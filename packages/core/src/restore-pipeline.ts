@@ -168,7 +168,7 @@ export class RestorePipeline {
     })
     // A disk that was left incomplete is restored by itself too, but the instance is not to be started on it.
     const mayBeIncomplete = request.start ? targetsOf(plan) : disksOf(plan)
-    await assertNoUnsettledRun(stateDir, plan.instance?.name, disksOf(plan), mayBeIncomplete)
+    await assertNoUnsettledRun(stateDir, plan.instance, disksOf(plan), mayBeIncomplete)
     const instance = plan.instance?.name ?? plan.newInstance?.name
     const journal = await RunJournal.begin(stateDir, {
       version: 1,

@@ -127,7 +127,7 @@ async function commitWithRetry(
   { overlay, ...known }: { readonly overlay: DiskOverlay } & Pick<MergeRecord, 'died' | 'arrivesBy'>,
   run: RunOptions,
 ): Promise<void> {
-  const { instance } = journal.header
+  const { instance, uuid } = journal.header
   const bases = journal.of('frozen').flatMap(step => step.bases)
   const frozen = bases.find(base => base.overlay === overlay.overlay)
   const merge: MergeRecord = {
@@ -137,6 +137,7 @@ async function commitWithRetry(
     },
     ...known,
     ...(frozen && { frozen }),
+    ...(uuid !== undefined && { uuid }),
     record: async step => {
       // No reason to let the overlay grow: should this process die now, it is kept, and looked at by a person.
       await journal

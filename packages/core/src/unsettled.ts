@@ -1,5 +1,6 @@
 import { fileIdentity } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
+import type { Instance } from './host.ts'
 import { incompleteDisks } from './incomplete.ts'
 import { type JournalHeader, type OverwrittenDisk, RunJournal } from './journal.ts'
 import { statIfThere } from './stat-if-there.ts'
@@ -21,14 +22,14 @@ interface HeldDisk {
  */
 export async function assertNoUnsettledRun(
   stateDir: string,
-  instance: string | undefined,
+  instance: Pick<Instance, 'name' | 'uuid'> | undefined,
   disks: readonly HeldDisk[],
   mayBeIncomplete: readonly { readonly path: string }[] = [],
 ): Promise<void> {
   const paths = new Set(disks.map(({ path }) => path))
   const names = new Set(disks.map(({ name }) => name))
   for (const header of await RunJournal.headers(stateDir)) {
-    const ofInstance = header.kind === 'backup' && header.instance === instance
+    const ofInstance = header.kind === 'backup' && instance !== undefined && isOf(instance, header)
     const disk = header.disks.find(({ name, path }) => paths.has(path) || (ofInstance && names.has(name)))
     if (!disk) continue
     const journal = header.kind === 'restore' ? await RunJournal.read(stateDir, header.id) : undefined
@@ -41,6 +42,12 @@ export async function assertNoUnsettledRun(
         throw isIncomplete(header, left)
     }
   }
+}
+
+/** Whether a run was one of this instance, and not of a former one of its name. */
+function isOf({ name, uuid }: Pick<Instance, 'name' | 'uuid'>, header: JournalHeader): boolean {
+  const isKnown = uuid !== undefined && header.uuid !== undefined
+  return header.instance === name && (!isKnown || header.uuid === uuid)
 }
 
 /** Whether what is there is what was written over, and not another one under its path. */

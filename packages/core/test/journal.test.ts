@@ -200,18 +200,26 @@ test('a settled run leaves nothing', async () => {
   expect(await RunJournal.unsettled(stateDir)).toEqual([])
 })
 
-test('a disk with an unsettled run is refused, another disk is not', async () => {
-  const journal = await RunJournal.begin(stateDir, header('/img/a.qcow2'))
-  const check = (path: string, name = 'vda', instance?: string) =>
+test('a disk with an unsettled run is refused, another disk is not, nor is that of another instance which has its name by now', async () => {
+  const check = (path: string, name = 'vda', instance?: { name: string; uuid?: string }) =>
     assertNoUnsettledRun(stateDir, instance, [{ name, path }])
-  await expect(check('/img/a.qcow2')).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
+  const unresolved = { code: 'RUN_UNRESOLVED' }
+  const web1 = { name: 'web-1' }
+  const former = await RunJournal.begin(stateDir, header('/img/a.qcow2')) // by a version that recorded no UUID
+  await expect(check('/img/a.qcow2')).rejects.toMatchObject(unresolved)
   await check('/img/b.qcow2')
   // The same disk of the instance, which somebody's snapshot has put on another file.
-  await expect(check('/img/a.snapshot', 'vda', 'web-1')).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' })
-  await check('/img/b.qcow2', 'vdb', 'web-1')
-  await check('/img/b.qcow2', 'vda', 'web-2')
-  await journal.settled()
-  await check('/img/a.qcow2', 'vda', 'web-1')
+  await expect(check('/img/a.snapshot', 'vda', web1)).rejects.toMatchObject(unresolved)
+  await expect(check('/img/a.snapshot', 'vda', { ...web1, uuid: 'a' })).rejects.toMatchObject(unresolved)
+  await check('/img/b.qcow2', 'vdb', web1)
+  await check('/img/b.qcow2', 'vda', { name: 'web-2' })
+  await former.settled()
+  await check('/img/a.qcow2', 'vda', web1)
+
+  await RunJournal.begin(stateDir, { ...header('/img/a.qcow2'), uuid: 'a' })
+  await expect(check('/img/a.snapshot', 'vda', { ...web1, uuid: 'a' })).rejects.toMatchObject(unresolved)
+  await check('/img/b.qcow2', 'vda', { ...web1, uuid: 'b' })
+  await expect(check('/img/a.qcow2', 'vda', { ...web1, uuid: 'b' })).rejects.toMatchObject(unresolved)
 })
 
 test('a disk that a restore in place left incomplete is refused until it is another one, or to be restored', async () => {
@@ -228,7 +236,7 @@ test('a disk that a restore in place left incomplete is refused until it is anot
   const vda = { name: 'vda', path }
   const vdb = { name: 'vdb', path: 'rbd:pool/b', state: { id: '5e' } }
   const check = (disk: typeof vda | typeof vdb, restored: { path: string }[] = []) =>
-    assertNoUnsettledRun(stateDir, 'web-1', [disk], restored)
+    assertNoUnsettledRun(stateDir, { name: 'web-1' }, [disk], restored)
   await expect(check(vda, [vda])).rejects.toMatchObject({ code: 'RUN_UNRESOLVED' }) // it may be written to still
   await journal.record({ step: 'incomplete', disks: ['vda', 'vdb'] })
   await expect(check(vda)).rejects.toMatchObject({
@@ -293,8 +301,8 @@ test('a mangled journal is refused, or every step of it is one', { timeout: FUZZ
           if (step.step === 'finish')
             for (const { target } of step.renames) expect(target).toBeTypeOf('string')
       }
-      await assertNoUnsettledRun(stateDir, 'web-1', [{ name: 'vdz', path: '/img/z' }]).catch(error =>
-        expect(error).toMatchObject({ code: 'RUN_UNRESOLVED' }),
+      await assertNoUnsettledRun(stateDir, { name: 'web-1' }, [{ name: 'vdz', path: '/img/z' }]).catch(
+        error => expect(error).toMatchObject({ code: 'RUN_UNRESOLVED' }),
       )
     }),
     fuzz(200),
