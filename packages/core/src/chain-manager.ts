@@ -17,7 +17,7 @@ import { RunJournal } from './journal.ts'
 import { type ChainPolicy, type NextKind, nextKind } from './next-kind.ts'
 import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './prune.ts'
 import { type RemoveSnapshotsOptions, removeSnapshotsOf } from './remove-snapshots.ts'
-import type { RunOptions } from './run-options.ts'
+import { emit, type RunOptions } from './run-options.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
 import { instanceFolder } from './storage-layout.ts'
 import { tellCommands } from './tell-commands.ts'
@@ -139,7 +139,7 @@ export class ChainManager {
   /**
    * Removes the backups that a policy does not keep, then the folders that were left over without a manifest.
    * A backup on which a kept one rests is kept. A chain in which anything is damaged is left alone and
-   * reported, and does not count towards what is kept.
+   * reported, and does not count towards what is kept. What cannot be removed of the leftovers is told of by a warning.
    *
    * @throws INVALID_ARGUMENT for a policy that keeps nothing
    */
@@ -147,10 +147,15 @@ export class ChainManager {
     const { dryRun = false, ...run } = options
     const storage = tellCommands(this.#storage, run.onEvent)
     const running = await this.#runningBackups()
-    const report = await prune(storage, policy, dryRun, running, run.signal ?? never)
-    if (!dryRun && this.#snapshots)
-      for (const { manifest } of report.removed) await removeSnapshotsOf(manifest, this.#snapshots, run)
-    return report
+    return prune(storage, policy, {
+      dryRun,
+      running,
+      signal: run.signal ?? never,
+      onRemoved: async ({ manifest }) => {
+        if (this.#snapshots) await removeSnapshotsOf(manifest, this.#snapshots, run)
+      },
+      warn: message => emit(run, { type: 'warning', message }),
+    })
   }
 
   /** The backups of this machine whose uploads may be under way; where a run cannot be read, all runs may be such. */

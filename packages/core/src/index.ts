@@ -43,6 +43,7 @@ export { failsWithProgress } from './put-progress.ts'
 export * from './rbd.ts'
 export { RBD_DIFF_LIMITS } from './rbd-diff-index.ts'
 export { type RecoveredRun, type RecoverOptions, type RecoverReport, recover } from './recover.ts'
+export { removeEach } from './remove-each.ts'
 export {
   type RestoreDestination,
   type RestoredDisk,

@@ -2,7 +2,7 @@ import { basename } from 'node:path'
 import { backupTime } from './backup-id.ts'
 import { type Catalog, readCatalog, type StoredBackup } from './backups.ts'
 import { brokenChains, chainOf, indexChains, missingObjects } from './chain.ts'
-import type { VarveError } from './errors.ts'
+import { abortError, errorMessage, isVarveError, type VarveError } from './errors.ts'
 import {
   assertGarbageAge,
   DEFAULT_GARBAGE_AGE_MS,
@@ -68,19 +68,26 @@ export interface PruneReport {
   readonly unfinishedUploads: number
 }
 
-/**
- * Removes what a policy does not keep, children before their parents; then garbage.
- *
- * @param running the ids of backups that are not settled: what they have stored is no garbage, however old
- */
+/** What a prune is made with. */
+export interface PruneRun {
+  readonly dryRun: boolean
+  /** The ids of backups that are not settled: what they have stored is no garbage, however old. */
+  readonly running: ReadonlySet<string>
+  readonly signal: AbortSignal
+  /** Is waited for after each backup that was removed. */
+  readonly onRemoved: (backup: StoredBackup) => Promise<void>
+  /** Is told of what could not be tidied up. */
+  readonly warn: (message: string) => void
+}
+
+/** Removes what a policy does not keep, children before their parents; then garbage. */
 export async function prune(
   storage: StorageDriver,
   policy: PrunePolicy,
-  dryRun: boolean,
-  running: ReadonlySet<string>,
-  signal: AbortSignal,
+  run: PruneRun,
 ): Promise<PruneReport> {
   const { instance, garbageAgeMs = DEFAULT_GARBAGE_AGE_MS } = policy
+  const { dryRun, running, signal } = run
   planRetention([], policy) // refuses a bad policy before anything is read
   assertGarbageAge(garbageAgeMs)
 
@@ -98,42 +105,72 @@ export async function prune(
   )
 
   const plan = { dryRun, kept, removed, damaged, garbage, unfinishedUploads: 0 }
-  return dryRun ? plan : carryOut(storage, plan, catalog, garbageAgeMs, running, signal)
+  if (dryRun) return plan
+  const { spared, ...gone } = await removeBackups(storage, plan.removed, catalog, run)
+  const tidied = await tidyUp(storage, garbage, garbageAgeMs, run)
+  return { ...plan, ...gone, ...tidied, kept: [...kept, ...spared] }
 }
 
-/** Removes what is planned, as far as it is still as it was when it was planned; reports what was removed. */
-async function carryOut(
+/** Removes backups, as far as they are still as they were when that was planned. */
+async function removeBackups(
   storage: StorageDriver,
-  plan: PruneReport,
+  planned: readonly StoredBackup[],
   catalog: Catalog,
-  garbageAgeMs: number,
-  running: ReadonlySet<string>,
-  signal: AbortSignal,
-): Promise<PruneReport> {
+  { signal, onRemoved }: PruneRun,
+): Promise<{ removed: StoredBackup[]; spared: KeptBackup[] }> {
   const removed: StoredBackup[] = []
   const spared: KeptBackup[] = []
   const sparedChains = new Set<string>()
-  for (const backup of plan.removed) {
+  for (const backup of planned) {
     const { folder } = backup
     const chain = chainOf(folder)
     if (!sparedChains.has(chain) && (await removeBackup(storage, folder, catalog.objects, signal))) {
       removed.push(backup)
+      await onRemoved(backup)
       continue
     }
     // For one that was published meanwhile, which may be gone again: what is spared needs its ancestors all the same.
     sparedChains.add(chain)
     spared.push({ backup, reasons: ['ancestor'] })
   }
+  return { removed, spared }
+}
+
+/**
+ * Removes what is left over. What of it stays does not keep the report of the backups that are gone from its caller, and
+ * nothing from being removed but by a storage that does not answer.
+ */
+async function tidyUp(
+  storage: StorageDriver,
+  leftovers: readonly GarbageFolder[],
+  garbageAgeMs: number,
+  { running, signal, warn }: PruneRun,
+): Promise<Pick<PruneReport, 'garbage' | 'unfinishedUploads'>> {
   const garbage: GarbageFolder[] = []
-  for (const leftover of plan.garbage) {
-    if (!(await isStillGarbage(storage, leftover.folder, garbageAgeMs, signal))) continue
-    await removeFolder(storage, leftover.folder, signal)
-    garbage.push(leftover)
+  let unfinishedUploads = 0
+  const stays = (what: string, error: unknown): boolean => {
+    if (signal.aborted) throw abortError(signal)
+    warn(`${what} until a later prune: ${errorMessage(error)}`)
+    return isVarveError(error) && error.retryable
+  }
+  for (const leftover of leftovers) {
+    const { folder } = leftover
+    try {
+      if (!(await isStillGarbage(storage, folder, garbageAgeMs, signal))) continue
+      await removeFolder(storage, folder, signal)
+      garbage.push(leftover)
+    } catch (error) {
+      if (stays(`What is left over in ${folder} stays`, error)) return { garbage, unfinishedUploads }
+    }
   }
   const begun = [...running].map(id => backupTime(id).getTime())
   const olderThan = new Date(Math.min(Date.now() - garbageAgeMs, ...begun))
-  const unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0
-  return { ...plan, kept: [...plan.kept, ...spared], removed, garbage, unfinishedUploads }
+  try {
+    unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0
+  } catch (error) {
+    stays('Unfinished uploads may stay', error)
+  }
+  return { garbage, unfinishedUploads }
 }
 
 /** Backups whose manifest, chain or objects are not as they should be. */

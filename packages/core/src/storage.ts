@@ -193,7 +193,10 @@ export interface StorageDriver extends AsyncDisposable {
    * for a storage that is not well: it says so.
    */
   check(options?: CallOptions): Promise<StorageHealth>
-  /** Removes what killed processes left of unfinished uploads and returns how many. Absent where nothing can be left. */
+  /**
+   * Removes what killed processes left of unfinished uploads and returns how many; `removeEach` goes on where the storage
+   * denies one. Absent where nothing can be left.
+   */
   cleanUp?(options: CleanUpOptions): Promise<number>
 }
 

@@ -7,6 +7,7 @@ import { beforeEach, describe, expect, it, onTestFinished } from 'vitest'
 import { backupTime, newBackupId } from '../src/backup-id.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
+import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { RunJournal } from '../src/journal.ts'
 import type { PrunePolicy, PruneReport } from '../src/prune.ts'
@@ -158,6 +159,46 @@ describe('pruning', () => {
     expect(told(report).removed).toEqual([dayId(1)])
     expect(report.garbage.map(({ folder }) => folder)).toEqual([folders[1]])
     expect(storage.keys.every(key => key.includes(dayId(9)))).toBe(true)
+  })
+
+  it('tells what it removed although leftovers stay, with a warning of each, and goes on behind them', async () => {
+    await storeFakeChain(storage, [1])
+    await storeFakeChain(storage, [9])
+    const [refused, removed] = [4, 5].map(day => `web-1/${dayId(day)}/${dayId(day)}`)
+    for (const folder of [refused, removed])
+      await storage.put(`${folder}/vda.qcow2`, bytesBody(Buffer.from('x')))
+    storage.setModified('', ago(48 * HOUR))
+    const denied = new VarveError('STORAGE_ACCESS_DENIED', 'Not yours.')
+    storage.intercept = call => {
+      if (call === `delete ${refused}/vda.qcow2`) throw denied
+    }
+    storage.cleanUp = () => Promise.reject(denied)
+    const warnings: string[] = []
+    const onEvent = (event: VarveEvent) => {
+      if (event.type === 'warning') warnings.push(event.message)
+    }
+    const report = await chains.prune({ keepLast: 1 }, { onEvent })
+    expect(told(report).removed).toEqual([dayId(1)])
+    expect(report.garbage.map(({ folder }) => folder)).toEqual([removed])
+    expect(report.unfinishedUploads).toBe(0)
+    expect(warnings.sort()).toEqual([
+      'Unfinished uploads may stay until a later prune: Not yours.',
+      `What is left over in ${refused} stays until a later prune: Not yours.`,
+    ])
+  })
+
+  it('asks a storage that is silent for no more leftovers', async () => {
+    await storeFakeChain(storage, [1])
+    for (const day of [4, 5])
+      await storage.put(`web-1/${dayId(day)}/${dayId(day)}/vda.qcow2`, bytesBody(Buffer.from('x')))
+    storage.setModified('', ago(48 * HOUR))
+    const silent = new VarveError('TIMEOUT', 'No answer.', { retryable: true })
+    storage.intercept = call => {
+      if (call.startsWith('delete')) throw silent
+    }
+    expect(await chains.prune({ keepLast: 1 })).toMatchObject({ garbage: [], unfinishedUploads: 0 })
+    expect(storage.calls.filter(call => call.startsWith('delete'))).toHaveLength(1)
+    expect(storage.cleanedUp).toBeUndefined()
   })
 
   it('spares a chain in which a backup was published meanwhile', async () => {

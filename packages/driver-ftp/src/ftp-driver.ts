@@ -14,6 +14,7 @@ import {
   isKey,
   objectNotFound,
   type PutOptions,
+  removeEach,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -144,13 +145,11 @@ export class FtpDriver implements StorageDriver {
   /** Removes the temporary files that killed processes left of their uploads. */
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
     const isTemporary = (key: string) => (key.split('/').at(-1) ?? '').startsWith(TEMPORARY_PREFIX)
-    let removed = 0
-    for await (const { key, modifiedAt } of this.#walk('', isTemporary, signal)) {
-      if (modifiedAt === undefined || modifiedAt >= olderThan) continue
+    return removeEach(this.#walk('', isTemporary, signal), async ({ key, modifiedAt }) => {
+      if (modifiedAt === undefined || modifiedAt >= olderThan) return false
       await this.#command(`Deleting ${key}`, signal, connection => this.#remove(connection, key))
-      removed++
-    }
-    return removed
+      return true
+    })
   }
 
   /** Closes all connections. What is under way, or waits for a connection, fails; a later call connects anew. */

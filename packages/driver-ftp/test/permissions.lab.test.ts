@@ -1,5 +1,5 @@
 import { execFile } from 'node:child_process'
-import { chmod, chown, mkdir, readdir, symlink, writeFile } from 'node:fs/promises'
+import { chmod, chown, mkdir, readdir, stat, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
 import { promisify } from 'node:util'
@@ -69,6 +69,18 @@ describe('permissions', () => {
     await expect(driver.delete('fixed/object')).rejects.toMatchObject(denied)
     await chmod(join(path, 'fixed'), 0o700)
     expect(await readdir(join(path, 'fixed'))).toEqual(['object'])
+  })
+
+  test('what may not be removed keeps no other unfinished upload', async () => {
+    const { driver, path } = await beginTarget()
+    const { uid, gid } = await stat(path)
+    for (const part of [1, 2]) await writeFile(join(path, `.varve-part-${part}`), 'x')
+    await chown(join(path, '.varve-part-2'), uid, gid)
+    await chmod(path, 0o1777) // each removes what is his own
+    await chown(path, 0, 0)
+    const cleanUp = driver.cleanUp?.({ olderThan: new Date(Date.now() + 10_000) })
+    await expect(cleanUp).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    expect(await readdir(path)).toEqual(['.varve-part-1'])
   })
 
   test('an account that may not delete is found out by a check, and told what it left', async () => {

@@ -15,6 +15,7 @@ import {
   isKey,
   objectNotFound,
   type PutOptions,
+  removeEach,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -127,17 +128,16 @@ export class LocalDriver implements StorageDriver {
    */
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
     const isTemporary = (path: string) => split(path).name.startsWith(TEMPORARY_PREFIX)
-    let removed = 0
     const files = this.#files('', isKey, isTemporary, signal)
-    for await (const { path, stats } of untilAborted(files, signal)) {
-      if (stats.mtime >= olderThan) continue
-      await this.#inFolderOf(path, 'Deleting', signal, async (file, folders) => {
+    return removeEach(untilAborted(files, signal), async ({ path, stats }) => {
+      if (stats.mtime >= olderThan) return false
+      const removed = await this.#inFolderOf(path, 'Deleting', signal, async (file, folders) => {
         await folders.last.call(() => unlink(file))
         await folders.removeEmpty()
-        removed++
+        return true
       })
-    }
-    return removed
+      return removed === true
+    })
   }
 
   /** Does nothing. */

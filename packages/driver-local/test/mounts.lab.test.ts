@@ -95,6 +95,31 @@ test('a read-only mount denies writing and deleting, says so at the check, and c
   expect(await buffer(await driver.get('a/object'))).toEqual(bytes)
 })
 
+/** A folder on an ext4 of its own. */
+async function mountExt4(...options: string[]): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'varve-mount-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const [image, path] = [join(folder, 'image'), join(folder, 'mounted')]
+  await writeFile(image, '')
+  await truncate(image, 16 * MIB)
+  execFileSync('mkfs.ext4', ['-q', ...options, image])
+  await mkdir(path)
+  execFileSync('mount', ['-o', 'loop', image, path])
+  onTestFinished(() => void execFileSync('umount', [path]))
+  return path
+}
+
+test('what may not be removed keeps no other unfinished upload', async () => {
+  const path = await mountExt4()
+  const parts = ['a', 'b', 'c', 'd', 'e', 'f'].map(part => `${path}/folder/.varve-part-${part}`)
+  await mkdir(`${path}/folder`)
+  for (const part of parts) await writeFile(part, 'x')
+  execFileSync('chattr', ['+i', ...parts.slice(2, 4)]) // not even root removes them
+  const cleanUp = new LocalDriver({ path }).cleanUp({ olderThan: new Date(Date.now() + 10_000) })
+  await expect(cleanUp).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+  expect((await readdir(`${path}/folder`)).sort()).toEqual(['.varve-part-c', '.varve-part-d'])
+})
+
 /** Gives files their names in one folder, and makes and removes another, without end. Says first that it does. */
 const BUSY = `
   const fs = require('node:fs')
@@ -108,15 +133,7 @@ const BUSY = `
   }`
 
 test('a listing has all objects while others come and go, also where the file system tells no types of entries', async () => {
-  const folder = await mkdtemp(join(tmpdir(), 'varve-mount-'))
-  onTestFinished(() => rm(folder, { recursive: true }))
-  const [image, path] = [join(folder, 'image'), join(folder, 'mounted')]
-  await writeFile(image, '')
-  await truncate(image, 16 * MIB)
-  execFileSync('mkfs.ext4', ['-q', '-O', '^filetype', image])
-  await mkdir(path)
-  execFileSync('mount', ['-o', 'loop', image, path])
-  onTestFinished(() => void execFileSync('umount', [path]))
+  const path = await mountExt4('-O', '^filetype')
   const driver = new LocalDriver({ path })
   const keys = Array.from({ length: 30 }, (_, object) => `inst/c/b${object % 10}/${object}`)
   for (const key of keys) await driver.put(key, bytesBody(bytes))

@@ -17,6 +17,7 @@ import {
   objectNotFound,
   type PutOptions,
   readUpload,
+  removeEach,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -130,17 +131,22 @@ export class RcloneDriver implements StorageDriver {
 
   /** Removes what killed processes left of their uploads: temporary objects and, on S3, parts of them. */
   async cleanUp({ olderThan, ...options }: CleanUpOptions): Promise<number> {
-    let removed = 0
+    return removeEach(this.#unfinished(olderThan, options), remove => remove())
+  }
+
+  /** What there is to remove of unfinished uploads that were last written before a time. */
+  async *#unfinished(olderThan: Date, options: CallOptions): AsyncGenerator<() => Promise<boolean>> {
     for await (const { key, file } of this.#files('', options)) {
       if (!isTemporary(key) || !file.modifiedAt || file.modifiedAt >= olderThan) continue
-      if (await this.#rclone.deleteFile(this.#pathOf(key), options)) removed++
+      yield () => this.#rclone.deleteFile(this.#pathOf(key), options)
     }
     for (const { path, begunAt } of await this.#rclone.unfinishedUploads(this.#path, options)) {
       if (!isTemporary(path) || begunAt >= olderThan) continue
-      await this.#rclone.removeParts(this.#pathOf(path), options)
-      removed++
+      yield async () => {
+        await this.#rclone.removeParts(this.#pathOf(path), options)
+        return true
+      }
     }
-    return removed
   }
 
   /** Ends what the driver has running. */

@@ -14,6 +14,7 @@ import {
   type ObjectStream,
   objectNotFound,
   type PutOptions,
+  removeEach,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -163,15 +164,13 @@ export class S3Driver implements StorageDriver {
   }
 
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
-    let removed = 0
-    for await (const upload of foundUploads(this.#bucket, '', { signal })) {
+    return removeEach(foundUploads(this.#bucket, '', { signal }), async upload => {
       if (signal?.aborted) throw abortError(signal)
-      if (upload.begunAt >= olderThan) continue
-      if (await hasPartsSince(this.#bucket, upload, olderThan, { signal })) continue
+      if (upload.begunAt >= olderThan) return false
+      if (await hasPartsSince(this.#bucket, upload, olderThan, { signal })) return false
       await removeUpload(this.#bucket, upload)
-      removed++
-    }
-    return removed
+      return true
+    })
   }
 
   /** Closes the connections. */

@@ -14,6 +14,7 @@ import {
   type ObjectStream,
   objectNotFound,
   type PutOptions,
+  removeEach,
   type StorageDriver,
   type StorageHealth,
   type StoredObject,
@@ -148,13 +149,11 @@ export class SftpDriver implements StorageDriver {
   /** Removes the temporary files that killed processes left of their uploads. */
   async cleanUp({ olderThan, signal }: CleanUpOptions): Promise<number> {
     const isTemporary = (key: string) => key.slice(key.lastIndexOf('/') + 1).startsWith(TEMPORARY_PREFIX)
-    let removed = 0
-    for await (const { key, stats } of this.#files('', isKey, isTemporary, signal)) {
-      if (stats.mtime * 1000 >= olderThan.getTime()) continue
+    return removeEach(this.#files('', isKey, isTemporary, signal), async ({ key, stats }) => {
+      if (stats.mtime * 1000 >= olderThan.getTime()) return false
       await this.#use('Deleting', key, signal, root => this.#remove(root, key, signal))
-      removed++
-    }
-    return removed
+      return true
+    })
   }
 
   /** Closes the connections. */

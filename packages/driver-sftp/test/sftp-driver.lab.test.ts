@@ -1,7 +1,19 @@
 import { execFileSync, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { globSync, statSync, truncateSync } from 'node:fs'
-import { chmod, copyFile, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import {
+  chmod,
+  chown,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rm,
+  stat,
+  symlink,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { buffer } from 'node:stream/consumers'
@@ -141,6 +153,14 @@ describe('a login', () => {
     ])
     await writeFile(join(path, 'theirs'), 'x')
     await expect(driver.delete('theirs')).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+
+    const { uid, gid } = await stat(lab.home)
+    for (let part = 0; part < 8; part++) await writeFile(join(path, `.varve-part-${part}`), 'x')
+    for (const part of [0, 2, 3, 4, 6, 7]) await chown(join(path, `.varve-part-${part}`), uid, gid)
+    await chmod(path, 0o1777) // each removes what is his own
+    const cleanUp = driver.cleanUp({ olderThan: new Date(Date.now() + 10_000) })
+    await expect(cleanUp).rejects.toMatchObject({ code: 'STORAGE_ACCESS_DENIED' })
+    expect((await readdir(path)).sort()).toEqual(['.varve-part-1', '.varve-part-5', 'theirs'])
   })
 
   test.each<[string, () => Partial<SftpDriverOptions>, string, RegExp]>([
