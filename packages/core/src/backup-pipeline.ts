@@ -16,7 +16,7 @@ import {
 } from './backup-plan.ts'
 import { freeze, mark, planOverlays, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
-import { DiskLock } from './disk-lock.ts'
+import { DiskLock, runLock } from './disk-lock.ts'
 import { isVarveError, runError, VarveError } from './errors.ts'
 import { type Host, type HostDisk, type Instance, isFileDisk } from './host.ts'
 import { RunJournal } from './journal.ts'
@@ -179,6 +179,7 @@ export class BackupPipeline {
 
     const id = newBackupId(backups.at(-1)?.manifest.id, startedAt)
     const overlays = await planOverlays(host, instance, disks, id)
+    await lock.add([runLock(id)])
     const journal = await RunJournal.begin(stateDir, {
       version: 1,
       id,

@@ -10,6 +10,11 @@ const RETRY_INTERVAL_MS = 20
 /** How long such a lock is waited for, in milliseconds: longer than a few small files are written on any machine. */
 const WAIT_MS = 30_000
 
+/** What a run holds beside its disks as long as its process lives, since others may hold those after it died. No path is called so. */
+export function runLock(id: string): string {
+  return `run ${id}`
+}
+
 /**
  * Holds disks against every other run on this machine, whatever its state folder. The lock is a Unix socket
  * in Linux's abstract name space: taking it is atomic and the kernel gives it back when the process ends,

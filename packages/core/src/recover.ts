@@ -1,4 +1,4 @@
-import { DiskLock } from './disk-lock.ts'
+import { DiskLock, runLock } from './disk-lock.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import type { Host, HostReference } from './host.ts'
 import { ImageHost } from './image-host.ts'
@@ -93,10 +93,12 @@ async function recoverRun(
     }
     const { kind, instance, disks } = found.header
     about = { id, kind, instance }
-    await using lock = await lockOf(disks)
-    if (!lock) return { ...about, outcome: 'running' }
+    await using own = await unlessBusy([runLock(id)])
+    if (!own) return { ...about, outcome: 'running' }
+    await using lock = await unlessBusy(disks.map(({ path }) => path))
     // Until its disks were held the run may have gone on: what it did meanwhile counts, and it may be settled.
     const journal = await RunJournal.read(stateDir, id)
+    if (journal && !lock) throw heldByAnother(journal.header)
     const settled = journal && (await settle(journal, options, run))
     return settled && { ...about, ...settled }
   } catch (error) {
@@ -127,12 +129,22 @@ async function settle(
   return { outcome: published ? 'finished' : 'undone' }
 }
 
-/** None where a process holds the disks: the run goes on. */
-async function lockOf(disks: JournalHeader['disks']): Promise<DiskLock | undefined> {
-  return DiskLock.acquire(disks.map(({ path }) => path)).catch(error => {
+/** None where another process holds one of them. */
+async function unlessBusy(names: readonly string[]): Promise<DiskLock | undefined> {
+  return DiskLock.acquire(names).catch(error => {
     if (isVarveError(error, 'DISK_BUSY')) return undefined
     throw error
   })
+}
+
+/** It is dead, but somebody is at its disks, such as a backup that is about to be refused for it. */
+function heldByAnother({ kind, instance, disks }: JournalHeader): VarveError {
+  const names = disks.map(({ name }) => name)
+  return new VarveError(
+    'DISK_BUSY',
+    `The ${kind} of ${instance} has ended before it was done, and another run holds one of its disks, ${names.join(', ')}. Call recover again once that has ended.`,
+    { context: { instance, disks: names }, retryable: true },
+  )
 }
 
 function hostOf(reference: HostReference, rbd: RbdConnector | undefined): Host {

@@ -1,6 +1,6 @@
 import { newBackupId } from './backup-id.ts'
 import { findBackup, readCatalog, type StoredBackup } from './backups.ts'
-import { DiskLock } from './disk-lock.ts'
+import { DiskLock, runLock } from './disk-lock.ts'
 import { type ErrorContext, errorMessage, isVarveError, runError, VarveError } from './errors.ts'
 import type { DiskPlace, Host } from './host.ts'
 import { RunJournal } from './journal.ts'
@@ -153,7 +153,7 @@ export class RestorePipeline {
     const paths = known
       ? known.disks.map(({ path }) => path)
       : await pathsOfTargets(request, found, host, runId, run)
-    await using lock = await DiskLock.acquire(paths)
+    await using lock = await DiskLock.acquire([...paths, runLock(runId)])
     // The disks are held now: what is read from here on stays true.
     const plan = await planRestore(request, found, host, runId, run).catch(async error => {
       if (known && isVarveError(error, 'OVERLAY_LEFT_OVER'))

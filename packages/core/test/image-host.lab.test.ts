@@ -11,7 +11,7 @@ import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { isFileDisk } from '../src/host.ts'
 import { type ImageDisk, ImageHost } from '../src/image-host.ts'
-import { recover } from '../src/recover.ts'
+import { type RecoveredRun, recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 import type { StoredObject } from '../src/storage.ts'
 import { noRejectionUnhandled } from './no-rejection-unhandled.ts'
@@ -56,6 +56,33 @@ test('a block device that its guest made look like a qcow2 image is not taken fo
   } finally {
     await execa('losetup', ['--detach', device])
   }
+})
+
+test('recover leaves a backup and a restore alone that go on, and says so', async () => {
+  const image = join(folder, 'vda')
+  await createQcow2(image, MiB)
+  await qemuIo(image, 'qcow2', ['write -P 0x11 0 64k'])
+  const { storage: _, ...parts } = pipelines(image)
+  const told: RecoveredRun[] = []
+  const ask = async () => {
+    const { runs } = await recover({ ...parts, storages: [] })
+    told.push(...runs)
+  }
+  class AskingStorage extends LocalDriver {
+    override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+      await ask()
+      return super.put(...args)
+    }
+    override async get(...args: Parameters<LocalDriver['get']>): ReturnType<LocalDriver['get']> {
+      await ask()
+      return super.get(...args)
+    }
+  }
+  const asking = { ...parts, storage: new AskingStorage({ path: join(folder, 'storage') }) }
+  const { id } = await new BackupPipeline(asking).run({ instance: 'web-1' })
+  await new RestorePipeline(asking).run({ backup: id, to: { disks: { vda: join(folder, 'restored') } } })
+  expect(new Set(told.map(({ kind }) => kind))).toEqual(new Set(['backup', 'restore']))
+  expect(new Set(told.map(({ outcome }) => outcome))).toEqual(new Set(['running']))
 })
 
 test('a backup that failed is settled also where its image is no qcow2 any more, and so has no bitmaps', async () => {

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../src/backup-id.ts'
+import { DiskLock, runLock } from '../src/disk-lock.ts'
 import { VarveError } from '../src/errors.ts'
 import type { Host } from '../src/host.ts'
 import { ImageHost } from '../src/image-host.ts'
@@ -179,4 +180,20 @@ test('a storage is known again though its path was written with a slash at its e
   await dead.record({ step: 'publish', ...publication, retire: {} })
   expect((await recover({ stateDir, storages: [] })).runs).toMatchObject([{ outcome: 'unresolved' }])
   expect((await recover({ stateDir, storages: [storage] })).runs).toMatchObject([{ outcome: 'undone' }])
+})
+
+test('a run is said to go on as long as its own process lives, and not for another one that holds its disk', async () => {
+  const { header } = await begin('web-1')
+  const recovered = async () => (await recover({ stateDir, storages: [storage] })).runs
+  await using another = await DiskLock.acquire(header.disks.map(({ path }) => path))
+  const busy = { outcome: 'unresolved', error: { code: 'DISK_BUSY', retryable: true } }
+  expect(await recovered()).toMatchObject([busy])
+  {
+    await using _process = await DiskLock.acquire([runLock(header.id)])
+    expect(await recovered()).toEqual([
+      { id: header.id, kind: 'backup', instance: 'web-1', outcome: 'running' },
+    ])
+  }
+  await another.release()
+  expect(await recovered()).toMatchObject([{ outcome: 'undone' }])
 })
