@@ -1,4 +1,4 @@
-import type { FileEntryWithStats, Stats } from 'ssh2'
+import type { FileEntryWithStats, SFTPWrapper, Stats } from 'ssh2'
 import type { SftpConnection } from './connection.ts'
 import { close } from './remote-file.ts'
 import { isStatus, STATUS } from './sftp-error.ts'
@@ -108,7 +108,7 @@ class Folder {
     const handle = await this.#handle
     if (handle === undefined) return []
     try {
-      return await this.#connection.call<FileEntryWithStats[]>((sftp, done) => sftp.readdir(handle, done), {
+      return await this.#connection.call<FileEntryWithStats[]>((sftp, done) => readPage(sftp, handle, done), {
         signal: this.#signal,
       })
     } catch (error) {
@@ -116,4 +116,18 @@ class Folder {
       throw error
     }
   }
+}
+
+type Done = (error: Error | undefined, entries: FileEntryWithStats[]) => void
+
+/**
+ * Reads the next page of a folder with all that is in it. The library would else leave `.` and `..` out, and a page of
+ * nothing else look like the end.
+ */
+function readPage(sftp: SFTPWrapper, handle: Buffer, done: Done): void {
+  // neither its documentation nor its types know of the options
+  const { readdir } = sftp as unknown as {
+    readdir: (this: SFTPWrapper, handle: Buffer, options: { full: true }, done: Done) => void
+  }
+  readdir.call(sftp, handle, { full: true }, done)
 }

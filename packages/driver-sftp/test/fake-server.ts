@@ -18,6 +18,8 @@ export class FakeServer {
   readonly folders = new Set<string>(['/'])
   /** By request, such as `RENAME`: what it does otherwise. */
   readonly twists: Partial<Record<'RENAME' | 'REMOVE' | 'LSTAT' | 'WRITE' | 'FSETSTAT', Twist>> = {}
+  /** How many names it tells at once of a folder, the first two of which are the folder's own and its parent's. */
+  namesAtOnce = Number.POSITIVE_INFINITY
   /** Whether it ends every connection at once. */
   refuses = false
   /** How many connections there have been. */
@@ -76,9 +78,9 @@ export class FakeServer {
   }
 
   #session(sftp: SFTPWrapper): void {
-    const handles: { path: string; read?: boolean }[] = []
-    const open = (path: string) => Buffer.of(handles.push({ path }) - 1)
-    const at = (handle: Buffer) => handles[handle[0] ?? 0] ?? { path: '' }
+    const handles: { path: string; read: number }[] = []
+    const open = (path: string) => Buffer.of(handles.push({ path, read: 0 }) - 1)
+    const at = (handle: Buffer) => handles[handle[0] ?? 0] ?? { path: '', read: 0 }
     const answer = (id: number, status: number) => sftp.status(id, status)
     const attributes = (path: string): Attributes | undefined => {
       const file = this.files.get(path)
@@ -165,16 +167,18 @@ export class FakeServer {
     sftp.on('READDIR', (id, handle) => {
       const folder = at(handle)
       const base = folder.path === '/' ? '/' : `${folder.path}/`
-      const names = [...this.files.keys(), ...this.folders]
-        .filter(path => path !== '/' && path.startsWith(base) && !path.slice(base.length).includes('/'))
-        .flatMap(path => {
-          const attrs = attributes(path)
-          const filename = path.slice(base.length)
-          return attrs ? [{ filename, longname: filename, attrs }] : []
-        })
-      if (folder.read || names.length === 0) return answer(id, STATUS_CODE.EOF)
-      folder.read = true
-      sftp.name(id, names)
+      const inside = [...this.files.keys(), ...this.folders].filter(
+        path => path !== '/' && path.startsWith(base) && !path.slice(base.length).includes('/'),
+      )
+      const names = [`${base}.`, `${base}..`, ...inside].flatMap(path => {
+        const attrs = attributes(path) ?? attributes('/')
+        const filename = path.slice(base.length)
+        return attrs ? [{ filename, longname: filename, attrs }] : []
+      })
+      const told = names.slice(folder.read, folder.read + this.namesAtOnce)
+      if (told.length === 0) return answer(id, STATUS_CODE.EOF)
+      folder.read += told.length
+      sftp.name(id, told)
     })
     sftp.on('REMOVE', (id, path) =>
       twisted('REMOVE', id, [path], () =>

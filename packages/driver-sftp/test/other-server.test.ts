@@ -16,6 +16,16 @@ test('an upload to a server that tells no limits is whole, in packets that every
   expect((await buffer(await driver.get('a/object'))).equals(patternBytes(1, 0, SIZE))).toBe(true)
 })
 
+test.each([1, 2])('a folder of which a server tells %d names at once is listed to its end', async names => {
+  const { server, driver } = await FakeServer.begin()
+  server.namesAtOnce = names
+  const keys = ['a/b/1', 'a/b/2', 'a/c/1', 'a/d']
+  for (const key of keys) await driver.put(key, new PatternBody({ size: 1 }))
+  const listed: string[] = []
+  for await (const { key } of driver.list('a/')) listed.push(key)
+  expect(listed.sort()).toEqual(keys)
+})
+
 test('memory is given back when the server has all that was in it, and is used again', async () => {
   const { server, driver } = await FakeServer.begin()
   const bytes = patternBytes(2, 0, SIZE)
