@@ -140,9 +140,9 @@ export async function waitUntilOff(
   timeoutMs: number,
   run: RunOptions,
 ): Promise<boolean> {
-  const deadline = Date.now() + timeoutMs
+  const deadline = performance.now() + timeoutMs
   while (await domains.isRunning(instance, run)) {
-    if (Date.now() >= deadline) return false
+    if (performance.now() >= deadline) return false
     await sleep(250)
   }
   return true

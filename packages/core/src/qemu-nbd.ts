@@ -89,7 +89,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
     ...(bitmap === undefined ? [] : ['--bitmap', bitmap]),
     ...(refuseWriters && format === 'raw' ? [await rawWithoutWriters(path)] : ['--format', format, path]),
   ]
-  const startedAt = Date.now()
+  const startedAt = performance.now()
   const child = execa('qemu-nbd', args, {
     stdin: 'ignore',
     stdout: 'ignore',
@@ -109,7 +109,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
       exitCode: stopping && result.isTerminated ? 0 : result.exitCode,
       stdout: '',
       stderr: result.stderr,
-      durationMs: Date.now() - startedAt,
+      durationMs: Math.round(performance.now() - startedAt),
     })
     if (!stopping) died.abort(diedError(options, result))
     return result
@@ -132,7 +132,7 @@ export async function exportDisk(options: ExportOptions): Promise<NbdExport> {
         if (code === 'ENOENT') throw missingCommand('qemu-nbd', { context: { disk, path } })
         throw new Error(stderr.trim() || shortMessage)
       }
-      if (Date.now() - startedAt > SOCKET_TIMEOUT_MS)
+      if (performance.now() - startedAt > SOCKET_TIMEOUT_MS)
         throw new Error(`none after ${SOCKET_TIMEOUT_MS / 1000} s`)
       if (options.signal?.aborted) throw abortError(options.signal)
       alive = await Promise.race([ended.then(() => false), sleep(10).then(() => true)])

@@ -185,7 +185,7 @@ class Exchange {
     clearTimeout(this.#continueTimer)
     if (this.#sending) return
     this.#sending = true
-    this.#begunAt = this.#sentAt = Date.now()
+    this.#begunAt = this.#sentAt = performance.now()
     const body = this.#body
     if (!(body instanceof Readable)) {
       this.#bodyEnded = true
@@ -214,7 +214,7 @@ class Exchange {
         if (error) return
         this.#unsent -= piece.byteLength
         this.#progress += piece.byteLength
-        this.#sentAt = Date.now()
+        this.#sentAt = performance.now()
         if (last) chunkSent(chunk)
       })
     }
@@ -224,14 +224,14 @@ class Exchange {
   /** A timer that looks now and then costs nothing for each chunk. */
   #startWatch(): void {
     let seen = -1
-    let since = Date.now()
+    let since = performance.now()
     this.#watch = setInterval(
       () => {
         const progress = this.#progress + (this.#sent.socket?.bytesRead ?? 0)
         if (progress !== seen || this.#waitsForOthers()) {
           seen = progress
-          since = Date.now()
-        } else if (Date.now() - since >= this.#longestSilence()) {
+          since = performance.now()
+        } else if (performance.now() - since >= this.#longestSilence()) {
           const message = `the server made no progress for ${this.#longestSilence() / 1000} s`
           this.fail(Object.assign(new Error(message), { code: 'ETIMEDOUT' }))
         }

@@ -47,7 +47,7 @@ export class MultipartUpload {
     const { checksums, retries } = bucket.settings
     const action = { doing: `Writing ${key}`, permission: 's3:PutObject' }
     const tag = randomUUID()
-    const began = Date.now()
+    const began = performance.now()
     let lost = false
     const attempt = async () => {
       try {
@@ -69,7 +69,7 @@ export class MultipartUpload {
     count(upload, 1)
     try {
       const id = await withRetries(attempt, { retries, signal })
-      if (lost) await removeLost(upload, id, Date.now() - began).catch(() => undefined) // cleanUp finds it later
+      if (lost) await removeLost(upload, id, performance.now() - began).catch(() => undefined) // cleanUp finds it later
       return new MultipartUpload(upload, id, tag)
     } catch (error) {
       count(upload, -1)

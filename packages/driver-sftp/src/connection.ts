@@ -99,7 +99,7 @@ export class SftpConnection {
       answer(error, value as T)
     }
     this.#waiting.add(fail)
-    if (flush) this.#flushes.push(Date.now())
+    if (flush) this.#flushes.push(performance.now())
     if (this.#idle === undefined) {
       this.#received = this.#parts.socket.bytesRead
       this.#idle = setTimeout(() => this.#look(), this.#parts.timeoutMs / LOOKS)
@@ -160,7 +160,7 @@ export class SftpConnection {
   #look(): void {
     const { socket, timeoutMs } = this.#parts
     const [flush] = this.#flushes
-    const isFlushing = flush !== undefined && Date.now() - flush < FLUSH_TIMEOUT_MS
+    const isFlushing = flush !== undefined && performance.now() - flush < FLUSH_TIMEOUT_MS
     const bytes = socket.bytesRead - this.#received
     this.#received = socket.bytesRead
     this.#looks = bytes > (isFlushing ? 0 : CARRIED_BYTES) ? 0 : this.#looks + 1
