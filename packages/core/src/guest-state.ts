@@ -113,7 +113,6 @@ export async function powerOff(
   const { signal, ...rest } = run
   if (signal?.aborted) throw abortError(signal)
   try {
-    if (!(await domains.isRunning(instance, rest))) return
     const asked = await askToShutDown(domains, instance, rest)
     if (!(await waitUntilOff(domains, instance, asked ? timeoutMs : 0, rest))) {
       if (signal?.aborted) throw abortError(signal) // a guest that does not react goes on
@@ -148,13 +147,14 @@ export async function waitUntilOff(
   return true
 }
 
-/** Whether it was asked. A paused guest, for one, cannot be. */
+/** Whether it was asked. A paused guest, for one, cannot be, nor one that is off. */
 async function askToShutDown(domains: LibvirtDomains, instance: string, run: RunOptions): Promise<boolean> {
   try {
     await domains.virsh.onDomain(run, instance, 'shutdown')
     return true
   } catch (error) {
-    if (isVarveError(error, 'COMMAND_FAILED')) return false
+    // Not where libvirt was away for a moment: whoever was not asked is switched off at once.
+    if (isVarveError(error, 'COMMAND_FAILED') && !error.retryable) return false
     throw error
   }
 }

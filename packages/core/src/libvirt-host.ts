@@ -353,7 +353,10 @@ export class LibvirtHost implements Host {
   }
 
   async start(instance: string, run: RunOptions = {}): Promise<void> {
-    if (!(await this.#domains.isRunning(instance, run))) await this.#virsh.onDomain(run, instance, 'start')
+    await this.#virsh.onDomain(run, instance, 'start').catch(async error => {
+      const isRefused = isVarveError(error, 'COMMAND_FAILED') // as it is of one that runs
+      if (!isRefused || !(await this.#domains.isRunning(instance, run).catch(() => false))) throw error
+    })
   }
 
   hasSavedMemory(instance: string, run: RunOptions = {}): Promise<boolean> {

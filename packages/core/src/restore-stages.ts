@@ -127,7 +127,7 @@ export async function powerOff(restore: RestoreContext): Promise<void> {
     timeoutMs,
   })
   try {
-    await host.powerOff(name, timeoutMs, run)
+    if (running) await host.powerOff(name, timeoutMs, run)
   } finally {
     await journal.record({ step: 'powered-off' })
   }

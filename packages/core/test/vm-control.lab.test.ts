@@ -381,6 +381,29 @@ test('a guest that is paused, and so cannot shut down, is switched off', async (
   await site.lab.virsh(['suspend', vm.name])
   await site.host.powerOff(vm.name, 60_000)
   expect(await vm.state()).toBe('shut off')
+  await site.host.powerOff(vm.name, 60_000) // is off already
+})
+
+test('an instance is started where it does not run, and not switched off where libvirt was away when it was to be shut down', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  await site.host.start(vm.name)
+  const pid = await vm.qemuPid()
+  await site.host.start(vm.name)
+  await expect(site.host.start('gone')).rejects.toMatchObject({ code: 'INSTANCE_NOT_FOUND' })
+  const away = `qemu+unix:///system?socket=${join(site.folder, 'no-socket')}`
+  const script = `#!/bin/bash
+[[ " $* " != *' shutdown '* ]] || set -- --connect '${away}' list
+PATH="\${PATH#*:}" exec virsh "$@"
+`
+  await writeFile(join(site.folder, 'virsh'), script, { mode: 0o755 })
+  vi.stubEnv('PATH', `${site.folder}:${process.env.PATH}`)
+  onTestFinished(() => void vi.unstubAllEnvs())
+  await expect(site.host.powerOff(vm.name, 60_000)).rejects.toMatchObject({
+    code: 'POWER_OFF_FAILED',
+    message: expect.stringContaining('libvirt does not answer'),
+  })
+  expect(await vm.state()).toBe('running')
+  expect(await vm.qemuPid()).toBe(pid)
 })
 
 test('a transient instance is backed up, also where it goes meanwhile, and no restore makes it vanish', async () => {

@@ -97,6 +97,7 @@ test('an instance that somebody started again before the restore was complete ha
   const manifest = await backup()
   await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
   const theirs = await content('vda')
+  await vm.start()
   class Watchdog extends LibvirtHost {
     override async powerOff(...args: Parameters<LibvirtHost['powerOff']>): Promise<void> {
       await super.powerOff(...args)
@@ -105,7 +106,8 @@ test('an instance that somebody started again before the restore was complete ha
   }
   const { stateDir, storage } = site
   const pipeline = new RestorePipeline({ host: new Watchdog({ uri: site.lab.uri }), storage, stateDir })
-  await expect(pipeline.run({ backup: manifest.id, to: { instance: vm.name } })).rejects.toMatchObject({
+  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
+  await expect(pipeline.run(request)).rejects.toMatchObject({
     code: 'DISK_BUSY',
     context: { path: image('vda') },
   })
