@@ -39,11 +39,11 @@ export async function thawFilesystems(
   // A guest that stays frozen is worse than a failed backup, so this is tried for a while.
   for (let attempt = 1; ; attempt++) {
     try {
-      if (await domains.isRunning(instance, run))
-        await domains.virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
+      await domains.virsh.onDomain({ ...run, timeoutMs: FREEZE_TIMEOUT_MS }, instance, 'domfsthaw')
       return
     } catch (error) {
-      if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return
+      // Whether it runs is asked only now: until then the guest would stand still.
+      if (isVarveError(error, 'INSTANCE_NOT_FOUND') || (await isOff(domains, instance, run))) return
       const stderr = isVarveError(error) ? String(error.context.stderr) : ''
       if (/agent is not configured/i.test(stderr)) return // so it has frozen nothing
       if (attempt === 5) {
@@ -60,6 +60,14 @@ export async function thawFilesystems(
       await sleep(attempt * 500)
     }
   }
+}
+
+/** Whether an instance is off, or gone, as far as libvirt answers. */
+async function isOff(domains: LibvirtDomains, instance: string, run: RunOptions): Promise<boolean> {
+  return domains.isRunning(instance, run).then(
+    running => !running,
+    error => isVarveError(error, 'INSTANCE_NOT_FOUND'),
+  )
 }
 
 /** See {@link Host.suspend}. */

@@ -375,13 +375,14 @@ test("the password of an instance's console stays when an overlay is merged back
   expect(JSON.stringify(events)).not.toContain('console7')
 })
 
-test('a guest that is paused, and so cannot shut down, is switched off', async () => {
+test('a guest that is paused, and so cannot shut down, is switched off, and one that is off, or gone, is not frozen', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   await vm.start()
   await site.lab.virsh(['suspend', vm.name])
   await site.host.powerOff(vm.name, 60_000)
   expect(await vm.state()).toBe('shut off')
   await site.host.powerOff(vm.name, 60_000) // is off already
+  for (const name of [vm.name, 'gone']) await site.host.thawFilesystems(name)
 })
 
 test('an instance is started where it does not run, and not switched off where libvirt was away when it was to be shut down', async () => {
