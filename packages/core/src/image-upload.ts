@@ -70,6 +70,7 @@ export class ImageUpload implements UploadBody {
     const stream = this.#image.stream({
       start: range.start,
       end: range.end,
+      ...(this.#limit && { chunkSize: this.#limit.piece }),
       ...(this.#signal && { signal: this.#signal }),
     })
     // A block that the range enters in its middle is left to a later pass.
