@@ -19,7 +19,7 @@ import { type PruneOptions, type PrunePolicy, type PruneReport, prune } from './
 import { type RemoveSnapshotsOptions, removeSnapshotsOf } from './remove-snapshots.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { CallOptions, StorageDriver } from './storage.ts'
-import { instanceFolder } from './storage-layout.ts'
+import { instanceFolder, MANIFEST_FILE } from './storage-layout.ts'
 import { tellCommands } from './tell-commands.ts'
 import { type VerifyProgress, type VerifyReport, verifyChain } from './verify-chain.ts'
 
@@ -111,13 +111,18 @@ export class ChainManager {
    * manifests are valid and form a chain, and every object is there with its recorded size. With `deep` also:
    * every byte has its recorded digest, and each qcow2 image is what its manifest says, down to its backing file.
    *
-   * @throws BACKUP_NOT_FOUND, and MANIFEST_INVALID where two folders have one of this id; damage is reported, not thrown
+   * @throws BACKUP_NOT_FOUND, also where it is deleted meanwhile, and MANIFEST_INVALID where two folders have one of this id;
+   * damage is reported, not thrown
    */
   async verify(backupId: string, options: VerifyOptions = {}): Promise<VerifyReport> {
     const { deep = false, signal = never, onProgress, onCommand } = options
     const storage = tellCommands(this.#storage, onCommand)
-    const { walk, objects } = await walkOf(storage, backupId, signal)
-    return verifyChain({ storage, backup: backupId, walk, objects, deep, signal, onProgress })
+    const { walk, objects, folder } = await walkOf(storage, backupId, signal)
+    const report = await verifyChain({ storage, backup: backupId, walk, objects, deep, signal, onProgress })
+    // A deletion takes its manifest first, then what it rests on: what is missing by then is no damage.
+    const isThere = report.ok || (await storage.stat(`${folder}/${MANIFEST_FILE}`, { signal }))
+    if (!isThere) throw backupNotFound(storage, backupId)
+    return report
   }
 
   /**
@@ -175,9 +180,9 @@ async function walkOf(
   storage: StorageDriver,
   backupId: string,
   signal: AbortSignal = never,
-): Promise<{ walk: ChainWalk; objects: Catalog['objects'] }> {
+): Promise<{ walk: ChainWalk; objects: Catalog['objects']; folder: string }> {
   const located = await locateBackup(storage, backupId, signal)
   if (!hasManifest(located)) throw backupNotFound(storage, backupId)
   const { folder, chain } = located
-  return { walk: walkChain(folder, indexChains(chain)), objects: chain.objects }
+  return { walk: walkChain(folder, indexChains(chain)), objects: chain.objects, folder }
 }

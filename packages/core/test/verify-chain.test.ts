@@ -375,6 +375,13 @@ describe('verifying fails', () => {
     expect(reads).toBe(2)
   })
 
+  it('where the backup is deleted meanwhile, with what it rests on: that is no damage', async () => {
+    storage.intercept = call => {
+      if (call === `get ${link(0).folder}/vda.blake3`) for (const { folder } of chain) storage.drop(folder)
+    }
+    await expect(chains.verify(NEWEST, { deep: true })).rejects.toMatchObject({ code: 'BACKUP_NOT_FOUND' })
+  })
+
   it('when it is given up', async () => {
     const controller = new AbortController()
     storage.intercept = call => {
