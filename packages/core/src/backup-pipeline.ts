@@ -230,14 +230,18 @@ export class BackupPipeline {
       failure = runError(error, run.signal)
     }
     const { onEvent } = run // no signal: what is begun is undone also after an abort
+    let isGood = failure === undefined
     const { published } = await settleBackup(journal, {
       host,
       storage,
       storageEnds: () => calls.ended(),
       overlayReserve: request.overlayReserve,
+      onPublished: () => {
+        isGood = true // also where the upload of its manifest was answered with an error
+      },
       run: onEvent ? { onEvent } : {},
     }).catch(error => {
-      throw settleError(error, failure, failure === undefined ? id : undefined)
+      throw settleError(error, failure, isGood ? id : undefined)
     })
     if (published) {
       await forgetUnused(ledger, marked, instance, backups).catch(error => {

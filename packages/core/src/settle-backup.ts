@@ -31,6 +31,8 @@ export interface SettleOptions {
    * does not answer. Default: it does nothing any more.
    */
   readonly storageEnds?: () => Promise<boolean>
+  /** Is called once it is sure that the backup is published: what fails from then on leaves a good backup. */
+  readonly onPublished?: () => void
   /** Whether the backup's process died, so that what it had begun may be under way. Default: false. */
   readonly died?: boolean
   /** Bytes to keep free where overlays are merged; below, it warns. Default: that of a backup. */
@@ -79,6 +81,7 @@ export async function settleBackup(
     journal.of('published').length > 0 ||
     (publish !== undefined && (await isPublished(journal, storage, publish)))
   if (publish && published) {
+    options.onPublished?.()
     emit(run, { type: 'stage', stage: 'retire', message: 'Removing the bitmaps that this backup replaces' })
     const [begun] = journal.of('bitmap-add')
     const changes = disks.map(disk => {
@@ -237,7 +240,9 @@ async function removeObjects(
 export function settleError(error: unknown, failure: unknown, published: string | undefined): VarveError {
   const code = isVarveError(error) ? error.code : 'RUN_UNRESOLVED'
   const context = { ...(isVarveError(error) && error.context), ...(published !== undefined && { published }) }
-  const before = failure === undefined ? '' : ` It was being undone after: ${errorMessage(failure)}`
+  const done =
+    published === undefined ? 'It was being undone' : `The backup ${published} is complete, and this came`
+  const before = failure === undefined ? '' : ` ${done} after: ${errorMessage(failure)}`
   return new VarveError(code, `${errorMessage(error)}${before}`, {
     context,
     cause: failure === undefined ? error : new AggregateError([error, failure]),

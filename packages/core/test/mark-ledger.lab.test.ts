@@ -1,11 +1,14 @@
+import { once } from 'node:events'
 import { cp, mkdir, mkdtemp, readdir, rename, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2 } from '@varve/testkit/lab'
+import { execa, type ResultPromise } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { ChainManager } from '../src/chain-manager.ts'
+import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
 import { ImageHost } from '../src/image-host.ts'
 import { MarkLedger } from '../src/mark-ledger.ts'
@@ -170,4 +173,32 @@ test('a record that cannot be forgotten makes a backup fail that says that it is
     context: { path: record, published: backups.at(2)?.manifest.id },
   })
   expect(backups).toHaveLength(3)
+})
+
+test('a backup whose manifest is stored, though its upload failed, is told of as good where its marks cannot be changed', async () => {
+  let user: ResultPromise | undefined
+  const useDisk = async () => {
+    user = execa('qemu-io', ['-f', 'qcow2', join(folder, 'disk.qcow2')], { stdin: 'pipe' })
+    user.stdin?.write('length\n')
+    if (user.stdout) await once(user.stdout, 'data') // it has opened the disk
+  }
+  class Breaking extends LocalDriver {
+    override async put(...args: Parameters<LocalDriver['put']>): Promise<StoredObject> {
+      const stored = await super.put(...args)
+      if (!args[0].endsWith('/manifest.json')) return stored
+      await useDisk()
+      throw new VarveError('STORAGE_UNREACHABLE', 'The answer was lost.')
+    }
+  }
+  const pipeline = new BackupPipeline({
+    ...{ host, storage: new Breaking({ path: join(folder, 'a') }), stateDir: stateDir() },
+  })
+  const error = await pipeline.run({ instance: 'web-1' }).catch((error: unknown) => error)
+  user?.stdin?.end('quit\n')
+  await user
+  const { backups } = await new ChainManager({ storage: storage('a') }).list()
+  expect(error).toMatchObject({
+    context: { published: backups[0]?.manifest.id },
+    message: expect.stringMatching(/is complete, and this came after: The answer was lost/),
+  })
 })
