@@ -2,6 +2,7 @@ import { open } from 'node:fs/promises'
 import { isAbsolute, join, resolve } from 'node:path'
 import { errorMessage, isVarveError, type StorageDriver, VarveError } from '@varve/core'
 import { z } from 'zod'
+import { ambiguousRemotes } from './ambiguous-remotes.ts'
 import { type CephSettings, cephSettings } from './ceph-settings.ts'
 import { configError, describeIssues, fieldName } from './config-error.ts'
 import { assertOwnFile, assertOwnPlace } from './config-owner.ts'
@@ -112,6 +113,7 @@ export function parseConfig(
     else if ('issues' in checked) problems.push(...describeIssues(checked.issues, at))
     else storages.set(name, checked.open)
   }
+  problems.push(...ambiguousRemotes(entries))
   if (problems.length > 0) throw configError(path, problems)
   if (storages.size === 0) throw configError(path, [`storages: at least one is needed, such as ${EXAMPLE}`])
   return { path, storages, ...settings }

@@ -34,7 +34,7 @@ test('an FTP server is a storage, whose password may be kept elsewhere', async (
   }
   const config = parse({ storages: { ftp } })
   await using storage = await openStorage(config, undefined, { FTP_PASSWORD: 'hunter2' })
-  expect(storage).toMatchObject({ type: 'ftp', location: 'ftps://nas:21/b' })
+  expect(storage).toMatchObject({ type: 'ftp', location: 'ftps://varve@nas:21/b' })
   expect(JSON.stringify(storage)).not.toContain('hunter2')
   expect(message({ storages: { ftp: { ...ftp, tls: 'maybe' } } })).toContain('storages.ftp.tls')
   expect(message({ storages: { ftp: { ...ftp, port: 0 } } })).toContain('storages.ftp.port')
@@ -78,7 +78,7 @@ test('an SFTP storage is opened with its secrets, and without the program having
   }
   const config = parse({ storages: { backup } })
   const storage = await openStorage(config, undefined, { SFTP_PASSWORD: 'hunter2' })
-  expect(storage).toMatchObject({ type: 'sftp', location: 'sftp://backup.example:22/vm' })
+  expect(storage).toMatchObject({ type: 'sftp', location: 'sftp://varve@backup.example:22/vm' })
   await expect(openStorage(config, undefined, {})).rejects.toMatchObject({
     code: 'INVALID_CONFIG',
     message: expect.stringContaining('SFTP_PASSWORD'),
@@ -108,6 +108,23 @@ test('a file that is no JSON is refused without quoting it', () => {
     expect.objectContaining({ code: 'INVALID_CONFIG' }),
   )
   expect(() => parseConfig('{ "secret": hunter2', '/c.json')).not.toThrow(/hunter2/)
+})
+
+test('two rclone storages of one name are one remote, or refused', () => {
+  const nas = (host: string, more = {}) => ({
+    type: 'rclone',
+    remoteName: 'nas',
+    pathPrefix: 'vm',
+    remotes: { nas: { type: 'sftp', host } },
+    ...more,
+  })
+  expect(message({ storages: { a: nas('one'), b: nas('two', { pathPrefix: 'vm/' }) } })).toMatch(
+    /storages\.b: nas:vm is another place than that of a,/,
+  )
+  expect(message({ storages: { a: { ...nas('one'), remotes: {} }, b: nas('one') } })).toContain('storages.b')
+  parse({
+    storages: { a: nas('one'), b: nas('one', { timeoutMs: 1 }), c: nas('two', { pathPrefix: 'other' }) },
+  })
 })
 
 test('an rclone storage is a remote of its configuration, or one that is given with its secrets', async () => {

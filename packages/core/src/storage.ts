@@ -163,7 +163,10 @@ export interface CleanUpOptions extends CallOptions {
 export interface StorageDriver extends AsyncDisposable {
   /** The kind of storage, such as `local` or `s3`. */
   readonly type: string
-  /** Where it is, for people: a path or an address with no secret in it. */
+  /**
+   * Where it is, for people: a path or an address with no secret in it. Records of what was done go by it and `type`: the two
+   * are to tell a storage from every other that is in use, and stay as they are.
+   */
   readonly location: string
   /** What it can do beyond the least. */
   readonly capabilities: DriverCapabilities

@@ -103,7 +103,7 @@ export function checkOptions(options: FtpDriverOptions): FtpSettings {
     connections: whole('connections', options.connections ?? 4, 1, 100),
     timeoutMs: whole('timeoutMs', options.timeoutMs ?? 30_000, 1, 24 * 3_600_000),
     attempts: whole('attempts', options.attempts ?? 5, 1, 100),
-    location: `${scheme}://${isIP(host) === 6 ? `[${host}]` : host}:${port}/${pathPrefix.replace(/^\//, '')}`,
+    location: `${scheme}://${encodeURIComponent(username)}@${isIP(host) === 6 ? `[${host}]` : host}:${port}/${pathPrefix.replace(/^\//, '')}`,
   }
 }
 

@@ -66,10 +66,10 @@ export class SftpDriver implements StorageDriver {
   constructor(options: SftpDriverOptions) {
     this.#settings = sftpSettings(options)
     this.#session = new SftpSession(this.#settings)
-    const { pathPrefix } = this.#settings
-    // after the host a second "/" begins an absolute path
-    this.location =
-      pathPrefix === '' ? addressOf(this.#settings) : `${addressOf(this.#settings)}/${pathPrefix}`
+    const { username, pathPrefix } = this.#settings
+    const address = addressOf(this.#settings).replace('://', `://${encodeURIComponent(username)}@`)
+    // after the host a second "/" begins an absolute path, and one alone the user's own
+    this.location = pathPrefix === '' ? address : `${address}/${pathPrefix}`
     if (!this.#settings.hostKeyRule) {
       this.notice = `The host key of ${addressOf(this.#settings)} is compared with nothing, so another server could take its place. Set hostKey to its fingerprint, which a check of the storage tells, or knownHosts.`
     }

@@ -11,12 +11,12 @@ const lockedKey = privateKey
   .toString()
 
 test('the fields that a person fills in are enough', () => {
-  expect(new SftpDriver(options).location).toBe('sftp://backup.example:22')
+  expect(new SftpDriver(options).location).toBe('sftp://varve@backup.example:22')
   expect(new SftpDriver({ ...options, port: 2222, pathPrefix: 'vm/web' }).location).toBe(
-    'sftp://backup.example:2222/vm/web',
+    'sftp://varve@backup.example:2222/vm/web',
   )
   expect(new SftpDriver({ ...options, host: '::1', pathPrefix: '/srv' }).location).toBe(
-    'sftp://[::1]:22//srv',
+    'sftp://varve@[::1]:22//srv',
   )
 })
 
