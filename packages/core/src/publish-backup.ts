@@ -79,7 +79,11 @@ async function assertPublishable(
   signal: AbortSignal,
 ): Promise<void> {
   if (parent) await assertParent(storage, parent.folder, signal)
-  await fanOut(objectsOf(backup), { concurrency: OBJECTS_AT_ONCE, signal }, async ({ key, size }, signal) => {
+  // One question for all; what it does not tell as it should be is asked for by itself.
+  const listed = new Map<string, number>()
+  for await (const { key, size } of storage.list(`${backup.folder}/`, { signal })) listed.set(key, size)
+  const others = objectsOf(backup).filter(({ key, size }) => listed.get(key) !== size)
+  await fanOut(others, { concurrency: OBJECTS_AT_ONCE, signal }, async ({ key, size }, signal) => {
     const stored = await storage.stat(key, { signal })
     if (stored?.size === size) return
     throw new VarveError(

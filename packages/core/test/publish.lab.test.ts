@@ -26,6 +26,10 @@ class PublishingStorage extends PausingStorage {
   afterManifest: ((path: string) => Promise<void>) | undefined
   /** What all but uploads fail with. */
   failure: VarveError | undefined
+  /** The keys that were asked for one by one. */
+  readonly asked: string[] = []
+  /** What listings leave out as yet. */
+  unlisted: RegExp | undefined
 
   override async put(...args: Parameters<PausingStorage['put']>): Promise<StoredObject> {
     const stored = await super.put(...args)
@@ -34,8 +38,13 @@ class PublishingStorage extends PausingStorage {
   }
 
   override async stat(...args: Parameters<PausingStorage['stat']>): Promise<StoredObject | undefined> {
+    this.asked.push(args[0])
     if (this.failure?.code === 'STORAGE_UNREACHABLE') throw this.failure
     return super.stat(...args)
+  }
+
+  override async *list(...args: Parameters<PausingStorage['list']>): AsyncGenerator<StoredObject> {
+    for await (const object of super.list(...args)) if (!this.unlisted?.test(object.key)) yield object
   }
 
   override async delete(...args: Parameters<PausingStorage['delete']>): Promise<void> {
@@ -94,6 +103,16 @@ test('a backup that lost an image before its manifest is not published', async (
     context: { key: expect.stringContaining('vda.qcow2') },
   })
   expect(await left()).toEqual([])
+})
+
+test('what a backup has stored is looked for by one listing, and what that does not show by itself', async () => {
+  const { id, chain } = await pipeline.run({ instance: 'web-1' })
+  const keyOf = (name: string) => `web-1/${chain}/${id}/${name}`
+  expect(storage.asked).toEqual([keyOf('manifest.json')])
+  storage.unlisted = /\.blake3$/
+  const next = await pipeline.run({ instance: 'web-1', type: 'full' })
+  const names = storage.asked.filter(key => key.includes(next.id)).map(key => key.split('/').at(-1))
+  expect(names).toEqual(['vda.blake3', 'manifest.json'])
 })
 
 test('an increment whose parent is deleted while its manifest is written is taken back', async () => {
