@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
-import type { LibvirtDomains } from './libvirt-domains.ts'
+import { isRunning, type LibvirtDomains } from './libvirt-domains.ts'
 import type { RunOptions } from './run-options.ts'
 
 /** How long a suspend may take, in milliseconds: as long as the storage of the guest's disks lets its writes wait. */
@@ -148,11 +148,28 @@ export async function waitUntilOff(
   run: RunOptions,
 ): Promise<boolean> {
   const deadline = performance.now() + timeoutMs
-  while (await domains.isRunning(instance, run)) {
+  let state = await domains.state(instance, run)
+  while (isRunning(state)) {
     if (performance.now() >= deadline) return false
-    await sleep(250)
+    state = await nextState(domains, instance, state, run)
   }
   return true
+}
+
+/** The state of an instance once something has happened to it, or a second later: one start of virsh waits for it. */
+async function nextState(
+  domains: LibvirtDomains,
+  instance: string,
+  state: string,
+  run: RunOptions,
+): Promise<string> {
+  if (state === 'in shutdown') {
+    await sleep(100) // it would be off before virsh hears of that
+    return domains.state(instance, run)
+  }
+  const event = ['event', '--event', 'lifecycle', '--timeout', '1']
+  const [, now = ''] = await domains.virsh.ask(run, instance, event, ['domstate'])
+  return now.trim()
 }
 
 /** Whether it was asked. A paused guest, for one, cannot be, nor one that is off. */
