@@ -394,15 +394,19 @@ async function commitLive(domains: LibvirtDomains, work: OverlayMerge, run: RunO
     await commit()
   })
   await merge.record('pivot')
-  await domains.virsh.onDomain(slow, instance, 'blockjob', overlay.disk, '--pivot')
-  await merge.record('merged')
-  const after = await domains.diskState(instance, overlay.disk, run)
-  if (after !== undefined && after.path !== overlay.base) {
-    throw new VarveError(
-      'BLOCK_COMMIT_FAILED',
-      `${overlay.disk} is on ${after.path ?? 'no file'} instead of ${overlay.base}`,
-    )
-  }
+  const questions = [['blockjob', overlay.disk, '--pivot'], ['dumpxml']]
+  const { answers, errors, failure } = await domains.virsh.tryAll(slow, instance, ...questions)
+  const [, xml = ''] = answers
+  // A transient domain may have gone right after the pivot. Had it gone before that, both commands would say so.
+  const [error, ...others] = errors
+  const isGone = others.length === 0 && xml.trim() === '' && /failed to get domain/i.test(error ?? '')
+  if (error !== undefined && !isGone) throw failure(error)
+  const after = isGone ? undefined : await domains.stateOf(xml, overlay.disk, run)
+  if (after === undefined || after.path === overlay.base) return merge.record('merged')
+  throw new VarveError(
+    'BLOCK_COMMIT_FAILED',
+    `${overlay.disk} is on ${after.path} instead of ${overlay.base}`,
+  )
 }
 
 /** The domain does not run (any more), or is gone. */

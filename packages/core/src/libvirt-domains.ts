@@ -62,8 +62,7 @@ export class LibvirtDomains {
   /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
   async diskState(instance: string, disk: string, run: RunOptions): Promise<DiskState | undefined> {
     try {
-      const xml = await this.virsh.onDomain(run, instance, 'dumpxml')
-      return (await this.#statesOf(xml, [disk], run)).get(disk)
+      return await this.stateOf(await this.virsh.onDomain(run, instance, 'dumpxml'), disk, run)
     } catch (error) {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
       throw error
@@ -81,6 +80,11 @@ export class LibvirtDomains {
       if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return { states: new Map(), nodes: '' }
       throw error
     }
+  }
+
+  /** Where a disk of a domain writes to, by the domain's XML; undefined where it has no such disk. */
+  async stateOf(xml: string, disk: string, run: RunOptions): Promise<DiskState | undefined> {
+    return (await this.#statesOf(xml, [disk], run)).get(disk)
   }
 
   async #statesOf(xml: string, names: readonly string[], run: RunOptions): Promise<Map<string, DiskState>> {

@@ -15,6 +15,16 @@ export type AskOptions = Omit<VirshOptions, 'secretOutput'> & {
   readonly noAnswer?: RegExp
 }
 
+/** What was said to several questions. */
+export interface Replies {
+  /** What was printed to each. */
+  readonly answers: readonly string[]
+  /** The errors, in the order in which they came. */
+  readonly errors: readonly string[]
+  /** Makes one of them an error of the SDK's. */
+  readonly failure: (said: string) => VarveError
+}
+
 /** The `virsh` program on one connection: its domains by their names, and its errors as the SDK's own. */
 export class Virsh {
   readonly #uri: string
@@ -66,54 +76,61 @@ export class Virsh {
     { noAnswer, ...run }: AskOptions,
     instance: string,
     ...commands: readonly (readonly string[])[]
-  ): Promise<string[]> {
+  ): Promise<readonly string[]> {
+    const { answers, errors, failure } = await this.tryAll(run, instance, ...commands)
+    const said = errors.find(error => !noAnswer?.test(error))
+    if (said !== undefined) throw failure(said)
+    return answers
+  }
+
+  /** The same for whoever tells by all that was said of errors whether they are a failure. */
+  async tryAll(
+    run: Omit<AskOptions, 'noAnswer'>,
+    instance: string,
+    ...commands: readonly (readonly string[])[]
+  ): Promise<Replies> {
     const domain = await this.#designation(instance, run)
     const mark = `varve-${randomBytes(8).toString('hex')}`
     const lines = commands.map(([command, ...args]) => [command, ...[domain, ...args].map(quote)].join(' '))
-    // The exit code is that of the last command.
-    const args = [[...lines, ...(noAnswer ? [''] : [])].join(`; echo ${mark}; `)]
-    return this.#explained(args, async () => {
-      const { stdout, stderr } = await this.#execute(run, args)
-      const errors = [...stderr.matchAll(/^error: *(.*)/gm)].map(([, error = '']) => error)
-      const said = errors.find(error => !noAnswer?.test(error))
-      if (said !== undefined) {
-        throw new VarveError('COMMAND_FAILED', `virsh failed: ${said}; put that right and try again`, {
-          context: { command: 'virsh', args, stderr },
-        })
-      }
-      return stdout.split(mark).slice(0, commands.length)
-    })
+    // The exit code is that of the last command, and of no other.
+    const args = [[...lines, ''].join(`; echo ${mark}; `)]
+    const { stdout, stderr } = await this.#execute(run, args)
+    return {
+      answers: stdout.split(mark).slice(0, commands.length),
+      errors: [...stderr.matchAll(/^error: *(.*)/gm)].map(([, error = '']) => error),
+      failure: said => {
+        const context = { command: 'virsh', args, stderr }
+        const message = `virsh failed: ${said}; put that right and try again`
+        return this.#explained(args, new VarveError('COMMAND_FAILED', message, { context }))
+      },
+    }
   }
 
   /** Runs a command that is about no domain. @throws COMMAND_FAILED and the others of {@link runCommand} */
-  run(run: VirshOptions, ...args: string[]): Promise<string> {
-    return this.#explained(args, async () => (await this.#execute(run, args)).stdout)
+  async run(run: VirshOptions, ...args: string[]): Promise<string> {
+    return (await this.#execute(run, args)).stdout
   }
 
-  #execute(run: VirshOptions, args: readonly string[]): Promise<CommandResult> {
+  async #execute(run: VirshOptions, args: readonly string[]): Promise<CommandResult> {
     const label = `virsh ${/[\w-]+/.exec(args[0] ?? '')?.[0] ?? ''}`
-    return runCommand('virsh', ['--connect', this.#uri, '--quiet', ...args], { ...run, label })
+    const options = ['--connect', this.#uri, '--quiet', ...args]
+    return runCommand('virsh', options, { ...run, label }).catch(error => {
+      throw this.#explained(args, error)
+    })
   }
 
-  /** Turns what virsh says of the connection and of domains into errors that tell what to do. */
-  async #explained<T>(args: readonly string[], work: () => Promise<T>): Promise<T> {
-    try {
-      return await work()
-    } catch (error) {
-      const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
-      if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr)) {
-        throw this.#notFound(/'(.*)'/.exec(stderr)?.[1] ?? '', error)
-      }
-      if (/failed to connect to the hypervisor/i.test(stderr)) {
-        const said = stderr.trim().split('\n').at(-1)?.replace('error: ', '')
-        throw new VarveError(
-          'COMMAND_FAILED',
-          `libvirt does not answer at ${this.#uri}: ${said}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
-          { context: { command: 'virsh', args, stderr, uri: this.#uri }, cause: error, retryable: true },
-        )
-      }
-      throw error
-    }
+  /** What virsh says of the connection and of domains as errors that tell what to do. */
+  #explained<E>(args: readonly string[], error: E): E | VarveError {
+    const stderr = isVarveError(error, 'COMMAND_FAILED') ? String(error.context.stderr) : ''
+    if (/failed to get domain|Domain not found|no domain with matching/i.test(stderr))
+      return this.#notFound(/'(.*)'/.exec(stderr)?.[1] ?? '', error)
+    if (!/failed to connect to the hypervisor/i.test(stderr)) return error
+    const said = stderr.trim().split('\n').at(-1)?.replace('error: ', '')
+    return new VarveError(
+      'COMMAND_FAILED',
+      `libvirt does not answer at ${this.#uri}: ${said}. See that libvirtd runs (systemctl status libvirtd) and that the URI is right.`,
+      { context: { command: 'virsh', args, stderr, uri: this.#uri }, cause: error, retryable: true },
+    )
   }
 }
 

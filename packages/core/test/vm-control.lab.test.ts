@@ -342,6 +342,36 @@ test('an instance that is started while its overlay is merged back keeps what it
   expect((await site.host.instance(vm.name)).disks[0]?.path).toBe(image('vda'))
 })
 
+test('a transient instance that goes right after its disk was put back onto its base needs its overlay no more, and before that it does', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const definition = join(site.folder, 'vm.xml')
+  await writeFile(definition, await site.lab.virsh(['dumpxml', vm.name]))
+  const overlay = overlayOf('overlay')
+  for (const [question, pattern] of [
+    [`dumpxml '${vm.name}'`, 1],
+    [`blockjob '${vm.name}' 'vda' '--pivot'`, 2],
+  ] as const) {
+    await vm.start()
+    await site.lab.virsh(['undefine', vm.name])
+    await site.host.snapshot(vm.name, [overlay])
+    await vm.io('vda', `write -P ${pattern} 0 64k`)
+    await amid(question, `destroy '${vm.name}'`)
+    const merge = mergeRecord()
+    const merging = site.host.commitOverlay(vm.name, overlay, merge)
+    if (pattern === 1) {
+      await merging
+      expect(merge.state).toBe('merged')
+      await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+      await qemuIo(overlay.base, 'qcow2', ['read -P 1 0 64k'])
+    } else {
+      await expect(merging).rejects.toMatchObject({ code: 'BLOCK_COMMIT_FAILED' })
+      expect(merge.state).toBe('pivot')
+      await qemuIo(overlay.overlay, 'qcow2', ['read -P 2 0 64k'])
+    }
+    await site.lab.virsh(['define', definition])
+  }
+})
+
 test('a storage that takes nothing is noticed before anything is done to the instance', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
   await vm.start()
