@@ -211,7 +211,7 @@ export class RestorePipeline {
   }
 }
 
-/** What a restore to targets of its own holds. An RBD image is not looked at before, as its name tells where it is. */
+/** What a restore to targets of its own holds. They are looked into once they are held. */
 async function pathsOfTargets(
   request: RestoreRequest,
   backup: StoredBackup,

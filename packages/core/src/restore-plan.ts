@@ -53,7 +53,7 @@ export interface RestorePlan {
 
 /** How a plan is made. */
 interface PlanOptions {
-  /** Whether RBD images that are named by their path are looked at; else only their names are told. Default: true. */
+  /** Whether targets that are named by their path are looked into; else only where they are is told. Default: true. */
   readonly looksAtImages?: boolean
 }
 
@@ -113,7 +113,8 @@ async function planPath(
     const rbdOptions = { ...options, inPlace, overwrite: to.overwrite ?? false, runId }
     return planRbdPath(disk, image, await host.rbd(undefined, run), rbdOptions, run)
   }
-  return inPlace ? planInPlacePath(disk, path, to.format, run) : planNewFile(disk, path, to, runId, run)
+  if (inPlace) return planInPlacePath(disk, path, { ...options, ...to }, run)
+  return planNewFile(disk, path, { ...options, ...to }, runId, run)
 }
 
 async function planInstance(
@@ -246,7 +247,7 @@ async function planNewInstance(
       continue
     }
     const path = join(directory, `${name}-${diskName}.${format}`)
-    disks.push(await planNewFile(disk, path, { format }, runId, run))
+    disks.push(await planNewFile(disk, path, { ...options, format }, runId, run))
   }
   const nvram = await resolveTarget(join(directory, `${name}-nvram.fd`))
   if (await lookAt(nvram)) {
@@ -262,7 +263,7 @@ async function planNewInstance(
 async function planNewFile(
   disk: ManifestDisk,
   path: string,
-  options: { format?: 'qcow2' | 'raw'; overwrite?: boolean },
+  options: PlanOptions & { format?: 'qcow2' | 'raw'; overwrite?: boolean },
   runId: string,
   run: RunOptions,
 ): Promise<FileRestore> {
@@ -285,8 +286,8 @@ async function planNewFile(
       { context },
     )
   }
-  await assertUnused(target, run)
-  const { format = 'qcow2', overwrite = false } = options
+  const { format = 'qcow2', overwrite = false, looksAtImages = true } = options
+  if (looksAtImages) await assertUnused(target, run)
   const temporary = temporaryOf(target, runId)
   return { disk, format, target, temporary, isNew: !overwrite, holdsBitmaps: format === 'qcow2' }
 }
@@ -294,9 +295,13 @@ async function planNewFile(
 async function planInPlacePath(
   disk: ManifestDisk,
   path: string,
-  format: 'qcow2' | 'raw' | undefined,
+  { format, looksAtImages = true }: PlanOptions & { format?: 'qcow2' | 'raw' },
   run: RunOptions,
 ): Promise<FileRestore> {
+  if (!looksAtImages) {
+    const target = await resolveDisk(disk.name, path)
+    return { disk, format: format ?? 'raw', target, holdsBitmaps: false }
+  }
   const target = await (format ? readOfflineDisk(disk.name, path, format, run) : guess(disk.name, path, run))
   assertNoDataFile(target)
   await assertUnused(target.path, run)
