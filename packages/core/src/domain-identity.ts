@@ -1,5 +1,5 @@
 import type { Element } from '@xmldom/xmldom'
-import { child, children, remove } from './xml-elements.ts'
+import { child, children, remove, removeChildren } from './xml-elements.ts'
 
 /** Character devices whose host's end names something that only one domain can have. */
 const EXCLUSIVE_ENDS = new Set(['file', 'pipe', 'unix', 'tcp', 'udp'])
@@ -11,7 +11,7 @@ const EXCLUSIVE_ENDS = new Set(['file', 'pipe', 'unix', 'tcp', 'udp'])
  * take the socket of the original's guest agent away. (libvirt's "Domain XML format".)
  */
 export function dropIdentity(root: Element): void {
-  remove(child(root, 'uuid'))
+  removeChildren(root, 'uuid')
   const generation = child(root, 'genid')
   if (generation) generation.textContent = ''
   for (const system of children(child(root, 'sysinfo'), 'system')) {
@@ -20,8 +20,8 @@ export function dropIdentity(root: Element): void {
   }
   const devices = child(root, 'devices')
   for (const network of children(devices, 'interface')) {
-    remove(child(network, 'mac'))
-    remove(child(network, 'target'))
+    removeChildren(network, 'mac')
+    removeChildren(network, 'target')
   }
   for (const display of children(devices, 'graphics')) freeDisplay(display)
   for (const vsock of children(devices, 'vsock')) {
@@ -42,7 +42,7 @@ function freeDisplay(display: Element): void {
 }
 
 function freeHostEnd(device: Element): void {
-  remove(child(device, 'log'))
+  removeChildren(device, 'log')
   const type = device.getAttribute('type') ?? ''
   if (!EXCLUSIVE_ENDS.has(type)) return
   for (const name of ['source', 'protocol']) for (const found of children(device, name)) remove(found)

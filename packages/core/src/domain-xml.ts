@@ -2,7 +2,7 @@ import type { Document, Element } from '@xmldom/xmldom'
 import { dropIdentity } from './domain-identity.ts'
 import { VarveError } from './errors.ts'
 import { rbdImageOf } from './rbd.ts'
-import { child, children, parseDomain, remove, serializeXml, text } from './xml-elements.ts'
+import { child, children, parseDomain, remove, removeChildren, serializeXml, text } from './xml-elements.ts'
 
 /** An RBD image as the source of a disk. */
 export interface RbdSource {
@@ -129,7 +129,7 @@ export function rewriteDomainXml(xml: string, changes: DomainChanges): string {
     else if (change) setSource(document, element, change, present?.get(name))
     else if (changes.onlyTheseDisks) removeIfWritable(element)
     else if (present) takeSource(document, element, present.get(name))
-    if (changes.dropBacking?.includes(name)) remove(child(element, 'backingStore'))
+    if (changes.dropBacking?.includes(name)) removeChildren(element, 'backingStore')
   }
   if (changes.nvram !== undefined) setNvram(document, root, changes.nvram)
   return serializeXml(document)
@@ -144,7 +144,7 @@ function setUuid(document: Document, root: Element, value: string): void {
 function setNvram(document: Document, root: Element, path: string): void {
   const os = child(root, 'os')
   const nvram = child(os, 'nvram') ?? document.createElement('nvram')
-  for (const source of children(nvram, 'source')) remove(source)
+  removeChildren(nvram, 'source')
   nvram.removeAttribute('type')
   nvram.textContent = path
   // A definition that leaves the choice of the firmware to libvirt may have none.
@@ -157,7 +157,7 @@ function setSource(
   to: Extract<DiskSource, { path: string }>,
   now: Element | undefined,
 ): void {
-  for (const name of ['backingStore', 'mirror']) remove(child(element, name))
+  for (const name of ['backingStore', 'mirror']) removeChildren(element, name)
   const image = rbdImageOf(to.path)
   if (image !== undefined) {
     if (now) moveToCluster(document, element, now)
@@ -170,11 +170,11 @@ function setSource(
       )
     }
     const source = child(element, 'source')
-    remove(child(source, 'snapshot'))
+    removeChildren(source, 'snapshot')
     source?.setAttribute('name', image)
     return
   }
-  for (const name of ['source', 'auth']) remove(child(element, name))
+  for (const name of ['source', 'auth']) removeChildren(element, name)
   element.setAttribute('type', to.blockDevice ? 'block' : 'file')
   const source = document.createElement('source')
   source.setAttribute(to.blockDevice ? 'dev' : 'file', to.path)
@@ -196,7 +196,7 @@ function takeParts(
   from: Element | undefined,
 ): void {
   for (const name of parts) {
-    for (const found of children(element, name)) remove(found)
+    removeChildren(element, name)
     for (const found of children(from, name)) element.appendChild(document.importNode(found, true))
   }
   const type = from?.getAttribute('type')
@@ -230,7 +230,7 @@ function removeIfWritable(element: Element): boolean {
 function moveToCluster(document: Document, element: Element, now: Element): void {
   if (!readDisk(now).rbd) return
   for (const name of ['source', 'auth']) {
-    remove(child(element, name))
+    removeChildren(element, name)
     const place = child(now, name)
     if (place) element.insertBefore(document.importNode(place, true), child(element, 'target') ?? null)
   }

@@ -75,3 +75,8 @@ export function text(element: Element | undefined): string | undefined {
 export function remove(element: Element | undefined): void {
   element?.parentNode?.removeChild(element)
 }
+
+/** Takes out the elements of a name right below one: a definition from a storage may have several where libvirt writes one. */
+export function removeChildren(element: Element | undefined, name: string): void {
+  for (const found of children(element, name)) remove(found)
+}

@@ -81,6 +81,18 @@ test('a copy has its own name, addresses and files and none of the disks of the 
   expect(copy).toContain('urn:x')
 })
 
+test('what a forged definition has twice is all replaced', () => {
+  const twice = XML.replace(/<source file='\/img\/a.*\/>/, '$&<source file="/etc/shadow"/>')
+    .replace(/<uuid>.*<\/uuid>/, '$&$&')
+    .replace(/<mac .*?\/>/, '$&$&')
+  const copy = rewriteDomainXml(twice, {
+    copyAs: 'web-2',
+    disks: { vda: { path: '/new/vda', format: 'qcow2' } },
+  })
+  expect(copy.match(/<source file="\/new\/vda"\/>/g)).toHaveLength(1)
+  for (const gone of ['/etc/shadow', '/img/a', '<uuid>', '52:54:00']) expect(copy).not.toContain(gone)
+})
+
 test('a copy takes nothing of the original that only one of them can have', () => {
   const copy = rewriteDomainXml(
     `<domain type='kvm'>
