@@ -236,6 +236,7 @@ export class BackupPipeline {
       storage,
       storageEnds: () => calls.ended(),
       overlayReserve: request.overlayReserve,
+      clusters: new Map(disks.flatMap(disk => (isFileDisk(disk) ? [] : [[disk.name, disk.cluster]]))),
       onPublished: () => {
         isGood = true // also where the upload of its manifest was answered with an error
       },

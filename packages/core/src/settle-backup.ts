@@ -5,6 +5,7 @@ import type { DiskOverlay, Host, MergeRecord } from './host.ts'
 import type { JournalStepName, JournalStepOf, RunJournal } from './journal.ts'
 import { watchMerge } from './overlay-space.ts'
 import { stopExports } from './qemu-nbd.ts'
+import type { RbdCluster } from './rbd.ts'
 import { removeFolder } from './remove-folder.ts'
 import { emit, type RunOptions } from './run-options.ts'
 import type { StorageDriver } from './storage.ts'
@@ -31,6 +32,11 @@ export interface SettleOptions {
    * does not answer. Default: it does nothing any more.
    */
   readonly storageEnds?: () => Promise<boolean>
+  /**
+   * The clusters of the disks that are RBD images, by their names, where the process has them still: what took the snapshots also
+   * removes them, and no definition that was changed since leads elsewhere. Default: those that the host tells.
+   */
+  readonly clusters?: ReadonlyMap<string, RbdCluster> | undefined
   /** Is called once it is sure that the backup is published: what fails from then on leaves a good backup. */
   readonly onPublished?: () => void
   /** Whether the backup's process died, so that what it had begun may be under way. Default: false. */
@@ -51,7 +57,7 @@ export async function settleBackup(
   journal: RunJournal,
   options: SettleOptions,
 ): Promise<{ published: boolean }> {
-  const { host, storage, died = false, run } = options
+  const { host, storage, died = false, clusters, run } = options
   const { instance, disks } = journal.header
   const names = disks.map(({ name }) => name)
 
@@ -91,8 +97,10 @@ export async function settleBackup(
     const needed = changes.filter(({ seal, remove }) => seal !== undefined || remove.length > 0)
     if (needed.length > 0) await host.changeBitmaps(instance, needed, run)
     for (const { disks: images } of journal.of('rbd-snapshot')) {
-      for (const image of images)
-        await removeSnapshots(host, instance, image, publish.retireSnapshots?.[image.disk] ?? [], run)
+      for (const image of images) {
+        const retired = publish.retireSnapshots?.[image.disk] ?? []
+        await removeSnapshots({ host, instance, clusters }, image, retired, run)
+      }
     }
   } else {
     for (const { bitmap, disks: marked } of journal.of('bitmap-add')) {
@@ -104,7 +112,7 @@ export async function settleBackup(
       )
     }
     for (const { snapshot, disks: images } of journal.of('rbd-snapshot')) {
-      for (const image of images) await removeSnapshots(host, instance, image, [snapshot], run)
+      for (const image of images) await removeSnapshots({ host, instance, clusters }, image, [snapshot], run)
     }
     // Where there is a manifest to be removed the storage was asked for it, and answered.
     const removesFrom = answers || publish ? storage : undefined
@@ -158,14 +166,29 @@ async function commitWithRetry(
 }
 
 async function removeSnapshots(
-  host: Host,
-  instance: string,
+  { host, instance, clusters }: Pick<SettleOptions, 'host' | 'clusters'> & { readonly instance: string },
   { disk, image }: { disk: string; image: string },
   snapshots: readonly string[],
   run: RunOptions,
 ): Promise<void> {
   if (snapshots.length === 0) return
-  const cluster = await host.rbd({ instance, disk }, run)
+  const known = clusters?.get(disk)
+  if (known) {
+    try {
+      return await removeFrom(known, image, snapshots, run)
+    } catch (error) {
+      if (!isVarveError(error, 'CEPH_ACCESS_DENIED')) throw error // its key was changed since
+    }
+  }
+  await removeFrom(await host.rbd({ instance, disk }, run), image, snapshots, run)
+}
+
+async function removeFrom(
+  cluster: RbdCluster,
+  image: string,
+  snapshots: readonly string[],
+  run: RunOptions,
+): Promise<void> {
   for (const snapshot of snapshots) {
     await cluster.removeSnapshots(image, [snapshot], run).catch(error => {
       // Somebody has clones on it, or the pool is gone with it: no reasons to stop this instance's backups.
