@@ -151,25 +151,9 @@ export async function waitUntilOff(
   let state = await domains.state(instance, run)
   while (isRunning(state)) {
     if (performance.now() >= deadline) return false
-    state = await nextState(domains, instance, state, run)
+    state = await domains.nextState(instance, state, run)
   }
   return true
-}
-
-/** The state of an instance once something has happened to it, or a second later: one start of virsh waits for it. */
-async function nextState(
-  domains: LibvirtDomains,
-  instance: string,
-  state: string,
-  run: RunOptions,
-): Promise<string> {
-  if (state === 'in shutdown') {
-    await sleep(100) // it would be off before virsh hears of that
-    return domains.state(instance, run)
-  }
-  const event = ['event', '--event', 'lifecycle', '--timeout', '1']
-  const [, now = ''] = await domains.virsh.ask(run, instance, event, ['domstate'])
-  return now.trim()
 }
 
 /** Whether it was asked. A paused guest, for one, cannot be, nor one that is off. */

@@ -1,4 +1,5 @@
 import { realpath } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { type DomainChanges, type ImageSource, readDomainXml, rewriteDomainXml } from './domain-xml.ts'
 import { isVarveError, VarveError } from './errors.ts'
 import { namelessFile } from './nameless-file.ts'
@@ -57,6 +58,17 @@ export class LibvirtDomains {
 
   async state(instance: string, run: RunOptions): Promise<string> {
     return (await this.virsh.onDomain(run, instance, 'domstate')).trim()
+  }
+
+  /** The state after this one once something has happened to it, or a second later: one start of virsh waits for that. */
+  async nextState(instance: string, state: string, run: RunOptions): Promise<string> {
+    if (state === 'in shutdown') {
+      await sleep(100) // it would be off before virsh hears of that
+      return this.state(instance, run)
+    }
+    const event = ['event', '--event', 'lifecycle', '--timeout', '1']
+    const [, now = ''] = await this.virsh.ask(run, instance, event, ['domstate'])
+    return now.trim()
   }
 
   /** Where a disk of a domain writes to now; undefined where the domain or the disk is gone. */
