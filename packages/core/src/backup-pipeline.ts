@@ -1,5 +1,5 @@
 import { type BackupContext, stage } from './backup-context.ts'
-import { newBackupId } from './backup-id.ts'
+import { backupTime, newBackupId } from './backup-id.ts'
 import {
   assertClustersFit,
   type BackupPlan,
@@ -36,6 +36,8 @@ import { tellCommands } from './tell-commands.ts'
 import { assertNoUnsettledRun } from './unsettled.ts'
 
 const SECTOR_SIZE = 512
+/** How far ahead an id may be before that is told, in milliseconds: one day. */
+const CLOCK_TOLERANCE_MS = 24 * 60 * 60 * 1000
 
 /** What a {@link BackupPipeline} works with. */
 export interface BackupPipelineOptions {
@@ -149,6 +151,7 @@ export class BackupPipeline {
     for (const { key, error } of catalog.damaged)
       emit(run, { type: 'warning', message: `${key} is left out: ${error.message}` })
     const { backups } = catalog
+    warnOfClock(backups.at(-1), startedAt, run)
     const plan = planBackup({
       type: request.type ?? 'auto',
       disks,
@@ -253,6 +256,15 @@ export class BackupPipeline {
     if (manifest && published) return manifest
     throw failure
   }
+}
+
+/** Ids stay in order whatever the clocks are; but retention goes by the time at which a backup began. */
+function warnOfClock(newest: StoredBackup | undefined, startedAt: Date, run: RunOptions): void {
+  if (!newest) return
+  const { id } = newest.manifest
+  if (backupTime(id).getTime() - startedAt.getTime() < CLOCK_TOLERANCE_MS) return
+  const message = `The newest backup has the id ${id}, of a time that is yet to come: a clock was ahead when it, or one before it, was taken, or this machine's is behind (${startedAt.toISOString()}). New ids go on from there. See that the clocks are right: by them prune tells one day from another.`
+  emit(run, { type: 'warning', message })
 }
 
 /** Nobody knows the size of an RBD image's stream before its end, but that it is hardly more than the image's. */

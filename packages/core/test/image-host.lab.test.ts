@@ -6,6 +6,7 @@ import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, createRaw, qemuIo, sha256Content, sha256File } from '@varve/testkit/lab'
 import { execa } from 'execa'
 import { afterEach, beforeEach, expect, test } from 'vitest'
+import { newBackupId } from '../src/backup-id.ts'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
@@ -14,6 +15,7 @@ import { type ImageDisk, ImageHost } from '../src/image-host.ts'
 import { type RecoveredRun, recover } from '../src/recover.ts'
 import { RestorePipeline } from '../src/restore-pipeline.ts'
 import type { StoredObject } from '../src/storage.ts'
+import { storeFake } from './fake-backup.ts'
 import { noRejectionUnhandled } from './no-rejection-unhandled.ts'
 
 const MiB = 1024 * 1024
@@ -56,6 +58,23 @@ test('a block device that its guest made look like a qcow2 image is not taken fo
   } finally {
     await execa('losetup', ['--detach', device])
   }
+})
+
+test('a backup after one from a clock that was ahead is the newest, and warns', async () => {
+  const image = join(folder, 'vda')
+  await createQcow2(image, MiB)
+  const parts = pipelines(image)
+  const warnings: string[] = []
+  const onEvent = (event: VarveEvent) => event.type === 'warning' && void warnings.push(event.message)
+  const run = () => new BackupPipeline(parts).run({ instance: 'web-1' }, { onEvent })
+  const hours = (count: number) => newBackupId(undefined, new Date(Date.now() + count * 60 * 60 * 1000))
+  const [near, far] = [hours(23), hours(25)]
+  await storeFake(parts.storage, { id: near })
+  expect((await run()).id > near).toBe(true)
+  expect(warnings).toEqual([])
+  await storeFake(parts.storage, { id: far })
+  expect((await run()).id > far).toBe(true)
+  expect(warnings).toEqual([expect.stringContaining(`has the id ${far}`)])
 })
 
 test('recover leaves a backup and a restore alone that go on, and says so', async () => {
