@@ -5,13 +5,13 @@ import {
   backupOfMark,
   type ImageState,
   isVarveError,
+  programVersion,
   type RbdCluster,
   type RbdDiffStream,
   type RbdExport,
   type RbdImage,
   type RbdSnapshot,
   type RunOptions,
-  runCommand,
   VarveError,
 } from '@varve/core'
 import {
@@ -58,8 +58,7 @@ export class CephCluster implements RbdCluster {
   }
 
   async version(run: RunOptions = {}): Promise<string> {
-    const { stdout } = await runCommand('rbd', ['--version'], run)
-    return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
+    return programVersion('rbd', run)
   }
 
   async image(image: string, run: RunOptions = {}): Promise<RbdImage> {

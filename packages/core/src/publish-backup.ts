@@ -3,7 +3,6 @@ import { type BackupContext, stage } from './backup-context.ts'
 import type { Frozen } from './backup-stages.ts'
 import type { StoredBackup } from './backups.ts'
 import { objectsOf } from './chain.ts'
-import { runCommand } from './command.ts'
 import { blake3Hex } from './digest.ts'
 import { VarveError } from './errors.ts'
 import { fanOut } from './fan-out.ts'
@@ -15,8 +14,8 @@ import {
   type ManifestFile,
   serializeManifest,
 } from './manifest.ts'
+import { programVersion } from './program-version.ts'
 import { putFile } from './put-file.ts'
-import type { RunOptions } from './run-options.ts'
 import { bytesBody, type StorageDriver } from './storage.ts'
 import { MANIFEST_FILE } from './storage-layout.ts'
 import { VERSION } from './version.ts'
@@ -60,7 +59,7 @@ export async function describe(
     tools: {
       varve: VERSION,
       node: process.version,
-      ...(readsFiles && { qemu: await qemuVersion(run) }),
+      ...(readsFiles && { qemu: await programVersion('qemu-nbd', run) }),
       ...(image && { rbd: await image.cluster.version(run) }),
     },
   }
@@ -126,9 +125,4 @@ export async function publish(
   await storage.put(key, bytesBody(bytes), { signal })
   await assertPublished(storage, publication, signal)
   await journal.record({ step: 'published' })
-}
-
-async function qemuVersion(run: RunOptions): Promise<string> {
-  const { stdout } = await runCommand('qemu-nbd', ['--version'], run)
-  return /\d+\.\d+\.\d+/.exec(stdout)?.[0] ?? 'unknown'
 }
