@@ -92,8 +92,8 @@ export class Virsh {
     const domain = await this.#designation(instance, run)
     const mark = `varve-${randomBytes(8).toString('hex')}`
     const lines = commands.map(([command, ...args]) => [command, ...[domain, ...args].map(quote)].join(' '))
-    // The exit code is that of the last command, and of no other.
-    const args = [[...lines, ''].join(`; echo ${mark}; `)]
+    // The exit code is that of the last command, and so tells nothing.
+    const args = [lines.map(line => `${line}; echo ${mark}`).join('; ')]
     const { stdout, stderr } = await this.#execute(run, args)
     return {
       answers: stdout.split(mark).slice(0, commands.length),
