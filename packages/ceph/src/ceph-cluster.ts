@@ -198,6 +198,16 @@ export class CephCluster implements RbdCluster {
     await this.#rbd.run(run, ['image-meta', 'set'], { image, more: ['--', key, value] })
   }
 
+  async removeMetadata(image: string, keys: readonly string[], run: RunOptions = {}): Promise<void> {
+    const present = await this.#metadata(image, run).catch(error => {
+      if (isVarveError(error, 'DISK_NOT_FOUND')) return new Map()
+      throw error
+    })
+    for (const key of keys) {
+      if (present.has(key)) await this.#rbd.run(run, ['image-meta', 'remove'], { image, more: ['--', key] })
+    }
+  }
+
   async rollback(image: string, snapshot: string, run: RunOptions = {}): Promise<void> {
     await this.#rbd.run(run, ['snap', 'rollback', '--no-progress'], { image, snapshot, isLong: true })
   }

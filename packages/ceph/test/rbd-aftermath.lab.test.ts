@@ -17,6 +17,7 @@ import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../../core/src/backup-id.ts'
 import { RunJournal } from '../../core/src/journal.ts'
+import { abortAtStep } from '../../core/test/abort-at-step.ts'
 import { CephConnector } from '../src/index.ts'
 import { RbdSite } from './rbd-site.ts'
 
@@ -122,13 +123,9 @@ test('an image that is gone with its namespace is no longer on record as incompl
   await site.ceph.run('rbd', 'namespace', 'create', 'vms/gone')
   await site.ceph.client.create(image, MIB)
   const { id } = await backup(disks)
-  const controller = new AbortController()
-  const onEvent = (event: VarveEvent) => {
-    if (event.type === 'stage' && event.message.startsWith('Rolling')) controller.abort()
-  }
   const request: RestoreRequest = { backup: id, to: { instance: 'web-1' }, inPlace: true }
   const restore = new RestorePipeline(options(hostOf(disks)))
-  await expect(restore.run(request, { onEvent, signal: controller.signal })).rejects.toMatchObject({
+  await expect(restore.run(request, { signal: abortAtStep('write-in-place') })).rejects.toMatchObject({
     context: { incomplete: ['vda'] },
   })
   expect(await recoverAll()).toMatchObject({ ok: false, runs: [{ outcome: 'incomplete' }] })

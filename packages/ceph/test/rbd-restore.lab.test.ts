@@ -2,6 +2,7 @@ import { mkdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   type BackupManifest,
+  BackupPipeline,
   type RbdConnector,
   RestorePipeline,
   recover,
@@ -130,8 +131,16 @@ test('an image that another client has open is not restored in place under it', 
   const incomplete = { code: 'ABORTED', context: { incomplete: ['vda'] } }
   await expect(givenUp(late, () => machine !== undefined)).rejects.toMatchObject(incomplete)
   await machine?.[Symbol.asyncDispose]()
+  // Another host has not the record of the restore.
+  const other = new BackupPipeline({ ...web.parts(site.rbd), stateDir: join(web.folder, 'other state') })
+  await expect(other.run({ instance: 'web-1' })).rejects.toMatchObject({
+    code: 'DISK_INCOMPLETE',
+    message: expect.stringContaining(`rbd image-meta remove ${image} varve.incomplete.`),
+  })
   await web.restore({ backup: second.id, to: { instance: 'web-1' }, inPlace: true })
   expectSame(await site.bytes(image), secondBytes)
+  const { metadata } = await site.cluster.image(image)
+  expect([...metadata.keys()].filter(key => key.includes('incomplete'))).toEqual([])
 })
 
 test('a stream or an index that was changed is refused, and nothing is restored', async () => {

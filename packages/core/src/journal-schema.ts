@@ -25,6 +25,13 @@ const header: z.ZodType<JournalHeader> = z.object({
 const fileState = z.object({ identity: text, writtenAt: text })
 const imageState = z.object({ id: text, writtenAt: text.exactOptional() })
 const of = z.object({ instance: text, disk: text }).exactOptional()
+const overwritten = z.object({
+  disk: text,
+  path: text,
+  identity: text.exactOptional(),
+  folder: text.exactOptional(),
+  of,
+})
 const targetImage = { image: text, of }
 
 /** What each step tells, besides its name. */
@@ -75,13 +82,8 @@ const details: { [S in JournalStepName]: z.ZodType<Omit<JournalStepOf<S>, 'step'
   'powered-off': nothing,
   'target-create': z.object({ temporary: text, folder: text.exactOptional() }),
   'image-create': z.object(targetImage),
-  'write-in-place': z.object({
-    disk: text,
-    path: text,
-    identity: text.exactOptional(),
-    folder: text.exactOptional(),
-    of,
-  }),
+  'mark-incomplete': overwritten.extend({ mark: text, former: texts }),
+  'write-in-place': overwritten,
   'written-in-place': nothing,
   incomplete: z.object({ disks: texts }),
   finish: z.object({

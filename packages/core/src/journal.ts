@@ -59,6 +59,7 @@ export const JOURNAL_STEPS = [
   'powered-off',
   'target-create',
   'image-create',
+  'mark-incomplete',
   'write-in-place',
   'written-in-place',
   'incomplete',
@@ -123,6 +124,8 @@ interface StepDetails {
     readonly folder?: string
   }
   'image-create': TargetImage
+  /** A disk gets the mark by which every host knows it to be incomplete. It has these of former restores. */
+  'mark-incomplete': OverwrittenDisk & { readonly mark: string; readonly former: readonly string[] }
   'write-in-place': OverwrittenDisk
   'written-in-place': object
   /** All is settled but these disks, which are to be restored again: the last such step counts. */

@@ -108,6 +108,9 @@ function imageError(path: string, error: unknown): unknown {
   )
 }
 
+/** Of a bitmap that is there for its name: the largest that QEMU takes is 2 GiB. */
+const STOPPED_GRANULARITY = 2 ** 30
+
 /** A disk of an instance that does not run. */
 export async function readOfflineDisk(
   name: string,
@@ -174,6 +177,12 @@ async function addIfMissing(
     const { bitmaps } = await readImageInfo(path, 'qcow2', run)
     if (!bitmaps.some(present => present.name === name)) throw error
   })
+}
+
+/** Adds a persistent bitmap that records nothing to an image that nobody has open. */
+export async function addStoppedBitmap(path: string, name: string, run: RunOptions): Promise<void> {
+  const options = ['--add', '--disable', '-g', String(STOPPED_GRANULARITY), '-f', 'qcow2']
+  await changeBitmap(path, [...options, path, name], run)
 }
 
 /** Seals a bitmap of an image that nobody has open, and removes others; see {@link Host.changeBitmaps}. */

@@ -167,6 +167,8 @@ export interface RbdCluster {
   removeImage(image: string, run?: RunOptions): Promise<void>
   /** Writes a piece of metadata of the image. */
   setMetadata(image: string, key: string, value: string, run?: RunOptions): Promise<void>
+  /** Removes metadata of the image; that which is not there is left out, and no error where the image is gone. */
+  removeMetadata(image: string, keys: readonly string[], run?: RunOptions): Promise<void>
   /** Brings an image back to a snapshot, size included. @throws RBD_SNAPSHOT_NOT_FOUND, DISK_BUSY */
   rollback(image: string, snapshot: string, run?: RunOptions): Promise<void>
   /**

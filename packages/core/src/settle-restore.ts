@@ -7,6 +7,7 @@ import { changeSince } from './file-state.ts'
 import type { Host, InstanceDisks } from './host.ts'
 import { assertUnused } from './image-lock.ts'
 import { forgetIncomplete, incompleteDisks, presenceOfOverwritten } from './incomplete.ts'
+import { unmark } from './incomplete-mark.ts'
 import type {
   ImageRename,
   JournalStepOf,
@@ -90,10 +91,15 @@ export async function settleRestore(
   const start = wanted === true && writing.length === 0
   const failures: unknown[] = []
   const attempt = (work: Promise<void>) => work.catch(error => void failures.push(error))
+  for (const step of journal.of('mark-incomplete')) {
+    if (!writing.some(({ disk }) => disk === step.disk))
+      await attempt(unmark(journal, step, { host, isComplete: overwritten }, run))
+  }
   let notStarted: VarveError | undefined
   if (power && start) {
+    const known = failures.length
     await attempt(assertStartable(journal, power, host, run))
-    if (failures.length === 0)
+    if (failures.length === known)
       await startAgain(power, host, run).catch(error => {
         notStarted = startError(error, power.instance)
       })

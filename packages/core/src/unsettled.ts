@@ -2,15 +2,19 @@ import { fileIdentity } from './bitmap-twin.ts'
 import { VarveError } from './errors.ts'
 import type { Instance } from './host.ts'
 import { incompleteDisks } from './incomplete.ts'
+import { incompleteMarks } from './incomplete-mark.ts'
 import { type JournalHeader, type OverwrittenDisk, RunJournal } from './journal.ts'
+import { RBD_PREFIX } from './rbd.ts'
 import { statIfThere } from './stat-if-there.ts'
 
 /** A disk that a run is about to hold. */
 interface HeldDisk {
   readonly name: string
   readonly path: string
+  /** Of a file, as far as they are known. */
+  readonly bitmaps?: readonly { readonly name: string }[]
   /** Of an RBD image. */
-  readonly state?: { readonly id: string }
+  readonly state?: { readonly id: string; readonly metadata?: ReadonlyMap<string, string> }
 }
 
 /**
@@ -42,6 +46,11 @@ export async function assertNoUnsettledRun(
         throw isIncomplete(header, left)
     }
   }
+  for (const disk of disks) {
+    const [mark] = incompleteMarks(disk)
+    if (mark !== undefined && !mayBeIncomplete.some(({ path }) => path === disk.path))
+      throw isMarked(disk, mark)
+  }
 }
 
 /** Whether a run was one of this instance, and not of a former one of its name. */
@@ -68,7 +77,20 @@ function unresolved({ id, kind, instance }: JournalHeader, { name, path }: HeldD
 function isIncomplete({ id, instance }: JournalHeader, { disk, path }: OverwrittenDisk): VarveError {
   return new VarveError(
     'DISK_INCOMPLETE',
-    `The restore ${id} of ${instance} was cut short while it wrote over the disk ${disk} (${path}), which may hold neither the old nor the restored content. Restore the disk again. To keep it as it is, remove runs/${id}.jsonl in the state folder.`,
+    `The restore ${id} of ${instance} was cut short while it wrote over the disk ${disk} (${path}), which may hold neither the old nor the restored content. Restore the disk again. To keep it as it is, remove runs/${id}.jsonl in the state folder, and the mark that the next backup tells of.`,
     { context: { run: id, instance, disk, path } },
+  )
+}
+
+/** Nothing else is known of the restore: it was cut short on another host, or its journal was removed. */
+function isMarked({ name, path, state }: HeldDisk, mark: string): VarveError {
+  const image = state && path.slice(RBD_PREFIX.length)
+  const removal = image
+    ? `rbd image-meta remove ${image} ${mark}`
+    : `qemu-img bitmap --remove -f qcow2 ${path} ${mark}`
+  return new VarveError(
+    'DISK_INCOMPLETE',
+    `A restore was cut short while it wrote over the disk ${name} (${path}), which may hold neither the old nor the restored content; it has the mark ${mark}, perhaps of another host. Restore the disk again. To keep it as it is, remove the mark while the instance is off (${removal}).`,
+    { context: { disk: name, path, mark } },
   )
 }

@@ -1,4 +1,5 @@
 import { markName, restoredKey, snapshotObstacle } from './backup-plan.ts'
+import { incompleteKey, incompleteMarks } from './incomplete-mark.ts'
 import type { TargetImage } from './journal.ts'
 import { imageSize } from './manifest.ts'
 import { exportDisk } from './qemu-nbd.ts'
@@ -26,14 +27,19 @@ async function writeOver(restore: RestoreContext, disk: RbdRestore): Promise<Res
   const { journal, run } = restore
   const { cluster, image, existing } = disk
   const { of } = targetImage(restore, disk, image)
-  const begin = () =>
-    journal.record({
-      step: 'write-in-place',
-      disk: disk.disk.name,
-      path: disk.target,
-      ...(existing && { identity: existing.state.id }),
-      ...(of && { of }),
-    })
+  const overwritten = {
+    disk: disk.disk.name,
+    path: disk.target,
+    ...(existing && { identity: existing.state.id }),
+    ...(of && { of }),
+  }
+  const begin = async () => {
+    const mark = incompleteKey(journal.header.id)
+    const former = existing ? incompleteMarks(existing) : []
+    await journal.record({ step: 'mark-incomplete', ...overwritten, mark, former })
+    await cluster.setMetadata(image, mark, disk.disk.name, run)
+    await journal.record({ step: 'write-in-place', ...overwritten })
+  }
   const base = newestSnapshot(restore, disk)
   const open = async (folder: string) => {
     const name = await cluster.fileName(image, folder)

@@ -1,6 +1,7 @@
 import { stat } from 'node:fs/promises'
 import type { LayeredExtents } from '@varve/qcow2'
 import { fileIdentity } from './bitmap-twin.ts'
+import { imageMarks, incompleteMark, markImageIncomplete } from './incomplete-mark.ts'
 import { folderIdentity } from './presence.ts'
 import { Qcow2FileTarget } from './qcow2-file-target.ts'
 import { RawFileTarget } from './raw-file-target.ts'
@@ -69,11 +70,21 @@ async function writeInPlace(
   { journal, ...restore }: RestoreContext,
   disk: FileRestore,
 ): Promise<RestoredDisk> {
-  const { format, target: path } = disk
-  const beforeWrite = async () => {
+  const { format, target: path, holdsBitmaps } = disk
+  const overwritten = async () => {
     const identity = await fileIdentity(path)
     const folder = (await stat(path)).isFile() ? { folder: await folderIdentity(path) } : {}
-    await journal.record({ step: 'write-in-place', disk: disk.disk.name, path, identity, ...folder })
+    return { disk: disk.disk.name, path, identity, ...folder }
   }
-  return writeExport({ journal, ...restore }, disk, { open: async () => path, format, beforeWrite })
+  // Before a server has it open, which lets nobody else add a bitmap.
+  const open = async () => {
+    if (!holdsBitmaps) return path
+    const mark = incompleteMark(journal.header.id)
+    const former = await imageMarks(path, restore.run)
+    await journal.record({ step: 'mark-incomplete', ...(await overwritten()), mark, former })
+    await markImageIncomplete(path, mark, restore.run)
+    return path
+  }
+  const beforeWrite = async () => journal.record({ step: 'write-in-place', ...(await overwritten()) })
+  return writeExport({ journal, ...restore }, disk, { open, format, beforeWrite })
 }

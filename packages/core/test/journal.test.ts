@@ -130,6 +130,7 @@ test('every kind of step is read with all that it tells', async () => {
     { step: 'target-create', temporary: '/b.new' },
     { step: 'image-create', image: 'pool/a.new', of },
     { step: 'image-create', image: 'pool/b.new' },
+    { step: 'mark-incomplete', disk: 'vda', path: '/a', identity: '5 6', mark: 'b', former: ['c'] },
     { step: 'write-in-place', disk: 'vda', path: '/dev/a' },
     { step: 'write-in-place', disk: 'vda', path: '/a', identity: '5 6', folder: '7 8' },
     { step: 'write-in-place', disk: 'vdb', path: 'rbd:pool/b', identity: '5e', of },

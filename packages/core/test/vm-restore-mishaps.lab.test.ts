@@ -171,6 +171,17 @@ test('a running instance is as it was where a restore in place fails before its 
   await expect(cut).rejects.toMatchObject(incomplete)
   expect(await vm.state()).toBe('shut off')
   await expect(backup()).rejects.toMatchObject({ code: 'DISK_INCOMPLETE' })
+  // Nor on another host, which has not the record of the restore, be the instance off there or running.
+  const host = new LibvirtHost({ uri: site.lab.uri })
+  const other = new BackupPipeline({ host, storage, stateDir: join(site.folder, 'state of another host') })
+  const marked = {
+    code: 'DISK_INCOMPLETE',
+    message: expect.stringMatching(/another host.*qemu-img bitmap --remove/),
+  }
+  await expect(other.run({ instance: vm.name })).rejects.toMatchObject(marked)
+  await vm.start()
+  await expect(other.run({ instance: vm.name })).rejects.toMatchObject(marked)
+  await vm.destroy()
   // It ran before, so that it does again once the restore is made good, be it at the second try.
   const again = restore({ backup: manifest.id, ...inPlace }, { signal: abortAtStep('write-in-place') })
   await expect(again).rejects.toMatchObject(incomplete)

@@ -27,7 +27,14 @@ const SUSPENDED = ['suspend', 'resumed'] as const
 const FROZEN = [...SUSPENDED, 'filesystem-freeze', 'filesystem-thawed'] as const
 const OFF = ['power-off', 'powered-off'] as const
 const SWAP = ['export', 'image-create', 'finish'] as const
-const IN_PLACE = [...OFF, 'export', 'write-in-place', 'written-in-place', 'finish'] as const
+const IN_PLACE = [
+  ...OFF,
+  'export',
+  'mark-incomplete',
+  'write-in-place',
+  'written-in-place',
+  'finish',
+] as const
 const DEFINITION = ['define', 'defined'] as const
 
 const STEPS: Readonly<Record<InstanceKind, Readonly<Partial<Record<RunName, readonly JournalStepName[]>>>>> =

@@ -44,7 +44,14 @@ const over = (backupId: string, more: object = {}): Task => ({
 const BACKUP = ['bitmap-add', 'export', 'upload', 'publish', 'published'] as const
 const RUNNING_BACKUP = [...BACKUP, 'snapshot', 'frozen', 'merging', 'pivot', 'merged'] as const
 const RESTORE = ['power-off', 'powered-off', 'target-create', 'finish'] as const
-const IN_PLACE = ['power-off', 'powered-off', 'export', 'write-in-place', 'written-in-place'] as const
+const IN_PLACE = [
+  'power-off',
+  'powered-off',
+  'export',
+  'mark-incomplete',
+  'write-in-place',
+  'written-in-place',
+] as const
 
 export const SCENARIOS: readonly Scenario[] = [
   {
