@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import { rename, stat, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -218,6 +219,22 @@ test('a disk that was unplugged from an instance which goes on is on its base at
   await expectGone(overlay.overlay)
   await vm.destroy()
   expect((await site.host.disks(vm.name)).disks).toMatchObject([{ name: 'vda' }, { path: overlay.base }])
+})
+
+test('an overlay stays where an instance made anew under its name, with another UUID, is on a file that rests on it', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const overlay = overlayIn(site.folder)
+  await createOverlay(overlay)
+  await qemuIo(overlay.overlay, 'qcow2', ['write -P 0x11 0 1M'])
+  const theirs = join(site.folder, 'theirs')
+  await createOverlay({ ...overlay, base: overlay.overlay, overlay: theirs })
+  await site.lab.virsh(['define', await definitionOf(vm, [[image('vda'), theirs]])])
+  const merging = site.host.commitOverlay(vm.name, overlay, { ...UNMERGED, uuid: randomUUID() })
+  await expect(merging).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining(`writes to ${theirs}`),
+  })
+  await qemuIo(theirs, 'qcow2', ['read -P 0x11 0 1M'])
 })
 
 test('an overlay on another file system, whose times tell nothing, is merged for an instance that is gone unless its backup died before it had the time of the base', async () => {
