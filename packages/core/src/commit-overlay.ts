@@ -60,17 +60,7 @@ export async function commitOverlay(
 async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<boolean> {
   const { instance, overlay, merge } = work
   const state = await settledState(domains, work, run)
-  if (state === undefined) {
-    // Somebody has renamed the instance or the disk: without its overlay it could not be started.
-    const renamed = await domains.diskOn(overlay.overlay, run)
-    // Under its own name it was unplugged, and is to be back at the next start.
-    if (renamed && (renamed.instance !== instance || renamed.disk !== overlay.disk)) {
-      const { instance, disk } = renamed
-      return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
-    }
-    await commitForgotten(domains, await ofItsInstance(domains, work, run), renamed !== undefined, run)
-    return true
-  }
+  if (state === undefined) return mergeRenamed(domains, work, run)
   if (state.path === overlay.overlay) {
     if (state.running) await commitLive(domains, work, run)
     else await commitDefined(domains, work, run)
@@ -78,11 +68,8 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   }
   if (!(await isThere(overlay))) return false
   if (state.path !== overlay.base) {
-    const own = await ofItsInstance(domains, work, run)
-    if (own !== work && !(await restsOn(state, overlay.overlay, run))) {
-      await commitForgotten(domains, own, false, run)
-      return true
-    }
+    const isAnother = (await nameByNow(domains, work, run)) !== instance
+    if (isAnother && !(await restsOn(state, overlay, run))) return mergeRenamed(domains, work, run)
     // Such as a snapshot that somebody made on top of the overlay: its data is needed, here or there.
     throw new VarveError(
       'OVERLAY_LEFT_OVER',
@@ -94,29 +81,51 @@ async function mergeOverlay(domains: LibvirtDomains, work: OverlayMerge, run: Ru
   return true
 }
 
-/**
- * The same for an instance that is gone, where another one has its name by now: no domain is called by the UUID, by which
- * nothing is done to that other one.
- */
-async function ofItsInstance(
-  { virsh }: LibvirtDomains,
-  work: OverlayMerge,
-  run: RunOptions,
-): Promise<OverlayMerge> {
-  const { uuid } = work.merge
-  if (uuid === undefined) return work
-  const now = await virsh.onDomain(run, work.instance, 'domuuid').catch(error => {
-    if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return uuid
-    throw error
-  })
-  return now.trim() === uuid ? work : { ...work, instance: uuid }
+/** The same where no domain of that name has the disk, or it is another one's: who has the overlay could not be started without it. */
+async function mergeRenamed(domains: LibvirtDomains, work: OverlayMerge, run: RunOptions): Promise<boolean> {
+  const { instance, overlay, merge } = work
+  const user = await domains.diskOn(overlay.overlay, run)
+  if (user && (user.instance !== instance || user.disk !== overlay.disk)) {
+    const { instance, disk } = user
+    return mergeOverlay(domains, { instance, overlay: { ...overlay, disk }, merge }, run)
+  }
+  // Under its own name it was unplugged, and is to be back at the next start.
+  if (user) {
+    await commitForgotten(domains, work, true, run)
+    return true
+  }
+  const name = await nameByNow(domains, work, run)
+  // On a snapshot of the overlay, say.
+  if (name !== undefined && name !== instance) return mergeOverlay(domains, { ...work, instance: name }, run)
+  // No domain is called by the UUID: by that, nothing is done to one that has the name of an instance which is gone.
+  const own = name === undefined ? { ...work, instance: merge.uuid ?? instance } : work
+  await commitForgotten(domains, own, false, run)
+  return true
 }
 
-/** Whether an overlay is under the image that a disk is on, as it is after a snapshot of it. */
-async function restsOn({ path, format }: DiskState, overlay: string, run: RunOptions): Promise<boolean> {
+/** What the instance is called by now that was backed up; undefined where it is gone. */
+async function nameByNow(
+  { virsh }: LibvirtDomains,
+  { instance, merge: { uuid } }: OverlayMerge,
+  run: RunOptions,
+): Promise<string | undefined> {
+  if (uuid === undefined) return instance
+  const name = await virsh.run(run, 'domname', uuid).catch(error => {
+    if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return undefined
+    throw error
+  })
+  return name?.trim()
+}
+
+/** Whether an overlay, or its base, is under the image that a disk is on, as it is after a snapshot of it. */
+async function restsOn(
+  { path, format }: DiskState,
+  { overlay, base }: DiskOverlay,
+  run: RunOptions,
+): Promise<boolean> {
   const below = await headerChain(path, format, run)
   const files = await Promise.all(below.map(({ file }) => realpath(file).catch(() => file)))
-  return files.includes(overlay)
+  return files.includes(overlay) || files.includes(base)
 }
 
 /** @throws OVERLAY_LEFT_OVER where that cannot be told */

@@ -20,9 +20,10 @@ const overlayOf = (name: string): DiskOverlay => ({
 })
 
 /** As a run's journal keeps it. */
-function mergeRecord(state?: MergeRecord['state']): MergeRecord {
+function mergeRecord(state?: MergeRecord['state'], uuid?: string): MergeRecord {
   const record = {
     state,
+    ...(uuid !== undefined && { uuid }),
     record: async (next: MergeState) => {
       record.state = next
     },
@@ -305,6 +306,46 @@ test('an instance or a disk that somebody renames is on its base once its overla
     await qemuIo(overlay.base, 'qcow2', [`read -P ${index + 1} 0 64k`])
     await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
   }
+})
+
+test('an instance that somebody renames is on its base once its overlay is merged, also where another one has its name', async () => {
+  const vm = await createVm([{ target: 'vda', size: MiB }])
+  const overlay = overlayOf('overlay')
+  const define = async (xml: string) => {
+    const definition = join(site.folder, 'domain.xml')
+    await writeFile(definition, xml)
+    await site.lab.virsh(['define', definition])
+  }
+  const former = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
+  const uuid = /<uuid>(.*)<\/uuid>/.exec(former)?.[1] ?? expect.fail()
+  const merging = () => site.host.commitOverlay(vm.name, overlay, mergeRecord(undefined, uuid))
+  await vm.start()
+  await site.host.snapshot(vm.name, [overlay])
+  await vm.io('vda', 'write -P 1 0 64k')
+  await vm.destroy()
+  await site.lab.virsh(['domrename', vm.name, 'renamed'])
+  const renamed = await site.lab.virsh(['dumpxml', '--inactive', 'renamed'])
+  const other = join(site.folder, 'other')
+  await createQcow2(other, MiB)
+  await define(former.replace(/<uuid>.*<\/uuid>/, '').replace(overlay.base, other))
+
+  const top = join(site.folder, 'top')
+  createOverlay({ ...overlay, base: overlay.overlay, overlay: top })
+  await define(renamed.replace(overlay.overlay, top))
+  await expect(merging()).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining(`the disk writes to ${top} by now`),
+  })
+  await qemuIo(top, 'qcow2', ['read -P 1 0 64k'])
+
+  await define(renamed)
+  await merging()
+  expect((await site.host.disks('renamed')).disks).toMatchObject([{ path: overlay.base }])
+  expect((await site.host.disks(vm.name)).disks).toMatchObject([{ path: other }])
+  await qemuIo(overlay.base, 'qcow2', ['read -P 1 0 64k'])
+  await expect(stat(overlay.overlay)).rejects.toMatchObject({ code: 'ENOENT' })
+  await vm.undefine()
+  await site.lab.virsh(['domrename', 'renamed', vm.name])
 })
 
 test('an instance that is started while its overlay is merged back keeps what it writes to it', async () => {

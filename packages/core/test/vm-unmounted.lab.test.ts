@@ -1,6 +1,7 @@
 import { rename, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, type LabDomain, qemuIo } from '@varve/testkit/lab'
+import { execa } from 'execa'
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest'
 import { BackupPipeline } from '../src/backup-pipeline.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
@@ -111,13 +112,24 @@ test('an instance that was deleted and made anew under its name, with another di
   const former = await site.lab.virsh(['dumpxml', '--inactive', vm.name])
   await vm.start()
   await loseBackup(vm)
-  await vm.undefine()
+  const defineAnewOn = async (path: string) => {
+    const definition = join(site.folder, 'anew.xml')
+    await vm.undefine()
+    await writeFile(definition, former.replace(/<uuid>.*<\/uuid>/, '').replace(image('vda'), path))
+    await site.lab.virsh(['define', definition])
+  }
+  // On a snapshot that somebody made of the former disk, it would have what the former one wrote under its own writes.
+  const snapshot = join(site.folder, 'snapshot')
+  await execa('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b', image('vda'), snapshot])
+  await qemuIo(snapshot, 'qcow2', ['write -P 0x55 2M 1M'])
+  await defineAnewOn(snapshot)
+  expect(await recoverNow()).toMatchObject(unresolved(/the disk writes to .*snapshot by now/))
+  await qemuIo(snapshot, 'qcow2', ['read -P 0 1M 1M', 'read -P 0x55 2M 1M'])
+
   const path = join(site.folder, 'anew')
   await createQcow2(path, 4 * MiB)
   await qemuIo(path, 'qcow2', ['write -P 0x55 0 4M'])
-  const definition = join(site.folder, 'anew.xml')
-  await writeFile(definition, former.replace(/<uuid>.*<\/uuid>/, '').replace(image('vda'), path))
-  await site.lab.virsh(['define', definition])
+  await defineAnewOn(path)
   expect(await site.backup()).toMatchObject({ disks: [{ name: 'vda', kind: 'full' }] })
   expect(await recoverNow()).toMatchObject(finished)
   await qemuIo(image('vda'), 'qcow2', ['read -P 0x22 1M 1M'])
