@@ -115,6 +115,7 @@ test('a name with all that virsh would take for something else is that of the do
 
 test('an instance that goes off while it is looked at is no running one, nor is one whose drives QEMU does not tell', async () => {
   const vm = await createVm([{ target: 'vda', size: MiB }])
+  const { host } = site
   const asked = `qemu-monitor-command '${vm.name}' '{"execute":`
   for (const [question, running] of [
     ['"query-named-block-nodes"', undefined],
@@ -122,13 +123,14 @@ test('an instance that goes off while it is looked at is no running one, nor is 
   ] as const) {
     await vm.start()
     await amid(`${asked}${question}`, `destroy '${vm.name}'`)
-    const looking = site.host.instance(vm.name)
+    const looking = host.instance(vm.name)
     if (running) {
       const instance = await looking
       expect(instance.running).toBe(true)
-      await expect(
-        site.host.assertBacking(instance, instance.disks.filter(isFileDisk)),
-      ).rejects.toMatchObject({ code: 'COMMAND_FAILED', message: expect.stringContaining('not running') })
+      await expect(host.assertBacking(instance, instance.disks.filter(isFileDisk))).rejects.toMatchObject({
+        code: 'COMMAND_FAILED',
+        message: expect.stringContaining('not running'),
+      })
     } else {
       await expect(looking).rejects.toMatchObject({
         code: 'COMMAND_FAILED',
@@ -136,7 +138,7 @@ test('an instance that goes off while it is looked at is no running one, nor is 
         retryable: true,
       })
     }
-    expect(await site.host.instance(vm.name)).toMatchObject({ running: false })
+    expect(await host.instance(vm.name)).toMatchObject({ running: false })
   }
 })
 
