@@ -137,7 +137,7 @@ export class ChainManager {
   async delete(backupId: string, options: RunOptions = {}): Promise<void> {
     const storage = tellCommands(this.#storage, options.onEvent)
     const running = await this.#runningBackups()
-    const deleted = await deleteBackup(storage, backupId, running, options.signal ?? never)
+    const deleted = await deleteBackup(storage, backupId, new Set(running.keys()), options.signal ?? never)
     if (deleted && this.#snapshots) await removeSnapshotsOf(deleted.manifest, this.#snapshots, options)
   }
 
@@ -163,16 +163,20 @@ export class ChainManager {
     })
   }
 
-  /** The backups of this machine whose uploads may be under way; where a run cannot be read, all runs may be such. */
-  async #runningBackups(): Promise<ReadonlySet<string>> {
-    if (!this.#snapshots) return new Set()
+  /**
+   * The backups of this machine whose uploads may be under way, and when they began, which the id does not tell that
+   * follows one from a clock that was ahead. Where a run cannot be read, all runs may be such, from any time on.
+   */
+  async #runningBackups(): Promise<ReadonlyMap<string, Date>> {
+    if (!this.#snapshots) return new Map()
     const { stateDir } = this.#snapshots
     const headers = await RunJournal.headers(stateDir).catch(error => {
       if (isVarveError(error, 'RUN_UNRESOLVED')) return undefined
       throw error
     })
-    if (!headers) return new Set(await RunJournal.unsettled(stateDir))
-    return new Set(headers.filter(({ kind }) => kind === 'backup').map(({ id }) => id))
+    if (!headers) return new Map((await RunJournal.unsettled(stateDir)).map(id => [id, new Date(0)]))
+    const backups = headers.filter(({ kind }) => kind === 'backup')
+    return new Map(backups.map(({ id, startedAt }) => [id, new Date(Date.parse(startedAt) || 0)]))
   }
 }
 

@@ -1,5 +1,4 @@
 import { basename } from 'node:path'
-import { backupTime } from './backup-id.ts'
 import { type Catalog, readCatalog, type StoredBackup } from './backups.ts'
 import { brokenChains, chainOf, indexChains, missingObjects } from './chain.ts'
 import { abortError, errorMessage, isVarveError, type VarveError } from './errors.ts'
@@ -71,8 +70,8 @@ export interface PruneReport {
 /** What a prune is made with. */
 export interface PruneRun {
   readonly dryRun: boolean
-  /** The ids of backups that are not settled: what they have stored is no garbage, however old. */
-  readonly running: ReadonlySet<string>
+  /** By id, when the backups began that are not settled: what they have stored is no garbage, however old. */
+  readonly running: ReadonlyMap<string, Date>
   readonly signal: AbortSignal
   /** Is waited for after each backup that was removed. */
   readonly onRemoved: (backup: StoredBackup) => Promise<void>
@@ -163,7 +162,7 @@ async function tidyUp(
       if (stays(`What is left over in ${folder} stays`, error)) return { garbage, unfinishedUploads }
     }
   }
-  const begun = [...running].map(id => backupTime(id).getTime())
+  const begun = [...running.values()].map(time => time.getTime())
   const olderThan = new Date(Math.min(Date.now() - garbageAgeMs, ...begun))
   try {
     unfinishedUploads = (await storage.cleanUp?.({ olderThan, signal })) ?? 0

@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { beforeEach, describe, expect, it, onTestFinished } from 'vitest'
-import { backupTime, newBackupId } from '../src/backup-id.ts'
+import { newBackupId } from '../src/backup-id.ts'
 import { ChainManager } from '../src/chain-manager.ts'
 import { VarveError } from '../src/errors.ts'
 import type { VarveEvent } from '../src/events.ts'
@@ -378,8 +378,8 @@ describe('garbage', () => {
   it('is not what a run of this machine stores that is not settled, nor is its upload, however long that takes', async () => {
     const stateDir = await mkdtemp(join(tmpdir(), 'varve-prune-'))
     onTestFinished(() => rm(stateDir, { recursive: true }))
-    const began = 30 * HOUR
-    const [id, dead] = [idAgo(began), idAgo(50 * HOUR)]
+    const startedAt = ago(30 * HOUR)
+    const [id, dead] = [newBackupId(undefined, startedAt), idAgo(50 * HOUR)]
     const folder = await leftOver(id, 29 * HOUR)
     const other = await leftOver(dead, 29 * HOUR)
     const host = new ImageHost({ instance: 'web-1', disks: {} })
@@ -387,18 +387,37 @@ describe('garbage', () => {
     const begin = (id: string, kind: 'backup' | 'restore') =>
       RunJournal.begin(stateDir, {
         ...{ version: 1, id, kind, instance: 'web-1', disks: [] },
-        ...{ host: host.reference, storage: { type, location }, startedAt: ago(began).toISOString() },
+        ...{ host: host.reference, storage: { type, location }, startedAt: startedAt.toISOString() },
       })
     const journal = await begin(id, 'backup')
     await begin(idAgo(99 * HOUR), 'restore') // such as one that has left a disk incomplete: it uploads nothing
     chains = new ChainManager({ storage, host, stateDir })
     expect(await garbageOf()).toEqual([other])
     expect(storage.keys.filter(key => key.startsWith(folder))).toHaveLength(3)
-    expect(storage.cleanedUp?.olderThan).toEqual(backupTime(id))
+    expect(storage.cleanedUp?.olderThan).toEqual(startedAt)
     await expect(chains.delete(id)).rejects.toMatchObject({ code: 'BACKUP_NOT_FOUND' })
 
     await journal.settled()
     expect(await garbageOf()).toEqual([folder])
+  })
+
+  it('is no upload of a run that is not settled either where its id is from a clock that was ahead, or where the run cannot be read', async () => {
+    const stateDir = await mkdtemp(join(tmpdir(), 'varve-prune-'))
+    onTestFinished(() => rm(stateDir, { recursive: true }))
+    const host = new ImageHost({ instance: 'web-1', disks: {} })
+    const { type, location } = storage
+    const [id, startedAt] = [newBackupId(undefined, ago(-999 * HOUR)), ago(30 * HOUR)]
+    await RunJournal.begin(stateDir, {
+      ...{ version: 1, id, kind: 'backup', instance: 'web-1', disks: [], startedAt: startedAt.toISOString() },
+      ...{ host: host.reference, storage: { type, location } },
+    })
+    chains = new ChainManager({ storage, host, stateDir })
+    await chains.prune({ keepLast: 1 })
+    expect(storage.cleanedUp?.olderThan).toEqual(startedAt)
+
+    await writeFile(join(stateDir, 'runs', `${id}.jsonl`), 'nothing of a journal\n')
+    await chains.prune({ keepLast: 1 })
+    expect(storage.cleanedUp?.olderThan).toEqual(new Date(0))
   })
 
   it('is told by what was written where the id is from a clock that was ahead', async () => {
