@@ -137,12 +137,15 @@ async function unlessBusy(names: readonly string[]): Promise<DiskLock | undefine
   })
 }
 
-/** It is dead, but somebody is at its disks, such as a backup that is about to be refused for it. */
+/**
+ * It is dead, but somebody is at its disks, such as a backup that is about to be refused for it. Or it is a run of a former
+ * version, which holds its disks alone.
+ */
 function heldByAnother({ kind, instance, disks }: JournalHeader): VarveError {
   const names = disks.map(({ name }) => name)
   return new VarveError(
     'DISK_BUSY',
-    `The ${kind} of ${instance} has ended before it was done, and another run holds one of its disks, ${names.join(', ')}. Call recover again once that has ended.`,
+    `The ${kind} of ${instance} has ended before it was done, and another run holds one of its disks, ${names.join(', ')}; or it goes on in a process that was started before Varve was updated, which is to be left alone. Call recover again once that has ended.`,
     { context: { instance, disks: names }, retryable: true },
   )
 }
