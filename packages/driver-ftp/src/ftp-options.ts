@@ -33,10 +33,10 @@ export interface FtpDriverOptions {
   /** The name that the server's certificate must be for. Default: `host`. */
   tlsServerName?: string
   /**
-   * Connections to the server at once. One of them is kept free for look-ups, listings and what reads up to 1 MiB, so that
-   * one less can transfer files, where there are several; of four or more another is kept free for downloads. A download
-   * holds one until it is read to its end or destroyed. What is more waits. A server that allows fewer is asked for no
-   * more, for a minute: where it is known to, set this to what it allows. Default: 4.
+   * Connections to the server at once. One of them is kept free for look-ups, listings and what reads up to 1 MiB or stores
+   * up to 16 MiB of a known size, so that one less can transfer images, where there are several; of four or more another is
+   * kept free for downloads. A download holds one until it is read to its end or destroyed. What is more waits. A server that
+   * allows fewer is asked for no more, for a minute: where it is known to, set this to what it allows. Default: 4.
    */
   connections?: number
   /** Milliseconds that the server may be silent while it is its turn; a slow source or reader does not count. Default: 30,000. */

@@ -10,7 +10,7 @@ import {
 } from '@varve/core'
 import { backOff } from './back-off.ts'
 import type { FtpConnection } from './connection.ts'
-import type { ConnectionPool } from './connection-pool.ts'
+import type { ConnectionPool, ConnectionUse } from './connection-pool.ts'
 import { type FoldersInUse, isFolder, makeFolders, removeEmptyFolders } from './folders.ts'
 import { deniedError, ftpError, isRefusal, isReply, replyText } from './ftp-error.ts'
 import type { FtpSettings } from './ftp-options.ts'
@@ -23,6 +23,12 @@ import { UploadCursor } from './upload-cursor.ts'
 const GRACE_MS = 5_000
 /** How often a folder may vanish between its making and the first file in it. */
 const ROUNDS = 100
+/**
+ * So many bytes at most, of a known size and no stream that may stall, are sent on the connection that is left to commands: as
+ * many as the list of blocks of 2 TiB has. What a backup stores beside its images must not wait for the images of others, as
+ * its guest is on an overlay by then.
+ */
+const SHORT_BYTES = 16 * 1024 * 1024
 
 /** What an upload needs of its driver. */
 export interface UploadContext {
@@ -44,6 +50,7 @@ export class Upload {
   readonly #body: UploadBody
   readonly #options: PutOptions
   readonly #cursor: UploadCursor
+  readonly #use: ConnectionUse
   readonly #names: readonly string[]
   readonly #folders: readonly string[]
   /** The file that is written, by its temporary name. */
@@ -70,6 +77,8 @@ export class Upload {
     this.#body = body
     this.#options = options
     this.#cursor = new UploadCursor(body, key, options.signal)
+    const { replayable, size = Number.POSITIVE_INFINITY } = body
+    this.#use = replayable && size <= SHORT_BYTES ? 'command' : 'upload'
     this.#names = key.split('/')
     this.#folders = this.#names.slice(0, -1)
     this.#part = this.#newPart()
@@ -103,7 +112,7 @@ export class Upload {
     const { closing } = pool
     for (;;) {
       try {
-        const connection = await pool.acquire('upload', { signal })
+        const connection = await pool.acquire(this.#use, { signal })
         try {
           return await this.#withGrace(connection, () => this.#attempt(connection))
         } finally {

@@ -1,4 +1,7 @@
 import type { Socket } from 'node:net'
+import { Readable } from 'node:stream'
+import { bytesBody } from '@varve/core'
+import type { FtpDriver } from '@varve/driver-ftp'
 import { afterEach, expect, onTestFinished, test, vi } from 'vitest'
 import { FakeServer } from './fake-server.ts'
 
@@ -7,6 +10,14 @@ const aborted = { code: 'ABORTED' }
 afterEach(() => {
   vi.useRealTimers()
 })
+
+/** An upload of a stream that has no end before it is told to. */
+function endlessUpload(driver: FtpDriver, key: string) {
+  const source = new Readable({ read: () => undefined })
+  const stored = driver.put(key, source)
+  stored.catch(() => undefined) // the test that it is of may have failed already
+  return { stored, end: () => source.push(null) }
+}
 
 test('a server that allows more connections again is asked for them after a minute', async () => {
   vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] })
@@ -51,4 +62,15 @@ test('a call that is under way is not tried again when the driver is closed', as
   }
   await expect(driver.stat('a')).rejects.toMatchObject(aborted)
   expect(server.count('USER')).toBe(1)
+})
+
+test('what a backup stores beside its images, and a check of the storage, do not wait for uploads', async () => {
+  const { server, driver } = await FakeServer.begin({ connections: 2 })
+  const uploads = [1, 2].map(index => endlessUpload(driver, `image/${index}`))
+  await expect.poll(() => server.count('STOR')).toBe(1)
+  await driver.put('b/vda.blake3', bytesBody(Buffer.alloc(3_000_000)))
+  expect((await driver.check()).checks.filter(({ ok }) => !ok)).toEqual([])
+  expect(server.count('STOR')).toBe(3)
+  for (const { end } of uploads) end()
+  await Promise.all(uploads.map(({ stored }) => stored))
 })
