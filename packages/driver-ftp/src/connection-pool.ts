@@ -8,7 +8,10 @@ const IDLE_MS = 15_000
 /** How long a server that turned a connection away is asked for no more than it had allowed, in milliseconds. */
 const CAUTIOUS_MS = 60_000
 
-/** What a connection is for: an upload and a download take as long as the other end of them likes, a command does not. */
+/**
+ * What a connection is for: an upload and a download take as long as the other end of them likes, a command does not, nor
+ * does what is short.
+ */
 export type ConnectionUse = 'upload' | 'download' | 'command'
 
 /** What waits for a connection. */
@@ -26,13 +29,17 @@ interface Waiter {
 /**
  * The connections of a driver. Uploads and downloads never take the last one where there are several, so that a look-up
  * need not wait for uploads whose source stalls; nor do uploads take the last one of three that are left. A download that
- * waits goes before the uploads that do: whoever restores waits for it.
+ * waits goes before an upload that does, since whoever restores waits for it, but only one: a guest may be on an overlay
+ * until that upload is done, and a restore or a verification always has another download that waits.
  */
 export class ConnectionPool {
   readonly #open: (signal: AbortSignal | undefined) => Promise<FtpConnection>
   readonly #busy = new Map<FtpConnection, ConnectionUse>()
   readonly #idle = new Map<FtpConnection, NodeJS.Timeout>()
+  /** In the order in which they came. */
   readonly #waiting: Waiter[] = []
+  /** Whether a download went before an upload since one was last let go on. */
+  #overtaken = false
   /** Given out or being opened. */
   readonly #taken: Record<ConnectionUse, number> = { upload: 0, download: 0, command: 0 }
   readonly #most: number
@@ -187,9 +194,7 @@ export class ConnectionPool {
       this.#waiting.splice(index, 1)
       reject(abortError(signal))
     }
-    const firstUpload = this.#waiting.findIndex(other => other.use === 'upload')
-    const place = use === 'download' && firstUpload >= 0 ? firstUpload : this.#waiting.length
-    this.#waiting.splice(place, 0, waiter)
+    this.#waiting.push(waiter)
     signal.addEventListener('abort', giveUp, { once: true })
     this.#serve()
     const waits = this.#waiting.includes(waiter)
@@ -202,17 +207,20 @@ export class ConnectionPool {
     }
   }
 
-  /** Lets those go on who can, in their order. */
+  /** Lets those go on who can. */
   #serve(): void {
-    for (let index = 0; index < this.#waiting.length; ) {
-      const waiter = this.#waiting[index]
-      if (waiter && this.#mayTake(waiter.use)) {
-        this.#waiting.splice(index, 1)
-        this.#taken[waiter.use]++
-        waiter.grant()
-      } else {
-        index++
-      }
+    for (let waiter = this.#next(); waiter; waiter = this.#next()) {
+      this.#waiting.splice(this.#waiting.indexOf(waiter), 1)
+      this.#taken[waiter.use]++
+      waiter.grant()
     }
+  }
+
+  #next(): Waiter | undefined {
+    const first = this.#waiting.find(({ use }) => this.#mayTake(use))
+    if (first?.use !== 'upload') return first
+    const download = this.#overtaken ? undefined : this.#waiting.find(({ use }) => use === 'download')
+    this.#overtaken = download !== undefined
+    return download ?? first
   }
 }

@@ -1,5 +1,6 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
+import { buffer } from 'node:stream/consumers'
 import { bytesBody } from '@varve/core'
 import type { FtpDriver } from '@varve/driver-ftp'
 import { afterEach, expect, onTestFinished, test, vi } from 'vitest'
@@ -73,4 +74,21 @@ test('what a backup stores beside its images, and a check of the storage, do not
   expect(server.count('STOR')).toBe(3)
   for (const { end } of uploads) end()
   await Promise.all(uploads.map(({ stored }) => stored))
+})
+
+test('a download goes before an upload that waits, but the next one does not', async () => {
+  const { server, driver } = await FakeServer.begin({ connections: 2 })
+  server.files.set('/object', Buffer.alloc(100))
+  const uploads = [1, 2].map(index => endlessUpload(driver, `image/${index}`))
+  await expect.poll(() => server.count('STOR')).toBe(1)
+  const waits: boolean[] = []
+  const onWait = (wait: boolean) => void waits.push(wait)
+  const downloads = [1, 2, 3].map(async () => buffer(await driver.get('object', { onWait })))
+  await expect.poll(() => waits).toEqual([true, true, true])
+  for (const { end } of uploads) end()
+  await Promise.all([...downloads, ...uploads.map(({ stored }) => stored)])
+  const transfers = server.commands
+    .map(line => line.split(' ')[0])
+    .filter(verb => /STOR|RETR/.test(verb ?? ''))
+  expect(transfers).toEqual(['STOR', 'RETR', 'STOR', 'RETR', 'RETR'])
 })
