@@ -80,9 +80,9 @@ export interface GetOptions extends CallOptions {
   /** Ends the download: the stream fails with `ABORTED`. */
   signal?: AbortSignal
   /**
-   * Is told when the call begins to wait until other calls of the driver are done, as for a connection that they have, and
-   * when that is over. Whoever gives up what a storage is silent about leaves that time out. A driver whose calls do not wait
-   * for one another never calls it.
+   * Is told when the call begins to wait until other calls of the driver are done, as for a connection that they have, or
+   * to collect bytes before it gives any, and when that is over. Whoever gives up what a storage is silent about leaves that
+   * time out: meanwhile the driver itself gives up a server that is silent. One whose calls do neither never calls it.
    */
   onWait?: (waits: boolean) => void
 }

@@ -102,7 +102,7 @@ export class FtpDriver implements StorageDriver {
         signal?.removeEventListener('abort', close)
         if (!(opened instanceof Download)) this.#pool.release(connection)
       }
-      stream = isShort && opened ? await inMemory(opened, signal) : opened
+      stream = isShort && opened ? await inMemory(opened, options) : opened
     })
     if (signal?.aborted) {
       stream?.destroy()
@@ -270,9 +270,10 @@ export class FtpDriver implements StorageDriver {
   }
 }
 
-/** The bytes of a stream once all have come. */
-async function inMemory(stream: Readable, signal: AbortSignal | undefined): Promise<Readable> {
-  const bytes = await buffer(stream)
+/** The bytes of a download once all have come. On a slow line that takes a while, and a silent server ends it. */
+async function inMemory(download: Readable, { signal, onWait }: GetOptions): Promise<Readable> {
+  onWait?.(true)
+  const bytes = await buffer(download).finally(() => onWait?.(false))
   const whole = Readable.from(bytes.length > 0 ? [bytes] : [], { objectMode: false })
   destroyOnAbort(whole, signal)
   return whole

@@ -92,3 +92,21 @@ test('a download goes before an upload that waits, but the next one does not', a
     .filter(verb => /STOR|RETR/.test(verb ?? ''))
   expect(transfers).toEqual(['STOR', 'RETR', 'STOR', 'RETR', 'RETR'])
 })
+
+test('a short download says that it waits while its bytes are collected', async () => {
+  const { server, driver } = await FakeServer.begin()
+  server.files.set('/a', Buffer.from('abc'))
+  const waits: boolean[] = []
+  const controller = new AbortController()
+  const options = {
+    range: { start: 1, end: 3 },
+    signal: controller.signal,
+    onWait: (wait: boolean) => void waits.push(wait),
+  }
+  server.twists.RETR = () => '150 Here it comes.' // and it never does
+  const silent = expect(driver.get('a', options)).rejects.toMatchObject(aborted)
+  await expect.poll(() => waits).toEqual([true])
+  controller.abort()
+  await silent
+  expect(waits).toEqual([true, false])
+})
