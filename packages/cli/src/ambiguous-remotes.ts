@@ -15,7 +15,7 @@ export function ambiguousRemotes(storages: Readonly<Record<string, Entry>>): str
   const seen = new Map<string, { name: string; entry: Entry }>()
   return Object.entries(storages).flatMap(([name, entry]) => {
     if (entry.type !== 'rclone') return []
-    const place = `${entry.remoteName}:${String(entry.pathPrefix ?? '').replace(/\/+$/, '')}`
+    const place = `${entry.remoteName}:${String(entry.pathPrefix ?? '').replace(/(?<=.)\/+$/, '')}`
     const other = seen.get(place)
     if (!other) seen.set(place, { name, entry })
     if (!other || isDeepStrictEqual(remoteOf(entry), remoteOf(other.entry))) return []

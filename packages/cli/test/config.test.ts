@@ -125,6 +125,7 @@ test('two rclone storages of one name are one remote, or refused', () => {
   parse({
     storages: { a: nas('one'), b: nas('one', { timeoutMs: 1 }), c: nas('two', { pathPrefix: 'other' }) },
   })
+  parse({ storages: { a: nas('one', { pathPrefix: '' }), b: nas('two', { pathPrefix: '/' }) } })
 })
 
 test('an rclone storage is a remote of its configuration, or one that is given with its secrets', async () => {

@@ -103,7 +103,8 @@ export function checkOptions(options: FtpDriverOptions): FtpSettings {
     connections: whole('connections', options.connections ?? 4, 1, 100),
     timeoutMs: whole('timeoutMs', options.timeoutMs ?? 30_000, 1, 24 * 3_600_000),
     attempts: whole('attempts', options.attempts ?? 5, 1, 100),
-    location: `${scheme}://${encodeURIComponent(username)}@${isIP(host) === 6 ? `[${host}]` : host}:${port}/${pathPrefix.replace(/^\//, '')}`,
+    // an absolute path has two slashes before it, which tell it from one in the folder that a login begins in
+    location: `${scheme}://${encodeURIComponent(username)}@${isIP(host) === 6 ? `[${host}]` : host}:${port}/${pathPrefix}`,
   }
 }
 

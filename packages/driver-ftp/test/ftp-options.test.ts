@@ -39,7 +39,8 @@ test.each(['host', 'port', 'username', 'pathPrefix', 'tls', 'connections', 'time
 test.each<[Partial<FtpDriverOptions>, string]>([
   [{}, 'ftps://varve@nas.example.org:21/'],
   [{ tls: 'implicit' }, 'ftps://varve@nas.example.org:990/'],
-  [{ tls: 'none', port: 2121, pathPrefix: '/srv/b' }, 'ftp://varve@nas.example.org:2121/srv/b'],
+  [{ tls: 'none', port: 2121, pathPrefix: '/srv/b' }, 'ftp://varve@nas.example.org:2121//srv/b'],
+  [{ pathPrefix: '/' }, 'ftps://varve@nas.example.org:21//'],
   [{ username: 'm/e@b' }, 'ftps://m%2Fe%40b@nas.example.org:21/'],
   [{ host: '::1', pathPrefix: 'b' }, 'ftps://varve@[::1]:21/b'],
 ])('the location of %j is %s', (options, location) => {
