@@ -75,6 +75,18 @@ describe('checkStorage', () => {
     expect(memory.objects.size).toBe(0)
   })
 
+  test('a storage that holds more than was written fails at read', async () => {
+    const memory = new MemoryDriver()
+    const put = memory.put.bind(memory)
+    memory.put = async (key, body, options) => {
+      const stored = await put(key, body, options)
+      const object = memory.objects.get(key) ?? expect.fail()
+      memory.objects.set(key, { ...object, bytes: Buffer.concat([object.bytes, Buffer.from('x')]) })
+      return stored
+    }
+    expect((await checkStorage(memory, { connect })).checks.at(-1)).toMatchObject({ name: 'read', ok: false })
+  })
+
   test('a storage that does not list what it holds fails at list', async () => {
     const memory = new MemoryDriver()
     memory.list = () => new MemoryDriver().list('')
