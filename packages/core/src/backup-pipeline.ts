@@ -14,7 +14,7 @@ import {
   planBackup,
   snapshotsToRetire,
 } from './backup-plan.ts'
-import { freeze, mark, planOverlays, stream } from './backup-stages.ts'
+import { freeze, mark, planOverlays, recordBases, stream } from './backup-stages.ts'
 import { readCatalog, type StoredBackup } from './backups.ts'
 import { DiskLock, runLock } from './disk-lock.ts'
 import { isVarveError, runError, VarveError } from './errors.ts'
@@ -222,6 +222,7 @@ export class BackupPipeline {
       const snapshots = request.rbdSnapshots ?? DEFAULT_RBD_SNAPSHOTS
       await watch.during(run.signal, async signal => {
         const watched = { ...backup, storage: calls.storage, run: { ...run, signal } }
+        await recordBases(watched, frozen)
         const images = await stream(watched, frozen)
         manifest = await describe(watched, frozen, { definition, disks: images })
         await publish(watched, manifest, {

@@ -7,6 +7,7 @@ import { diskError } from './disk-error.ts'
 import { diskDefinition } from './domain-xml.ts'
 import { abortError, errorMessage, isVarveError, VarveError } from './errors.ts'
 import { fileState } from './file-state.ts'
+import { unlessAborted } from './giving-up.ts'
 import {
   type DiskOverlay,
   type FileDisk,
@@ -164,18 +165,27 @@ async function freezeRunning(backup: BackupContext, images: readonly RbdDisk[]):
   } finally {
     if (frozen) await thaw(backup)
   }
-  if (overlays.length > 0) await journal.record({ step: 'frozen', bases: await frozenBases(overlays) })
   const snapshots = await snapshotsOf(backup, images) // no guest stands still while they are asked for
   return { at, consistency: frozen ? 'filesystem' : 'crash', overlays, snapshots, files: new Map() }
 }
 
 /** After the snapshot: QEMU writes its bitmaps into the file which it freezes. */
-async function frozenBases(overlays: readonly DiskOverlay[]): Promise<FrozenBase[]> {
-  const bases = overlays.map(async ({ base, overlay }) => {
+export async function recordBases({ journal, run }: BackupContext, { overlays }: Frozen): Promise<void> {
+  if (overlays.length === 0) return
+  // It may take as long as the file system has dirty pages, or its server is away, and the guest writes to overlays meanwhile.
+  const bases = await unlessAborted(frozenBases(overlays, run), run.signal)
+  await journal.record({ step: 'frozen', bases })
+}
+
+/** One after the other: each may hold one of the four threads that Node does all work on files with. */
+async function frozenBases(overlays: readonly DiskOverlay[], { signal }: RunOptions): Promise<FrozenBase[]> {
+  const bases: FrozenBase[] = []
+  for (const { base, overlay } of overlays) {
+    if (signal?.aborted) throw abortError(signal)
     const state = await fileState(base)
-    return state ? [{ overlay, ...state }] : []
-  })
-  return (await Promise.all(bases)).flat()
+    if (state) bases.push({ overlay, ...state })
+  }
+  return bases
 }
 
 /**
