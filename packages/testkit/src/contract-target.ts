@@ -298,7 +298,7 @@ export function errorOf(code: string): { name: string; code: string } {
 }
 
 /** What a caller gives a call up for: the error of another one, which is not to be taken for this one's. */
-export const anotherError = new VarveError('DISK_BUSY', 'another run failed', {
+export const anotherError: VarveError = new VarveError('DISK_BUSY', 'another run failed', {
   context: { published: 'another' },
   retryable: true,
 })
