@@ -254,7 +254,7 @@ function writtenSince({ base }: DiskOverlay): VarveError {
 function anotherFile({ base }: DiskOverlay): VarveError {
   return new VarveError(
     'OVERLAY_LEFT_OVER',
-    `${base} is another file by now than the one which the overlay was made on, such as a copy that was put back, or the disk of an instance that was installed anew. ${HOW_TO_DECIDE}`,
+    `${base} is another file by now than the one which the overlay was made on, such as a copy that was put back, or the disk of an instance that was installed anew. If the two were copied together, such as to a larger file system, the overlay belongs to it and holds. ${HOW_TO_DECIDE}`,
   )
 }
 

@@ -91,7 +91,10 @@ const stale = {
   code: 'BLOCK_COMMIT_FAILED',
   message: expect.stringMatching(/written to since.*Decide which of the two holds.*qemu-img commit/s),
 }
-const isOther = { code: 'BLOCK_COMMIT_FAILED', message: expect.stringContaining('is another file by now') }
+const isOther = {
+  code: 'BLOCK_COMMIT_FAILED',
+  message: expect.stringMatching(/is another file by now.*copied together.*qemu-img commit/s),
+}
 const unresolved = { ok: false, runs: [{ outcome: 'unresolved', error: stale }] }
 const finished = { ok: true, runs: [{ outcome: 'finished' }] }
 
@@ -152,6 +155,8 @@ test('an instance that is defined on its overlay, and was run without it on anot
   await vm.start()
   const overlay = await backupWithoutMerge(() => vm.io('vda', 'write -P 0x44 1M 1M'))
   await vm.killQemu()
+  const original = join(site.folder, 'original')
+  await rename(image('vda'), original)
   await rename(copy, image('vda'))
   const before = await shownBy(image('vda'))
   const refused = { ok: false, runs: [{ outcome: 'unresolved', error: isOther }] }
@@ -159,8 +164,19 @@ test('an instance that is defined on its overlay, and was run without it on anot
   await site.lab.virsh(['define', definition])
   expect(await recoverNow()).toMatchObject(refused)
   expect(await shownBy(image('vda'))).toEqual(before)
-  await rename(overlay, join(site.folder, 'away too'))
+
+  // So is one that was copied with its overlay, as to a larger file system, but to that it belongs.
+  for (const [from, to] of [
+    [original, image('vda')],
+    [overlay, `${overlay}.copy`],
+  ] as const)
+    await execa('cp', ['-a', from, to])
+  await rename(`${overlay}.copy`, overlay)
+  expect(await recoverNow()).toMatchObject(refused)
+  await mergeByHand(overlay)
   expect(await recoverNow()).toMatchObject(finished)
+  await qemuIo(image('vda'), 'qcow2', ['read -P 0x44 1M 1M'])
+  await expectGone(overlay)
 })
 
 test('where another domain has the disk of an instance that is gone, the overlay is merged unless that one has run', async () => {
