@@ -119,7 +119,7 @@ async function nameByNow(
 
 /** Whether an overlay, or its base, is under the image that a disk is on, as it is after a snapshot of it. */
 async function restsOn(
-  { path, format }: DiskState,
+  { path, format }: Pick<DiskState, 'path' | 'format'>,
   { overlay, base }: DiskOverlay,
   run: RunOptions,
 ): Promise<boolean> {
@@ -207,10 +207,31 @@ async function commitForgotten(
     const abandoned = { instance, overlay: { ...overlay, disk }, merge }
     return mergeAbandoned(domains, abandoned, state?.running ?? true, run)
   }
+  await assertNoSnapshot(domains, overlay, run)
   // Where nothing tells: under a backup that lives the instance has just gone; after one that died anything may have been.
   const change = await baseChange(work)
   await assertMergeable(work, change === 'unknown' && !merge.died ? 'none' : change, run)
   await commitOffline(domains, work, run)
+}
+
+/** @throws OVERLAY_LEFT_OVER where a domain is on a snapshot of the base, which would change under it */
+async function assertNoSnapshot(
+  domains: LibvirtDomains,
+  overlay: DiskOverlay,
+  run: RunOptions,
+): Promise<void> {
+  const user = await domains.findDisk(async ({ source: path, format }) => {
+    if (format !== 'qcow2') return false
+    return restsOn({ path, format }, overlay, run).catch(error => {
+      if (isVarveError(error, 'DISK_UNSUPPORTED')) return false // an image that nobody can open rests on nothing
+      throw error
+    })
+  }, run)
+  if (!user) return
+  throw new VarveError(
+    'OVERLAY_LEFT_OVER',
+    `its base is ${overlay.base}, and the disk ${user.disk} of ${user.instance} is on a snapshot of it, or of the overlay, which would not fit any more. Move the overlay away, or have that disk on a full copy (qemu-img convert)`,
+  )
 }
 
 /** What is removed is the overlay of a disk that is defined on its base again. So one that a definition names was removed by others. */

@@ -111,7 +111,15 @@ export class LibvirtDomains {
   }
 
   /** The disk that is on a file, or is defined to be; undefined where no domain has one. */
-  async diskOn(path: string, run: RunOptions): Promise<{ instance: string; disk: string } | undefined> {
+  diskOn(path: string, run: RunOptions): Promise<{ instance: string; disk: string } | undefined> {
+    return this.findDisk(async ({ source }) => (await realpath(source).catch(() => source)) === path, run)
+  }
+
+  /** A disk on a file or block device of which this is true, by a definition or as it runs; undefined where there is none. */
+  async findDisk(
+    isIt: (disk: { readonly source: string; readonly format: string }) => Promise<boolean>,
+    run: RunOptions,
+  ): Promise<{ instance: string; disk: string } | undefined> {
     const list = await this.virsh.run(run, 'list', '--all', '--name')
     for (const instance of list.split('\n').filter(Boolean)) {
       const definitions = await this.virsh
@@ -120,9 +128,8 @@ export class LibvirtDomains {
           if (isVarveError(error, 'INSTANCE_NOT_FOUND')) return [] // since it was listed
           throw error
         })
-      for (const { name, source } of definitions.flatMap(xml => readDomainXml(xml).disks)) {
-        if (source !== undefined && (await realpath(source).catch(() => source)) === path)
-          return { instance, disk: name }
+      for (const { name, source, format } of definitions.flatMap(xml => readDomainXml(xml).disks)) {
+        if (source !== undefined && (await isIt({ source, format }))) return { instance, disk: name }
       }
     }
     return undefined

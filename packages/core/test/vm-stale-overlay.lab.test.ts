@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
-import { rename, stat, utimes, writeFile } from 'node:fs/promises'
+import { readFile, rename, stat, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   createQcow2,
@@ -203,6 +203,20 @@ test('where another domain has the disk of an instance that is gone, the overlay
     await site.lab.virsh(['define', join(site.folder, 'original.xml')])
   }
   await loseDomain(0x11)
+  // On a snapshot of the disk it would have what the former one wrote under its own writes.
+  const snapshot = join(site.folder, 'snapshot')
+  await createOverlay({ ...overlay, overlay: snapshot })
+  await site.lab.virsh(['undefine', 'successor'])
+  const onSnapshot = join(site.folder, 'on-snapshot.xml')
+  await writeFile(onSnapshot, (await readFile(successor, 'utf8')).replace(image('vda'), snapshot))
+  await site.lab.virsh(['define', onSnapshot])
+  await expect(merging()).rejects.toMatchObject({
+    code: 'BLOCK_COMMIT_FAILED',
+    message: expect.stringContaining('the disk vda of successor is on a snapshot of it'),
+  })
+  await qemuIo(snapshot, 'qcow2', ['read -P 0 0 1M'])
+  await site.lab.virsh(['undefine', 'successor'])
+  await site.lab.virsh(['define', successor])
   await merging()
   expect((await site.host.disks('successor')).disks).toMatchObject([{ path: image('vda') }])
   await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M'])
