@@ -14,6 +14,7 @@ import {
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
 import { createQcow2, qemuIo, sha256Content } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { newBackupId } from '../../core/src/backup-id.ts'
 import { RunJournal } from '../../core/src/journal.ts'
@@ -83,39 +84,42 @@ function unfinished(kind: 'backup' | 'restore', disks: Record<string, string>): 
 
 const kinds = ({ parent, disks }: BackupManifest) => [parent, ...disks.map(({ kind }) => kind)]
 
-test('after a restore in place to an older backup the chains of an image and a file go on from that', async () => {
-  const image = await site.create(8 * MIB)
-  const file = join(folder, 'vdb.qcow2')
-  await createQcow2(file, 8 * MIB)
-  const disks = { vda: `rbd:${image}`, vdb: file }
-  const change = async (byte: number) => {
-    await site.write(image, `write -P ${byte} ${byte}M 3M`)
-    await qemuIo(file, 'qcow2', [`write -P ${byte} ${byte}M 3M`])
-  }
-  await change(1)
-  const first = await backup(disks)
-  expect(Object.keys(first.tools)).toEqual(['varve', 'node', 'qemu', 'rbd'])
-  expect(await site.ceph.run('ceph', '--version')).toContain(` ${first.tools.rbd} `)
-  const wanted = await site.bytes(image)
-  const wantedFile = await sha256Content(file, 'qcow2')
-  await change(2)
-  const second = await backup(disks)
+thoroughTest(
+  'after a restore in place to an older backup the chains of an image and a file go on from that',
+  async () => {
+    const image = await site.create(8 * MIB)
+    const file = join(folder, 'vdb.qcow2')
+    await createQcow2(file, 8 * MIB)
+    const disks = { vda: `rbd:${image}`, vdb: file }
+    const change = async (byte: number) => {
+      await site.write(image, `write -P ${byte} ${byte}M 3M`)
+      await qemuIo(file, 'qcow2', [`write -P ${byte} ${byte}M 3M`])
+    }
+    await change(1)
+    const first = await backup(disks)
+    expect(Object.keys(first.tools)).toEqual(['varve', 'node', 'qemu', 'rbd'])
+    expect(await site.ceph.run('ceph', '--version')).toContain(` ${first.tools.rbd} `)
+    const wanted = await site.bytes(image)
+    const wantedFile = await sha256Content(file, 'qcow2')
+    await change(2)
+    const second = await backup(disks)
 
-  // One disk alone: both go on from the backup that the other one still shows.
-  await inPlace(disks, first, ['vda'])
-  const third = await backup(disks)
-  expect(kinds(third)).toEqual([second.id, 'incremental', 'incremental'])
+    // One disk alone: both go on from the backup that the other one still shows.
+    await inPlace(disks, first, ['vda'])
+    const third = await backup(disks)
+    expect(kinds(third)).toEqual([second.id, 'incremental', 'incremental'])
 
-  await inPlace(disks, first)
-  expect((await site.bytes(image)).equals(wanted)).toBe(true)
-  expect(await sha256Content(file, 'qcow2')).toBe(wantedFile)
-  await change(5)
-  const fourth = await backup(disks)
-  expect(kinds(fourth)).toEqual([first.id, 'incremental', 'incremental'])
-  expect((await readFile(await restored(fourth, 'vda'))).equals(await site.bytes(image))).toBe(true)
-  expect(await sha256Content(await restored(fourth, 'vdb'), 'raw')).toBe(await sha256Content(file, 'qcow2'))
-  expect(warnings()).toEqual([])
-})
+    await inPlace(disks, first)
+    expect((await site.bytes(image)).equals(wanted)).toBe(true)
+    expect(await sha256Content(file, 'qcow2')).toBe(wantedFile)
+    await change(5)
+    const fourth = await backup(disks)
+    expect(kinds(fourth)).toEqual([first.id, 'incremental', 'incremental'])
+    expect((await readFile(await restored(fourth, 'vda'))).equals(await site.bytes(image))).toBe(true)
+    expect(await sha256Content(await restored(fourth, 'vdb'), 'raw')).toBe(await sha256Content(file, 'qcow2'))
+    expect(warnings()).toEqual([])
+  },
+)
 
 test('an image that is gone with its namespace is no longer on record as incomplete, and its snapshot is not told of', async () => {
   const image = 'vms/gone/disk'

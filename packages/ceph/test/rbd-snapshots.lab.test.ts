@@ -9,6 +9,7 @@ import {
   type StorageDriver,
 } from '@varve/core'
 import { LocalDriver } from '@varve/driver-local'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { afterAll, beforeAll, expect, test, vi } from 'vitest'
 import { newBackupId } from '../../core/src/backup-id.ts'
@@ -32,44 +33,47 @@ afterAll(() => site[Symbol.asyncDispose]())
 
 const snapshots = (image: string) => site.snapshots(image)
 
-test('chains on two storages, side by side, hold what random changes, of the size too, left at each backup', async () => {
-  const random = new Random(SEED)
-  const image = await site.create(3 * MIB, '--object-size', '512K')
-  const disk = new ModelDisk(site, { image, size: 3 * MIB, resizeOneIn: 2 }, random)
-  const web = await RbdInstance.of(site, `rbd:${image}`)
-  const { host, stateDir, storage } = web.parts()
-  const storages: StorageDriver[] = [
-    storage,
-    new LocalDriver({ path: join(web.folder, 'other'), create: true }),
-  ]
-  const taken = storages.map(() => [] as { manifest: BackupManifest; bytes: Buffer }[])
+thoroughTest(
+  'chains on two storages, side by side, hold what random changes, of the size too, left at each backup',
+  async () => {
+    const random = new Random(SEED)
+    const image = await site.create(3 * MIB, '--object-size', '512K')
+    const disk = new ModelDisk(site, { image, size: 3 * MIB, resizeOneIn: 2 }, random)
+    const web = await RbdInstance.of(site, `rbd:${image}`)
+    const { host, stateDir, storage } = web.parts()
+    const storages: StorageDriver[] = [
+      storage,
+      new LocalDriver({ path: join(web.folder, 'other'), create: true }),
+    ]
+    const taken = storages.map(() => [] as { manifest: BackupManifest; bytes: Buffer }[])
 
-  for (let step = 0; step < BACKUPS; step++) {
+    for (let step = 0; step < BACKUPS; step++) {
+      for (const [index, storage] of storages.entries()) {
+        await disk.change()
+        const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-1' })
+        expect(manifest.kind, `seed ${SEED}, step ${step}`).toBe(step === 0 ? 'full' : 'incremental')
+        taken[index]?.push({ manifest, bytes: Buffer.from(disk.bytes) })
+      }
+    }
+    // The model itself is right.
+    expectSame(await site.bytes(image), disk.bytes)
+    const kept = taken.flatMap(backups => backups.slice(-2).map(({ manifest }) => `varve-${manifest.id}`))
+    expect(await snapshots(image)).toEqual(kept.sort())
+
     for (const [index, storage] of storages.entries()) {
-      await disk.change()
-      const manifest = await new BackupPipeline({ host, storage, stateDir }).run({ instance: 'web-1' })
-      expect(manifest.kind, `seed ${SEED}, step ${step}`).toBe(step === 0 ? 'full' : 'incremental')
-      taken[index]?.push({ manifest, bytes: Buffer.from(disk.bytes) })
+      const pipeline = new RestorePipeline({ host, storage, stateDir })
+      for (const { manifest, bytes } of taken[index] ?? []) {
+        const path = join(web.folder, manifest.id)
+        await pipeline.run({ backup: manifest.id, to: { disks: { vda: path }, format: 'raw' } })
+        const what = `seed ${SEED}: ${manifest.id}`
+        expect(Buffer.compare(await readFile(path), bytes), what).toBe(0)
+      }
+      const newest = taken[index]?.at(-1)
+      const report = await new ChainManager({ storage }).verify(newest?.manifest.id ?? '', { deep: true })
+      expect(report).toMatchObject({ ok: true, chain: { length: BACKUPS } })
     }
-  }
-  // The model itself is right.
-  expectSame(await site.bytes(image), disk.bytes)
-  const kept = taken.flatMap(backups => backups.slice(-2).map(({ manifest }) => `varve-${manifest.id}`))
-  expect(await snapshots(image)).toEqual(kept.sort())
-
-  for (const [index, storage] of storages.entries()) {
-    const pipeline = new RestorePipeline({ host, storage, stateDir })
-    for (const { manifest, bytes } of taken[index] ?? []) {
-      const path = join(web.folder, manifest.id)
-      await pipeline.run({ backup: manifest.id, to: { disks: { vda: path }, format: 'raw' } })
-      const what = `seed ${SEED}: ${manifest.id}`
-      expect(Buffer.compare(await readFile(path), bytes), what).toBe(0)
-    }
-    const newest = taken[index]?.at(-1)
-    const report = await new ChainManager({ storage }).verify(newest?.manifest.id ?? '', { deep: true })
-    expect(report).toMatchObject({ ok: true, chain: { length: BACKUPS } })
-  }
-})
+  },
+)
 
 test('the snapshot of a backup that is deleted or pruned goes with it, or with the next backup, where it has to stay', async () => {
   const image = await site.create(MIB)

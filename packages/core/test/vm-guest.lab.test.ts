@@ -296,26 +296,29 @@ test('a guest that reboots in the middle of a backup goes on on its overlay, whi
   expect(await storedSums(next)).toEqual({ vda: last })
 })
 
-test('a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk', async () => {
-  await write(0, 8)
-  const wanted = await sum('/dev/vda')
-  let last = ''
-  site.storage.beforePut = async key => {
-    if (!key.endsWith('/vda.qcow2')) return
-    site.storage.beforePut = undefined
-    await write(6, 3)
-    last = await sum('/dev/vda')
-    vm.spawn('/sbin/shutdown')
-    await vm.waitForState('shut off')
-  }
-  const manifest = await backup({ disks: FIRST })
-  expect(manifest).toMatchObject({ consistency: 'crash', running: true })
-  expect(await vm.state()).toBe('shut off')
-  await expectCleanHost([`varve-${manifest.id}`], FIRST)
-  expect(last).not.toBe(wanted)
-  expect(await storedSums(manifest)).toEqual({ vda: wanted })
-  expect(await sha256Content(image('vda'), 'qcow2')).toBe(last)
-  const next = await backup({ disks: FIRST })
-  expect(next).toMatchObject({ kind: 'incremental', parent: manifest.id, consistency: 'offline' })
-  expect(await storedSums(next)).toEqual({ vda: last })
-})
+thoroughTest(
+  'a guest that shuts itself down in the middle of a backup has what it wrote until then on its disk',
+  async () => {
+    await write(0, 8)
+    const wanted = await sum('/dev/vda')
+    let last = ''
+    site.storage.beforePut = async key => {
+      if (!key.endsWith('/vda.qcow2')) return
+      site.storage.beforePut = undefined
+      await write(6, 3)
+      last = await sum('/dev/vda')
+      vm.spawn('/sbin/shutdown')
+      await vm.waitForState('shut off')
+    }
+    const manifest = await backup({ disks: FIRST })
+    expect(manifest).toMatchObject({ consistency: 'crash', running: true })
+    expect(await vm.state()).toBe('shut off')
+    await expectCleanHost([`varve-${manifest.id}`], FIRST)
+    expect(last).not.toBe(wanted)
+    expect(await storedSums(manifest)).toEqual({ vda: wanted })
+    expect(await sha256Content(image('vda'), 'qcow2')).toBe(last)
+    const next = await backup({ disks: FIRST })
+    expect(next).toMatchObject({ kind: 'incremental', parent: manifest.id, consistency: 'offline' })
+    expect(await storedSums(next)).toEqual({ vda: last })
+  },
+)

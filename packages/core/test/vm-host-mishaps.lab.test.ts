@@ -1,6 +1,7 @@
 import { rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createQcow2, qemuIo } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execa, execaSync } from 'execa'
 import { expect, test } from 'vitest'
 import type { BackupManifest } from '../src/manifest.ts'
@@ -70,35 +71,38 @@ test('a libvirtd that is restarted in the middle, and one that is away at the en
   await qemuIo(image('vda'), 'qcow2', [...NOW, 'read -P 0x33 8M 1M'])
 })
 
-test('an instance that is reset, or switched off and on again, in the middle goes on on its overlay, which is merged', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  await vm.start()
-  await vm.io('vda', FIRST)
-  before('vda.qcow2', async () => {
-    await vm.io('vda', 'write -P 0x22 2M 2M')
-    await site.lab.virsh(['reset', vm.name]) // as by a reboot from inside
-    await vm.io('vda', 'write -P 0x22 4M 2M')
-  })
-  const full = await backup()
-  await site.expectCleanHost([`varve-${full.id}`])
-  await expectHolds(full, HELD)
-
-  before('vda.qcow2', async () => {
-    await vm.io('vda', 'write -P 0x33 8M 1M')
-    await vm.destroy()
+thoroughTest(
+  'an instance that is reset, or switched off and on again, in the middle goes on on its overlay, which is merged',
+  async () => {
+    const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
     await vm.start()
-    await vm.io('vda', 'write -P 0x44 9M 1M')
-  })
-  const next = await backup()
-  expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
-  await expectHolds(next, [...NOW, 'read -P 0 8M 8M'])
-  const last = await backup()
-  expect(last).toMatchObject({ kind: 'incremental', parent: next.id })
-  await vm.destroy()
-  const now = [...NOW, 'read -P 0x33 8M 1M', 'read -P 0x44 9M 1M', 'read -P 0 10M 6M']
-  await expectHolds(last, now)
-  await qemuIo(image('vda'), 'qcow2', now)
-})
+    await vm.io('vda', FIRST)
+    before('vda.qcow2', async () => {
+      await vm.io('vda', 'write -P 0x22 2M 2M')
+      await site.lab.virsh(['reset', vm.name]) // as by a reboot from inside
+      await vm.io('vda', 'write -P 0x22 4M 2M')
+    })
+    const full = await backup()
+    await site.expectCleanHost([`varve-${full.id}`])
+    await expectHolds(full, HELD)
+
+    before('vda.qcow2', async () => {
+      await vm.io('vda', 'write -P 0x33 8M 1M')
+      await vm.destroy()
+      await vm.start()
+      await vm.io('vda', 'write -P 0x44 9M 1M')
+    })
+    const next = await backup()
+    expect(next).toMatchObject({ kind: 'incremental', parent: full.id })
+    await expectHolds(next, [...NOW, 'read -P 0 8M 8M'])
+    const last = await backup()
+    expect(last).toMatchObject({ kind: 'incremental', parent: next.id })
+    await vm.destroy()
+    const now = [...NOW, 'read -P 0x33 8M 1M', 'read -P 0x44 9M 1M', 'read -P 0 10M 6M']
+    await expectHolds(last, now)
+    await qemuIo(image('vda'), 'qcow2', now)
+  },
+)
 
 test('a block commit that failed is tried again, and after that by recover, also when the instance is off by then', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])

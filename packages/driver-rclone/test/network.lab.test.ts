@@ -111,9 +111,8 @@ describeDriver('RcloneDriver over SFTP', {
   // with scripts.
   parts: [
     'cut uploads',
-    'cut downloads',
+    ...(isThorough ? (['cut downloads', 'slowness'] as const) : []),
     'silence',
-    ...(isThorough ? (['slowness'] as const) : []),
     'refusal',
     'restart',
   ],

@@ -4,7 +4,7 @@ import { BACKING } from './chain-model.ts'
 
 const TABLE = 2 ** 21
 
-// Apart from the other tests of what is refused: it takes seconds, and minutes under mutation testing.
+// Apart from the other tests of what is refused, as it takes seconds.
 test('tables that change at every cluster are refused at the run after the 2^24th', async () => {
   const tables = 65 // of 2^18 entries
   const extents = new ExtentList()
