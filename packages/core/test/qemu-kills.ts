@@ -7,7 +7,7 @@ import { recover } from '../src/recover.ts'
 import { MiB, type VmSite } from './vm-site.ts'
 
 /** Kills a process as soon as a backup comes to a stage. */
-export function killAt(stage: string, pid: number): (event: VarveEvent) => void {
+function killAt(stage: string, pid: number): (event: VarveEvent) => void {
   return event => {
     if (event.type === 'stage' && event.stage === stage) process.kill(pid, 'SIGKILL')
   }

@@ -9,7 +9,7 @@ import { type JournalStepName, RunJournal } from '../src/journal.ts'
 import { LibvirtHost } from '../src/libvirt-host.ts'
 import { readImageInfo } from '../src/qemu-img.ts'
 import { recover } from '../src/recover.ts'
-import { expectSurvives, killAt } from './qemu-kills.ts'
+import { expectSurvives } from './qemu-kills.ts'
 import { MiB, useVmSite } from './vm-site.ts'
 
 let small: Tmpfs
@@ -170,7 +170,8 @@ test('a backup whose bitmaps never came onto a full disk is right, and no increm
     expect(await vm.state()).toBe('running')
     await vm.io('vda', 'write -P 0x22 2M 4M')
 
-    const published = await pipeline.run(request, { onEvent: killAt('export', await vm.qemuPid()) })
+    atStep('export', () => vm.killQemu()) // the disk cannot be served before it is gone
+    const published = await pipeline.run(request)
     await site.expectStored(published, ['read -P 0x11 0 2M', 'read -P 0x22 2M 4M'])
     expect(await bitmapsIn(path)).toEqual([])
     await makeRoom()
