@@ -391,46 +391,49 @@ test('a new instance gets new images in the cluster of the old one, and libvirt 
   expect(await guest.state()).toBe('shut off')
 })
 
-test('a file on an RBD image as its template is backed up running and off, and on another image refused', async () => {
-  const [template, other] = [await site.create(4 * MIB), await site.create(4 * MIB)]
-  await site.write(template, 'write -P 17 0 4M')
-  await site.write(other, 'write -P 34 0 4M')
-  const path = join(folder, 'vda.qcow2')
-  const backing = `rbd:${template}:conf=${site.ceph.conf}`
-  execaSync('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', backing, path])
-  vm = await lab.createDomain({
-    name: 'web-1',
-    guest: false,
-    disks: [{ target: 'vda', path, format: 'qcow2' }],
-  })
-  await vm.start()
-  const full = await backup()
-  expect(full).toMatchObject({ kind: 'full', consistency: 'crash' })
-  await vm.io('vda', 'write -P 51 1M 1M')
-  const increment = await backup()
-  expect(increment).toMatchObject({ kind: 'incremental', consistency: 'crash' })
-  await vm.destroy()
-  const off = await backup()
-  expect(off).toMatchObject({ kind: 'incremental', consistency: 'offline' })
-  const target = join(folder, 'restored.qcow2')
-  await new RestorePipeline(pipelines()).run({ backup: off.id, to: { disks: { vda: target } } })
-  const latest = ['read -P 17 0 1M', 'read -P 51 1M 1M', 'read -P 17 2M 2M']
-  await qemuIo(target, 'qcow2', latest)
-  await qemuIo(path, 'qcow2', latest)
+thoroughTest(
+  'a file on an RBD image as its template is backed up running and off, and on another image refused',
+  async () => {
+    const [template, other] = [await site.create(4 * MIB), await site.create(4 * MIB)]
+    await site.write(template, 'write -P 17 0 4M')
+    await site.write(other, 'write -P 34 0 4M')
+    const path = join(folder, 'vda.qcow2')
+    const backing = `rbd:${template}:conf=${site.ceph.conf}`
+    execaSync('qemu-img', ['create', '-f', 'qcow2', '-F', 'raw', '-b', backing, path])
+    vm = await lab.createDomain({
+      name: 'web-1',
+      guest: false,
+      disks: [{ target: 'vda', path, format: 'qcow2' }],
+    })
+    await vm.start()
+    const full = await backup()
+    expect(full).toMatchObject({ kind: 'full', consistency: 'crash' })
+    await vm.io('vda', 'write -P 51 1M 1M')
+    const increment = await backup()
+    expect(increment).toMatchObject({ kind: 'incremental', consistency: 'crash' })
+    await vm.destroy()
+    const off = await backup()
+    expect(off).toMatchObject({ kind: 'incremental', consistency: 'offline' })
+    const target = join(folder, 'restored.qcow2')
+    await new RestorePipeline(pipelines()).run({ backup: off.id, to: { disks: { vda: target } } })
+    const latest = ['read -P 17 0 1M', 'read -P 51 1M 1M', 'read -P 17 2M 2M']
+    await qemuIo(target, 'qcow2', latest)
+    await qemuIo(path, 'qcow2', latest)
 
-  // libvirt gives QEMU what the definition says, whatever the image does.
-  const source = `<source protocol='rbd' name='${other}'><config file='${site.ceph.conf}'/></source>`
-  const store = `<backingStore type='network'><format type='raw'/>${source}<backingStore/></backingStore>`
-  const definition = await lab.virsh(['dumpxml', '--inactive', vm.name])
-  await host.define(
-    definition.replace(/(<source file=.*?\/>)(\s*<backingStore[\s\S]*<\/backingStore>)?/, `$1${store}`),
-  )
-  await vm.start()
-  await expect(backup()).rejects.toMatchObject({
-    code: 'DISK_UNSUPPORTED',
-    context: { disk: 'vda', given: `rbd:${other}:conf=${site.ceph.conf}`, named: backing },
-  })
-})
+    // libvirt gives QEMU what the definition says, whatever the image does.
+    const source = `<source protocol='rbd' name='${other}'><config file='${site.ceph.conf}'/></source>`
+    const store = `<backingStore type='network'><format type='raw'/>${source}<backingStore/></backingStore>`
+    const definition = await lab.virsh(['dumpxml', '--inactive', vm.name])
+    await host.define(
+      definition.replace(/(<source file=.*?\/>)(\s*<backingStore[\s\S]*<\/backingStore>)?/, `$1${store}`),
+    )
+    await vm.start()
+    await expect(backup()).rejects.toMatchObject({
+      code: 'DISK_UNSUPPORTED',
+      context: { disk: 'vda', given: `rbd:${other}:conf=${site.ceph.conf}`, named: backing },
+    })
+  },
+)
 
 thoroughTest(
   'a file on an RBD image as its template is backed up where QEMU has that without a node of the raw driver',

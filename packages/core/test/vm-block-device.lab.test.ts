@@ -157,40 +157,43 @@ async function defineDisks(vm: LabDomain, ...disks: string[]): Promise<string> {
   return definition(vm)
 }
 
-test('a volume of a pool and a disk with its backing file are defined as before, whether their instance goes off or runs on', async () => {
-  const vm = await createVm()
-  const pool = `pool-${vm.name}`
-  await createQcow2(site.image('volume'), SIZE)
-  await site.lab.virsh(['pool-create-as', pool, 'dir', '--target', site.folder])
-  onTestFinished(async () => void (await site.lab.virsh(['pool-destroy', pool])))
-  await createQcow2(site.image('template'), SIZE)
-  const over = ['-f', 'qcow2', '-F', 'qcow2', '-b', site.image('template')]
-  await execa('qemu-img', ['create', '-q', ...over, site.image('over')])
-  const defined = await defineDisks(
-    vm,
-    `<disk type='volume' device='disk'><driver name='qemu' type='qcow2' cache='none'><metadata_cache><max_size unit='bytes'>1048576</max_size></metadata_cache></driver><source pool='${pool}' volume='volume'/></disk>`,
-    `<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='${site.image('over')}'/><backingStore type='file'><format type='qcow2'/><source file='${site.image('template')}'/><backingStore/></backingStore></disk>`,
-  )
-  await vm.start()
-  await backup(vm.name)
-  expect(await definition(vm)).toBe(defined)
-  before('vda.qcow2', async () => {
-    await write(vm, MEANWHILE)
-    await vm.destroy()
-  })
-  await backup(vm.name)
-  expect(await definition(vm)).toBe(defined)
-  await vm.start()
-  before('vda.qcow2', async () => {
-    await vm.destroy()
+thoroughTest(
+  'a volume of a pool and a disk with its backing file are defined as before, whether their instance goes off or runs on',
+  async () => {
+    const vm = await createVm()
+    const pool = `pool-${vm.name}`
+    await createQcow2(site.image('volume'), SIZE)
+    await site.lab.virsh(['pool-create-as', pool, 'dir', '--target', site.folder])
+    onTestFinished(async () => void (await site.lab.virsh(['pool-destroy', pool])))
+    await createQcow2(site.image('template'), SIZE)
+    const over = ['-f', 'qcow2', '-F', 'qcow2', '-b', site.image('template')]
+    await execa('qemu-img', ['create', '-q', ...over, site.image('over')])
+    const defined = await defineDisks(
+      vm,
+      `<disk type='volume' device='disk'><driver name='qemu' type='qcow2' cache='none'><metadata_cache><max_size unit='bytes'>1048576</max_size></metadata_cache></driver><source pool='${pool}' volume='volume'/></disk>`,
+      `<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='${site.image('over')}'/><backingStore type='file'><format type='qcow2'/><source file='${site.image('template')}'/><backingStore/></backingStore></disk>`,
+    )
     await vm.start()
-  })
-  await backup(vm.name)
-  expect(await definition(vm)).toBe(defined)
-  await vm.destroy()
-  for (const name of ['volume', 'over'])
-    await qemuIo(site.image(name), 'qcow2', ['read -P 0 0 2M', 'read -P 0x22 2M 4M'])
-})
+    await backup(vm.name)
+    expect(await definition(vm)).toBe(defined)
+    before('vda.qcow2', async () => {
+      await write(vm, MEANWHILE)
+      await vm.destroy()
+    })
+    await backup(vm.name)
+    expect(await definition(vm)).toBe(defined)
+    await vm.start()
+    before('vda.qcow2', async () => {
+      await vm.destroy()
+      await vm.start()
+    })
+    await backup(vm.name)
+    expect(await definition(vm)).toBe(defined)
+    await vm.destroy()
+    for (const name of ['volume', 'over'])
+      await qemuIo(site.image(name), 'qcow2', ['read -P 0 0 2M', 'read -P 0x22 2M 4M'])
+  },
+)
 
 for (const was of ['a file', 'a block device']) {
   thoroughTest(

@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { isPaused, pauseProcess, qemuIo } from '@varve/testkit/lab'
+import { thoroughTest } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { expect, onTestFinished, test } from 'vitest'
 import type { DiskOverlay, MergeRecord } from '../src/host.ts'
@@ -54,47 +55,50 @@ async function dieBeforeSnapshot(instance: string): Promise<number> {
   return pid()
 }
 
-test('a snapshot that comes after its run was settled is found by the next backup, or restore, and merged by recover', async () => {
-  const vm = await createVm([
-    { target: 'vda', size: 4 * MiB },
-    { target: 'vdb', size: 4 * MiB, format: 'raw' },
-  ])
-  await vm.start()
-  await vm.io('vda', 'write -P 0x11 0 1M')
-  const full = await backup()
-  const virsh = await dieBeforeSnapshot(vm.name)
-  const settled = await recoverNow()
-  expect(settled).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
-  await site.expectCleanHost([`varve-${full.id}`])
-  await vm.io('vda', 'write -P 0x22 1M 1M')
-  await vm.io('vdb', 'write -P 0x22 1M 1M')
+thoroughTest(
+  'a snapshot that comes after its run was settled is found by the next backup, or restore, and merged by recover',
+  async () => {
+    const vm = await createVm([
+      { target: 'vda', size: 4 * MiB },
+      { target: 'vdb', size: 4 * MiB, format: 'raw' },
+    ])
+    await vm.start()
+    await vm.io('vda', 'write -P 0x11 0 1M')
+    const full = await backup()
+    const virsh = await dieBeforeSnapshot(vm.name)
+    const settled = await recoverNow()
+    expect(settled).toMatchObject({ ok: true, runs: [{ outcome: 'undone' }] })
+    await site.expectCleanHost([`varve-${full.id}`])
+    await vm.io('vda', 'write -P 0x22 1M 1M')
+    await vm.io('vdb', 'write -P 0x22 1M 1M')
 
-  process.kill(virsh, 'SIGCONT')
-  const { id = expect.fail('no run') } = settled.runs[0] ?? {}
-  const paths = async () => (await site.host.disks(vm.name)).disks.map(({ path }) => path)
-  await until(async () => (await paths()).every(path => path.endsWith(`.varve-${id}`)))
-  await vm.io('vda', 'write -P 0x33 2M 1M')
-  await vm.io('vdb', 'write -P 0x33 2M 1M')
-  expect(await recoverNow()).toEqual({ ok: true, runs: [] }) // nobody has told it yet
-  const found = { code: 'OVERLAY_LEFT_OVER' }
-  await expect(backup()).rejects.toMatchObject(found)
-  await rm(join(site.stateDir, 'runs', `${id}.jsonl`)) // and nobody has again
-  await expect(site.restore({ backup: full.id, to: { instance: vm.name } })).rejects.toMatchObject(found)
-  expect(await recoverNow()).toEqual(settled)
-  await site.expectCleanHost([`varve-${full.id}`])
+    process.kill(virsh, 'SIGCONT')
+    const { id = expect.fail('no run') } = settled.runs[0] ?? {}
+    const paths = async () => (await site.host.disks(vm.name)).disks.map(({ path }) => path)
+    await until(async () => (await paths()).every(path => path.endsWith(`.varve-${id}`)))
+    await vm.io('vda', 'write -P 0x33 2M 1M')
+    await vm.io('vdb', 'write -P 0x33 2M 1M')
+    expect(await recoverNow()).toEqual({ ok: true, runs: [] }) // nobody has told it yet
+    const found = { code: 'OVERLAY_LEFT_OVER' }
+    await expect(backup()).rejects.toMatchObject(found)
+    await rm(join(site.stateDir, 'runs', `${id}.jsonl`)) // and nobody has again
+    await expect(site.restore({ backup: full.id, to: { instance: vm.name } })).rejects.toMatchObject(found)
+    expect(await recoverNow()).toEqual(settled)
+    await site.expectCleanHost([`varve-${full.id}`])
 
-  const next = await backup()
-  expect(next).toMatchObject({
-    parent: full.id,
-    disks: [{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }],
-  })
-  const reads = ['read -P 0x22 1M 1M', 'read -P 0x33 2M 1M', 'read -P 0 3M 1M']
-  await site.expectStored(next, ['read -P 0x11 0 1M', ...reads])
-  await site.expectStored(next, ['read -P 0 0 1M', ...reads], 'vdb')
-  await vm.destroy()
-  await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', ...reads])
-  await qemuIo(image('vdb'), 'raw', ['read -P 0 0 1M', ...reads])
-})
+    const next = await backup()
+    expect(next).toMatchObject({
+      parent: full.id,
+      disks: [{ kind: 'incremental' }, { kind: 'full', fallback: 'format-raw' }],
+    })
+    const reads = ['read -P 0x22 1M 1M', 'read -P 0x33 2M 1M', 'read -P 0 3M 1M']
+    await site.expectStored(next, ['read -P 0x11 0 1M', ...reads])
+    await site.expectStored(next, ['read -P 0 0 1M', ...reads], 'vdb')
+    await vm.destroy()
+    await qemuIo(image('vda'), 'qcow2', ['read -P 0x11 0 1M', ...reads])
+    await qemuIo(image('vdb'), 'raw', ['read -P 0 0 1M', ...reads])
+  },
+)
 
 /** How a merge is told of an overlay that has not come yet. */
 const AWAITED: MergeRecord = { state: undefined, arrivesBy: 0, record: async () => undefined }

@@ -92,30 +92,33 @@ test('an instance that somebody started again right before the swap keeps its di
   await expectCleanHost([`varve-${manifest.id}`])
 })
 
-test('an instance that somebody started again before the restore was complete has its old disk', async () => {
-  const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
-  const manifest = await backup()
-  await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
-  const theirs = await content('vda')
-  await vm.start()
-  class Watchdog extends LibvirtHost {
-    override async powerOff(...args: Parameters<LibvirtHost['powerOff']>): Promise<void> {
-      await super.powerOff(...args)
-      await vm.start()
+thoroughTest(
+  'an instance that somebody started again before the restore was complete has its old disk',
+  async () => {
+    const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
+    const manifest = await backup()
+    await qemuIo(image('vda'), 'qcow2', ['write -P 0x22 4M 8M'])
+    const theirs = await content('vda')
+    await vm.start()
+    class Watchdog extends LibvirtHost {
+      override async powerOff(...args: Parameters<LibvirtHost['powerOff']>): Promise<void> {
+        await super.powerOff(...args)
+        await vm.start()
+      }
     }
-  }
-  const { stateDir, storage } = site
-  const pipeline = new RestorePipeline({ host: new Watchdog({ uri: site.lab.uri }), storage, stateDir })
-  const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
-  await expect(pipeline.run(request)).rejects.toMatchObject({
-    code: 'DISK_BUSY',
-    context: { path: image('vda') },
-  })
-  expect(await vm.state()).toBe('running')
-  await vm.destroy()
-  expect(await content('vda')).toBe(theirs)
-  await expectCleanHost([`varve-${manifest.id}`])
-})
+    const { stateDir, storage } = site
+    const pipeline = new RestorePipeline({ host: new Watchdog({ uri: site.lab.uri }), storage, stateDir })
+    const request = { backup: manifest.id, to: { instance: vm.name }, ...AT_ONCE }
+    await expect(pipeline.run(request)).rejects.toMatchObject({
+      code: 'DISK_BUSY',
+      context: { path: image('vda') },
+    })
+    expect(await vm.state()).toBe('running')
+    await vm.destroy()
+    expect(await content('vda')).toBe(theirs)
+    await expectCleanHost([`varve-${manifest.id}`])
+  },
+)
 
 test('an instance that was started or switched off while its new disk was written is so afterwards', async () => {
   const vm = await createVm([{ target: 'vda', size: 16 * MiB }])
