@@ -13,7 +13,6 @@ const isThorough = process.env.VARVE_THOROUGH === '1'
 // The slowest first: the others fill the time beside the last of them.
 const slowest = [
   'driver-rclone/test/contract',
-  'driver-rclone/test/network',
   'driver-s3/test/contract',
   'driver-sftp/test/contract',
   'examples/test/demo',

@@ -19,8 +19,6 @@ export function describeCutUploads(contract: Contract, remote: Remote): void {
       })
     })
 
-    // Without a connection that stays, nothing of a body is kept for a second try: all are uploaded alike.
-    if (remote.brief && !remote.keepsConnections) return
     test('a body that opens once is stored whole, or fails and leaves nothing, when its upload is cut', async () => {
       const places = { even: 2, beforeEnd: [1, 0] }
       await cutUploads(remote, { how, toServer: places, toClient: places }, { replayable: false })

@@ -27,7 +27,6 @@ export function describeRemote(contract: Contract): void {
     resumeSize: contract.largeSize,
     mostCuts: contract.brief ? BRIEF_CUTS : Number.POSITIVE_INFINITY,
     ...contract.remote,
-    brief: contract.brief,
   }
   const blocks: [RemotePart, () => void][] = [
     ['cut uploads', () => describeCutUploads(contract, remote)],

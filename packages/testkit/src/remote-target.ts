@@ -2,19 +2,12 @@ import { buffer } from 'node:stream/consumers'
 import { inspect } from 'node:util'
 import { bytesBody, type CallOptions, type ErrorCode, isVarveError, type StorageDriver } from '@varve/core'
 import { expect, onTestFinished, type TestContext } from 'vitest'
-import {
-  type Contract,
-  expectStored,
-  expectTidy,
-  listed,
-  type RemoteOptions,
-  type RemoteTarget,
-} from './contract-target.ts'
+import { expectStored, expectTidy, listed, type RemoteOptions, type RemoteTarget } from './contract-target.ts'
 import { pollUntil } from './lab-poll.ts'
 import { shownOf, shows } from './secret-forms.ts'
 
 /** {@link RemoteOptions} with their defaults. */
-export type Remote = Required<RemoteOptions> & Pick<Contract, 'brief'>
+export type Remote = Required<RemoteOptions>
 
 /** What a call may fail with over a bad network. None says that anything is missing, denied or wrong. */
 const NETWORK_CODES: readonly ErrorCode[] = [
@@ -88,11 +81,10 @@ export async function outcomeOf<T>(call: Promise<T>): Promise<Outcome<T>> {
   )
 }
 
-/** Every kind of call that a driver takes, or some, all begun at once. */
+/** Every kind of call that a driver takes, all begun at once. */
 export function everyCall(
   driver: StorageDriver,
   call: CallOptions = {},
-  names: readonly string[] = ['put', 'get', 'stat', 'list', 'delete'],
 ): [string, Promise<Outcome<unknown>>][] {
   const calls: [string, () => Promise<unknown>][] = [
     ['put', () => driver.put('calls/put', bytesBody(Buffer.from('new')), call)],
@@ -101,18 +93,16 @@ export function everyCall(
     ['list', () => listed(driver, 'calls/', call)],
     ['delete', () => driver.delete('calls/delete', call)],
   ]
-  return calls.filter(([name]) => names.includes(name)).map(([name, begin]) => [name, outcomeOf(begin())])
+  return calls.map(([name, begin]) => [name, outcomeOf(begin())])
 }
 
 /** Expects every call to fail with one of these codes and without secrets; a check fails as well, and does not throw. */
 export async function expectAllRefused(
   driver: StorageDriver,
   codes: readonly ErrorCode[],
-  { secrets, brief, keepsConnections }: Remote,
+  { secrets }: Remote,
 ): Promise<void> {
-  // without a connection that stays, every call begins in the same way
-  const begun = everyCall(driver, {}, brief && !keepsConnections ? ['put', 'list'] : undefined)
-  const calls = begun.map(async ([name, call]) => {
+  const calls = everyCall(driver).map(async ([name, call]) => {
     const outcome = await call
     if ('value' in outcome) expect.unreachable(`${name} gave ${inspect(outcome.value)}`)
     expectVarveError(outcome.error, codes, secrets, name)

@@ -5,7 +5,6 @@ import { basename, dirname, join, resolve } from 'node:path'
 import { RcloneDriver } from '@varve/driver-rclone'
 import { describeDriver, NetworkProxy, type RemoteTarget } from '@varve/testkit'
 import { mountTmpfs, type SshdLab, startSshd, type Tmpfs } from '@varve/testkit/lab'
-import { isThorough } from '@varve/testkit/thorough'
 import { execa } from 'execa'
 import { afterAll, beforeAll } from 'vitest'
 import { filesIn, fillFolder } from './rclone-target.ts'
@@ -13,7 +12,7 @@ import { filesIn, fillFolder } from './rclone-target.ts'
 const CAPACITY = 8 * 1024 * 1024
 const WRONG = 'not the password'
 /** Long enough for the start of a program on a busy machine. */
-const IDLE_TIMEOUT_MS = isThorough ? 8000 : 4000
+const IDLE_TIMEOUT_MS = 8000
 
 /** One whose folder is looked at. */
 interface FolderTarget extends RemoteTarget {
@@ -25,10 +24,6 @@ let lab: SshdLab
 let folder: string
 /** Passwords as rclone's configuration has them, so that they are not obscured anew for each driver. */
 let obscured: { readonly right: string; readonly wrong: string }
-/** Targets that have been used. Their drivers know the server already, which saves three rclones of a dozen. */
-const free: FolderTarget[] = []
-/** What is left out otherwise also needs targets without folders. */
-const reuses = !isThorough
 const proxies: NetworkProxy[] = []
 
 /** The password is added once the server has one. */
@@ -84,13 +79,12 @@ async function throughProxy(above = lab.home): Promise<FolderTarget> {
     async dispose() {
       proxy.cutAll()
       for (const file of await filesIn(path)) await rm(join(path, file.name)) // rclone leaves folders as well
-      if (reuses && above === lab.home) free.push(target)
     },
   }
   return target
 }
 
-const create = async () => free.pop() ?? (await throughProxy())
+const create = () => throughProxy()
 
 describeDriver('RcloneDriver over SFTP', {
   capabilities: { rangeRead: true, atomicPublish: true, resume: false, parallelParts: false },
@@ -106,19 +100,8 @@ describeDriver('RcloneDriver over SFTP', {
   fill: ({ path }, keys) => fillFolder(path, keys),
   // OpenSSH does not say that its disk is full
   createFull: async () => ({ ...(await throughProxy(disk.path)), capacity: CAPACITY, code: 'UPLOAD_FAILED' }),
-  // The rest was tried on a folder, also that nothing is staged. A connection of SSH that ends early is to rclone one that is
-  // cut; what it does when a move over an object or a listing breaks off, and that it waits for sources and readers, is tried
-  // with scripts.
-  parts: [
-    'cut uploads',
-    ...(isThorough ? (['cut downloads', 'slowness'] as const) : []),
-    'silence',
-    'refusal',
-    'restart',
-  ],
   largeSize: 4_000_011,
   turns: 2,
-  brief: true,
   timeoutMs: 240_000, // each call starts a program
   remote: {
     create,
@@ -126,7 +109,7 @@ describeDriver('RcloneDriver over SFTP', {
     idleTimeoutMs: IDLE_TIMEOUT_MS,
     keepsConnections: false,
     cutSize: 300_007,
-    mostCuts: isThorough ? 4 : 2,
+    mostCuts: 4,
     refused: [
       {
         what: 'a wrong password',

@@ -10,7 +10,6 @@ import {
   type S3User,
   startRadosgw,
 } from '@varve/testkit/lab'
-import { thoroughTest } from '@varve/testkit/thorough'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { inBucket, makeBucket, rawClient } from '../../driver-s3/test/s3-target.ts'
 import { cli } from './test-terminal.ts'
@@ -106,25 +105,22 @@ test.each<[string, () => object, string, string, RegExp]>([
   })
 })
 
-thoroughTest(
-  'a backup that goes to S3 by the configuration is found, verified and restored, also through rclone',
-  async () => {
-    for (const storage of [s3(), rclone()])
-      expect(await run(storage, ['storage', 'check'])).toMatchObject({ code: 0, document: { ok: true } })
-    const disk = join(folder, 'disk.qcow2')
-    await createQcow2(disk, 16 * MIB)
-    await qemuIo(disk, 'qcow2', ['write -P 0x11 0 7M', 'write -P 0x22 9M 64k'])
-    const { document: manifest } = await run(s3(), ['backup', 'web-1', '--disk', `vda=${disk}`])
-    const stored = await inBucket(rawClient(gateway, user), bucket, `panel/web-1/${manifest.chain}/`)
-    expect(stored.map(({ name }) => name)).toContain(`${manifest.id}/vda.qcow2`)
+test('a backup that goes to S3 by the configuration is found, verified and restored, also through rclone', async () => {
+  for (const storage of [s3(), rclone()])
+    expect(await run(storage, ['storage', 'check'])).toMatchObject({ code: 0, document: { ok: true } })
+  const disk = join(folder, 'disk.qcow2')
+  await createQcow2(disk, 16 * MIB)
+  await qemuIo(disk, 'qcow2', ['write -P 0x11 0 7M', 'write -P 0x22 9M 64k'])
+  const { document: manifest } = await run(s3(), ['backup', 'web-1', '--disk', `vda=${disk}`])
+  const stored = await inBucket(rawClient(gateway, user), bucket, `panel/web-1/${manifest.chain}/`)
+  expect(stored.map(({ name }) => name)).toContain(`${manifest.id}/vda.qcow2`)
 
-    expect((await run(rclone(), ['list'])).document.backups).toMatchObject([{ id: manifest.id }])
-    expect((await run(rclone(), ['verify', manifest.id, '--deep'])).document).toMatchObject({ ok: true })
-    const path = join(folder, 'restored.qcow2')
-    expect(await run(s3(), ['restore', manifest.id, '--to-disk', `vda=${path}`])).toMatchObject({ code: 0 })
-    const images = [disk, path].map(image => ({ path: image, format: 'qcow2' as const }))
-    expect(await compareImages(images[0] ?? expect.fail(), images[1] ?? expect.fail())).toMatchObject({
-      identical: true,
-    })
-  },
-)
+  expect((await run(rclone(), ['list'])).document.backups).toMatchObject([{ id: manifest.id }])
+  expect((await run(rclone(), ['verify', manifest.id, '--deep'])).document).toMatchObject({ ok: true })
+  const path = join(folder, 'restored.qcow2')
+  expect(await run(s3(), ['restore', manifest.id, '--to-disk', `vda=${path}`])).toMatchObject({ code: 0 })
+  const images = [disk, path].map(image => ({ path: image, format: 'qcow2' as const }))
+  expect(await compareImages(images[0] ?? expect.fail(), images[1] ?? expect.fail())).toMatchObject({
+    identical: true,
+  })
+})
